@@ -1,0 +1,92 @@
+"""The objective on one page: I-JEPA (arXiv 2301.08243) on a packed stream."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.regularizers import variance_covariance
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    stabilizer: float = 0.1
+    """Weight of VICReg's variance and covariance on the mean of the student's context tokens. 0 is plain I-JEPA,
+    which collapses at small scale (docs/log.md)."""
+
+    def __post_init__(self) -> None:
+        if self.stabilizer < 0:
+            raise ValueError(f"objective.stabilizer must be at least 0, not {self.stabilizer}.")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The parts of one pack's loss, float32 scalars; `total` is what is differentiated."""
+
+    total: Tensor
+    prediction: Tensor
+    stabilizer: Tensor
+
+
+class JEPA(nn.Module):
+    """Student, teacher and predictor.
+
+    Args:
+        encoder: the architecture of student and teacher.
+        predictor: the predictor's size.
+        objective: the loss.
+    """
+
+    def __init__(
+        self, encoder: EncoderConfig, predictor: PredictorConfig, objective: ObjectiveConfig
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.student = Encoder(encoder)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.predictor = Predictor(predictor, self.student.width, encoder.max_grid)
+
+    def forward(self, batch: MaskedBatch, step_target_tokens: int, step_packs: int) -> Losses:
+        """The share of one pack in the loss of a step; the shares of all its packs add up to the step's loss.
+
+        The prediction loss is a mean over the target tokens of the whole step, the stabilizer a mean over its packs,
+        so that ranks and accumulation agree by construction.
+
+        Args:
+            batch: one pack.
+            step_target_tokens: target tokens of all packs of the step, over all ranks.
+            step_packs: packs of the step, over all ranks.
+        """
+        with torch.no_grad():
+            features = self.teacher(batch.packed)
+            targets = F.layer_norm(features[batch.target_index].float(), features.shape[-1:])
+        context = self.student(batch.packed.select(batch.context))
+        predicted = self.predictor(context, batch.queries)
+        prediction = (
+            F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
+            / targets.shape[1]
+            / step_target_tokens
+        )
+
+        pooled = segment_mean(context, batch.context.segments.cu_seqlens)
+        stabilizer = prediction.new_zeros(())
+        if self.objective.stabilizer and len(pooled) > 1:
+            stabilizer = variance_covariance(pooled) / step_packs
+        return Losses(
+            prediction + self.objective.stabilizer * stabilizer, prediction.detach(), stabilizer.detach()
+        )
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)

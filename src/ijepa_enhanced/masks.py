@@ -1,0 +1,116 @@
+"""I-JEPA's multi-block masks (arXiv 2301.08243, section 3 and appendix A.1) on a grid of any aspect ratio.
+
+Departures from the paper's code, each with its reason:
+
+- Masks are drawn per view, not once a batch, and never cut to a common length: the stream is ragged.
+- A block's aspect ratio is relative to the view's own, so a wide image gets wide blocks and a wide context.
+- Scale and aspect ratio are drawn independently.
+- Every position can be drawn: the last row and column too.
+- Nothing is drawn again until it fits: fixed rules make the result fit, so drawing always ends.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_TOKENS = 4
+"""A view of fewer tokens yields no training example: it cannot be split into a context and several targets."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """The masks' settings; defaults are those of I-JEPA (arXiv 2301.08243, appendix A.1)."""
+
+    targets: int = 4
+    """Target blocks a view."""
+    min_target_area: float = 0.15
+    """Smallest area of a target block, as a fraction of the view."""
+    max_target_area: float = 0.2
+    """Largest area of a target block, as a fraction of the view."""
+    min_target_aspect: float = 0.75
+    """Smallest height / width of a target block, relative to the view's own."""
+    max_target_aspect: float = 1.5
+    """Largest height / width of a target block, relative to the view's own."""
+    min_context_area: float = 0.85
+    """Smallest area of the context block before the targets are taken out, as a fraction of the view."""
+    max_context_area: float = 1.0
+    """Largest area of the context block before the targets are taken out, as a fraction of the view."""
+
+    def __post_init__(self) -> None:
+        if self.targets < 1:
+            raise ValueError(f"masks.targets must be at least 1, not {self.targets}.")
+        for name, low, high, bound in (
+            ("target_area", self.min_target_area, self.max_target_area, 1.0),
+            ("target_aspect", self.min_target_aspect, self.max_target_aspect, float("inf")),
+            ("context_area", self.min_context_area, self.max_context_area, 1.0),
+        ):
+            if not 0.0 < low <= high <= bound:
+                limit = "" if bound == float("inf") else f" <= {bound:g}"
+                raise ValueError(
+                    f"masks.min_{name} and masks.max_{name} must satisfy 0 < min <= max{limit}, not {low:g} and {high:g}."
+                )
+
+
+@dataclass(frozen=True)
+class ViewMasks:
+    """The masks of one view: token numbers (row * columns + column), ascending."""
+
+    context: NDArray[np.int64]
+    targets: tuple[NDArray[np.int64], ...]
+
+
+def block_shape(rows: int, cols: int, area: float, aspect: float) -> tuple[int, int]:
+    """Height and width of a block of `area` (fraction of the grid) and `aspect` (relative to the grid's own).
+
+    When one axis does not fit the grid, or rounds to nothing, the other is recomputed so that the area stays.
+    """
+    height = min(rows, max(1, round(rows * (area * aspect) ** 0.5)))
+    width = min(cols, max(1, round(area * rows * cols / height)))
+    height = min(rows, max(1, round(area * rows * cols / width)))
+    return height, width
+
+
+def draw_block(
+    rows: int, cols: int, area: float, aspect: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """A block at a uniformly drawn place: bool [rows, cols]. Every position that fits is equally likely."""
+    height, width = block_shape(rows, cols, area, aspect)
+    top = rng.integers(0, rows - height, endpoint=True)
+    left = rng.integers(0, cols - width, endpoint=True)
+    block = np.zeros((rows, cols), dtype=np.bool_)
+    block[top : top + height, left : left + width] = True
+    return block
+
+
+def draw_masks(rows: int, cols: int, config: MaskConfig, rng: np.random.Generator) -> ViewMasks:
+    """Target blocks and a context of a view of `rows` x `cols` tokens.
+
+    The context is never empty: where the targets cover the whole context block, the context is what they
+    leave of the view, and where they cover the whole view, the last targets are given up one by one and
+    a single one that still covers the view keeps its first half.
+
+    Raises:
+        ValueError: the view has fewer than `MIN_TOKENS` tokens.
+    """
+    if rows * cols < MIN_TOKENS:
+        raise ValueError(f"A view of {rows} x {cols} tokens is too small to mask: {MIN_TOKENS} are needed.")
+    targets = [
+        draw_block(
+            rows,
+            cols,
+            rng.uniform(config.min_target_area, config.max_target_area),
+            rng.uniform(config.min_target_aspect, config.max_target_aspect),
+            rng,
+        )
+        for _ in range(config.targets)
+    ]
+    area = rng.uniform(config.min_context_area, config.max_context_area)
+    context = draw_block(rows, cols, area, 1.0, rng) & ~np.any(targets, axis=0)
+    if not context.any():
+        while len(targets) > 1 and np.all(np.any(targets, axis=0)):
+            targets.pop()
+        if np.all(targets):
+            targets[0].flat[rows * cols // 2 :] = False
+        context = ~np.any(targets, axis=0)
+    return ViewMasks(np.flatnonzero(context), tuple(np.flatnonzero(target) for target in targets))

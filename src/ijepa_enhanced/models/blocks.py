@@ -1,0 +1,129 @@
+"""What the encoder and the predictor are both made of: pre-norm transformer blocks over a packed stream."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijepa_enhanced.ops.attention import attention
+from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d
+from ijepa_enhanced.packed import segment_ids
+
+LAYER_NORM_EPS = 1e-6
+"""As in ViT (arXiv 2010.11929) and I-JEPA's code; PyTorch's default is 1e-5."""
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block (ViT, arXiv 2010.11929, section 3.1).
+
+    Args:
+        width: D.
+        heads: H, which divides D.
+        hidden: width of the MLP between its two layers.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """[T, D] -> [T, D]."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
+        x = x + self.proj(attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Blocks(nn.Module):
+    """A stack of blocks and the final LayerNorm.
+
+    Args:
+        width: D.
+        depth: number of blocks.
+        heads: H, which divides D.
+        mlp_ratio: width of the MLPs' hidden layer over D.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width, heads, round(width * mlp_ratio)) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """[T, D] -> [T, D], normalised."""
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, max_seqlen)
+        normalised: Tensor = self.norm(x)
+        return normalised
+
+
+class FactorizedPositions(nn.Module):
+    """A learnable table for rows and one for columns, added (NaViT, arXiv 2307.06304, section 2.1).
+
+    Args:
+        width: D.
+        size: entries of each table; a grid longer than that is interpolated, axis by axis.
+    """
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.rows = nn.Parameter(torch.empty(size, width))
+        self.cols = nn.Parameter(torch.empty(size, width))
+
+    def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[T, 2] positions in grids [V, 2] -> [T, D]."""
+        coordinates = _coordinates(positions, grids, cu_seqlens, self.size)
+        rows, cols = (interpolation_weights(axis, self.size) for axis in coordinates)
+        # In float32 under autocast too: the residual stream starts here and keeps this precision.
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ self.rows + cols @ self.cols
+
+
+class SinCosPositions(nn.Module):
+    """Fixed 2-D sine-cosine positions, those of I-JEPA's released weights.
+
+    Args:
+        width: D, a multiple of 4.
+        size: rows and columns of the grid the weights were trained on; a longer grid is squeezed onto it.
+    """
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.width = width
+        self.size = size
+
+    def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[T, 2] positions in grids [V, 2] -> [T, D]."""
+        return sincos_2d(*_coordinates(positions, grids, cu_seqlens, self.size), self.width)
+
+
+def _coordinates(positions: Tensor, grids: Tensor, cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    extents = grids[segment_ids(cu_seqlens, positions.shape[0])]
+    rows, cols = (axis_coordinates(positions[:, axis], extents[:, axis], size) for axis in range(2))
+    return rows, cols
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """I-JEPA's initialisation: truncated normal of deviation 0.02, zero biases.
+
+    The two layers that write into the residual stream are divided by sqrt(2 * layer) (I-JEPA's code,
+    after BEiT, arXiv 2106.08254, section 2.5).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, FactorizedPositions):
+            nn.init.trunc_normal_(part.rows, std=0.02)
+            nn.init.trunc_normal_(part.cols, std=0.02)
+    for part in module.modules():
+        if isinstance(part, Blocks):
+            for number, layer in enumerate(part.layers, start=1):
+                for name in ("proj", "fc2"):
+                    layer.get_submodule(name).get_parameter("weight").div_((2.0 * number) ** 0.5)

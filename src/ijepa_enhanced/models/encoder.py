@@ -1,0 +1,196 @@
+"""The encoder: a Vision Transformer over a packed stream of patches, and its Python face."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from ijepa_enhanced.data.images import decode_views, open_image, patchify, upright_size
+from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
+from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
+from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
+from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.packed import Packed
+
+CHANNELS = 3
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+"""ImageNet's statistics on [0, 1], the field's convention, so that imported weights see what they were trained on."""
+
+ImageLike = Image.Image | NDArray[np.uint8] | str | Path
+"""A PIL image, an RGB array uint8 [height, width, 3], or a path."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What defines an encoder's architecture."""
+
+    variant: str = "S"
+    """Width, depth, heads by name: Ti, S, B, L, H or g."""
+    patch_size: int = 16
+    """Side of a square patch in pixels: 8, 14 or 16."""
+    depth: int | None = None
+    """Number of blocks, if not the variant's: for studies on small machines."""
+    positions: Literal["factorized", "sincos"] = "factorized"
+    """Factorized learnable tables (NaViT), or the fixed 2-D sine-cosine of I-JEPA's released weights."""
+    max_grid: int = 32
+    """Entries of each axis's position table. Longer grids are interpolated onto it: set it near the longest
+    side, in patches, of the training views."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"encoder.variant must be one of {', '.join(VARIANTS)}, not '{self.variant}'.")
+        if self.patch_size not in PATCH_SIZES:
+            raise ValueError(f"encoder.patch_size must be 8, 14 or 16, not {self.patch_size}.")
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"encoder.depth must be at least 1, not {self.depth}.")
+        if self.max_grid < 1:
+            raise ValueError(f"encoder.max_grid must be at least 1, not {self.max_grid}.")
+
+    @property
+    def shape(self) -> Variant:
+        """The variant with its depth as configured."""
+        variant = VARIANTS[self.variant]
+        return dataclasses.replace(variant, depth=self.depth or variant.depth)
+
+
+class Encoder(nn.Module):
+    """A Vision Transformer (arXiv 2010.11929) without class token that reads a packed stream of uint8 patches."""
+
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = config.shape
+        pixels = config.patch_size**2
+        std = torch.tensor(PIXEL_STD)
+        self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
+        self.register_buffer(
+            "pixel_shift", (-torch.tensor(PIXEL_MEAN) / std).repeat(pixels), persistent=False
+        )
+        self.patch_embed = nn.Linear(pixels * CHANNELS, shape.width)
+        positions = FactorizedPositions if config.positions == "factorized" else SinCosPositions
+        self.positions = positions(shape.width, config.max_grid)
+        self.blocks = Blocks(shape.width, shape.depth, shape.heads, shape.mlp_ratio)
+        init_weights(self)
+
+    @property
+    def width(self) -> int:
+        """D, the width of a feature."""
+        return self.config.shape.width
+
+    def forward(self, packed: Packed) -> Tensor:
+        """uint8 patches [T, P * P * C] -> features [T, D] after the last LayerNorm."""
+        cu_seqlens = packed.segments.cu_seqlens
+        x = self.patch_embed(packed.values * self.pixel_scale + self.pixel_shift)
+        x = x + self.positions(packed.positions, packed.grids, cu_seqlens)
+        features: Tensor = self.blocks(x, cu_seqlens, packed.segments.max_seqlen)
+        return features
+
+    def embed(
+        self, images: Sequence[ImageLike], side: int | None = 224, tokens_per_pack: int = 16384
+    ) -> Tensor:
+        """One feature an image: the mean of its tokens.
+
+        Args:
+            images: N images of any mix of sizes; packed inside, so no image costs another padding.
+            side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
+            tokens_per_pack: tokens in memory at once; lower it when memory is short.
+
+        Returns:
+            float32 [N, D] on the encoder's device.
+
+        Raises:
+            UnreadableImage: an image cannot be decoded; the message says why.
+        """
+        pooled = [
+            segment_mean(features, packed.segments.cu_seqlens)
+            for packed, features in self._features(images, side, tokens_per_pack)
+        ]
+        return torch.cat(pooled) if pooled else torch.empty(0, self.width)
+
+    def feature_maps(
+        self, images: Sequence[ImageLike], side: int | None = 224, tokens_per_pack: int = 16384
+    ) -> list[Tensor]:
+        """Each image's features in their places: N tensors [rows, columns, D]; arguments as for `embed`."""
+        maps: list[Tensor] = []
+        for packed, features in self._features(images, side, tokens_per_pack):
+            views = torch.split(features, list(packed.segments.lengths))
+            maps += [
+                view.unflatten(0, tuple(grid))
+                for view, grid in zip(views, packed.grids.tolist(), strict=True)
+            ]
+        return maps
+
+    @torch.inference_mode()
+    def _features(
+        self, images: Sequence[ImageLike], side: int | None, tokens_per_pack: int
+    ) -> Iterator[tuple[Packed, Tensor]]:
+        opened = [_open(image) for image in images]
+        sizes = np.array([upright_size(image) for image in opened], dtype=np.int64).reshape(-1, 2)
+        patch_size = self.config.patch_size
+        grids = fit_grids(sizes[:, 0], sizes[:, 1], side, patch_size, limit=tokens_per_pack)
+        device = self.patch_embed.weight.device
+        for start, stop in cut_into_packs(grids.prod(axis=1), tokens_per_pack):
+            patches = [
+                patchify(
+                    decode_views(opened[i], np.array([[0, 0, *sizes[i]]]), grids[i : i + 1] * patch_size)[0],
+                    patch_size,
+                )
+                for i in range(start, stop)
+            ]
+            packed = Packed.of_grids(np.concatenate(patches), grids[start:stop]).to(device)
+            yield packed, self(packed).float()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, which is created."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: value.contiguous() for name, value in self.state_dict().items()},
+            folder / "model.safetensors",
+        )
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Encoder:
+        """The encoder of a run's folder, or of a folder written by `save_pretrained`; in evaluation mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: there is no encoder in that folder.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        if (folder / "encoder").is_dir():
+            folder = folder / "encoder"
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"No encoder in {path}: expected config.json and model.safetensors there or in its folder 'encoder'."
+            )
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        encoder = cls(EncoderConfig(**config))
+        encoder.load_state_dict(load_file(folder / "model.safetensors"))
+        return encoder.eval()
+
+
+def _open(image: ImageLike) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    return open_image(Path(image).read_bytes())

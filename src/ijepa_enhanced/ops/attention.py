@@ -1,0 +1,109 @@
+"""Attention within each segment of a packed stream: one function, three kernels.
+
+- CUDA, half precision: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
+- CPU: PyTorch's flash kernel, segment by segment, behind one custom op, so that a compiled graph sees a single
+  node of dynamic length and no Python loop.
+- Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of float32 on CUDA.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from ijepa_enhanced.packed import segment_ids
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Softmax(q k^T / sqrt(K)) v within each segment.
+
+    Args:
+        q: [T, H, K] queries; k: [T, H, K] keys; v: [T, H, K] values.
+        cu_seqlens: int32 [V + 1], on the same device.
+        max_seqlen: tokens of the longest segment (or any larger number).
+
+    Returns:
+        [T, H, K].
+    """
+    if q.device.type == "cpu":
+        out: Tensor = cpu_attention(q, k, v, cu_seqlens)[0]
+        return out
+    if q.dtype in (torch.bfloat16, torch.float16):
+        # Seven positional arguments: all that torch 2.11 to 2.13 agree on.
+        varlen: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return varlen
+    return dense_attention(q, k, v, cu_seqlens)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`attention` by its definition: O(T^2) time and memory."""
+    ids = segment_ids(cu_seqlens, q.shape[0])
+    same = ids[:, None] == ids[None, :]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=same
+    )
+    return out.transpose(0, 1)
+
+
+def _heads_first(x: Tensor, start: int, stop: int) -> Tensor:
+    """[T, H, K] -> a view [1, H, n, K] of one segment, as PyTorch's kernels want it."""
+    return x[start:stop].transpose(0, 1).unsqueeze(0)
+
+
+@torch.library.custom_op("ijepa_enhanced::cpu_attention", mutates_args=())
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """`attention` on the CPU; also returns the log-sum-exp, float32 [H, T], that its backward needs."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    bounds = cu_seqlens.tolist()
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        segment, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _heads_first(q, start, stop), _heads_first(k, start, stop), _heads_first(v, start, stop)
+        )
+        out[start:stop] = segment[0].transpose(0, 1)
+        logsumexp[:, start:stop] = lse[0]
+    return out, logsumexp
+
+
+@cpu_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("ijepa_enhanced::cpu_attention_backward", mutates_args=())
+def cpu_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `cpu_attention` for q, k and v: three [T, H, K]."""
+    grads = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
+    bounds = cu_seqlens.tolist()
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        segment_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_heads_first(x, start, stop) for x in (grad, q, k, v, out)),
+            logsumexp[:, start:stop].unsqueeze(0),
+            0.0,
+            False,
+        )
+        for whole, segment in zip(grads, segment_grads, strict=True):
+            whole[start:stop] = segment[0].transpose(0, 1)
+    return grads[0], grads[1], grads[2]
+
+
+@cpu_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return empty, torch.empty_like(empty), torch.empty_like(empty)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+
+def _backward(ctx, grad, _grad_logsumexp):  # type: ignore[no-untyped-def]
+    return *cpu_attention_backward(grad, *ctx.saved_tensors), None
+
+
+cpu_attention.register_autograd(_backward, setup_context=_setup_context)

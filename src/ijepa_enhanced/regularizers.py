@@ -1,0 +1,27 @@
+"""Terms that keep the representation from collapsing."""
+
+import torch
+from torch import Tensor
+
+
+def variance_covariance(z: Tensor) -> Tensor:
+    """VICReg's variance and covariance terms (arXiv 2105.04906, equations 1 to 4): float32 scalar.
+
+    variance + covariance / 25, the paper's ratio of 25 to 1, where variance is the mean over dimensions of
+    max(0, 1 - sqrt(var + 1e-4)) and covariance the sum of the squared off-diagonal covariances over D.
+
+    Args:
+        z: [V, D], V at least 2: one row a view.
+
+    Raises:
+        ValueError: fewer than two rows, which have no variance.
+    """
+    views, width = z.shape
+    if views < 2:
+        raise ValueError(f"Variance needs at least 2 views in a pack, not {views}.")
+    centred = z.float() - z.float().mean(dim=0)
+    with torch.autocast(z.device.type, enabled=False):
+        covariance = centred.T @ centred / (views - 1)
+    variance = torch.relu(1.0 - (covariance.diagonal() + 1e-4).sqrt()).mean()
+    off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
+    return variance + off_diagonal / width / 25.0

@@ -1,0 +1,93 @@
+"""Checkpoints: `torch.distributed.checkpoint` into a temporary folder, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+KEPT = 2
+"""Newest checkpoints kept: one more than needed, should the last one's disk block go bad."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
+def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
+    """Write `folder/step-NNNNNNNN` with the model, the optimizer and `progress` (JSON), and drop all but the newest.
+
+    Nothing under its final name is ever incomplete: all is written beside it, flushed and renamed. A checkpoint
+    of that step that is already there is left as it is.
+
+    Raises:
+        CheckpointError: the disk is full, say; the previous checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    if final.exists():
+        return final
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
+        (partial / "progress.json").write_text(json.dumps(progress))
+        for written in (*partial.iterdir(), partial):
+            _flush(written)
+        partial.rename(final)
+        _flush(folder)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = latest_checkpoint(folder)
+        survivor = f"The previous one, {kept}, is intact." if kept else "There is no earlier one."
+        raise CheckpointError(f"Could not save checkpoint {final}: {_reason(error)}. {survivor}") from error
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `progress`."""
+    progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
+    return progress
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load weights and moments in place."""
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's own words, which PyTorch's writer wraps in its own."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]

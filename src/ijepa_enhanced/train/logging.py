@@ -1,0 +1,97 @@
+"""A run's logs: JSON lines, TensorBoard where it is installed, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # comes with the extra `plots`
+    SummaryWriter = None
+
+PLAIN_SECONDS = 10.0
+"""Where stderr is no terminal, a line of progress at most this often."""
+
+
+class RunLog:
+    """Appends to `log.jsonl` and to TensorBoard.
+
+    Args:
+        folder: the run's.
+        step: the first step that will be logged; TensorBoard hides what it has from there on.
+        offset: bytes of `log.jsonl` that the checkpoint vouches for; what lies beyond is cut off, since the steps
+            after the checkpoint are run again.
+    """
+
+    def __init__(self, folder: Path, step: int, offset: int) -> None:
+        self.file = (folder / "log.jsonl").open("ab")
+        self.file.truncate(offset)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step) if SummaryWriter else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line: the step and its values."""
+        self.file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def sync(self) -> int:
+        """Flush to the disk; the log's length in bytes."""
+        os.fsync(self.file.fileno())
+        if self.board:
+            self.board.flush()
+        return self.file.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `log.jsonl`."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+class ProgressBar:
+    """Where a run stands, on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total = total
+        self.started, self.start = time.monotonic(), done
+        self.last_line = self.started
+        console = Console(file=sys.stderr)
+        self.bar = Progress(
+            MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console
+        )
+        self.task = self.bar.add_task("", total=total, completed=done)
+        self.plain = not console.is_terminal
+
+    def update(self, done: int, text: str) -> None:
+        """`done` steps are done; `text` says how it goes."""
+        self.bar.update(self.task, completed=done, description=text)
+        now = time.monotonic()
+        if self.plain and (now - self.last_line >= PLAIN_SECONDS or done == self.total):
+            left = (now - self.started) / max(1, done - self.start) * (self.total - done)
+            print(f"{done}/{self.total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+            self.last_line = now
+
+    def __enter__(self) -> Self:
+        if not self.plain:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

@@ -1,0 +1,325 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.loader import PackDataset, make_loader
+from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
+from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
+from ijepa_enhanced.masks import MIN_TOKENS, MaskConfig
+from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.packed import Batch, MaskedBatch
+from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
+from ijepa_enhanced.train.logging import ProgressBar, RunLog
+from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings
+
+logger = logging.getLogger(__name__)
+
+LISTED = 20
+"""Unreadable images named when there are too many."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int | None = None
+    """Optimizer steps of the run. Null: as many as `epochs` take."""
+    epochs: float = 100.0
+    """Passes over the images, where `steps` is null."""
+    seed: int = 0
+    """Of the weights, the plan and the masks."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the matrix products; weights and sums stay float32. Auto: bf16 where the device has it."""
+    compile: bool = False
+    """Compile student, teacher and predictor with `torch.compile`."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}.")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be above 0, not {self.epochs}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, not {self.seed}.")
+
+
+class RunError(RuntimeError):
+    """The run cannot go on."""
+
+
+class ResumeError(ValueError):
+    """The run's checkpoint does not fit what is asked."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    steps: int
+    """Steps done since the run began."""
+    images: int
+    """Images shown since the run began, with repetition."""
+    finished: bool
+    """False when a signal stopped it; it can be resumed."""
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products on `device`; `auto` takes bfloat16 where the hardware multiplies it."""
+    if precision == "auto":
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        precision = "bf16" if has_bf16 else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
+    """Train, write logs, checkpoints and the encoder into `folder`, and return how it ended.
+
+    With `resume` it goes on from the newest checkpoint in `folder`, or from the start where there is none. On the CPU
+    what follows is bit for bit what would have followed had the run not stopped, at the same thread count and versions.
+
+    Raises:
+        SourceError: the images cannot be found.
+        ResumeError: the checkpoint is of another plan or architecture.
+        RunError: too many images are unreadable, or the loss is not finite.
+        CheckpointError: a checkpoint could not be written.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = open_source(config.data.source)
+    index = build_index(source)
+    unreadable = Unreadable(index, config.data.max_unreadable)
+    plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
+    first_epoch = plan.epoch(0)
+    say_what_is_left_out(first_epoch, config)
+    packs = config.data.packs_per_step
+    total = config.steps or max(1, round(config.epochs * len(first_epoch) / packs))
+
+    torch.manual_seed(config.seed)
+    model = JEPA(config.encoder, config.predictor, config.objective).to(device)
+    optimizer = make_optimizer(model)
+    learned = [value for value in model.parameters() if value.requires_grad]
+    done, images_shown, log_bytes, cursor = 0, 0, 0, Cursor(0, 0)
+    checkpoints = folder / "checkpoints"
+    if resume and (checkpoint := latest_checkpoint(checkpoints)):
+        progress = read_progress(checkpoint)
+        if progress["plan"] != plan.hash:
+            raise ResumeError(f"{folder} was trained on other images or with another plan; start a new run instead.")
+        load_checkpoint(checkpoint, model, optimizer)
+        done, images_shown, log_bytes = progress["step"], progress["images"], progress["log_bytes"]
+        cursor = Cursor(*progress["cursor"])
+        unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
+    if config.compile:
+        for network in (model.student, model.teacher, model.predictor):
+            network.compile(dynamic=True)
+    autocast = torch.autocast(device.type, autocast_dtype(config.precision, device))
+
+    dataset = PackDataset(source, index, config.encoder.patch_size, config.masks, config.seed)
+    loader = make_loader(dataset, plan.packs(cursor), config.data.workers, pin_memory=device.type == "cuda")
+    stream = iter(loader)
+    meter = Meter()
+    with RunLog(folder, done, log_bytes) as log, ProgressBar(total, done) as bar, StopSignals() as stop:
+
+        def save() -> None:
+            progress = {
+                "step": done,
+                "images": images_shown,
+                "cursor": cursor,
+                "plan": plan.hash,
+                "log_bytes": log.sync(),
+                "unreadable": unreadable.found,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
+            save_checkpoint(checkpoints, done, model, optimizer, progress)
+            model.teacher.save_pretrained(folder / "encoder")
+
+        while done < total and not stop.requested:
+            with meter.waiting():
+                batches = [next(stream) for _ in range(packs)]
+            for batch in batches:
+                unreadable.add(batch)
+            shown = [batch for batch in batches if isinstance(batch, MaskedBatch) and len(batch.image_ids)]
+            step_target_tokens = sum(len(batch.target_index) for batch in shown)
+
+            settings = step_settings(config.optim, done, total)
+            set_step(optimizer, settings)
+            for batch in shown:
+                with autocast:
+                    losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
+                losses.total.backward()
+                meter.add(losses, batch)
+            grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_teacher(settings.ema)
+
+            done += 1
+            images_shown += sum(len(batch.image_ids) for batch in shown) // config.data.views
+            epoch, pack = batches[-1].cursor
+            cursor = Cursor(epoch, pack + 1)
+            if done % config.log_every == 0 or done == total:
+                values = meter.read(config.data.tokens_per_pack) | settings._asdict()
+                values |= {"grad_norm": grad_norm.item(), "epoch": epoch, "unreadable": len(unreadable.found)}
+                if not math.isfinite(values["loss"]):
+                    raise RunError(f"The loss is not finite at step {done}: lower optim.lr or raise optim.warmup.")
+                log.write(done, values)
+                bar.update(done, describe(values))
+            if done % config.checkpoint_every == 0 or done == total:
+                save()
+        if done < total:
+            save()
+    return Outcome(done, images_shown, finished=done == total)
+
+
+def say_what_is_left_out(plan: EpochPlan, config: TrainConfig) -> None:
+    """Log how many images are too small to train on, and how many views are scaled down."""
+    if plan.too_small:
+        logger.warning(
+            "%d images are too small to train on: their views have fewer than %d patches.", plan.too_small, MIN_TOKENS
+        )
+    if plan.limited:
+        logger.warning(
+            "%d views of an epoch are scaled down to the limit of %d tokens (data.max_view_tokens).",
+            plan.limited,
+            config.data.view_limit,
+        )
+
+
+class Unreadable:
+    """The distinct images of a source that cannot be read, and how many of them a run puts up with."""
+
+    def __init__(self, index: Index, limit: float) -> None:
+        self.headers = dict(index.unreadable)
+        self.found: dict[int, str] = {}
+        self.index = index
+        self.limit = limit
+        self.images = len(index.rows) + len(self.headers)
+        self._check()
+
+    def add(self, batch: Batch) -> None:
+        """Count the images of a batch that could not be decoded.
+
+        Raises:
+            RunError: there are now more than the limit.
+        """
+        for row, reason in batch.unreadable:
+            if row not in self.found:
+                self.found[row] = reason
+                logger.warning("Left out: %s: %s", self._key(row), reason)
+                self._check()
+
+    def _key(self, row: int) -> str:
+        return self.index.keys[int(np.searchsorted(self.index.rows, row))]
+
+    def _check(self) -> None:
+        reasons = self.headers | {self._key(row): reason for row, reason in self.found.items()}
+        if len(reasons) > self.limit * self.images:
+            listed = "\n".join(f"  {key}: {reason}" for key, reason in list(reasons.items())[:LISTED])
+            more = f"\n  and {len(reasons) - LISTED} more" if len(reasons) > LISTED else ""
+            raise RunError(
+                f"{len(reasons)} of {self.images} images cannot be read, more than data.max_unreadable "
+                f"({self.limit:.2%}) allows:\n{listed}{more}"
+            )
+
+
+class Meter:
+    """Losses and rates since the last reading; nothing is read from the device before that."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.losses: list[Tensor] = []
+        self.steps, self.packs, self.views, self.tokens = 0, 0, 0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside is time spent waiting for data; each is one step."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+        self.steps += 1
+
+    def add(self, losses: Losses, batch: Batch) -> None:
+        """Count one pack."""
+        self.losses.append(torch.stack([losses.total.detach(), losses.prediction, losses.stabilizer]))
+        self.packs += 1
+        self.views += len(batch.packed.segments)
+        self.tokens += batch.packed.segments.total
+
+    def read(self, tokens_per_pack: int) -> dict[str, float]:
+        """Means over the steps since the last reading, and begin anew."""
+        seconds = time.perf_counter() - self.start
+        loss, prediction, stabilizer = (torch.stack(self.losses).sum(dim=0) / self.steps).tolist()
+        values = {
+            "loss": loss,
+            "prediction": prediction,
+            "stabilizer": stabilizer,
+            "views_per_second": self.views / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "fill": self.tokens / (self.packs * tokens_per_pack),
+            "data_wait": self.waited / seconds,
+        }
+        self._reset()
+        return values
+
+
+def describe(values: dict[str, float]) -> str:
+    """One line for the progress bar."""
+    return (
+        f"loss {values['loss']:.4f}  {values['views_per_second']:.0f} views/s  "
+        f"{values['tokens_per_second']:.0f} tokens/s  packs {values['fill']:.1%} full  "
+        f"waiting for data {values['data_wait']:.1%}"
+    )
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM only set `requested`; a second one acts as it would have without this."""
+
+    def __enter__(self) -> Self:
+        self.requested = False
+        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        logger.warning("%s: finishing this step, then saving.", signal.Signals(number).name)
+        signal.signal(number, self.before[signal.Signals(number)])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
