@@ -1,3 +1,6 @@
-"""I-JEPA on images of any size: packed without padding, from one small GPU to many machines."""
+"""Self-supervised image encoders from images of any size (I-JEPA on a packed stream)."""
 
+from ijepa_enhanced.models.encoder import Encoder
+
+__all__ = ["Encoder"]
 __version__ = "0.1.0"

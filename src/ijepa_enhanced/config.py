@@ -71,9 +71,16 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def save_config(config: TrainConfig, folder: Path) -> None:
-    """Write the resolved configuration to `folder/config.yaml`."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+def config_of_run(folder: Path) -> Path:
+    """The file with the configuration of a run.
+
+    Raises:
+        RequestError: the folder holds none.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RequestError(f"{folder} is not a run: it has no config.yaml.")
+    return path
 
 
 def load_config(folder: Path) -> TrainConfig:
@@ -82,10 +89,8 @@ def load_config(folder: Path) -> TrainConfig:
     Raises:
         RequestError: the folder holds none.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise RequestError(f"{folder} is not a run: it has no config.yaml.")
-    return _build(TrainConfig, yaml.safe_load(path.read_text()))
+    config: TrainConfig = _build(TrainConfig, yaml.safe_load(config_of_run(folder).read_text()))
+    return config
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig, folder: Path) -> None:

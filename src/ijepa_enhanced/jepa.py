@@ -47,9 +47,7 @@ class JEPA(nn.Module):
         objective: the loss.
     """
 
-    def __init__(
-        self, encoder: EncoderConfig, predictor: PredictorConfig, objective: ObjectiveConfig
-    ) -> None:
+    def __init__(self, encoder: EncoderConfig, predictor: PredictorConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
         self.objective = objective
         self.student = Encoder(encoder)
@@ -73,18 +71,14 @@ class JEPA(nn.Module):
         context = self.student(batch.packed.select(batch.context))
         predicted = self.predictor(context, batch.queries)
         prediction = (
-            F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
-            / targets.shape[1]
-            / step_target_tokens
+            F.smooth_l1_loss(predicted.float(), targets, reduction="sum") / targets.shape[1] / step_target_tokens
         )
 
         pooled = segment_mean(context, batch.context.segments.cu_seqlens)
         stabilizer = prediction.new_zeros(())
         if self.objective.stabilizer and len(pooled) > 1:
             stabilizer = variance_covariance(pooled) / step_packs
-        return Losses(
-            prediction + self.objective.stabilizer * stabilizer, prediction.detach(), stabilizer.detach()
-        )
+        return Losses(prediction + self.objective.stabilizer * stabilizer, prediction.detach(), stabilizer.detach())
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -48,7 +48,8 @@ class MaskConfig:
             if not 0.0 < low <= high <= bound:
                 limit = "" if bound == float("inf") else f" <= {bound:g}"
                 raise ValueError(
-                    f"masks.min_{name} and masks.max_{name} must satisfy 0 < min <= max{limit}, not {low:g} and {high:g}."
+                    f"masks.min_{name} and masks.max_{name} must satisfy 0 < min <= max{limit}, "
+                    f"not {low:g} and {high:g}."
                 )
 
 
@@ -71,9 +72,7 @@ def block_shape(rows: int, cols: int, area: float, aspect: float) -> tuple[int, 
     return height, width
 
 
-def draw_block(
-    rows: int, cols: int, area: float, aspect: float, rng: np.random.Generator
-) -> NDArray[np.bool_]:
+def draw_block(rows: int, cols: int, area: float, aspect: float, rng: np.random.Generator) -> NDArray[np.bool_]:
     """A block at a uniformly drawn place: bool [rows, cols]. Every position that fits is equally likely."""
     height, width = block_shape(rows, cols, area, aspect)
     top = rng.integers(0, rows - height, endpoint=True)

@@ -17,9 +17,7 @@ class Purpose(IntEnum):
     HOLDOUT = 3
 
 
-def generator(
-    seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view: int = 0
-) -> np.random.Generator:
+def generator(seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view: int = 0) -> np.random.Generator:
     """A generator of its own for every (seed, purpose, epoch, image, view): Philox 4x64-10 (Salmon et al., SC'11).
 
     The identity goes into the key and the high words of the counter, which leaves 2**64 draws to each stream.

@@ -1,0 +1,1 @@
+"""Speed tables, one module a theme."""

@@ -30,9 +30,7 @@ class PackDataset(Dataset[Batch]):
         seed: of the masks.
     """
 
-    def __init__(
-        self, source: Source, index: Index, patch_size: int, masks: MaskConfig | None = None, seed: int = 0
-    ):
+    def __init__(self, source: Source, index: Index, patch_size: int, masks: MaskConfig | None = None, seed: int = 0):
         self.source = source
         self.index = index
         self.patch_size = patch_size

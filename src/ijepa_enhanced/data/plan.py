@@ -28,6 +28,10 @@ VIEW_SHARE = 8
 """A view may hold 1 / 8 of a pack by default: fewer, larger views leave the packer too little to balance with."""
 
 
+MIN_IMAGES = 2
+"""One image has no other to differ from: its variance is nothing."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The images and how they become packs."""
@@ -63,27 +67,23 @@ class DataConfig:
         if self.workers < 0:
             raise ValueError(f"data.workers must be at least 0, not {self.workers}.")
         if (self.min_side is None) != (self.max_side is None):
+            raise ValueError("data.min_side and data.max_side must both be numbers, or both null for native size.")
+        if self.min_side is not None and self.max_side is not None and not 1 <= self.min_side <= self.max_side:
             raise ValueError(
-                "data.min_side and data.max_side must both be numbers, or both null for native size."
-            )
-        if (
-            self.min_side is not None
-            and self.max_side is not None
-            and not 1 <= self.min_side <= self.max_side
-        ):
-            raise ValueError(
-                f"data.min_side and data.max_side must satisfy 1 <= min <= max, not {self.min_side} and {self.max_side}."
+                "data.min_side and data.max_side must satisfy 1 <= min <= max, "
+                f"not {self.min_side} and {self.max_side}."
             )
         if not 0.0 < self.min_crop <= self.max_crop <= 1.0:
             raise ValueError(
-                f"data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, not {self.min_crop} and {self.max_crop}."
+                "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, "
+                f"not {self.min_crop} and {self.max_crop}."
             )
         if not 0.0 <= self.max_unreadable <= 1.0:
             raise ValueError(f"data.max_unreadable must lie between 0 and 1, not {self.max_unreadable}.")
         if self.view_limit * self.views > self.tokens_per_pack:
             raise ValueError(
-                f"data.tokens_per_pack ({self.tokens_per_pack}) cannot hold {self.views} views of up to {self.view_limit} "
-                "tokens of one image. Raise it, or lower data.max_view_tokens."
+                f"data.tokens_per_pack ({self.tokens_per_pack}) cannot hold {self.views} views of up to "
+                f"{self.view_limit} tokens of one image. Raise it, or lower data.max_view_tokens."
             )
         if self.view_limit < MIN_TOKENS:
             raise ValueError(
@@ -136,7 +136,7 @@ def fit_grids(
 
 
 def cut_into_packs(tokens: NDArray[np.integer], budget: int) -> list[tuple[int, int]]:
-    """Cut a sequence of views, in order, into runs [start, stop) of at most `budget` tokens (a longer view runs alone)."""
+    """Cut a sequence of views into runs [start, stop) of at most `budget` tokens; a longer view runs alone."""
     runs: list[tuple[int, int]] = []
     start = used = 0
     for view, count in enumerate(tokens.tolist()):
@@ -181,6 +181,10 @@ def balance(tokens: NDArray[np.int64], budget: int, rng: np.random.Generator) ->
         if sums.max(initial=0) <= budget:
             return rng.permutation(count)[packs]
         count += 1 + count // 1000
+
+
+class PlanError(ValueError):
+    """No plan can be made; the message says why and what to do."""
 
 
 class Cursor(NamedTuple):
@@ -291,7 +295,7 @@ class Plan:
         """The packs of one epoch.
 
         Raises:
-            ValueError: no image is large enough to train on.
+            PlanError: fewer than `MIN_IMAGES` images are large enough to train on.
         """
         config, index = self.config, self.index
         shape = (len(index.heights), config.views)
@@ -309,10 +313,11 @@ class Plan:
             wanted = side**2
         grids = fit_grids(heights, widths, side, self.patch_size, config.view_limit)
         enough = (grids.prod(axis=2) >= MIN_TOKENS).all(axis=1)
-        if not enough.any():
-            raise ValueError(
-                f"No image gives views of at least {MIN_TOKENS} patches of {self.patch_size} px. "
-                "Raise data.min_side, or take a smaller encoder.patch_size."
+        if enough.sum() < MIN_IMAGES:
+            raise PlanError(
+                f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} patches of {self.patch_size} px "
+                f"or more, and {enough.sum()} of {len(enough)} have. Add images, raise data.min_side, or take a smaller "
+                "encoder.patch_size."
             )
         images = np.flatnonzero(enough)
         tokens = grids[images].prod(axis=2).sum(axis=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.evaluate.features import Features
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.linear import linear_probe

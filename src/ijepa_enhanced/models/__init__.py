@@ -1,0 +1,1 @@
+"""Networks over packed streams; weights in and out."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.data.images import decode_views, open_image, patchify, upright_size
 from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
+from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
 from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
 from ijepa_enhanced.ops.pooling import segment_mean
@@ -77,9 +78,7 @@ class Encoder(nn.Module):
         pixels = config.patch_size**2
         std = torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
-        self.register_buffer(
-            "pixel_shift", (-torch.tensor(PIXEL_MEAN) / std).repeat(pixels), persistent=False
-        )
+        self.register_buffer("pixel_shift", (-torch.tensor(PIXEL_MEAN) / std).repeat(pixels), persistent=False)
         self.patch_embed = nn.Linear(pixels * CHANNELS, shape.width)
         positions = FactorizedPositions if config.positions == "factorized" else SinCosPositions
         self.positions = positions(shape.width, config.max_grid)
@@ -99,9 +98,7 @@ class Encoder(nn.Module):
         features: Tensor = self.blocks(x, cu_seqlens, packed.segments.max_seqlen)
         return features
 
-    def embed(
-        self, images: Sequence[ImageLike], side: int | None = 224, tokens_per_pack: int = 16384
-    ) -> Tensor:
+    def embed(self, images: Sequence[ImageLike], side: int | None = 224, tokens_per_pack: int = 16384) -> Tensor:
         """One feature an image: the mean of its tokens.
 
         Args:
@@ -128,10 +125,7 @@ class Encoder(nn.Module):
         maps: list[Tensor] = []
         for packed, features in self._features(images, side, tokens_per_pack):
             views = torch.split(features, list(packed.segments.lengths))
-            maps += [
-                view.unflatten(0, tuple(grid))
-                for view, grid in zip(views, packed.grids.tolist(), strict=True)
-            ]
+            maps += [view.unflatten(0, tuple(grid)) for view, grid in zip(views, packed.grids.tolist(), strict=True)]
         return maps
 
     @torch.inference_mode()
@@ -160,11 +154,10 @@ class Encoder(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.contiguous() for name, value in self.state_dict().items()},
-            folder / "model.safetensors",
-        )
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        with replacing(folder / "model.safetensors") as temporary:
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary)
+        with replacing(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Encoder:

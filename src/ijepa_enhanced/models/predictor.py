@@ -48,7 +48,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, queries: Queries) -> Tensor:
-        """The student's features of the context [Tc, D] -> predicted features [Tq, D], in the order of `queries.answers`."""
+        """The student's features of the context [Tc, D] -> predicted features [Tq, D], one for each of the answers."""
         cu_seqlens = queries.segments.cu_seqlens
         embedded = self.embed(context)
         rows = torch.cat([embedded, self.mask_token.to(embedded.dtype)])

@@ -6,6 +6,9 @@
 - Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of float32 on CUDA.
 """
 
+import itertools
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,12 +29,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         [T, H, K].
     """
     if q.device.type == "cpu":
-        out: Tensor = cpu_attention(q, k, v, cu_seqlens)[0]
+        out, _ = cpu_attention(q, k, v, cu_seqlens)
         return out
     if q.dtype in (torch.bfloat16, torch.float16):
         # Seven positional arguments: all that torch 2.11 to 2.13 agree on.
-        varlen: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return varlen
+        return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
     return dense_attention(q, k, v, cu_seqlens)
 
 
@@ -39,27 +41,21 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tens
     """`attention` by its definition: O(T^2) time and memory."""
     ids = segment_ids(cu_seqlens, q.shape[0])
     same = ids[:, None] == ids[None, :]
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=same
-    )
+    out = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=same)
     return out.transpose(0, 1)
-
-
-def _heads_first(x: Tensor, start: int, stop: int) -> Tensor:
-    """[T, H, K] -> a view [1, H, n, K] of one segment, as PyTorch's kernels want it."""
-    return x[start:stop].transpose(0, 1).unsqueeze(0)
 
 
 @torch.library.custom_op("ijepa_enhanced::cpu_attention", mutates_args=())
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """`attention` on the CPU; also returns the log-sum-exp, float32 [H, T], that its backward needs."""
+    """`attention` on the CPU; also returns the log-sum-exp, float32 [H, T], that its backward needs.
+
+    Computed in float32: PyTorch's bfloat16 backward takes 5 times as long on segments of 40 tokens (docs/log.md).
+    """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        segment, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _heads_first(q, start, stop), _heads_first(k, start, stop), _heads_first(v, start, stop)
-        )
+    heads = [_heads_first(x) for x in (q, k, v)]
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        segment, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[:, :, start:stop] for x in heads))
         out[start:stop] = segment[0].transpose(0, 1)
         logsumexp[:, start:stop] = lse[0]
     return out, logsumexp
@@ -77,17 +73,19 @@ def cpu_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `cpu_attention` for q, k and v: three [T, H, K]."""
     grads = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
-    bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    heads = [_heads_first(x) for x in (grad, q, k, v, out)]
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
         segment_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_heads_first(x, start, stop) for x in (grad, q, k, v, out)),
-            logsumexp[:, start:stop].unsqueeze(0),
-            0.0,
-            False,
+            *(x[:, :, start:stop] for x in heads), logsumexp[None, :, start:stop], 0.0, False
         )
         for whole, segment in zip(grads, segment_grads, strict=True):
             whole[start:stop] = segment[0].transpose(0, 1)
     return grads[0], grads[1], grads[2]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[T, H, K] -> float32 [1, H, T, K], as PyTorch's kernels want it."""
+    return x.float().transpose(0, 1).unsqueeze(0)
 
 
 @cpu_attention_backward.register_fake

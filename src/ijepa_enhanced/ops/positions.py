@@ -45,8 +45,6 @@ def sincos_2d(rows: Tensor, cols: Tensor, width: int) -> Tensor:
     """
     if width % 4:
         raise ValueError(f"2-D sine-cosine positions need a width that is a multiple of 4, not {width}.")
-    frequencies = 10000.0 ** -(
-        torch.arange(width // 4, device=rows.device, dtype=torch.float32) / (width // 4)
-    )
+    frequencies = 10000.0 ** -(torch.arange(width // 4, device=rows.device, dtype=torch.float32) / (width // 4))
     angles = [axis.float()[:, None] * frequencies for axis in (cols, rows)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)

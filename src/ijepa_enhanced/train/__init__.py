@@ -1,0 +1,1 @@
+"""The run: loop, optimizer, checkpoints, logs."""

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
@@ -39,7 +39,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     try:
         partial.mkdir(parents=True)
         weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
+        state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
         (partial / "progress.json").write_text(json.dumps(progress))
         for written in (*partial.iterdir(), partial):
             _flush(written)
@@ -70,7 +70,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
     """Load weights and moments in place."""
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import signal
@@ -15,12 +16,14 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ijepa_enhanced.data.index import Index, build_index
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.files import replacing
 from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
 from ijepa_enhanced.masks import MIN_TOKENS, MaskConfig
 from ijepa_enhanced.models.encoder import EncoderConfig
@@ -112,6 +115,8 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
 
     Raises:
         SourceError: the images cannot be found.
+        PlanError: too few images are large enough to train on.
+        FileExistsError: without `resume`, `folder` is already there.
         ResumeError: the checkpoint is of another plan or architecture.
         RunError: too many images are unreadable, or the loss is not finite.
         CheckpointError: a checkpoint could not be written.
@@ -125,6 +130,11 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     say_what_is_left_out(first_epoch, config)
     packs = config.data.packs_per_step
     total = config.steps or max(1, round(config.epochs * len(first_epoch) / packs))
+
+    if not resume:
+        folder.mkdir(parents=True)
+        with replacing(folder / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     torch.manual_seed(config.seed)
     model = JEPA(config.encoder, config.predictor, config.objective).to(device)
@@ -157,6 +167,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
                 "images": images_shown,
                 "cursor": cursor,
                 "plan": plan.hash,
+                "config": dataclasses.asdict(config),
                 "log_bytes": log.sync(),
                 "unreadable": unreadable.found,
                 "threads": torch.get_num_threads(),

@@ -67,7 +67,11 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     Decoupled decay matters: with Adam's coupled decay I-JEPA collapses. Learning rate and decay are set each step.
     """
     learned = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    fixed = {name for name, value in learned if value.ndim < 2 or name.endswith(("mask_token", "positions.rows", "positions.cols"))}
+    fixed = {
+        name
+        for name, value in learned
+        if value.ndim < 2 or name.endswith(("mask_token", "positions.rows", "positions.cols"))
+    }
     groups = [
         {"params": [value for name, value in learned if name not in fixed], "decay": True},
         {"params": [value for name, value in learned if name in fixed], "decay": False},

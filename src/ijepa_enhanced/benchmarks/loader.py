@@ -1,0 +1,96 @@
+"""What the loader keeps of the rate of a bare Pillow loop: `python -m ijepa_enhanced.benchmarks.loader --source SOURCE`.
+
+Both decode, crop and resize the same boxes to the same sizes with the same filter, in one process and by turns;
+the loader also cuts patches, packs them and draws masks.
+"""
+
+import argparse
+import statistics
+import time
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+from PIL.ImageFile import ImageFile
+
+from ijepa_enhanced.benchmarks.table import print_table, write_csv
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.loader import PackDataset
+from ijepa_enhanced.data.plan import DataConfig, Plan
+from ijepa_enhanced.data.sources import Source, open_source
+from ijepa_enhanced.masks import MaskConfig
+
+PATCH_SIZE = 16
+TURNS = 7
+PACKS = 4
+IMAGES = 2000
+"""Synthetic images written as JPEG files where no source is given."""
+
+
+def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
+    """Print the table and return `images_per_second` of the loader and its `ratio` to the bare loop."""
+    if source != "synthetic":
+        return _run(source, source, csv)
+    with TemporaryDirectory() as folder:
+        images = open_source(source)
+        for row in range(IMAGES):
+            images.open(row).save(Path(folder, f"{row:04d}.jpg"), quality=90)
+        return _run(folder, f"{source}, as JPEG", csv)
+
+
+def _run(source: str, name: str, csv: bool) -> dict[str, Any]:
+    opened = open_source(source)
+    index = build_index(opened, cache=False)
+    config = DataConfig(tokens_per_pack=8192)
+    dataset = PackDataset(opened, index, PATCH_SIZE, MaskConfig())
+    epoch = Plan(index, config, PATCH_SIZE, seed=0).epoch(0)
+    packs = [epoch[number] for number in range(min(PACKS, len(epoch)))]
+    files = {row: _bytes(opened, row) for pack in packs for row in index.rows[pack.images].tolist()}
+    images = sum(len(pack.images) for pack in packs)
+
+    def bare() -> None:
+        for pack in packs:
+            sizes = (pack.grids * PATCH_SIZE).tolist()
+            for row, (top, left, height, width), (rows, cols) in zip(
+                index.rows[pack.images].tolist(), pack.boxes.tolist(), sizes, strict=True
+            ):
+                image = Image.open(BytesIO(files[row])).convert("RGB")
+                box = (left, top, min(left + width, image.width), min(top + height, image.height))
+                np.asarray(image.resize((cols, rows), Image.Resampling.BICUBIC, box))
+
+    def ours() -> None:
+        for pack in packs:
+            dataset[pack]
+
+    seconds: dict[str, list[float]] = {"bare Pillow loop": [], "loader": []}
+    for _ in range(TURNS):
+        for title, turn in zip(seconds, (bare, ours), strict=True):
+            start = time.perf_counter()
+            turn()
+            seconds[title].append(time.perf_counter() - start)
+    ratio = statistics.median(b / o for b, o in zip(*seconds.values(), strict=True))
+    rows = [
+        {"source": name, "what": title, "images_per_second": images / statistics.median(times)}
+        for title, times in seconds.items()
+    ]
+    print_table(rows)
+    print(f"The loader keeps {ratio:.1%} of the bare loop's rate (median of {TURNS} turns).")
+    if csv:
+        print(write_csv("loader", rows))
+    return {"images_per_second": rows[1]["images_per_second"], "ratio": ratio}
+
+
+def _bytes(source: Source, row: int) -> bytes:
+    file = cast(ImageFile, source.open(row)).fp
+    assert isinstance(file, BytesIO)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", default="synthetic")
+    parser.add_argument("--csv", action="store_true")
+    run(**vars(parser.parse_args()))

@@ -1,0 +1,193 @@
+"""From the bytes of an image file to the pixels of its views."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+MAX_PIXELS = 89_478_485
+"""Larger images are refused: Pillow's own limit against files that decompress to more than memory holds."""
+
+GAP = 2
+"""Pixels for every output pixel that cheap reduction leaves to the bicubic filter, as in Pillow's `thumbnail`."""
+
+# Called directly, because `Image.open` warns or fails on large images before it tells their size.
+_READERS: dict[bytes, type[ImageFile.ImageFile]] = {
+    b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
+    b"RIFF": WebPImagePlugin.WebPImageFile,
+    b"GIF8": GifImagePlugin.GifImageFile,
+    b"BM": BmpImagePlugin.BmpImageFile,
+    b"II*\0": TiffImagePlugin.TiffImageFile,
+    b"MM\0*": TiffImagePlugin.TiffImageFile,
+}
+
+# What Pillow's parsers and decoders are seen to raise on damaged files.
+_FAILURES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(ValueError):  # noqa: N818 - what it says, as FileNotFoundError does not
+    """An image that cannot be shown; the message is the reason, in words."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Read the header of a JPEG, PNG, WebP, GIF, BMP or TIFF file; the pixels are decoded later.
+
+    Raises:
+        UnreadableImage: `data` is no such file, its header is damaged, or it has more than `MAX_PIXELS`.
+    """
+    if not data:
+        raise UnreadableImage("empty file")
+    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+    if reader is None:
+        raise UnreadableImage("not a JPEG, PNG, WebP, GIF, BMP or TIFF image")
+    try:
+        image = reader(io.BytesIO(data))
+    except _FAILURES as error:
+        raise UnreadableImage(f"damaged header: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImage(f"{image.width} x {image.height} px is above the limit of {MAX_PIXELS:,} px")
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width in pixels after the EXIF orientation is applied, from the header alone."""
+    return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
+
+
+def decode_views(
+    image: Image.Image, boxes: NDArray[np.floating | np.integer], sizes: NDArray[np.integer]
+) -> list[NDArray[np.uint8]]:
+    """V views of one image, decoded once, in RGB, transparent pixels on white.
+
+    Args:
+        image: of any mode; only the first frame of an animation is shown. It keeps its size and can be used again.
+        boxes: [V, 4] top, left, height, width in pixels of the upright image; fractions of a pixel are respected.
+        sizes: [V, 2] height and width to resize each box to, in pixels (bicubic, with antialiasing).
+
+    Returns:
+        V arrays uint8 [height, width, 3].
+
+    Raises:
+        UnreadableImage: the pixels cannot be decoded.
+    """
+    turn = _TURNS.get(_orientation(image))
+    try:
+        pixels, scale = _reduced(image, float((boxes[:, 2:] / sizes).min()))
+        pixels = _rgb(pixels)
+    except _FAILURES as error:
+        raise UnreadableImage(f"cannot be decoded: {error}") from error
+    if turn is not None:
+        pixels = pixels.transpose(turn)
+    views = []
+    for (top, left, height, width), (rows, cols) in zip((boxes / scale).tolist(), sizes.tolist(), strict=True):
+        # A float32 box can end a rounding error beyond the image.
+        box = (left, top, min(left + width, pixels.width), min(top + height, pixels.height))
+        view = pixels.resize((cols, rows), Image.Resampling.BICUBIC, box, reducing_gap=GAP)
+        views.append(np.array(view))
+    return views
+
+
+def patchify(pixels: NDArray[np.uint8], patch_size: int) -> NDArray[np.uint8]:
+    """Cut [h, w, C] into a grid of P x P patches: [rows * cols, P * P * C], both in row-major order.
+
+    Raises:
+        ValueError: a side is no multiple of `patch_size`.
+    """
+    height, width, channels = pixels.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"{height} x {width} px cannot be cut into patches of {patch_size} px.")
+    grid = pixels.reshape(height // patch_size, patch_size, width // patch_size, patch_size, channels)
+    return grid.swapaxes(1, 2).reshape(-1, patch_size**2 * channels)
+
+
+def unpatchify(patches: NDArray[np.uint8], rows: int, cols: int, patch_size: int) -> NDArray[np.uint8]:
+    """The inverse of `patchify`: [rows * cols, P * P * C] to [rows * P, cols * P, C]."""
+    grid = patches.reshape(rows, cols, patch_size, patch_size, -1)
+    return grid.swapaxes(1, 2).reshape(rows * patch_size, cols * patch_size, -1)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8. Read here because Pillow's `getexif` decodes a whole PNG, and warns of damaged EXIF data.
+
+    Pillow itself turns TIFF images, which have the tag in their header and no EXIF block.
+    """
+    exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, start)
+        for entry in range(entries):
+            tag, value = struct.unpack_from(f"{order}H6xH", exif, start + 2 + 12 * entry)
+            if tag == _ORIENTATION:
+                return value if value in _TURNS else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _reduced(image: Image.Image, shrink: float) -> tuple[Image.Image, int]:
+    """The image for views at least `shrink` times smaller, and how many times smaller than `image` it is.
+
+    Only JPEG can be decoded at a fraction of its size. `draft` changes the image, so it is done to another one.
+    """
+    scale = max((scale for scale in (2, 4, 8) if scale * GAP <= shrink), default=1)
+    if scale > 1 and isinstance(image, JpegImagePlugin.JpegImageFile) and isinstance(image.fp, io.BytesIO):
+        smaller = JpegImagePlugin.JpegImageFile(io.BytesIO(image.fp.getvalue()))
+        if smaller.draft(None, (image.width // scale, image.height // scale)):
+            return smaller, scale
+    return image, 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # The high byte, as Pillow does with 16-bit colours.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        # These have no white point: the darkest and brightest pixel are all there is to go by.
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values -= values.min()
+        return Image.fromarray((values * (255 / (values.max() or 1))).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, opaque).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,151 @@
+"""The index: the size and label of every readable image of a source, from one scan of headers, cached."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.files import replacing
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when a cached file means something else than before."""
+
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percent, of `summary`."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The N readable images of a source, in its order."""
+
+    heights: NDArray[np.int32]
+    """[N] pixels of the upright image."""
+    widths: NDArray[np.int32]
+    """[N]"""
+    rows: NDArray[np.int64]
+    """[N] each image's row in the source, ascending."""
+    labels: NDArray[np.int64] | None
+    """[N], or None where the source has none."""
+    classes: list[str] | None
+    """The name of each label, or None."""
+    keys: list[str]
+    """N names for messages."""
+    unreadable: tuple[tuple[str, str], ...]
+    """(key, reason) of every image whose header cannot be read."""
+    hash: str
+    """SHA-256 of rows, sizes, labels and keys: equal wherever the images lie."""
+
+
+def build_index(source: Source, cache: bool = True, progress: Callable[[int], None] | None = None) -> Index:
+    """Scan the headers of a source, or read what an earlier scan of the same files found.
+
+    Args:
+        source: the images.
+        cache: read and write the user's cache folder (`$IJEPA_CACHE`, else `ijepa_enhanced` in `$XDG_CACHE_HOME` or
+            `~/.cache`). A cache that cannot be read is made anew; one that cannot be written is a warning.
+        progress: called with the number of images scanned, now and then.
+    """
+    fingerprint = source.fingerprint() if cache else None
+    path = cache_folder() / f"index-{FORMAT}-{fingerprint}.parquet"
+    scan = None if fingerprint is None else _load(path)
+    if scan is None:
+        scan = _scan(source, progress)
+        if fingerprint is not None:
+            _save(path, scan)
+    heights, widths, reasons = scan
+    readable = np.array([reason is None for reason in reasons], dtype=np.bool_)
+    rows = np.flatnonzero(readable)
+    labels = None if source.labels is None else source.labels[rows]
+    keys = [source.keys[row] for row in rows.tolist()]
+    unreadable = [(key, reason) for key, reason in zip(source.keys, reasons, strict=True) if reason is not None]
+    heights, widths = heights[rows], widths[rows]
+    digest = hashlib.sha256(os.fsencode("\0".join(keys)))
+    for values in (rows, heights, widths, labels):
+        digest.update(b"" if values is None else values.tobytes())
+    return Index(heights, widths, rows, labels, source.classes, keys, tuple(unreadable), digest.hexdigest())
+
+
+def summary(index: Index) -> dict[str, Any]:
+    """What `ijepa index` shows.
+
+    Returns:
+        `images`, `unreadable` and `labels` (distinct ones) are counts; `side` (sqrt(height * width) in pixels) and
+        `aspect` (width / height) map "5%" to "95%" to quantiles, and are empty without images.
+    """
+    heights, widths = index.heights.astype(np.float64), index.widths.astype(np.float64)
+
+    def quantiles(values: NDArray[np.float64]) -> dict[str, float]:
+        if not len(values):
+            return {}
+        return {f"{percent}%": round(float(np.percentile(values, percent)), 3) for percent in QUANTILES}
+
+    return {
+        "images": len(index.rows),
+        "unreadable": len(index.unreadable),
+        "labels": 0 if index.labels is None else len(np.unique(index.labels)),
+        "side": quantiles(np.sqrt(heights * widths)),
+        "aspect": quantiles(widths / heights),
+    }
+
+
+def cache_folder() -> Path:
+    """Where indices are cached."""
+    if chosen := os.environ.get("IJEPA_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ijepa_enhanced")
+
+
+_Scan = tuple[NDArray[np.int32], NDArray[np.int32], list[str | None]]
+
+
+def _scan(source: Source, progress: Callable[[int], None] | None) -> _Scan:
+    """Height, width and reason of every image of the source; the sizes of unreadable ones are 0."""
+    sizes = np.zeros((2, len(source.keys)), dtype=np.int32)
+    reasons: list[str | None] = [None] * len(source.keys)
+    for row in range(len(source.keys)):
+        try:
+            sizes[:, row] = source.size(row)
+        except UnreadableImage as error:
+            reasons[row] = str(error)
+        if progress and ((row + 1) % 1000 == 0 or row + 1 == len(reasons)):
+            progress(row + 1)
+    return sizes[0], sizes[1], reasons
+
+
+def _load(path: Path) -> _Scan | None:
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=["height", "width", "reason"])
+        return (table["height"].to_numpy(), table["width"].to_numpy(), table["reason"].to_pylist())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("The cached index %s cannot be read and is made anew: %s", path, error)
+        return None
+
+
+def _save(path: Path, scan: _Scan) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    heights, widths, reasons = scan
+    table = pa.table({"height": heights, "width": widths, "reason": pa.array(reasons, pa.string())})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            pq.write_table(table, partial)
+    except OSError as error:
+        logger.warning("The index cannot be cached in %s: %s", path.parent, error)

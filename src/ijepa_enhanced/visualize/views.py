@@ -1,0 +1,119 @@
+"""Pictures of a batch as the trainer sees it: the masks of its views, and how the pack is filled."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ijepa_enhanced.data.images import unpatchify
+from ijepa_enhanced.files import replacing
+from ijepa_enhanced.packed import MaskedBatch
+
+COLOURS = np.array(
+    [[230, 159, 0], [86, 180, 233], [0, 158, 115], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 114, 178]],
+    dtype=np.uint8,
+)
+"""Okabe and Ito's palette, told apart by colour-blind eyes too."""
+
+SHEET_WIDTH = 1200
+"""Pixels across a picture."""
+VIEW_SIDE = 176
+"""sqrt(height * width) of a view in the picture of masks, in pixels."""
+VIEWS_SHOWN = 12
+MARGIN = 12
+HATCH = 6
+"""Pixels from one line of a hatching to the next."""
+
+
+def draw_masked_views(batch: MaskedBatch, patch_size: int, path: Path) -> None:
+    """Write a PNG of the first views: each as it is, and beside it what the student sees, with every target hatched.
+
+    What is neither context nor target is white, so is a target where the context would have been.
+    """
+    seen = torch.zeros(batch.packed.segments.total, dtype=torch.bool)
+    seen[batch.context.index] = True
+    bounds = batch.packed.segments.cu_seqlens.numpy()
+    blocks = _blocks(batch)
+    pictures = []
+    for view in range(min(VIEWS_SHOWN, len(batch.packed.segments))):
+        start, stop = bounds[view : view + 2]
+        rows, cols = batch.packed.grids[view].tolist()
+        pixels = unpatchify(batch.packed.values[start:stop].numpy(), rows, cols, patch_size)
+        cell = max(1, round(VIEW_SIDE / (rows * cols) ** 0.5))
+        whole = np.asarray(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC))
+        masked = np.where(_enlarged(seen[start:stop].numpy().reshape(rows, cols), cell)[..., None], whole, 255)
+        targets = [block - start for block in blocks if start <= block[0] < stop]
+        for number, target in enumerate(targets):
+            inside = np.zeros(rows * cols, dtype=np.bool_)
+            inside[target] = True
+            _hatch(masked, _enlarged(inside.reshape(rows, cols), cell), number, len(targets))
+        pictures.append(np.concatenate([whole, np.full((len(whole), MARGIN // 2, 3), 255, np.uint8), masked], axis=1))
+    _save(_sheet(pictures), path)
+
+
+def draw_pack(batch: MaskedBatch, patch_size: int, path: Path) -> None:
+    """Write a PNG of the whole pack: its patches in the order of the stream, line after line like text.
+
+    A frame in the colour of its view is around every patch; a view's first patch is marked by a bar.
+    """
+    cell = max(6, min(16, patch_size))
+    across = SHEET_WIDTH // (cell + 2)
+    total = batch.packed.segments.total
+    down = -(-total // across)
+    patches = batch.packed.values.numpy().reshape(total, patch_size, patch_size, 3)
+    sheet = np.full((down * (cell + 2), across * (cell + 2), 3), 255, np.uint8)
+    bounds = batch.packed.segments.cu_seqlens.numpy()
+    view_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    pick = np.linspace(0, patch_size - 1, cell).round().astype(int)
+    for token in range(total):
+        top, left = (token // across) * (cell + 2), (token % across) * (cell + 2)
+        sheet[top : top + cell + 2, left : left + cell + 2] = COLOURS[view_of[token] % len(COLOURS)]
+        sheet[top + 1 : top + cell + 1, left + 1 : left + cell + 1] = patches[token][pick][:, pick]
+        if token in bounds:
+            sheet[top : top + cell + 2, left : left + 2] = 0
+    _save(Image.fromarray(sheet), path)
+
+
+def _blocks(batch: MaskedBatch) -> list[NDArray[np.int64]]:
+    """The rows of the stream of each target block, in the order of the queries."""
+    answers = np.diff(np.searchsorted(batch.queries.answers.numpy(), batch.queries.segments.cu_seqlens.numpy()))
+    return np.split(batch.target_index.numpy(), np.cumsum(answers)[:-1])
+
+
+def _enlarged(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
+    return mask.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, count: int) -> None:
+    """Hatch and outline a block in place; each of the `count` blocks has its own lines, so overlaps show all."""
+    y, x = np.indices(inside.shape)
+    direction = x + y if number % 2 else x - y
+    lines = direction % (HATCH * 2) == (number // 2) * (HATCH * 2) // max(1, -(-count // 2))
+    edge = np.pad(inside, 2)
+    core = np.logical_and.reduce([edge[2 + dy :, 2 + dx :][: len(y), : len(y[0])] for dy in (-2, 1) for dx in (-2, 1)])
+    pixels[inside & (lines | ~core)] = COLOURS[number % len(COLOURS)]
+
+
+def _sheet(pictures: list[NDArray[np.uint8]]) -> Image.Image:
+    """Pictures set like words in lines of at most `SHEET_WIDTH` pixels."""
+    places, left, top, line = [], MARGIN, MARGIN, 0
+    for picture in pictures:
+        height, width = picture.shape[:2]
+        if left > MARGIN and left + width + MARGIN > SHEET_WIDTH:
+            left, top, line = MARGIN, top + line + MARGIN, 0
+        places.append((left, top))
+        left, line = left + width + 2 * MARGIN, max(line, height)
+    width = max(
+        [SHEET_WIDTH, *(x + picture.shape[1] + MARGIN for (x, _), picture in zip(places, pictures, strict=True))]
+    )
+    sheet = Image.new("RGB", (width, top + line + MARGIN), "white")
+    for place, picture in zip(places, pictures, strict=True):
+        sheet.paste(Image.fromarray(picture), place)
+    return sheet
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")

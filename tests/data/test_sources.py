@@ -1,0 +1,460 @@
+"""Folders, tar shards and the synthetic set, and what is said of those that are missing or damaged."""
+
+import io
+import logging
+import os
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ijepa_enhanced.data import synthetic
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.sources import HEAD, FolderSource, SourceError, SyntheticSource, TarSource, open_source
+
+DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def png(height=4, width=6, colour="red", **options):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def noise_jpeg(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write(root, **files):
+    """Write files by their paths, folders made as needed."""
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def shard(path, members, tar_format=tarfile.USTAR_FORMAT):
+    """A tar file of (name, bytes) members."""
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(*labels, first=0):
+    """Members of one image and one label for every label; image n is n + 1 pixels high."""
+    members = []
+    for number, label in enumerate(labels, start=first):
+        members += [(f"{number:04d}.png", png(height=number + 1)), (f"{number:04d}.cls", label.encode())]
+    return members
+
+
+def heights(source):
+    return [source.size(row)[0] for row in range(len(source.keys))]
+
+
+def test_class_folders_are_labels(tmp_path):
+    write(
+        tmp_path,
+        **{"dog/b.png": png(3), "cat/z.JPG": noise_jpeg(8, 8), "dog/deep/er/a.png": png(5), "cat/a.png": png(7)},
+    )
+    source = FolderSource(tmp_path)
+    assert source.keys == ["cat/a.png", "cat/z.JPG", "dog/b.png", "dog/deep/er/a.png"]
+    assert source.classes == ["cat", "dog"]
+    assert source.labels is not None
+    np.testing.assert_array_equal(source.labels, [0, 0, 1, 1])
+    assert source.labels.dtype == np.int64
+    assert heights(source) == [7, 8, 3, 5]
+    assert source.open(3).size == (6, 5)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    source = FolderSource(write(tmp_path, **{"b.png": png(2), "a.webp": png(1), "notes.txt": b"x"}))
+    assert (source.keys, source.labels, source.classes) == (["a.webp", "b.png"], None, None)
+
+
+def test_a_folder_with_images_on_both_levels_has_no_labels(tmp_path):
+    source = FolderSource(write(tmp_path, **{"dog/b.png": png(), "a.png": png()}))
+    assert (source.keys, source.labels, source.classes) == (["a.png", "dog/b.png"], None, None)
+
+
+def test_one_image_is_a_source(tmp_path):
+    source = open_source(str(write(tmp_path, **{"only.png": png(9, 2)})))
+    assert source.keys == ["only.png"]
+    assert source.size(0) == (9, 2)
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    write(tmp_path, **{"a/b.png": png(), "a/._b.png": b"junk", ".trash/c.png": png(), "a/.thumbs/d.png": png()})
+    source = FolderSource(tmp_path)
+    assert source.keys == ["a/b.png"]
+    assert source.classes == ["a"]
+
+
+def test_classes_without_images_are_none(tmp_path):
+    (tmp_path / "aardvark").mkdir()
+    assert FolderSource(write(tmp_path, **{"bee/a.png": png()})).classes == ["bee"]
+
+
+def test_links_are_followed(tmp_path):
+    real = write(tmp_path / "real", **{"a.png": png()})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "class").symlink_to(real, target_is_directory=True)
+    assert FolderSource(tmp_path / "set").keys == ["class/a.png"]
+
+
+def test_unreadable_files_of_a_folder(tmp_path):
+    write(tmp_path, **{"a.png": b"", "b.png": b"text that is no image", "d.png": png()})
+    (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
+    source = FolderSource(tmp_path)
+    for row, reason in enumerate(
+        ["empty file", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image", "cannot be read: No such file or directory"]
+    ):
+        for read in (source.open, source.size):
+            with pytest.raises(UnreadableImage) as error:
+                read(row)
+            assert str(error.value) == reason
+    assert source.size(3) == (4, 6)
+    assert len(source.fingerprint()) == 64
+
+
+def test_sizes_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    source = FolderSource(write(tmp_path, **{"a.png": png(4, 6, exif=exif)}))
+    assert source.size(0) == (6, 4)
+
+
+def test_headers_longer_than_the_head(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(buffer, "JPEG", icc_profile=bytes(2 * HEAD))
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    webp = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    # The EXIF block of a WebP file lies behind its pixels.
+    Image.fromarray(pixels).save(webp, "WEBP", lossless=True, exif=exif)
+    assert len(webp.getvalue()) > 2 * HEAD
+    source = FolderSource(write(tmp_path, **{"a.jpg": buffer.getvalue(), "b.webp": webp.getvalue()}))
+    assert source.size(0) == (4, 6)
+    assert source.size(1) == (400, 300)
+
+
+def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch):
+    write(tmp_path, **{"a.jpg": noise_jpeg(400, 500)})
+    assert (tmp_path / "a.jpg").stat().st_size > HEAD
+    source = FolderSource(tmp_path)
+    asked = []
+    read = source._read
+    monkeypatch.setattr(source, "_read", lambda row, limit=-1: asked.append(limit) or read(row, limit))
+    assert source.size(0) == (400, 500)
+    assert asked == [HEAD]
+
+
+def test_fingerprint_of_a_folder_knows_names_sizes_and_times(tmp_path):
+    first = write(tmp_path / "first", **{"a.png": png(1), "b.png": png(2)})
+    os.utime(first / "a.png", ns=(10**9, 10**9))
+    before = FolderSource(first).fingerprint()
+    assert FolderSource(first).fingerprint() == before
+    os.utime(first / "a.png", ns=(10**9, 10**9 + 1))
+    later = FolderSource(first).fingerprint()
+    os.utime(first / "a.png", ns=(10**9, 10**9))
+    (first / "a.png").rename(first / "c.png")
+    renamed = FolderSource(first).fingerprint()
+    (first / "c.png").rename(first / "a.png")
+    (first / "a.png").write_bytes(png(1) + b"!")
+    os.utime(first / "a.png", ns=(10**9, 10**9))
+    longer = FolderSource(first).fingerprint()
+    assert len({before, later, renamed, longer}) == 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (
+            "empty",
+            "No images in {}. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff.",
+        ),
+        (
+            "gone",
+            "No file or folder {}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
+            "or 'synthetic'.",
+        ),
+    ],
+)
+def test_folders_that_are_no_source(tmp_path, folder, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    with pytest.raises(SourceError) as error:
+        open_source(str(tmp_path / folder))
+    assert str(error.value) == message.format(tmp_path / folder)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    write(tmp_path, **{"a/b.png": png(), "secret/c.png": png()})
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(SourceError) as error:
+        FolderSource(tmp_path)
+    assert str(error.value) == f"The folder {tmp_path / 'secret'} cannot be listed: Permission denied."
+
+
+def test_shards_of_a_pattern(tmp_path):
+    shard(tmp_path / "train-000009.tar", samples("1", "0"))
+    shard(tmp_path / "train-000010.tar", samples("2", first=2))
+    source = open_source(str(tmp_path / "train-{000009..000010}.tar"))
+    assert source.keys == ["train-000009.tar:0000.png", "train-000009.tar:0001.png", "train-000010.tar:0002.png"]
+    assert source.labels is not None
+    np.testing.assert_array_equal(source.labels, [1, 0, 2])
+    assert source.classes is None
+    assert heights(source) == [1, 2, 3]
+    assert source.open(2).size == (6, 3)
+
+
+def test_shards_of_a_list_in_other_folders(tmp_path):
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        shard(tmp_path / part / "x.tar", samples("0"))
+    source = open_source(str(tmp_path / "{b,a}" / "x.tar"))
+    assert source.keys == ["b/x.tar:0000.png", "a/x.tar:0000.png"]
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, **{"folder/a.png": png(5)})
+    shard(tmp_path / "x.tar", samples("0"))
+    (tmp_path / "classes.txt").write_text("cat\n")
+    assert heights(open_source("folder")) == [5]
+    for spec in ("x.tar", "."):
+        source = open_source(spec)
+        assert (source.keys, source.classes, heights(source)) == (["x.tar:0000.png"], ["cat"], [1])
+
+
+def test_class_names_of_classes_txt(tmp_path):
+    shard(tmp_path / "a.tar", samples("1", "0\n"))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    source = open_source(str(tmp_path / "a.tar"))
+    assert source.classes == ["cat", "dog"]
+    assert source.labels is not None
+    np.testing.assert_array_equal(source.labels, [1, 0])
+
+
+def test_labels_may_be_class_names(tmp_path):
+    path = shard(tmp_path / "a.tar", samples("dog", "ant", "dog"))
+    source = TarSource([path], "a.tar")
+    assert (source.classes, source.labels.tolist()) == (["ant", "dog"], [1, 0, 1])
+    (tmp_path / "classes.txt").write_text("dog\nbee\nant\n")
+    source = TarSource([path], "a.tar")
+    assert (source.classes, source.labels.tolist()) == (["dog", "bee", "ant"], [0, 2, 0])
+
+
+@pytest.mark.parametrize("label", ["2", "dog"])
+def test_labels_beyond_classes_txt(tmp_path, label):
+    shard(tmp_path / "a.tar", samples("0", label))
+    (tmp_path / "classes.txt").write_text("0\n1\n")
+    with pytest.raises(SourceError) as error:
+        open_source(f"{tmp_path}/a.tar")
+    assert str(error.value) == f"{tmp_path}/a.tar has the label '{label}', which is none of the 2 in classes.txt."
+
+
+def test_shards_without_labels(tmp_path):
+    path = shard(tmp_path / "a.tar", [("x.png", png()), ("x.txt", b"a caption"), ("sub/y.JPEG", noise_jpeg(8, 8))])
+    source = TarSource([path], "a.tar")
+    assert (source.keys, source.labels, source.classes) == (["a.tar:x.png", "a.tar:sub/y.JPEG"], None, None)
+    assert source.size(1) == (8, 8)
+
+
+def test_an_image_without_the_label_that_others_have(tmp_path):
+    path = shard(tmp_path / "a.tar", [*samples("0"), ("new.png", png())])
+    source = TarSource([path], "a.tar")
+    assert source.labels.tolist() == [0, -1]
+    with pytest.raises(UnreadableImage, match=r"^no label: its \.cls member is missing$"):
+        source.size(1)
+
+
+def test_samples_end_at_the_first_dot_and_keep_their_folder(tmp_path):
+    members = [("a/1.png", png()), ("a/1.seg.png", png()), ("b/1.png", png()), ("b/1.cls", b"1"), ("a/1.cls", b"0")]
+    source = TarSource([shard(tmp_path / "a.tar", members)], "a.tar")
+    assert source.keys == ["a.tar:a/1.png", "a.tar:b/1.png"]
+    assert source.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names(tmp_path, tar_format):
+    long = "folder/" * 30 + "ü" * 120
+    members = [(f"{long}.png", png(5)), (f"{long}.cls", b"3"), ("b.png", png(6)), ("b.cls", b"0")]
+    source = TarSource([shard(tmp_path / "a.tar", members, tar_format)], "a.tar")
+    assert source.keys == [f"a.tar:{long}.png", "a.tar:b.png"]
+    assert source.labels.tolist() == [3, 0]
+    assert heights(source) == [5, 6]
+
+
+def test_a_shard_cut_within_an_image(tmp_path, caplog):
+    path = shard(tmp_path / "a.tar", [*samples("0", "1"), ("c.jpg", noise_jpeg(400, 500)), ("c.cls", b"1")])
+    with tarfile.open(path) as tar:
+        member = tar.getmember("c.jpg")
+    # More than the head of the image is still there.
+    os.truncate(path, member.offset_data + HEAD + 100)
+    with caplog.at_level(logging.WARNING):
+        source = TarSource([path], "a.tar")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} is cut off or damaged after 3 images; any that follow are lost."
+    ]
+    assert source.keys == ["a.tar:0000.png", "a.tar:0001.png", "a.tar:c.jpg"]
+    assert [source.size(0), source.size(1)] == [(1, 6), (2, 6)]
+    for read in (source.open, source.size):
+        with pytest.raises(UnreadableImage) as error:
+            read(2)
+        assert str(error.value) == f"cut off: its shard ends after {HEAD + 100:,} of its {member.size:,} bytes"
+
+
+@pytest.mark.parametrize("place", ["label", "header", "between", "padding"])
+def test_a_shard_cut_elsewhere(tmp_path, caplog, place):
+    path = shard(tmp_path / "a.tar", samples("0", "class"))
+    with tarfile.open(path) as tar:
+        label, image = tar.getmember("0001.cls"), tar.getmember("0001.png")
+    end = {
+        "label": label.offset_data + 2,
+        "header": label.offset + 100,
+        "between": label.offset,
+        "padding": image.offset_data + image.size,
+    }[place]
+    os.truncate(path, end)
+    with caplog.at_level(logging.WARNING):
+        source = TarSource([path], "a.tar")
+    assert "is cut off or damaged after 2 images" in caplog.text
+    assert source.size(0) == (1, 6)
+    with pytest.raises(UnreadableImage, match=r"^no label: its \.cls member is missing$"):
+        source.open(1)
+
+
+def test_a_whole_shard_warns_of_nothing(tmp_path, caplog):
+    for number, tar_format in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        TarSource([shard(tmp_path / f"{number}.tar", samples("0"), tar_format)], "a.tar")
+    assert not caplog.records
+
+
+def test_a_damaged_header_in_the_middle_is_told(tmp_path, caplog):
+    path = shard(tmp_path / "a.tar", samples("0", "1", "2"))
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("0001.png").offset
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 512)
+    source = TarSource([path], "a.tar")
+    assert source.keys == ["a.tar:0000.png"]
+    assert f"{path} is cut off or damaged after 1 images; any that follow are lost." in caplog.text
+
+
+def test_missing_shards(tmp_path):
+    shard(tmp_path / "t-0.tar", samples("0"))
+    with pytest.raises(SourceError) as error:
+        open_source(f"{tmp_path}/t-{{0..3}}.tar")
+    assert str(error.value) == (
+        f"3 of the 4 shards of {tmp_path}/t-{{0..3}}.tar are missing, the first is {tmp_path}/t-1.tar. "
+        "Check the pattern, or fetch them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"no tar, but words " * 100, "{} is not an uncompressed tar file: "),
+        (png(), "{} is not an uncompressed tar file: "),
+        (b"", "{} is not an uncompressed tar file: empty file."),
+        (bytes(10240), "No images in {}. Members must end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff."),
+    ],
+)
+def test_files_that_are_no_shards(tmp_path, data, message):
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    with pytest.raises(SourceError) as error:
+        open_source(str(path))
+    assert str(error.value).startswith(message.format(path))
+
+
+def test_compressed_shards_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(SourceError, match=r"a\.tar\.gz is not an uncompressed tar file: "):
+        open_source(str(tmp_path / "a.tar.gz"))
+
+
+def test_a_folder_of_shards(tmp_path):
+    shard(tmp_path / "b.tar", samples("1"))
+    shard(tmp_path / "a.tar", samples("0"))
+    assert open_source(str(tmp_path)).keys == ["a.tar:0000.png", "b.tar:0000.png"]
+    shard(tmp_path / "val-0.tar", samples("2"))
+    assert open_source(str(tmp_path), "val").keys == ["val-0.tar:0000.png"]
+
+
+def test_fingerprint_of_shards_knows_times(tmp_path):
+    path = shard(tmp_path / "a.tar", samples("0"))
+    before = TarSource([path], "a.tar").fingerprint()
+    assert TarSource([path], "another name").fingerprint() == before
+    os.utime(path, ns=(1, 1))
+    assert TarSource([path], "a.tar").fingerprint() != before
+
+
+def test_sources_can_be_sent_and_shared(tmp_path):
+    """A copy as another process gets it, and many threads at once, read the same bytes."""
+    shard(tmp_path / "a.tar", [(f"{n}.png", png(n + 1, colour=(n, 0, 0))) for n in range(40)])
+    folder = write(tmp_path / "folder", **{f"{n:02d}.png": png(n + 1, colour=(n, 0, 0)) for n in range(40)})
+    for source in (open_source(str(tmp_path / "a.tar")), open_source(str(folder))):
+        copy = pickle.loads(pickle.dumps(source))
+
+        def look(row, copy=copy):
+            image = copy.open(row)
+            return image.height, image.getpixel((0, 0))[0]
+
+        with ThreadPoolExecutor(8) as pool:
+            seen = list(pool.map(look, list(range(40)) * 5))
+        assert seen == [(n + 1, n) for n in range(40)] * 5
+
+
+def test_synthetic():
+    source = open_source("synthetic", "val")
+    assert len(source.keys) == len(source.labels) == synthetic.IMAGES["val"]
+    assert source.keys[7] == "val-00007"
+    assert source.classes == list(synthetic.CLASSES)
+    sample = synthetic.render("val", 7)
+    assert source.labels[7] == sample.label
+    assert source.size(7) == sample.pixels.shape[:2]
+    np.testing.assert_array_equal(np.asarray(source.open(7)), sample.pixels)
+    assert source.fingerprint() is None
+    assert len(open_source("synthetic").keys) == synthetic.IMAGES["train"]
+
+
+def test_synthetic_parts():
+    with pytest.raises(SourceError) as error:
+        SyntheticSource("test")
+    assert str(error.value) == "The synthetic images have the parts train and val, not 'test'."
+
+
+@pytest.mark.skipif(not (DATA / "caltech-101").is_dir(), reason=f"no caltech-101 in {DATA} (set IJEPA_DATA)")
+def test_caltech():
+    source = open_source(str(DATA / "caltech-101" / "train-{000000..000002}.tar"))
+    assert len(source.keys) == 5722
+    assert open_source(str(DATA / "caltech-101")).keys == source.keys
+    names = (DATA / "caltech-101" / "classes.txt").read_text().split()
+    assert source.classes == names
+    # Keys begin with the class name, so they prove that images and labels belong together.
+    for key, label in zip(source.keys, source.labels.tolist(), strict=True):
+        assert key.partition(":")[2].rpartition("-")[0] == names[label]
+    assert len(open_source(str(DATA / "caltech-101"), "val").keys) == 1434

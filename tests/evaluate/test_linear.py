@@ -1,0 +1,200 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from ijepa_enhanced.evaluate import linear
+from ijepa_enhanced.evaluate.linear import calibrated_loss, linear_probe, softmax_regression, stratified_split
+from ijepa_enhanced.evaluate.scores import top1
+from ijepa_enhanced.randomness import Purpose, generator
+
+
+def clouds(n, d, classes, noise, seed=0):
+    """Train and test images of Gaussian classes: float32 [n, d], int64 [n], twice."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=2 * n)
+    values = rng.normal(size=(classes, d))[labels] + noise * rng.normal(size=(2 * n, d))
+    values, labels = torch.from_numpy(values).float(), torch.from_numpy(labels)
+    return values[:n], labels[:n], values[n:], labels[n:]
+
+
+def digits():
+    values, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    values, labels = values[order].float(), labels[order]
+    return values[:900], labels[:900], values[900:], labels[900:]
+
+
+def best_of_sklearn(train, train_labels, queries, labels):
+    """The best test score over C: more than any protocol may choose, so a bound to come near."""
+    scaler = StandardScaler().fit(train)
+    scores = []
+    for c in (1e-3, 1e-2, 1e-1):
+        model = LogisticRegression(C=c, max_iter=2000).fit(scaler.transform(train), train_labels)
+        scores.append(model.score(scaler.transform(queries), labels))
+    return max(scores)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A tenth of the training, where the test is of the mechanics and not of the score."""
+    monkeypatch.setattr(linear, "STEPS", 300)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [digits, lambda: clouds(1000, 32, 10, 2.0), lambda: clouds(1000, 64, 5, 5.0)],
+    ids=["digits", "clouds", "high-dimensional noise"],
+)
+def test_as_good_as_scikit_learn(problem):
+    train, train_labels, queries, labels = problem()
+    score = top1(linear_probe(train, train_labels, queries), labels)
+    # One point is ten test images. Half of that was measured over seeds and problems; the rest is for other BLAS.
+    assert score > best_of_sklearn(train, train_labels, queries, labels) - 0.01
+
+
+def test_the_rate_is_chosen_by_images_not_trained_on(short):
+    train, train_labels, queries, labels = clouds(500, 200, 5, 8.0)
+    probe = top1(linear_probe(train, train_labels, queries), labels)
+    rng = np.random.default_rng(0)
+    scaler = StandardScaler().fit(train)
+    x, q = (torch.from_numpy(scaler.transform(z)) for z in (train, queries))
+    largest = softmax_regression(x, train_labels, 5, (linear.LEARNING_RATES[-1],), rng)[:, 0]
+    # The largest rate learns its images by heart: the training loss cannot but choose it.
+    assert ((x @ largest).argmax(dim=1) == train_labels).all()
+    assert probe > top1((q @ largest).argmax(dim=1), labels) + 0.03
+
+
+def test_the_chosen_rate_minimises_the_held_out_loss(short, monkeypatch):
+    train, train_labels, queries, _ = clouds(300, 8, 3, 2.0)
+    trained, losses = [], iter([9.0, 8.0, 7.0, 1.0, 7.0, 8.0, 9.0, 9.0, 9.0])
+    fit = linear.softmax_regression
+
+    def spy(x, y, classes, rates, rng):
+        trained.append((len(x), rates))
+        return fit(x, y, classes, rates, rng)
+
+    def loss(logits, y):
+        assert logits.shape == (60, 3)
+        return torch.tensor(next(losses))
+
+    monkeypatch.setattr(linear, "softmax_regression", spy)
+    monkeypatch.setattr(linear, "calibrated_loss", loss)
+    linear_probe(train, train_labels, queries)
+    assert trained == [(240, linear.LEARNING_RATES), (300, (linear.LEARNING_RATES[3],))]
+
+
+def test_same_seed_same_answer_and_no_other_state(short):
+    train, train_labels, queries, _ = clouds(300, 16, 4, 2.5)
+    torch.manual_seed(1)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = linear_probe(train, train_labels, queries, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == before_numpy).all()  # noqa: NPY002
+    torch.manual_seed(2)
+    assert torch.equal(linear_probe(train, train_labels, queries, seed=3), first)
+
+
+def test_scores_hardly_depend_on_the_seed(short):
+    train, train_labels, queries, labels = clouds(1000, 32, 5, 3.0)
+    scores = [top1(linear_probe(train, train_labels, queries, seed), labels) for seed in range(3)]
+    assert max(scores) - min(scores) < 0.01
+
+
+def test_affine_changes_of_the_features_change_nothing(short):
+    train, train_labels, queries, _ = clouds(300, 16, 4, 2.5)
+    expected = linear_probe(train, train_labels, queries)
+    scale = 2.0 ** torch.arange(-8, 8)
+    assert torch.equal(linear_probe(train * scale, train_labels, queries * scale), expected)
+    shifted = linear_probe(train * scale + 10 * scale, train_labels, queries * scale + 10 * scale)
+    assert top1(shifted, expected) > 0.99
+
+
+def test_the_bias_carries_a_shifted_boundary(short):
+    # Nine of ten images are of class 0, with one feature that hardly tells: without a bias it would split the queries.
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy((rng.random(1000) < 0.1).astype(np.int64))
+    train = torch.from_numpy(rng.normal(size=(1000, 1))) + 0.2 * labels[:, None]
+    assert top1(linear_probe(train, labels, train), labels) > 0.85
+
+
+def test_labels_with_gaps_and_classes_of_one_image(short):
+    train, train_labels, queries, labels = clouds(100, 16, 3, 0.5)
+    train = torch.cat([train, torch.full((1, 16), 20.0), torch.full((1, 16), -20.0)])
+    train_labels = torch.cat([train_labels * 10 + 4, torch.tensor([1, 77])])
+    predicted = linear_probe(train, train_labels, queries)
+    assert predicted.dtype == torch.int64
+    assert top1(predicted, labels * 10 + 4) > 0.98
+    assert linear_probe(train, train_labels, train[-2:]).tolist() == [1, 77]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
+def test_a_handful_of_images_one_a_class(short, n):
+    train = torch.eye(n, 6)
+    assert linear_probe(train, torch.arange(n) * 3, train).tolist() == [3 * i for i in range(n)]
+
+
+def test_features_from_inference_mode_in_any_precision(short):
+    train, train_labels, queries, _ = clouds(300, 16, 4, 2.5)
+    with torch.inference_mode():
+        inference_train, inference_queries = train.bfloat16(), queries.bfloat16()
+    expected = linear_probe(train.bfloat16().double(), train_labels, queries.bfloat16().double())
+    assert top1(linear_probe(inference_train, train_labels, inference_queries), expected) > 0.99
+
+
+def test_a_fifth_of_every_class_is_held_out():
+    numbers = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(5), [50, 23, 9, 100, 1])))
+    fitted, held_out = stratified_split(numbers, generator(0, Purpose.HOLDOUT))
+    assert sorted(torch.cat([fitted, held_out]).tolist()) == list(range(183))
+    for count, held in zip(numbers.bincount(), numbers[held_out].bincount(minlength=5), strict=True):
+        assert count // 5 <= held <= -(-count // 5)
+    assert set(held_out.tolist()) != set(stratified_split(numbers, generator(1, Purpose.HOLDOUT))[1].tolist())
+
+
+def test_one_step_is_the_gradient_autograd_finds(monkeypatch):
+    monkeypatch.setattr(linear, "STEPS", 1)
+    monkeypatch.setattr(linear, "LEAST_EPOCHS", 1)
+    x, y, _, _ = clouds(100, 7, 4, 1.0)
+    weights = torch.zeros(7, 4, requires_grad=True)
+    F.cross_entropy(x @ weights, y).backward()
+    got = softmax_regression(x, y, 4, (0.5, 2.0), np.random.default_rng(0))
+    torch.testing.assert_close(got, torch.stack([-0.5 * weights.grad, -2 * weights.grad], dim=1))
+
+
+def test_training_is_torchs_sgd_with_a_cosine_schedule(monkeypatch):
+    monkeypatch.setattr(linear, "STEPS", 30)
+    x, y, _, _ = clouds(600, 7, 4, 1.0)
+    got = softmax_regression(x, y, 4, (0.01, 0.3), np.random.default_rng(5))
+    rng = np.random.default_rng(5)
+    weights = torch.zeros(7, 4, requires_grad=True)
+    optimizer = torch.optim.SGD([weights], lr=0.3, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+    for _ in range(10):
+        for rows in np.array_split(rng.permutation(600), 3):
+            optimizer.zero_grad()
+            F.cross_entropy(x[rows] @ weights, y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    torch.testing.assert_close(got[:, 1], weights.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_calibrated_loss_forgets_confidence_and_keeps_order():
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.0]])
+    y = torch.tensor([0, 1, 2])
+    assert calibrated_loss(4 * logits, y).item() == pytest.approx(calibrated_loss(logits, y).item())
+    assert calibrated_loss(logits, y) < 3 * math.log(3)
+    assert calibrated_loss(torch.zeros(3, 3), y).item() == pytest.approx(3 * math.log(3))
+    # Two right and one wrong beat one right and two wrong, however sure they are.
+    assert calibrated_loss(50 * logits, y) < calibrated_loss(logits, torch.tensor([0, 2, 2]))
+
+
+def test_what_makes_no_sense_is_an_error():
+    with pytest.raises(ValueError, match="one is -1"):
+        linear_probe(torch.eye(3), torch.tensor([0, 1, -1]), torch.eye(3))
+    with pytest.raises(ValueError, match="0 training images"):
+        linear_probe(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.eye(3))
