@@ -277,7 +277,8 @@ def class_numbers(train: Index, val: Index, options: Namespace) -> Tensor:
         RequestError: a class of the validation source is missing in the training source.
     """
     if train.classes is None or val.classes is None:
-        return torch.arange(1 + int(max(val.labels.max(), train.labels.max())))
+        assert val.labels is not None
+        return torch.arange(1 + int(val.labels.max()))
     for name in val.classes:
         if name not in train.classes:
             raise RequestError(f"{options.val} has a class '{name}' that {options.train} has not.")

@@ -61,6 +61,12 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def webp_header(width, height):
+    """An extended WebP header of the given size without pixels: 30 bytes."""
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<II", 10, 0) + sides
+
+
 @pytest.mark.parametrize(
     ("file_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {})]
 )
@@ -233,9 +239,10 @@ def test_fractions_of_a_pixel_are_respected():
 
 
 def test_a_box_may_end_a_rounding_error_beyond_the_image():
-    box = np.array([[0.1, 0.1, 2.9, 2.9]], dtype=np.float32)
-    assert float(box[0, 0].astype(float) + box[0, 2].astype(float)) > 3
-    assert decode_views(Image.fromarray(noise(3, 3)), box, np.array([[4, 4]]))[0].shape == (4, 4, 3)
+    pixels = noise(3, 3)
+    beyond = np.nextafter(np.float32(3), np.float32(4))
+    view = decode_views(Image.fromarray(pixels), np.array([[0, 0, beyond, beyond]]), np.array([[3, 3]]))[0]
+    np.testing.assert_array_equal(view, pixels)
 
 
 def test_shrinking_antialiases():
@@ -324,6 +331,7 @@ def test_animations_show_their_first_frame():
         (png_header(20000, 20000), "20000 x 20000 px is above the limit of 89,478,485 px"),
         (png_header(10000, 9000), "10000 x 9000 px is above the limit of 89,478,485 px"),
         (encode(Image.new("RGB", (9, 9)), "JPEG")[:40], "damaged header: Truncated File Read"),
+        (webp_header(16384, 16384), "damaged header: Image size (268435456 pixels) exceeds limit"),
         (b"RIFF\x24\0\0\0WAVEfmt ", "damaged header: not a WEBP file"),
         (b"\x89PNG\r\n\x1a\n", "damaged header: unpack_from requires a buffer"),
     ],
@@ -360,6 +368,30 @@ def test_truncated_webp_is_found_at_once_or_on_decoding():
     data = encode(Image.fromarray(noise(64, 64)), "WEBP")
     with pytest.raises(UnreadableImage, match=r"^(damaged header|cannot be decoded): "):
         whole(open_image(data[: len(data) // 2]))
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, ZeroDivisionError, struct.error],
+)
+def test_whatever_damage_makes_pillow_raise_is_a_reason(monkeypatch, failure):
+    def fail(image):
+        raise failure("broken")
+
+    image = open_image(encode(Image.new("RGB", (4, 4)), "PNG"))
+    monkeypatch.setattr(type(image), "load", fail)
+    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: '?broken'?$"):
+        whole(image)
+
+
+def test_a_lack_of_memory_is_not_the_image_s_fault(monkeypatch):
+    def fail(image):
+        raise MemoryError
+
+    image = open_image(encode(Image.new("RGB", (4, 4)), "PNG"))
+    monkeypatch.setattr(type(image), "load", fail)
+    with pytest.raises(MemoryError):
+        whole(image)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -159,6 +159,10 @@ def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "_read", lambda row, limit=-1: asked.append(limit) or read(row, limit))
     assert source.size(0) == (400, 500)
     assert asked == [HEAD]
+    (tmp_path / "a.jpg").write_bytes(b"short and no image")
+    with pytest.raises(UnreadableImage):
+        source.size(0)
+    assert asked == [HEAD, HEAD], "what is shorter than the head is not read twice"
 
 
 def test_fingerprint_of_a_folder_knows_names_sizes_and_times(tmp_path):
@@ -169,9 +173,9 @@ def test_fingerprint_of_a_folder_knows_names_sizes_and_times(tmp_path):
     os.utime(first / "a.png", ns=(10**9, 10**9 + 1))
     later = FolderSource(first).fingerprint()
     os.utime(first / "a.png", ns=(10**9, 10**9))
-    (first / "a.png").rename(first / "c.png")
+    (first / "a.png").rename(first / "aa.png")
     renamed = FolderSource(first).fingerprint()
-    (first / "c.png").rename(first / "a.png")
+    (first / "aa.png").rename(first / "a.png")
     (first / "a.png").write_bytes(png(1) + b"!")
     os.utime(first / "a.png", ns=(10**9, 10**9))
     longer = FolderSource(first).fingerprint()

@@ -1,4 +1,4 @@
-"""What the loader keeps of the rate of a bare Pillow loop: `python -m ijepa_enhanced.benchmarks.loader --source SOURCE`.
+"""What the loader keeps of a bare Pillow loop's rate: `python -m ijepa_enhanced.benchmarks.loader --source SOURCE`.
 
 Both decode, crop and resize the same boxes to the same sizes with the same filter, in one process and by turns;
 the loader also cuts patches, packs them and draws masks.

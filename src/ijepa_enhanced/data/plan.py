@@ -315,9 +315,9 @@ class Plan:
         enough = (grids.prod(axis=2) >= MIN_TOKENS).all(axis=1)
         if enough.sum() < MIN_IMAGES:
             raise PlanError(
-                f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} patches of {self.patch_size} px "
-                f"or more, and {enough.sum()} of {len(enough)} have. Add images, raise data.min_side, or take a smaller "
-                "encoder.patch_size."
+                f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} patches of "
+                f"{self.patch_size} px or more, and {enough.sum()} of {len(enough)} have. Add images, raise "
+                "data.min_side, or take a smaller encoder.patch_size."
             )
         images = np.flatnonzero(enough)
         tokens = grids[images].prod(axis=2).sum(axis=1)

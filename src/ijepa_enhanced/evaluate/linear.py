@@ -13,12 +13,14 @@ from ijepa_enhanced.evaluate.knn import comparable
 from ijepa_enhanced.randomness import Purpose, generator
 
 LEARNING_RATES = tuple(10 ** (power / 2) for power in range(-8, 1))
-"""Half decades from 1e-4 to 1; on features of unit variance the best lay inside for every problem measured."""
-STEPS, LEAST_EPOCHS, BATCH = 3000, 10, 256
-"""A number of steps, not of epochs, so that a learning rate means the same for a part of the images and for all; ten
-epochs where that is more. With these the probe stays within about half a point of scikit-learn's L-BFGS."""
-MOMENTUM = 0.9
+"""Half decades. At 1e-4 training hardly leaves its first direction, that of the class means, so lower rates would only
+repeat it; the best rate of the worst conditioned problem measured was 0.3."""
+STEPS, LEAST_EPOCHS, BATCH, MOMENTUM = 3000, 10, 256, 0.9
+"""A number of steps, not of epochs, so that a learning rate means the same for four fifths of the images and for all;
+ten epochs where that is more. On nine problems, three seeds each, top-1 was on average that of scikit-learn's L-BFGS
+with L2 strength cross-validated, and at worst 0.7 points below it (mean of the seeds)."""
 TEMPERATURES = tuple(2 ** (power / 2) for power in range(-8, 17))
+"""Half octaves from 1/16, for layers that hardly moved from zero, to 256, for those that know their images by heart."""
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         maps: list[Tensor] = []
         for packed, features in self._features(images, side, tokens_per_pack):
             views = torch.split(features, list(packed.segments.lengths))
-            maps += [view.unflatten(0, tuple(grid)) for view, grid in zip(views, packed.grids.tolist(), strict=True)]
+            maps += [view.view(*grid, self.width) for view, grid in zip(views, packed.grids.tolist(), strict=True)]
         return maps
 
     @torch.inference_mode()

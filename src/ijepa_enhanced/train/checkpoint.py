@@ -69,7 +69,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Load weights and moments in place."""
     weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
     state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:  # comes with the extra `plots`
-    SummaryWriter = None
+    SummaryWriter = None  # type: ignore[assignment, misc]
 
 PLAIN_SECONDS = 10.0
 """Where stderr is no terminal, a line of progress at most this often."""
@@ -34,7 +34,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, offset: int) -> None:
         self.file = (folder / "log.jsonl").open("ab")
         self.file.truncate(offset)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step) if SummaryWriter else None
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step) if SummaryWriter else None  # type: ignore[truthy-function]
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: the step and its values."""

@@ -88,11 +88,12 @@ def _enlarged(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
 
 def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, count: int) -> None:
     """Hatch and outline a block in place; each of the `count` blocks has its own lines, so overlaps show all."""
+    height, width = inside.shape
     y, x = np.indices(inside.shape)
     direction = x + y if number % 2 else x - y
     lines = direction % (HATCH * 2) == (number // 2) * (HATCH * 2) // max(1, -(-count // 2))
     edge = np.pad(inside, 2)
-    core = np.logical_and.reduce([edge[2 + dy :, 2 + dx :][: len(y), : len(y[0])] for dy in (-2, 1) for dx in (-2, 1)])
+    core = np.logical_and.reduce([edge[2 + dy :, 2 + dx :][:height, :width] for dy in (-2, 1) for dx in (-2, 1)])
     pixels[inside & (lines | ~core)] = COLOURS[number % len(COLOURS)]
 
 

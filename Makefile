@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: quickstart test lint bench clean
+
+## Train a small encoder on the built-in images and score it against its random start.
+quickstart: .venv/installed
+	rm -rf runs/quickstart
+	$(BIN)/ijepa train --config quickstart --run runs/quickstart
+	$(BIN)/ijepa evaluate runs/quickstart --train synthetic --val synthetic --side 64 --baselines
+
+## Lint, types and tests.
+test: lint
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+## Every speed table, written to benchmarks/results.
+bench: .venv/installed-dev
+	$(BIN)/ijepa benchmark packing --csv
+	$(BIN)/ijepa benchmark loader --csv
+
+clean:
+	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -prune -exec rm -rf {} + -o -name '*.egg-info' -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[plots]'
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[dev]'
+	touch $@ .venv/installed
