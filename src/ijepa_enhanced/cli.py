@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 from torch import Tensor
 
@@ -42,16 +41,20 @@ from ijepa_enhanced.visualize.views import draw_masked_views, draw_pack
 logger = logging.getLogger("ijepa_enhanced")
 
 
+class StderrHandler(logging.Handler):
+    """Writes to what is stderr at that moment: a progress bar puts itself there to keep below the messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        print(self.format(record), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=debug)],
-        force=True,
-    )
+    logging.basicConfig(handlers=[StderrHandler()], format="%(message)s", force=True)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         options = parse(arguments)
         return COMMANDS[options.subcommand](options[options.subcommand])

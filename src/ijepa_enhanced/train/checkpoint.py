@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     try:
         partial.mkdir(parents=True)
         weights, moments = get_state_dict(model, optimizer)
-        state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
+        with _single_process():
+            state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
         (partial / "progress.json").write_text(json.dumps(progress))
         for written in (*partial.iterdir(), partial):
             _flush(written)
@@ -70,8 +74,17 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
     """Load weights and moments in place."""
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
+    with _single_process():
+        state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """Without PyTorch's warning that there is no process group, which is what `no_dist` says already."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -90,4 +103,7 @@ def _reason(error: BaseException) -> str:
     """The operating system's own words, which PyTorch's writer wraps in its own."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause and cause.strerror) or str(error).splitlines()[0]

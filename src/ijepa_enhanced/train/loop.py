@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -141,6 +141,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     optimizer = make_optimizer(model)
     learned = [value for value in model.parameters() if value.requires_grad]
     done, images_shown, log_bytes, cursor = 0, 0, 0, Cursor(0, 0)
+    meter = Meter()
     checkpoints = folder / "checkpoints"
     if resume and (checkpoint := latest_checkpoint(checkpoints)):
         progress = read_progress(checkpoint)
@@ -149,6 +150,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         load_checkpoint(checkpoint, model, optimizer)
         done, images_shown, log_bytes = progress["step"], progress["images"], progress["log_bytes"]
         cursor = Cursor(*progress["cursor"])
+        meter.restore(progress["meter"])
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
     if config.compile:
         for network in (model.student, model.teacher, model.predictor):
@@ -158,7 +160,6 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     dataset = PackDataset(source, index, config.encoder.patch_size, config.masks, config.seed)
     loader = make_loader(dataset, plan.packs(cursor), config.data.workers, pin_memory=device.type == "cuda")
     stream = iter(loader)
-    meter = Meter()
     with RunLog(folder, done, log_bytes) as log, ProgressBar(total, done) as bar, StopSignals() as stop:
 
         def save() -> None:
@@ -169,6 +170,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
                 "plan": plan.hash,
                 "config": dataclasses.asdict(config),
                 "log_bytes": log.sync(),
+                "meter": meter.state(),
                 "unreadable": unreadable.found,
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
@@ -266,16 +268,31 @@ class Unreadable:
 
 
 class Meter:
-    """Losses and rates since the last reading; nothing is read from the device before that."""
+    """Losses and rates since the last reading; nothing is read from the device before that, or before a checkpoint."""
 
     def __init__(self) -> None:
-        self._reset()
+        self.steps = 0
+        self.losses: list[Tensor] = []
+        self.tokens: list[int] = []
+        self._start()
 
-    def _reset(self) -> None:
+    def _start(self) -> None:
         self.start = time.perf_counter()
         self.waited = 0.0
-        self.losses: list[Tensor] = []
-        self.steps, self.packs, self.views, self.tokens = 0, 0, 0, 0
+        self.views = 0
+        self.earlier = len(self.tokens)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint between two readings keeps, so that the next reading is the same after resuming."""
+        losses = [losses.tolist() for losses in self.losses]
+        return {"steps": self.steps, "losses": losses, "tokens": self.tokens}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.steps = state["steps"]
+        self.losses = [torch.tensor(losses) for losses in state["losses"]]
+        self.tokens = state["tokens"]
+        self._start()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -288,24 +305,31 @@ class Meter:
     def add(self, losses: Losses, batch: Batch) -> None:
         """Count one pack."""
         self.losses.append(torch.stack([losses.total.detach(), losses.prediction, losses.stabilizer]))
-        self.packs += 1
+        self.tokens.append(batch.packed.segments.total)
         self.views += len(batch.packed.segments)
-        self.tokens += batch.packed.segments.total
 
     def read(self, tokens_per_pack: int) -> dict[str, float]:
-        """Means over the steps since the last reading, and begin anew."""
+        """Means over the steps since the last reading, and begin anew.
+
+        Raises:
+            RunError: there was nothing to train on.
+        """
         seconds = time.perf_counter() - self.start
-        loss, prediction, stabilizer = (torch.stack(self.losses).sum(dim=0) / self.steps).tolist()
+        if not self.losses:
+            raise RunError(f"No image of the last {self.steps} steps could be read.")
+        total = torch.stack([losses.to(self.losses[-1].device) for losses in self.losses]).sum(dim=0)
+        loss, prediction, stabilizer = (total / self.steps).tolist()
         values = {
             "loss": loss,
             "prediction": prediction,
             "stabilizer": stabilizer,
             "views_per_second": self.views / seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "fill": self.tokens / (self.packs * tokens_per_pack),
+            "tokens_per_second": sum(self.tokens[self.earlier :]) / seconds,
+            "fill": sum(self.tokens) / (len(self.tokens) * tokens_per_pack),
             "data_wait": self.waited / seconds,
         }
-        self._reset()
+        self.steps, self.losses, self.tokens = 0, [], []
+        self._start()
         return values
 
 

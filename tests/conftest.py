@@ -1,0 +1,84 @@
+"""What all tests share."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijepa_enhanced.data.loader import apply_masks
+from ijepa_enhanced.masks import MaskConfig, draw_masks
+from ijepa_enhanced.packed import MaskedBatch, Packed
+from ijepa_enhanced.randomness import Purpose, generator
+
+# Two, as on the smallest machine we promise to run on; fewer where the caller asks for fewer.
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+MakeStream = Callable[[Sequence[tuple[int, int]], int], Packed]
+MakeBatch = Callable[..., MaskedBatch]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or writes the user's own cache of indices."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IJEPA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with Caltech-101 and Imagenette as tar shards."""
+    if not DATA.is_dir():
+        pytest.skip(f"no images in {DATA}: set IJEPA_DATA to the folder that holds caltech-101 and imagenette-224")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def make_stream() -> MakeStream:
+    """Streams of random patches of 8 px; what a view shows depends on (seed, its place among the grids)."""
+
+    def make(grids: Sequence[tuple[int, int]], seed: int = 0) -> Packed:
+        patches = [
+            np.random.default_rng([seed, view]).integers(0, 256, (rows * cols, 8 * 8 * 3), dtype=np.uint8)
+            for view, (rows, cols) in enumerate(grids)
+        ]
+        return Packed.of_grids(np.concatenate(patches), np.array(grids))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch(make_stream: MakeStream) -> MakeBatch:
+    """A pack of the given views of random patches, or, with `only`, of those of them alone, in that order.
+
+    A view's patches and masks depend on (seed, its place among all the grids), not on the pack it is in.
+    """
+
+    def make(grids: Sequence[tuple[int, int]], seed: int = 0, only: Sequence[int] | None = None) -> MaskedBatch:
+        views = range(len(grids)) if only is None else only
+        patches = make_stream(grids, seed).split()
+        packed = Packed.of_grids(torch.cat([patches[view] for view in views]).numpy(), np.array(grids)[list(views)])
+        masks = [draw_masks(*grids[view], MaskConfig(), generator(seed, Purpose.MASKS, image=view)) for view in views]
+        return MaskedBatch(packed, torch.tensor(list(views)), None, (0, 0), (), *apply_masks(packed, masks))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, `dark` and `light`, of five small images each, PNG and JPEG, all of different sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (folder / name).mkdir()
+        for number in range(5):
+            pixels = rng.integers(low, low + 128, (36 + 5 * number, 56 - 3 * number, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.{'jpg' if number % 2 else 'png'}")
+    return folder

@@ -1,0 +1,307 @@
+"""From packs to batches: the right pixels and masks, whoever decodes them and whatever cannot be decoded."""
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.loader import PackDataset, apply_masks, make_loader
+from ijepa_enhanced.data.plan import Cursor, DataConfig, Pack, Plan
+from ijepa_enhanced.data.sources import FolderSource
+from ijepa_enhanced.masks import MaskConfig, draw_masks
+from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
+from ijepa_enhanced.randomness import Purpose, generator
+
+PATCH = 8
+SEED = 11
+CONFIG = DataConfig(tokens_per_pack=512, min_side=48, max_side=96, views=2, packs_per_step=2)
+
+# One or two processors are enough for these tests; PyTorch warns of more workers than processors.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def picture(number: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Smooth colours that differ from place to place and from image to image."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin((number + 2) * y / (31 + c) + (c + 1) * x / 17 + number) for c in range(3)]
+    return np.stack([(127 * (wave + 1)).astype(np.uint8) for wave in waves], axis=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images of two classes; row 0 cannot even be indexed, so that rows are not positions in the index."""
+    for number in range(12):
+        path = tmp_path / "ab"[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(picture(number, 60 + 7 * number, 140 - 5 * number)).save(path)
+    (tmp_path / "a" / "00.png").write_bytes(b"")
+    return tmp_path
+
+
+class Scene:
+    """A source, its index, and the packs of an epoch."""
+
+    def __init__(self, folder: Path, config: DataConfig = CONFIG) -> None:
+        self.source = FolderSource(folder)
+        self.index: Index = build_index(self.source, cache=False)
+        self.plan = Plan(self.index, config, PATCH, SEED)
+        epoch = self.plan.epoch(3)
+        self.packs: list[Pack] = [epoch[number] for number in range(len(epoch))]
+
+    def dataset(self, masks: MaskConfig | None = None) -> PackDataset:
+        return PackDataset(self.source, self.index, PATCH, masks, SEED)
+
+
+@pytest.fixture
+def scene(folder: Path) -> Scene:
+    made = Scene(folder)
+    assert len(made.index.rows) == 11
+    assert len(made.packs) > 2
+    return made
+
+
+def flat(value: Any, name: str = "batch") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a batch, with its name."""
+    if hasattr(value, "__dataclass_fields__"):
+        for field in value.__dataclass_fields__:
+            yield from flat(getattr(value, field), f"{name}.{field}")
+    else:
+        yield name, value
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert type(one) is type(other)
+    for (name, ours), (same_name, theirs) in zip(flat(one), flat(other), strict=True):
+        assert name == same_name
+        if isinstance(ours, torch.Tensor):
+            assert ours.dtype == theirs.dtype, name
+            assert torch.equal(ours, theirs), name
+        else:
+            assert ours == theirs, name
+
+
+# --- pixels
+
+
+def test_a_view_is_the_crop_resized_and_cut_into_patches(scene: Scene) -> None:
+    pack = scene.packs[1]
+    batch = scene.dataset()[pack]
+    assert type(batch) is Batch
+    assert len(batch.packed.split()) == len(pack.images) > 4
+    for number, patches in enumerate(batch.packed.split()):
+        row = int(scene.index.rows[pack.images[number]])
+        top, left, height, width = pack.boxes[number].tolist()
+        rows, cols = pack.grids[number].tolist()
+        with Image.open(scene.source.root / scene.source.keys[row]) as image:
+            assert (image.height, image.width) == (scene.index.heights[row - 1], scene.index.widths[row - 1])
+            box = (left, top, min(left + width, image.width), min(top + height, image.height))
+            pixels = np.asarray(image.resize((cols * PATCH, rows * PATCH), Image.Resampling.BICUBIC, box))
+        assert patches.dtype == torch.uint8
+        assert patches.shape == (rows * cols, PATCH * PATCH * 3)
+        for token, (r, c) in enumerate(itertools.product(range(rows), range(cols))):
+            patch = pixels[r * PATCH : (r + 1) * PATCH, c * PATCH : (c + 1) * PATCH]
+            assert patches[token].tolist() == patch.ravel().tolist()
+
+
+def test_a_batch_says_whose_views_it_holds(scene: Scene) -> None:
+    for pack in scene.packs:
+        batch = scene.dataset()[pack]
+        assert batch.image_ids.tolist() == scene.index.rows[pack.images].tolist()
+        assert batch.image_ids.min() > 0, "rows of the source, whose first cannot be read"
+        classes = [scene.source.keys[row][0] for row in batch.image_ids.tolist()]
+        assert batch.labels is not None
+        assert ["ab"[label] for label in batch.labels.tolist()] == classes
+        assert batch.packed.grids.tolist() == pack.grids.tolist()
+        assert batch.packed.segments.lengths == tuple(pack.grids.prod(axis=1).tolist())
+        assert (batch.cursor, batch.unreadable) == (pack.cursor, ())
+
+
+def test_a_source_without_labels_gives_none(folder: Path) -> None:
+    (folder / "loose.png").write_bytes((folder / "a" / "02.png").read_bytes())
+    scene = Scene(folder)
+    assert scene.dataset()[scene.packs[0]].labels is None
+
+
+# --- masks
+
+
+def test_masks_are_those_of_the_image_s_own_generator(scene: Scene) -> None:
+    config = MaskConfig()
+    for pack in scene.packs:
+        batch = scene.dataset(config)[pack]
+        assert isinstance(batch, MaskedBatch)
+        assert_same(Batch(*(getattr(batch, name) for name in Batch.__dataclass_fields__)), scene.dataset()[pack])
+        expected = []
+        for image, view, (rows, cols) in zip(pack.images, pack.views, pack.grids.tolist(), strict=True):
+            row = int(scene.index.rows[image])
+            rng = generator(SEED, Purpose.MASKS, epoch=3, image=row, view=int(view))
+            expected.append(draw_masks(rows, cols, config, rng))
+        assert pack.views.max() == 1
+        selection, queries, target_index = apply_masks(batch.packed, expected)
+        for (name, ours), (_, theirs) in zip(
+            [*flat(batch.context), *flat(batch.queries), *flat(batch.target_index)],
+            [*flat(selection), *flat(queries), *flat(target_index)],
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, name
+
+
+def test_masks_do_not_depend_on_the_pack_but_on_image_view_and_epoch(scene: Scene) -> None:
+    dataset = scene.dataset(MaskConfig())
+    pack = scene.packs[0]
+    chosen = slice(2, 4)
+    parts = (pack.images[chosen], pack.views[chosen], pack.boxes[chosen], pack.grids[chosen])
+    whole, alone = dataset[pack], dataset[Pack(Cursor(3, 9), *parts)]
+    later = dataset[Pack(Cursor(4, 9), *parts)]
+    assert isinstance(whole, MaskedBatch)
+    assert isinstance(alone, MaskedBatch)
+    assert isinstance(later, MaskedBatch)
+    start = int(whole.packed.segments.cu_seqlens[2])
+    begin, end = whole.context.segments.cu_seqlens[[2, 4]].tolist()
+    assert torch.equal(whole.context.index[begin:end] - start, alone.context.index)
+    assert alone.context.index.tolist() != later.context.index.tolist()
+    assert torch.equal(alone.packed.values, later.packed.values)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 7), st.integers(4, 7)), max_size=5),
+    st.integers(1, 5),
+    st.integers(0, 2**32),
+)
+def test_masks_become_indices_as_their_definition_says(grids: list[tuple[int, int]], targets: int, seed: int) -> None:
+    tokens = sum(rows * cols for rows, cols in grids)
+    packed = Packed.of_grids(np.arange(tokens), np.array(grids, dtype=np.int64).reshape(-1, 2))
+    rng = np.random.default_rng(seed)
+    config = MaskConfig(targets=targets, max_target_area=0.6)
+    drawn = [draw_masks(rows, cols, config, rng) for rows, cols in grids]
+    context, queries, target_index = apply_masks(packed, drawn)
+
+    views = packed.split()  # the numbers of each view's tokens in the stream
+    contexts = [view[masks.context].tolist() for view, masks in zip(views, drawn, strict=True)]
+    assert context.index.tolist() == list(itertools.chain(*contexts))
+    assert context.segments.lengths == tuple(map(len, contexts))
+
+    # Every (view, block) is a segment: the view's context tokens, then the block's positions as mask tokens.
+    places = packed.positions.tolist()
+    mask_token = len(context.index)
+    segments = zip(
+        queries.source.split(list(queries.segments.lengths)),
+        queries.positions.split(list(queries.segments.lengths)),
+        queries.grids.tolist(),
+        strict=True,
+    )
+    answered = []
+    for view, masks in enumerate(drawn):
+        for block in masks.targets:
+            source, positions, grid = next(segments)
+            hidden = views[view][block].tolist()
+            seen = len(contexts[view])
+            assert context.index[source[:seen]].tolist() == contexts[view]
+            assert source[seen:].tolist() == [mask_token] * len(hidden)
+            assert positions.tolist() == [places[token] for token in contexts[view] + hidden]
+            assert grid == list(grids[view])
+            answered += hidden
+    assert next(segments, None) is None
+    assert target_index.tolist() == answered
+    assert queries.answers.tolist() == (queries.source == mask_token).nonzero().flatten().tolist()
+    for index in (context.index, queries.source, queries.answers, target_index):
+        assert index.dtype == torch.int64
+
+
+# --- what cannot be decoded
+
+
+def damage(scene: Scene, row: int) -> None:
+    """Cut an image off after its header, so that only decoding finds out."""
+    path = scene.source.root / scene.source.keys[row]
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_an_image_that_cannot_be_decoded_is_left_out_and_named(scene: Scene, place: str) -> None:
+    pack = scene.packs[0]
+    images = pack.images[:: CONFIG.views]
+    image = images[{"first": 0, "middle": len(images) // 2, "last": -1}[place]]
+    row = int(scene.index.rows[image])
+    others = pack.images != image
+    without = Pack(pack.cursor, *(x[others] for x in (pack.images, pack.views, pack.boxes, pack.grids)))
+    dataset = scene.dataset(MaskConfig())
+    expected = dataset[without]
+    damage(scene, row)
+    batch = dataset[pack]
+    ((named, reason),) = batch.unreadable
+    assert named == row, "once, though it had two views"
+    assert reason.startswith("cannot be decoded: ")
+    assert len(batch.image_ids) == len(pack.images) - 2
+    for name, value in flat(batch):
+        if name != "batch.unreadable":
+            theirs = dict(flat(expected))[name]
+            assert torch.equal(value, theirs) if isinstance(value, torch.Tensor) else value == theirs, name
+
+
+@pytest.mark.parametrize("masks", [None, MaskConfig()])
+def test_a_pack_of_which_nothing_can_be_decoded_is_an_empty_batch(scene: Scene, masks: MaskConfig | None) -> None:
+    for row in scene.index.rows.tolist():
+        damage(scene, row)
+    pack = scene.packs[0]
+    batch = scene.dataset(masks)[pack]
+    assert [row for row, _ in batch.unreadable] == scene.index.rows[pack.images[::2]].tolist()
+    assert batch.packed.values.shape == (0, PATCH * PATCH * 3)
+    assert batch.packed.segments.lengths == ()
+    assert batch.packed.grids.shape == (0, 2)
+    assert batch.image_ids.tolist() == []
+    assert batch.labels is not None
+    assert batch.labels.tolist() == []
+    if isinstance(batch, MaskedBatch):
+        assert len(batch.target_index) == len(batch.queries.source) == len(batch.context.index) == 0
+        assert batch.packed.select(batch.context).values.shape == (0, PATCH * PATCH * 3)
+    else:
+        assert masks is None
+
+
+# --- workers
+
+
+def test_batches_are_the_same_and_in_order_whoever_makes_them(scene: Scene) -> None:
+    damage(scene, int(scene.index.rows[scene.packs[0].images[2]]))
+    packs = list(itertools.islice(scene.plan.packs(Cursor(0, 0)), 2 * len(scene.packs) + 1))
+    assert {pack.cursor.epoch for pack in packs} >= {0, 1}
+    dataset = scene.dataset(MaskConfig())
+    alone = [dataset[pack] for pack in packs]
+    assert any(batch.unreadable for batch in alone)
+    for workers in (0, 1, 2):
+        loaded = list(make_loader(dataset, packs, workers))
+        assert [batch.cursor for batch in loaded] == [pack.cursor for pack in packs]
+        for ours, theirs in zip(loaded, alone, strict=True):
+            assert_same(ours, theirs)
+
+
+def test_an_endless_sequence_of_packs_is_loaded_as_it_is_asked_for(scene: Scene) -> None:
+    loader = make_loader(scene.dataset(MaskConfig()), scene.plan.packs(Cursor(0, 0)), workers=1)
+    cursors = [batch.cursor for batch in itertools.islice(loader, 4)]
+    assert cursors == [pack.cursor for pack in itertools.islice(scene.plan.packs(Cursor(0, 0)), 4)]
+
+
+class _Ignored(PackDataset):
+    def __getitem__(self, pack: Pack) -> Any:
+        return os.getpid(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_workers_leave_an_interrupt_to_the_trainer(scene: Scene) -> None:
+    loader = make_loader(_Ignored(scene.source, scene.index, PATCH), scene.packs[:1], workers=1)
+    ((process, ignored),) = loader
+    assert process != os.getpid()
+    assert ignored
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN, "and the trainer still hears it"

@@ -1,0 +1,199 @@
+"""Attention within segments: every kernel against the definition, and no segment hears of another."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ijepa_enhanced.ops.attention import attention, cpu_attention, cpu_attention_backward, dense_attention
+from ijepa_enhanced.packed import Segments
+
+LENGTHS = [7, 1, 33, 12, 1, 64]
+HEADS, WIDTH = 3, 16
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def draw(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Queries, keys, values and the gradient of the result: four [T, H, K] of standard normal numbers."""
+    rng = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(4, sum(lengths), HEADS, WIDTH, generator=rng)
+    return tuple(drawn.to(dtype).unbind())
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Softmax(q k^T / sqrt(K)) v, segment by segment."""
+    parts = []
+    for qs, ks, vs in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        logits = torch.einsum("ihd,jhd->hij", qs, ks) / WIDTH**0.5
+        parts.append(torch.einsum("hij,jhd->ihd", logits.softmax(dim=-1), vs))
+    return torch.cat(parts)
+
+
+def with_gradients(function: Callable[[Tensor, Tensor, Tensor], Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The result and the gradients of q, k and v."""
+    *leaves, grad = (x.detach().clone() for x in inputs)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = function(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def exact(inputs: tuple[Tensor, ...], lengths: list[int]) -> list[Tensor]:
+    return with_gradients(lambda q, k, v: by_definition(q, k, v, lengths), *(x.double() for x in inputs))
+
+
+def of_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return attention(q, k, v, cu_seqlens, 10**6)
+
+
+@pytest.mark.parametrize("kernel", [of_cpu, dense_attention])
+def test_float32_agrees_with_the_definition_in_float64(kernel: Kernel) -> None:
+    inputs = draw(LENGTHS)
+    cu_seqlens = Segments.of(LENGTHS).cu_seqlens
+    found = with_gradients(lambda q, k, v: kernel(q, k, v, cu_seqlens), *inputs)
+    assert len(found) == 4
+    for ours, theirs in zip(found, exact(inputs, LENGTHS), strict=True):
+        assert ours.dtype == torch.float32
+        # 16 roundings, one a product of q and k, of numbers of size up to 4: 16 * 6e-8 * 4. (1.3e-6 was measured.)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 40), max_size=8), st.integers(0, 1000))
+def test_any_segments_agree_with_the_definition(lengths: list[int], seed: int) -> None:
+    if not lengths:
+        empty = torch.empty(0, HEADS, WIDTH)
+        assert attention(empty, empty, empty, Segments.of([]).cu_seqlens, 0).shape == (0, HEADS, WIDTH)
+        return
+    inputs = draw(lengths, seed)
+    segments = Segments.of(lengths)
+    found = with_gradients(lambda q, k, v: attention(q, k, v, segments.cu_seqlens, segments.max_seqlen), *inputs)
+    for ours, theirs in zip(found, exact(inputs, lengths), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4e-6)
+
+
+def test_bfloat16_is_the_float32_result_rounded_once() -> None:
+    inputs = draw(LENGTHS, dtype=torch.bfloat16)
+    cu_seqlens = Segments.of(LENGTHS).cu_seqlens
+    found = with_gradients(lambda q, k, v: of_cpu(q, k, v, cu_seqlens), *inputs)
+    theirs = exact(inputs, LENGTHS)
+    # Rounding to bfloat16's 8 bits moves a number by at most 2 ** -8 of it; to that comes float32's own error.
+    once = {"rtol": 2**-8 + 1e-5, "atol": 4e-6}
+    assert {x.dtype for x in found} == {torch.bfloat16}
+    for number in (0, 3):
+        torch.testing.assert_close(found[number].double(), theirs[number], **once)
+    # Gradients of q and k also see the rounding of the stored result: a sum of 16 products, each off by up to 2 ** -8,
+    # so by half of it and with random signs 4 * 2 ** -9, divided by sqrt(16), times keys of up to 4.
+    for number in (1, 2):
+        torch.testing.assert_close(found[number].double(), theirs[number], rtol=2**-8 + 1e-5, atol=4 * 2**-9)
+
+
+def test_all_that_is_returned_is_laid_out_in_order_of_tokens() -> None:
+    # q, k and v come as slices of one projection, [T, 3, H, K]: not contiguous.
+    inputs = torch.randn(5, 3, HEADS, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    cu_seqlens = Segments.of([2, 3]).cu_seqlens
+    out = of_cpu(*inputs.unbind(1), cu_seqlens)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, by_definition(*inputs.unbind(1), [2, 3]), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("kernel", [of_cpu, dense_attention])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_segment_is_bit_for_bit_the_same_whatever_the_others_hold(kernel: Kernel, dtype: torch.dtype) -> None:
+    inputs = draw(LENGTHS, dtype=dtype)
+    cu_seqlens = Segments.of(LENGTHS).cu_seqlens
+    before = with_gradients(lambda q, k, v: kernel(q, k, v, cu_seqlens), *inputs)
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        changed = tuple(x.clone() for x in inputs)
+        for x in changed:
+            x[start:stop] = 3 * x[start:stop] + 1
+        after = with_gradients(lambda q, k, v: kernel(q, k, v, cu_seqlens), *changed)
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal(old[:start], new[:start])
+            assert torch.equal(old[stop:], new[stop:])
+        for number in (0, 3):  # a single token has no gradient of q and k, before and after
+            assert not torch.equal(before[number][start:stop], after[number][start:stop]), "what changed did change"
+
+
+def test_a_segment_is_bit_for_bit_the_same_alone_and_in_any_pack() -> None:
+    inputs = draw(LENGTHS)
+    packed = with_gradients(lambda q, k, v: of_cpu(q, k, v, Segments.of(LENGTHS).cu_seqlens), *inputs)
+    for start, stop in itertools.pairwise(Segments.of(LENGTHS).cu_seqlens.tolist()):
+        cu_seqlens = torch.tensor([0, stop - start], dtype=torch.int32)
+        own = [x[start:stop] for x in inputs]
+        alone = with_gradients(lambda q, k, v, cu_seqlens=cu_seqlens: of_cpu(q, k, v, cu_seqlens), *own)
+        for whole, part in zip(packed, alone, strict=True):
+            assert torch.equal(whole[start:stop], part)
+
+
+@pytest.mark.parametrize("kernel", [of_cpu, dense_attention])
+def test_a_single_token_attends_to_itself_alone(kernel: Kernel) -> None:
+    inputs = draw([1, 5, 1])
+    *_, v, grad = inputs
+    cu_seqlens = Segments.of([1, 5, 1]).cu_seqlens
+    out, q_grad, k_grad, v_grad = with_gradients(lambda q, k, v: kernel(q, k, v, cu_seqlens), *inputs)
+    for token in (0, 6):
+        assert torch.equal(out[token], v[token])
+        assert torch.equal(v_grad[token], grad[token])
+        # Exactly 0, but for the rounding of a row sum that is taken from itself.
+        assert max(q_grad[token].abs().max(), k_grad[token].abs().max()) < 4e-6
+
+
+def test_large_logits_do_not_overflow() -> None:
+    q, k, v, _ = draw([4, 6])
+    out = attention(1000 * q, 1000 * k, v, Segments.of([4, 6]).cu_seqlens, 6)
+    # The softmax is one-hot: logits lie thousands apart.
+    for start, stop in ((0, 4), (4, 10)):
+        best = torch.einsum("ihd,jhd->hij", q[start:stop], k[start:stop]).argmax(dim=-1)
+        for head, token in itertools.product(range(HEADS), range(stop - start)):
+            assert torch.equal(out[start + token, head], v[start + int(best[head, token]), head])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_custom_ops_keep_torch_s_rules(dtype: torch.dtype) -> None:
+    # Schema, autograd registration, fake tensors against real ones, and tracing with dynamic shapes.
+    q, k, v, grad = (x.detach() for x in draw([3, 1, 4], dtype=dtype))
+    cu_seqlens = Segments.of([3, 1, 4]).cu_seqlens
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    assert set(torch.library.opcheck(cpu_attention, (*leaves, cu_seqlens)).values()) == {"SUCCESS"}
+    out, logsumexp = cpu_attention(q, k, v, cu_seqlens)
+    backward = (grad, q, k, v, out, logsumexp, cu_seqlens)
+    assert set(torch.library.opcheck(cpu_attention_backward, backward).values()) == {"SUCCESS"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_varlen_on_cuda_agrees_with_dense_float32(dtype: torch.dtype) -> None:
+    inputs = tuple(x.cuda() for x in draw(LENGTHS, dtype=dtype))
+    segments = Segments.of(LENGTHS).to("cuda")
+    found = with_gradients(lambda q, k, v: attention(q, k, v, segments.cu_seqlens, segments.max_seqlen), *inputs)
+    theirs = with_gradients(lambda q, k, v: dense_attention(q, k, v, segments.cu_seqlens), *(x.float() for x in inputs))
+    # The kernel rounds the softmax, the result and its gradients to half precision on the way: a few roundings of
+    # numbers of size up to 4.
+    bound = 4 * 4 * torch.finfo(dtype).eps
+    for ours, exactly in zip(found, theirs, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.float(), exactly, rtol=0, atol=bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_segment_hears_of_another_on_cuda(dtype: torch.dtype) -> None:
+    q, k, v, _ = (x.cuda() for x in draw(LENGTHS, dtype=dtype))
+    segments = Segments.of(LENGTHS).to("cuda")
+    before = attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)
+    start, stop = segments.cu_seqlens.tolist()[2:4]
+    for x in (q, k, v):
+        x[start:stop] = 3 * x[start:stop] + 1
+    after = attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)
+    assert torch.equal(before[:start], after[:start])
+    assert torch.equal(before[stop:], after[stop:])
+    assert not torch.equal(before[start:stop], after[start:stop])

@@ -1,0 +1,177 @@
+"""Recipes and configuration files: what is found, what is refused and in which words, what may change on resuming."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ijepa_enhanced.cli import parse, train_config
+from ijepa_enhanced.config import (
+    FREE_ON_RESUME,
+    RequestError,
+    check_resumable,
+    config_of_run,
+    find_config,
+    flatten,
+    load_config,
+    nearest,
+    recipe_names,
+)
+from ijepa_enhanced.train.loop import TrainConfig
+
+
+def refused(file: Path) -> str:
+    with pytest.raises(RequestError, match=r".") as error:
+        find_config(str(file))
+    return str(error.value)
+
+
+def test_a_file_of_known_keys_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("run: runs/mine\nsteps: 3\noptim:\n  lr: 1.0e-3\ndata: {source: photos}\n")
+    assert find_config(str(file)) == file
+
+
+def test_all_keys_are_known(tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(TrainConfig())))
+    assert find_config(str(file)) == file
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optim:\n  lrr: 1\n", "unknown key 'optim.lrr'. Did you mean 'optim.lr'?"),
+        ("lr: 1\n", "unknown key 'lr'. Did you mean 'optim.lr'?"),
+        ("optim.lr: 1\nstep: 1\n", "unknown key 'step'. Did you mean 'steps'?"),
+        ("zzzzz: 1\n", "unknown key 'zzzzz'."),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    assert refused(file) == f"{file}: {message}"
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "just text\n"])
+def test_a_file_without_keys_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    assert refused(file) == f"{file} must hold keys and values, as `ijepa train --print_config` prints them."
+
+
+def test_what_is_not_yaml_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: [1")
+    assert refused(file).startswith(f"{file} is not valid YAML: ")
+    file.write_bytes(b"\xff\xfe\x00")
+    assert refused(file).startswith(f"{file} is not valid YAML: ")
+
+
+def test_a_name_that_is_no_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refused(Path("qqqqqqqqqq")).startswith("No file or recipe 'qqqqqqqqqq'.")
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "words"),
+    [
+        ("quickstrat", ["quickstart", "pets"], " Did you mean 'quickstart'?"),
+        ("optim.lrr", ["optim.lr", "optim.clip"], " Did you mean 'optim.lr'?"),
+        # Right name, wrong group: the last part decides.
+        ("data.patch_size", ["encoder.patch_size", "seed"], " Did you mean 'encoder.patch_size'?"),
+        ("zzz", ["pets", "quickstart"], " Known: pets, quickstart."),
+        ("zzz", [f"key{number}" for number in range(13)], ""),
+        ("zzz", [], ""),
+    ],
+)
+def test_the_nearest_name_is_suggested(name: str, known: list[str], words: str) -> None:
+    assert nearest(name, known) == words
+
+
+def test_flattening_joins_the_names_by_dots() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [2]}) == {"a.b.c": 1, "a.d": None, "e": [2]}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid(name: str) -> None:
+    options = parse(["train", "--config", name])
+    config = train_config(options["train"])
+    assert isinstance(config, TrainConfig)
+    # A recipe that sets nothing is none.
+    assert flatten(yaml.safe_load(find_config(name).read_text()))
+
+
+def test_the_configuration_of_a_run_is_what_was_saved(tmp_path: Path) -> None:
+    config = TrainConfig(steps=7, compile=True)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, min_side=None, max_side=None))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    assert load_config(tmp_path) == config
+    assert config_of_run(tmp_path) == tmp_path / "config.yaml"
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r".") as error:
+        load_config(tmp_path)
+    assert str(error.value) == f"{tmp_path} is not a run: it has no config.yaml."
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 9}, "steps = 7, so it cannot go on with 9"),
+    ({"encoder.depth": 3}, "encoder.depth = None, so it cannot go on with 3"),
+    ({"data.min_side": 96}, "data.min_side = 112, so it cannot go on with 96"),
+    ({"data.workers": 3, "optim.lr": 0.5}, "optim.lr = 0.001, so it cannot go on with 0.5"),
+]
+
+
+def changed(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        if group:
+            part = dataclasses.replace(getattr(config, group), **{name: value})
+            config = dataclasses.replace(config, **{group: part})
+        else:
+            config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+@pytest.mark.parametrize(("values", "words"), CHANGES)
+def test_resuming_refuses_what_would_change_the_run(values: dict[str, Any], words: str) -> None:
+    saved = TrainConfig(steps=7)
+    with pytest.raises(RequestError, match=r".") as error:
+        check_resumable(saved, changed(saved, values), Path("runs/a"))
+    assert str(error.value) == f"runs/a was started with {words}. Leave the flag out, or start a new run."
+
+
+def test_resuming_allows_what_does_not_touch_the_result() -> None:
+    values: dict[str, Any] = {
+        "data.source": "/elsewhere",
+        "data.max_unreadable": 0.5,
+        "data.workers": 7,
+        "compile": True,
+        "checkpoint_every": 3,
+        "log_every": 4,
+    }
+    # Together with CHANGES, the whole list: a key added to it must be thought about here.
+    assert set(FREE_ON_RESUME) == set(values)
+    saved = TrainConfig()
+    check_resumable(saved, changed(saved, values), Path("runs/a"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0."),
+        ({"epochs": 0.0}, "epochs must be above 0, not 0.0."),
+        ({"epochs": float("nan")}, "epochs must be above 0, not nan."),
+        ({"seed": -1}, "seed must be at least 0, not -1."),
+        ({"log_every": 0}, "log_every must be at least 1, not 0."),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0."),
+    ],
+)
+def test_a_value_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        TrainConfig(**values)
+    assert str(error.value) == message

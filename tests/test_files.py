@@ -1,0 +1,67 @@
+"""Files are whole or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from ijepa_enhanced.files import replacing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_half(path: Path, failure: BaseException) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise failure
+
+
+def test_the_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists(), "nobody sees it before the end"
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert names(tmp_path) == ["config.json"]
+
+
+def test_it_is_written_beside_the_file_so_that_renaming_cannot_cross_file_systems(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.csv") as temporary:
+        temporary.write_text("")
+        assert temporary.parent == tmp_path
+        assert temporary.name.startswith("."), "no glob of results takes it for one"
+
+
+def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_older_file_and_no_rest(tmp_path: Path, failure: type[BaseException]) -> None:
+    path = tmp_path / "log"
+    path.write_text("old")
+    with pytest.raises(failure, match=r"^stop$"):
+        write_half(path, failure("stop"))
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["log"]
+
+
+def test_an_error_before_anything_is_written_is_the_one_that_is_seen(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "log"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_writing_nothing_is_an_error_and_not_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass
+    assert path.read_text() == "old"

@@ -1,0 +1,124 @@
+"""A file imports only from floors below its own, and the floors that people read stay short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "ijepa_enhanced"
+ROOT = Path(__file__).parents[1] / "src" / PACKAGE
+
+# A folder, or a file beside the folders. What has no floor here fails: say where it belongs.
+FLOORS = {
+    "packed": 0,
+    "randomness": 0,
+    "masks": 0,
+    "schedules": 0,
+    "files": 0,
+    "ops": 1,
+    "data": 1,
+    "models": 2,
+    "jepa": 3,
+    "regularizers": 3,
+    "evaluate": 3,
+    "train": 4,
+    "visualize": 4,
+    "benchmarks": 4,
+    "config": 5,
+    "cli": 5,
+    "__main__": 5,
+}
+OWN_FLOOR_TOO = (0, 3, 5)
+"""Floors whose places may import each other; elsewhere only files of one folder may."""
+READ_FLOORS, MOST_LINES = range(4), 4000
+
+FILES = sorted(ROOT.rglob("*.py"))
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+
+
+def place(parts: tuple[str, ...]) -> str:
+    """The key of `FLOORS` of a module of the package, named from the package on; the package itself is its own."""
+    return parts[0] if parts else "__init__"
+
+
+def is_module(parts: tuple[str, ...]) -> bool:
+    path = ROOT.joinpath(*parts)
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imported(source: str, folder: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Modules of the package that a file in `folder` imports, anywhere in it; () is the package itself."""
+    found: set[tuple[str, ...]] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {tuple(name.name.split(".")) for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = tuple((node.module or "").split(".")) if node.module else ()
+            if node.level:
+                module = (PACKAGE, *folder[: len(folder) + 1 - node.level], *module)
+            for name in node.names:
+                inner = (*module[1:], name.name)
+                found.add((*module, name.name) if module[:1] == (PACKAGE,) and is_module(inner) else module)
+    return {module[1:] for module in found if module[:1] == (PACKAGE,)}
+
+
+def violations(source: str, parts: tuple[str, ...]) -> list[str]:
+    """What a file, named from the package on, imports against the rule."""
+    own = place(parts)
+    wrong = []
+    for module in sorted(imported(source, parts[:-1])):
+        other = place(module)
+        if other == own:
+            continue
+        above = FLOORS.get(other, max(FLOORS.values()) + 1)  # the package itself has everything under it
+        if not (above < FLOORS[own] or (above == FLOORS[own] and above in OWN_FLOOR_TOO)):
+            wrong.append(".".join((PACKAGE, *module)))
+    return wrong
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    return tuple(name.removesuffix(".py").split("/"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "__init__.py"])
+def test_a_file_imports_only_from_floors_below_its_own(name: str) -> None:
+    parts = parts_of(name)
+    assert place(parts) in FLOORS, f"{name} has no floor: give it one in FLOORS, and in DESIGN.md"
+    assert violations((ROOT / name).read_text(encoding="utf-8"), parts) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "wrong"),
+    [
+        ("packed.py", "from ijepa_enhanced.randomness import Purpose", []),
+        ("packed.py", "import ijepa_enhanced.ops.attention", ["ijepa_enhanced.ops.attention"]),
+        ("ops/attention.py", "from ijepa_enhanced.packed import Packed\nfrom ijepa_enhanced.ops import pooling", []),
+        ("ops/attention.py", "from ijepa_enhanced.data import loader", ["ijepa_enhanced.data.loader"]),
+        ("data/plan.py", "def f():\n    from ijepa_enhanced import jepa", ["ijepa_enhanced.jepa"]),
+        ("data/plan.py", "from ..models import encoder", ["ijepa_enhanced.models.encoder"]),
+        ("data/plan.py", "from . import index\nfrom .index import Index\nfrom .. import masks", []),
+        ("models/encoder.py", "from ijepa_enhanced import Encoder", ["ijepa_enhanced"]),
+        ("evaluate/knn.py", "from ijepa_enhanced.jepa import JEPA", []),
+        ("train/loop.py", "import ijepa_enhanced.visualize.curves as c", ["ijepa_enhanced.visualize.curves"]),
+        ("cli.py", "from ijepa_enhanced.config import a\nfrom ijepa_enhanced.train.loop import b\nimport torch", []),
+    ],
+)
+def test_the_rule_finds_what_breaks_it(name: str, source: str, wrong: list[str]) -> None:
+    assert violations(source, parts_of(name)) == wrong
+
+
+def test_every_floor_is_of_something_that_is_there() -> None:
+    assert {place(parts_of(name)) for name in NAMES} == {*FLOORS, "__init__"}
+
+
+def test_the_floors_that_people_read_stay_short() -> None:
+    lines = sum(
+        len(path.read_text(encoding="utf-8").splitlines())
+        for path, name in zip(FILES, NAMES, strict=True)
+        if FLOORS.get(place(parts_of(name))) in READ_FLOORS
+    )
+    assert 0 < lines < MOST_LINES
+
+
+def test_there_is_no_utils() -> None:
+    assert [name for name in NAMES if {"utils", "util", "helpers"} & set(parts_of(name))] == []

@@ -1,0 +1,252 @@
+"""The packed objective equals a plain one: every view and every block by itself, in float64, without packed code."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
+from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
+from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions
+from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
+from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.randomness import Purpose, generator
+from ijepa_enhanced.regularizers import variance_covariance
+
+MakeBatch = Callable[..., MaskedBatch]
+
+# Norm of the difference by the norm, packed float32 against plain float64: measured 2.2e-7 for the loss and 5.6e-7 for
+# the gradients, which is what float32 rounds (6e-8) in a network of some ten layers.
+BOUND = 3e-6
+
+HEADS, PREDICTOR_HEADS, MAX_GRID = 3, 2, 6
+GRIDS = [(5, 4), (2, 9), (7, 7), (1, 4), (3, 2)]
+
+
+def make_jepa(stabilizer: float) -> JEPA:
+    """Student, predictor and a teacher of its own, with weights large enough that every part matters."""
+    torch.manual_seed(0)
+    encoder = EncoderConfig(variant="Ti", depth=2, patch_size=8, max_grid=MAX_GRID)
+    model = JEPA(encoder, PredictorConfig(width=32, depth=2, heads=PREDICTOR_HEADS), ObjectiveConfig(stabilizer))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 2:
+                value.mul_(4.0)
+            elif name.endswith("bias"):
+                value.normal_(std=0.1)
+        for value in model.teacher.parameters():
+            value.add_(0.3 * value.std() * torch.randn_like(value) if value.numel() > 1 else 0.0)
+    return model
+
+
+# The plain reference. A dense transformer from torch's own elements, one sequence at a time.
+
+
+def plain_norm(x: Tensor, layer: torch.nn.LayerNorm) -> Tensor:
+    centred = x - x.mean(dim=1, keepdim=True)
+    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+
+
+def plain_blocks(x: Tensor, blocks: Blocks, heads: int) -> Tensor:
+    for block in blocks.layers:
+        q, k, v = (
+            part.reshape(len(x), heads, -1).transpose(0, 1)
+            for part in (plain_norm(x, block.norm1) @ block.qkv.weight.T + block.qkv.bias).chunk(3, dim=1)
+        )
+        weights = torch.softmax(q @ k.transpose(1, 2) / q.shape[2] ** 0.5, dim=2)
+        mixed = (weights @ v).transpose(0, 1).reshape(len(x), -1)
+        x = x + mixed @ block.proj.weight.T + block.proj.bias
+        hidden = plain_norm(x, block.norm2) @ block.fc1.weight.T + block.fc1.bias
+        gelu = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+        x = x + gelu @ block.fc2.weight.T + block.fc2.bias
+    return plain_norm(x, blocks.norm)
+
+
+def plain_position(positions: FactorizedPositions, token: int, rows: int, cols: int) -> Tensor:
+    def entry(table: Tensor, place: int, extent: int) -> Tensor:
+        at = place if extent <= MAX_GRID else place * (MAX_GRID - 1) / (extent - 1)
+        low = min(int(at), MAX_GRID - 2)
+        return (1 - (at - low)) * table[low] + (at - low) * table[low + 1]
+
+    return entry(positions.rows, token // cols, rows) + entry(positions.cols, token % cols, cols)
+
+
+def plain_encoder(encoder: Encoder, patches: Tensor, tokens: list[int], rows: int, cols: int) -> Tensor:
+    """The features of some tokens of a view, which see only each other."""
+    mean, std = torch.tensor(PIXEL_MEAN, dtype=torch.float64), torch.tensor(PIXEL_STD, dtype=torch.float64)
+    pixels = (patches.double().unflatten(1, (-1, 3)) / 255 - mean) / std
+    x = pixels.flatten(1) @ encoder.patch_embed.weight.T + encoder.patch_embed.bias
+    x = x + torch.stack([plain_position(encoder.positions, token, rows, cols) for token in range(rows * cols)])
+    return plain_blocks(x[tokens], encoder.blocks, HEADS)
+
+
+def plain_predictor(
+    predictor: Predictor, context: Tensor, tokens: list[int], block: list[int], rows: int, cols: int
+) -> Tensor:
+    embedded = context @ predictor.embed.weight.T + predictor.embed.bias
+    x = torch.cat([embedded, predictor.mask_token.expand(len(block), -1)])
+    x = x + torch.stack([plain_position(predictor.positions, token, rows, cols) for token in tokens + block])
+    x = plain_blocks(x, predictor.blocks, PREDICTOR_HEADS)[len(tokens) :]
+    return x @ predictor.head.weight.T + predictor.head.bias
+
+
+def plain_jepa(model: JEPA, patches: list[Tensor], masks: list[ViewMasks]) -> tuple[Tensor, list[Tensor]]:
+    """I-JEPA's loss over some views, a mean over all their target tokens, and each view's mean context token."""
+    total, count, pooled = torch.zeros((), dtype=torch.float64), 0, []
+    for (rows, cols), values, mask in zip(GRIDS, patches, masks, strict=True):
+        features = plain_encoder(model.teacher, values, list(range(rows * cols)), rows, cols).detach()
+        spread = (features.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        targets = (features - features.mean(dim=1, keepdim=True)) / spread
+        tokens = mask.context.tolist()
+        context = plain_encoder(model.student, values, tokens, rows, cols)
+        pooled.append(context.mean(dim=0))
+        for block in mask.targets:
+            predicted = plain_predictor(model.predictor, context, tokens, block.tolist(), rows, cols)
+            error = (predicted - targets[block.tolist()]).abs()
+            total = total + torch.where(error < 1, error.square() / 2, error - 0.5).mean(dim=1).sum()
+            count += len(block)
+    return total / count, pooled
+
+
+def parts(make_batch: MakeBatch) -> tuple[MaskedBatch, list[Tensor], list[ViewMasks]]:
+    batch = make_batch(GRIDS, 3)
+    masks = [draw_masks(*grid, MaskConfig(), generator(3, Purpose.MASKS, image=v)) for v, grid in enumerate(GRIDS)]
+    return batch, batch.packed.split(), masks
+
+
+def flat_gradients(model: JEPA) -> Tensor:
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+    model.zero_grad()
+    return found
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float(((found - expected).norm() / expected.norm()).detach())
+
+
+@pytest.mark.parametrize("stabilizer", [0.0, 0.1])
+def test_the_packed_loss_and_its_gradients_are_those_of_the_plain_method(
+    make_batch: MakeBatch, stabilizer: float
+) -> None:
+    """In the reference the targets are constants, so a gradient through them would show."""
+    model = make_jepa(stabilizer)
+    batch, patches, masks = parts(make_batch)
+    losses = model(batch, len(batch.target_index), 1)
+    losses.total.backward()
+
+    plain = copy.deepcopy(model).double()
+    plain.zero_grad()
+    prediction, pooled = plain_jepa(plain, patches, masks)
+    # The stabilizer itself, in numpy, is the matter of test_regularizers.py; it computes in float32.
+    expected = prediction + stabilizer * variance_covariance(torch.stack(pooled))
+    expected.backward()
+
+    assert distance(losses.prediction, prediction) < BOUND
+    assert distance(losses.total, expected) < BOUND
+    assert {name for name, value in model.named_parameters() if value.grad is not None} == {
+        name for name, value in plain.named_parameters() if value.grad is not None
+    }
+    assert distance(flat_gradients(model), flat_gradients(plain)) < BOUND
+
+
+def test_no_gradient_reaches_the_teacher(make_batch: MakeBatch) -> None:
+    model = make_jepa(0.1)
+    batch = make_batch(GRIDS, 3)
+    model(batch, len(batch.target_index), 1).total.backward()
+    assert not any(value.requires_grad or value.grad is not None for value in model.teacher.parameters())
+    learned = {name: value for name, value in model.named_parameters() if not name.startswith("teacher.")}
+    assert all(value.grad is not None and value.grad.any() for value in learned.values())
+
+
+def test_targets_are_constants_even_where_the_student_is_its_own_teacher(make_batch: MakeBatch) -> None:
+    model = make_jepa(0.0)
+    batch = make_batch(GRIDS, 3)
+    model.teacher = copy.deepcopy(model.student).requires_grad_(False)
+    model(batch, len(batch.target_index), 1).total.backward()
+    expected = flat_gradients(model)
+    model.teacher = model.student
+    model(batch, len(batch.target_index), 1).total.backward()
+    assert torch.equal(flat_gradients(model), expected)
+
+
+def test_the_teacher_starts_as_the_student() -> None:
+    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    for teacher, student in zip(model.teacher.parameters(), model.student.parameters(), strict=True):
+        assert torch.equal(teacher, student)
+        assert teacher is not student
+
+
+def test_the_teacher_moves_a_tenth_of_the_way_to_the_student() -> None:
+    model = make_jepa(0.0)
+    before = [value.clone() for value in model.teacher.parameters()]
+    students = [value.clone() for value in model.student.parameters()]
+    model.update_teacher(0.9)
+    for old, student, new in zip(before, students, model.teacher.parameters(), strict=True):
+        # Three roundings of float32, 6e-8 each, of numbers up to the larger of the two.
+        expected = 0.9 * old.double() + 0.1 * student.double()
+        assert ((new - expected).abs() <= 2e-7 * torch.maximum(old.abs(), student.abs())).all()
+    for student, now in zip(students, model.student.parameters(), strict=True):
+        assert torch.equal(student, now)
+
+
+@pytest.mark.parametrize(("momentum", "becomes"), [(1.0, "teacher"), (0.0, "student")])
+def test_momentum_one_keeps_the_teacher_and_zero_copies_the_student(momentum: float, becomes: str) -> None:
+    model = make_jepa(0.0)
+    expected = [value.clone() for value in getattr(model, becomes).parameters()]
+    model.update_teacher(momentum)
+    assert all(torch.equal(*pair) for pair in zip(expected, model.teacher.parameters(), strict=True))
+
+
+def test_the_shares_of_a_steps_packs_add_up_to_one_pack_of_all(make_batch: MakeBatch) -> None:
+    """Packs of very different sizes: a mean of the packs' means would be another number."""
+    model = make_jepa(0.0)
+    whole = make_batch(GRIDS, 5)
+    packs = [make_batch(GRIDS, 5, only=views) for views in ([3], [0, 1, 4], [2])]
+    tokens = len(whole.target_index)
+    assert sum(len(pack.target_index) for pack in packs) == tokens
+    expected = model(whole, tokens, 1).total
+    expected.backward()
+    gradient = flat_gradients(model)
+    shares = [model(pack, tokens, len(packs)).total for pack in packs]
+    for share in shares:
+        share.backward()
+    assert distance(torch.stack(shares).sum(), expected) < BOUND
+    assert distance(flat_gradients(model), gradient) < BOUND
+
+
+def test_the_stabilizer_is_a_mean_over_the_packs_of_the_students_mean_context_tokens(make_batch: MakeBatch) -> None:
+    model = make_jepa(0.1)
+    packs = [make_batch(GRIDS, 5, only=views) for views in ([0, 3], [1, 2, 4])]
+    tokens = sum(len(pack.target_index) for pack in packs)
+    by_hand = []
+    for pack in packs:
+        context = model.student(pack.packed.select(pack.context)).split(pack.context.segments.lengths)
+        by_hand.append(variance_covariance(torch.stack([view.mean(dim=0) for view in context])))
+    losses = [model(pack, tokens, len(packs)) for pack in packs]
+    assert distance(sum(part.stabilizer for part in losses), sum(by_hand) / 2) < BOUND
+    for part in losses:
+        assert distance(part.total, part.prediction + 0.1 * part.stabilizer) < BOUND
+
+
+def test_weight_zero_is_the_plain_method(make_batch: MakeBatch) -> None:
+    batch = make_batch(GRIDS, 3)
+    plain, stabilized = (make_jepa(weight)(batch, len(batch.target_index), 1) for weight in (0.0, 0.1))
+    assert torch.equal(plain.total, plain.prediction)
+    assert plain.stabilizer == 0
+    assert torch.equal(plain.prediction, stabilized.prediction)
+    assert stabilized.stabilizer > 0
+
+
+def test_a_pack_of_one_view_has_no_stabilizer(make_batch: MakeBatch) -> None:
+    batch = make_batch(GRIDS, 3, only=[2])
+    losses = make_jepa(0.1)(batch, len(batch.target_index), 1)
+    assert losses.stabilizer == 0
+    assert torch.isfinite(losses.total)
+
+
+def test_a_negative_weight_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^objective\.stabilizer must be at least 0, not -0\.1\.$"):
+        ObjectiveConfig(stabilizer=-0.1)

@@ -1,0 +1,94 @@
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
+from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.train.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
+from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings
+
+
+def trained(seed: int) -> tuple[JEPA, torch.optim.Optimizer]:
+    """A model with one optimizer step behind it, so that there are moments to save."""
+    torch.manual_seed(seed)
+    model = JEPA(EncoderConfig("Ti", 8, depth=1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    optimizer = make_optimizer(model)
+    set_step(optimizer, step_settings(OptimConfig(), 5, 10))
+    for value in model.parameters():
+        if value.requires_grad:
+            value.grad = torch.randn_like(value)
+    optimizer.step()
+    return model, optimizer
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = trained(seed=1)
+    checkpoint = save_checkpoint(tmp_path, 7, model, optimizer, {"step": 7, "cursor": [1, 2]})
+    other, other_optimizer = trained(seed=2)
+    load_checkpoint(checkpoint, other, other_optimizer)
+    for (name, saved), (_, loaded) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(saved, loaded), name
+    for group, other_group in zip(optimizer.param_groups, other_optimizer.param_groups, strict=True):
+        assert group["weight_decay"] == other_group["weight_decay"]
+        for value, other_value in zip(group["params"], other_group["params"], strict=True):
+            for key, moment in optimizer.state[value].items():
+                assert torch.equal(moment, other_optimizer.state[other_value][key]), key
+    assert read_progress(checkpoint) == {"step": 7, "cursor": [1, 2]}
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    model, optimizer = trained(seed=1)
+    for step in (9, 10, 100):
+        save_checkpoint(tmp_path, step, model, optimizer, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000100"
+
+
+def test_what_a_killed_run_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = trained(seed=1)
+    partial = tmp_path / ".step-00000004.partial"
+    partial.mkdir()
+    (partial / "progress.json").write_text(json.dumps({"step": 4}))
+    assert latest_checkpoint(tmp_path) is None
+    checkpoint = save_checkpoint(tmp_path, 4, model, optimizer, {"step": 4})
+    assert latest_checkpoint(tmp_path) == checkpoint
+    assert not partial.exists()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = trained(seed=1)
+    previous = save_checkpoint(tmp_path, 3, model, optimizer, {"step": 3})
+    with disk_of(100_000), pytest.raises(CheckpointError) as error:
+        save_checkpoint(tmp_path, 6, model, optimizer, {"step": 6})
+    assert str(error.value) == (
+        f"Could not save checkpoint {tmp_path / 'step-00000006'}: File too large. "
+        f"The previous one, {previous}, is intact."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    load_checkpoint(previous, *trained(seed=2))

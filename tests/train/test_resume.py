@@ -1,0 +1,152 @@
+"""A run that was stopped, however it was stopped, goes on as if it had not been."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_enhanced.config import load_config
+from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.train import loop
+from ijepa_enhanced.train.checkpoint import latest_checkpoint
+from ijepa_enhanced.train.logging import read_log
+from ijepa_enhanced.train.loop import TrainConfig, train
+
+RATES = ("views_per_second", "tokens_per_second", "data_wait")
+"""What a log holds about the machine, not about the run."""
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if name not in RATES} for line in read_log(run)]
+
+
+def same_encoder(run: Path, other: Path) -> bool:
+    weights, others = (Encoder.from_pretrained(folder).state_dict() for folder in (run, other))
+    return all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def start(run: Path, config: TrainConfig, resume: bool) -> subprocess.Popen[bytes]:
+    """The same training in a process of its own, in a group of its own."""
+    arguments = ["--resume", str(run)]
+    if not resume:
+        flat = dataclasses.asdict(config)
+        arguments = ["--run", str(run)]
+        for name, value in flat.items():
+            values = value.items() if isinstance(value, dict) else [(None, value)]
+            for key, item in values:
+                option = f"--{name}.{key}" if key else f"--{name}"
+                arguments.append(f"{option}={'null' if item is None else str(item)}")
+    # One thread: results are bit-exact at a recorded thread count, and other tests may run beside this one.
+    return subprocess.Popen(
+        [sys.executable, "-m", "ijepa_enhanced", "train", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    _, stderr = process.communicate(timeout=300)
+    return process.returncode, stderr.decode()
+
+
+def wait_for_lines(run: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    """Until the run has logged `count` lines, or has ended."""
+    log = run / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < count):
+        time.sleep(0.002)
+
+
+def test_stopping_at_any_step_and_resuming_changes_nothing(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny, tmp_path / "whole")
+    original = loop.JEPA.update_teacher
+    for stop_after in (1, 5, 9):
+        steps = 0
+
+        def stop(model: loop.JEPA, momentum: float, after: int = stop_after) -> None:
+            nonlocal steps
+            original(model, momentum)
+            steps += 1
+            if steps == after:
+                signal.raise_signal(signal.SIGTERM)
+
+        run = tmp_path / f"stopped-{stop_after}"
+        monkeypatch.setattr(loop.JEPA, "update_teacher", stop)
+        outcome = train(tiny, run)
+        assert (outcome.finished, outcome.steps) == (False, stop_after)
+        monkeypatch.setattr(loop.JEPA, "update_teacher", original)
+        resumed = train(tiny, run, resume=True)
+        assert resumed.finished
+        assert same_encoder(run, tmp_path / "whole")
+        assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_run_survives_being_killed_and_interrupted(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny, steps=24)
+    assert finish(start(tmp_path / "whole", config, resume=False))[0] == 0
+    run = tmp_path / "run"
+    for number, (lines, number_of_signal) in enumerate(
+        [(1, signal.SIGKILL), (3, signal.SIGTERM), (5, signal.SIGKILL), (7, signal.SIGINT)]
+    ):
+        process = start(run, config, resume=number > 0)
+        wait_for_lines(run, lines, process)
+        os.killpg(process.pid, number_of_signal)
+        code, stderr = finish(process)
+        if code == 1:
+            assert f"Go on with: ijepa train --resume {run}" in stderr
+        else:
+            assert code in (0, -signal.SIGKILL), stderr
+    code, stderr = finish(start(run, config, resume=True))
+    assert code == 0, stderr
+    assert same_encoder(run, tmp_path / "whole")
+    assert [line["step"] for line in read_log(run)] == list(range(2, 25, 2))
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number_of_signal", [signal.SIGTERM, signal.SIGKILL])
+def test_ten_random_moments(number_of_signal: signal.Signals, tiny: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny, steps=60)
+    before = time.monotonic()
+    assert finish(start(tmp_path / "whole", config, resume=False))[0] == 0
+    duration = time.monotonic() - before
+    run = tmp_path / "run"
+    moments = torch.rand(10, generator=torch.Generator().manual_seed(0)).tolist()
+    for number, moment in enumerate(moments):
+        process = start(run, config, resume=number > 0 and (run / "config.yaml").exists())
+        time.sleep(moment * duration)
+        os.killpg(process.pid, number_of_signal)
+        finish(process)
+        checkpoint = latest_checkpoint(run / "checkpoints")
+        if checkpoint:
+            assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name[5:])
+    resume = (run / "config.yaml").exists()
+    code, stderr = finish(start(run, config, resume))
+    assert code == 0, stderr
+    assert same_encoder(run, tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_the_run_keeps_the_configuration_it_was_started_with(tiny: TrainConfig, tmp_path: Path) -> None:
+    train(dataclasses.replace(tiny, steps=1), tmp_path / "run")
+    assert load_config(tmp_path / "run") == dataclasses.replace(tiny, steps=1)
+
+
+def test_a_checkpoint_of_other_images_is_refused(tiny: TrainConfig, tmp_path: Path, photos: Path) -> None:
+    train(dataclasses.replace(tiny, steps=1), tmp_path / "run")
+    next(photos.rglob("*.png")).unlink()
+    with pytest.raises(loop.ResumeError) as error:
+        train(tiny, tmp_path / "run", resume=True)
+    assert str(error.value) == (
+        f"{tmp_path / 'run'} was trained on other images or with another plan; start a new run instead."
+    )
