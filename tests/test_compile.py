@@ -14,16 +14,15 @@ from ijepa_enhanced.packed import MaskedBatch
 # Norm of the difference by the norm. Fused kernels round in other places: float32 is 6e-8, measured 4e-7.
 BOUND = 2e-6
 
-# Warm-up, then packs of other numbers of views, of tokens and of longest views; the last is one view alone.
+# The first compiles; the others have other numbers of views, of tokens and of longest views. Packs of one or two views
+# are left out: torch specialises on 1, and on the 2 that is also the width of the positions, once each.
 PACKS = [
-    [(5, 4), (3, 7)],
-    [(6, 6), (2, 9), (4, 4)],
-    [(8, 3)],
+    [(5, 4), (3, 7), (4, 4)],
     [(3, 3), (9, 9), (2, 2), (1, 8), (7, 5)],
-    [(4, 6), (6, 4)],
-    [(2, 2)],
+    [(4, 6), (6, 4), (5, 5), (2, 3)],
+    [(2, 2), (1, 4), (3, 2)],
+    [(3, 3)] * 9,
 ]
-WARM_UP = 3
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +32,22 @@ def fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-# Inductor's own, of torch 2.13.
+# The compiler's own (torch 2.13).
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(make_batch: Callable[..., MaskedBatch]) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    "backend",
+    [
+        # Traces, guards and differentiates as the other does, but leaves out the minutes of C++.
+        "aot_eager",
+        pytest.param("inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(
+    make_batch: Callable[..., MaskedBatch], backend: str
+) -> None:
     torch.manual_seed(0)
-    config = EncoderConfig(variant="Ti", depth=2, patch_size=8)
+    config = EncoderConfig(variant="Ti", depth=1, patch_size=8)
     jepa = JEPA(config, PredictorConfig(width=32, depth=1, heads=2), ObjectiveConfig())
 
     def run(batch: MaskedBatch) -> list[Tensor]:
@@ -54,10 +64,10 @@ def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(make_bat
     eager = [run(batch) for batch in batches]
     # As train/loop.py does.
     for network in (jepa.student, jepa.teacher, jepa.predictor):
-        network.compile(dynamic=True, fullgraph=True)
-    compiled = [run(batch) for batch in batches[:WARM_UP]]
+        network.compile(dynamic=True, fullgraph=True, backend=backend)
+    compiled = [run(batches[0])]
     with torch.compiler.set_stance("fail_on_recompile"):
-        compiled += [run(batch) for batch in batches[WARM_UP:]]
+        compiled += [run(batch) for batch in batches[1:]]
     for found, expected in zip(compiled, eager, strict=True):
         for one, other in zip(found, expected, strict=True):
             assert (one - other).norm() < BOUND * other.norm()

@@ -1,0 +1,78 @@
+"""The benchmarks run, print their tables and return what the command line promises."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from ijepa_enhanced.benchmarks import loader, packing, table
+from ijepa_enhanced.cli import main
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet's 1.28 million images and seven turns are too slow for a test."""
+    monkeypatch.setattr(packing, "IMAGENET_IMAGES", 3000)
+    monkeypatch.setattr(packing, "SAMPLE", 2000)
+    monkeypatch.setattr(loader, "TURNS", 1)
+    monkeypatch.setattr(loader, "IMAGES", 40)
+
+
+def test_packing_counts_no_padding_in_packs_within_the_budget(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = packing.run(str(pictures))
+    assert found["padding_tokens"] == 0
+    # All ten images fit one pack, so the mean of the packs is their maximum.
+    assert found["budget_use"] == 1.0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["images", "10", "10", "2,000", "2,000", "3,000"]
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert lines[6] == f"Padding tokens in the packs of {pictures} that were decoded: 0"
+
+
+def test_sizes_like_imagenets_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """The published mean of ImageNet's training set is 469 x 387 px; only the spread is ours."""
+    sizes = packing.imagenet_like(20_000)
+    assert sizes.widths.mean() == pytest.approx(469, rel=0.1)
+    assert sizes.heights.mean() == pytest.approx(387, rel=0.1)
+    assert min(sizes.widths.min(), sizes.heights.min()) >= 1
+
+
+def test_the_loader_reads_as_many_images_as_the_bare_loop(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = loader.run(str(pictures))
+    assert found.keys() == {"images_per_second", "ratio"}
+    assert found["images_per_second"] > 0
+    assert found["ratio"] > 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["source", "what", "images_per_second"]
+    assert out[-1] == f"The loader keeps {found['ratio']:.1%} of the bare loop's rate (median of 1 turns)."
+
+
+def test_the_built_in_images_are_read_from_jpeg_files(capsys: pytest.CaptureFixture[str]) -> None:
+    loader.run()
+    assert "synthetic, as JPEG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("theme", "keys"), [("packing", ["budget_use", "padding_tokens"]), ("loader", None)])
+def test_the_last_line_is_json_for_programs(
+    pictures: Path, capsys: pytest.CaptureFixture[str], theme: str, keys: list[str] | None
+) -> None:
+    assert main(["benchmark", theme, "--source", str(pictures), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found) == (keys or ["images_per_second", "ratio"])
+
+
+def test_a_csv_holds_the_rows_and_what_they_were_measured_on(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    packing.run(str(pictures), csv=True)
+    path = Path(capsys.readouterr().out.splitlines()[-1])
+    assert path.parent == table.RESULTS
+    assert path.name.startswith(f"packing_{table.hardware()}_")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["images"] for row in rows] == ["10", "10", "2000", "2000", "3000"]
+    assert {"hardware", "commit", "python", "torch", "numpy", "pillow"} <= rows[0].keys()
