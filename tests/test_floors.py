@@ -13,6 +13,7 @@ FLOORS = {
     "packed": 0,
     "randomness": 0,
     "masks": 0,
+    "merge_plan": 0,
     "schedules": 0,
     "files": 0,
     "ops": 1,

@@ -12,7 +12,7 @@ from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
-from ijepa_enhanced.packed import MaskedBatch, Packed
+from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 
 # Norm of the difference by the norm. A matrix product of another number of rows adds in another order, so bitwise
 # equality cannot be had; float32 rounds at 6e-8. The largest over 400 random packs were 6.1e-7 for a view's features,
@@ -82,19 +82,26 @@ def alone(packed: Packed, view: int) -> Packed:
     return Packed.of_grids(values.numpy(), packed.grids[view : view + 1].numpy())
 
 
+def run(encoder: Encoder, packed: Packed, rate: float) -> Tensor:
+    features: Tensor = encoder(packed, encoder.merge_plan(packed.segments, rate))
+    return features
+
+
+# Matches within a rounding of each other could go either way; random patches have none (docs/merging.md).
+@pytest.mark.parametrize("rate", [0.0, 0.2])
 @FEW
 @given(grids=GRIDS, seed=SEEDS)
 def test_the_encoders_features_and_gradients_do_not_depend_on_the_pack(
-    encoder: Encoder, make_stream: Callable[..., Packed], grids: list[tuple[int, int]], seed: int
+    encoder: Encoder, make_stream: Callable[..., Packed], rate: float, grids: list[tuple[int, int]], seed: int
 ) -> None:
     packed = make_stream(grids, seed)
     weights = torch.randn(packed.segments.total, encoder.width, generator=torch.Generator().manual_seed(seed))
-    features = encoder(packed)
+    features = run(encoder, packed, rate)
     (features * weights).sum().backward()
     in_pack = gradients(encoder)
     views = zip(features.detach().split(packed.segments.lengths), weights.split(packed.segments.lengths), strict=True)
     for view, (expected, weight) in enumerate(views):
-        found = encoder(alone(packed, view))
+        found = run(encoder, alone(packed, view), rate)
         assert distance(found.detach(), expected) < BOUND
         (found * weight).sum().backward()
     assert_same_gradients(gradients(encoder), in_pack)
@@ -166,5 +173,5 @@ def test_the_bound_catches_a_thousandth_of_a_leak(encoder: Encoder, make_stream:
         features = encoder(packed)
         x = encoder.patch_embed(packed.values * encoder.pixel_scale + encoder.pixel_shift)
         x = x + encoder.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
-        leaked = encoder.blocks(x, packed.segments.cu_seqlens[[0, -1]], packed.segments.total)
+        leaked, _ = encoder.blocks(x, Segments.of([packed.segments.total]))
     assert distance(features + 1e-3 * (leaked - features), features) > 10 * BOUND

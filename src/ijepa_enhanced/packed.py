@@ -28,6 +28,8 @@ class _Movable:
             value = getattr(self, field.name)
             if isinstance(value, (Tensor, _Movable)):
                 moved[field.name] = getattr(value, method)(*args, **kwargs)
+            elif isinstance(value, tuple) and all(isinstance(part, _Movable) for part in value):
+                moved[field.name] = tuple(getattr(part, method)(*args, **kwargs) for part in value)
         return dataclasses.replace(self, **moved)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

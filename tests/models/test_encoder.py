@@ -1,6 +1,7 @@
 """The encoder's sizes, its Python face, and its weights in files."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.images import UnreadableImage, patchify
+from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.blocks import SinCosPositions
 from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed
 
 TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8)
@@ -68,6 +71,52 @@ def test_embedding_a_mix_of_sizes_is_embedding_each_alone(
     assert together.dtype == torch.float32
     for image, found in zip(images, together, strict=True):
         assert distance(found, encoder.embed([image], side=side)[0]) < BOUND
+
+
+def test_merging_at_rate_zero_is_not_merging(encoder: Encoder, images: list[Image.Image]) -> None:
+    expected = encoder.embed(images, side=96)
+    assert torch.equal(encoder.embed(images, side=96, merge_rate=0.0), expected)
+    assert torch.equal(encoder.embed(images, side=96, merge_rate=[0.0, 0.0]), expected)
+    assert not torch.equal(encoder.embed(images, side=96, merge_rate=0.2), expected)
+
+
+def test_merged_patches_share_a_feature_and_the_mean_weighs_it_by_their_number(
+    encoder: Encoder, images: list[Image.Image]
+) -> None:
+    maps = encoder.feature_maps(images, side=96, merge_rate=[0.25, 0.25])
+    for one, pooled in zip(maps, encoder.embed(images, side=96, merge_rate=[0.25, 0.25]), strict=True):
+        patches = one.flatten(0, 1)
+        # After two layers of a quarter each, 9/16 of the tokens are left, rounded up.
+        assert len(patches.unique(dim=0)) == -(-len(patches) * 9 // 16)
+        torch.testing.assert_close(patches.mean(dim=0), pooled, rtol=0, atol=1e-6)  # sums of ~150 numbers around 1
+
+
+def test_merging_happens_after_attention_and_before_the_mlp(
+    encoder: Encoder, make_stream: Callable[..., Packed]
+) -> None:
+    """One layer with merging, by hand: `match` and `merge` are tested in tests/ops/test_merging.py."""
+    packed = make_stream([(4, 5), (3, 3)], 0)
+    plan = MergePlan.of(packed.segments.lengths, [0.3, 0.0], 2)
+    first, second = encoder.blocks.layers
+    with torch.no_grad():
+        found, merges = encoder.merged(packed, plan)
+        x = encoder.patch_embed(packed.values * encoder.pixel_scale + encoder.pixel_shift)
+        x = x + encoder.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
+        x, keys = first.attend(x, packed.segments.cu_seqlens, 20)
+        merging = match(keys.mean(dim=1), plan, 0)
+        x, sizes = merge(x, torch.ones(29), merging)
+        x = first.transform(x)
+        x, _ = second.attend(x, plan.segments[1].cu_seqlens, 20, sizes)
+        x = encoder.blocks.norm(second.transform(x))
+    assert len(merges) == 1
+    assert torch.equal(merges[0].origin, merging.origin)
+    assert sizes.max() > 1
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
+
+
+def test_a_merge_rate_out_of_range_is_refused(encoder: Encoder, images: list[Image.Image]) -> None:
+    with pytest.raises(ValueError, match=r"^A merge rate must lie between 0 and 0.5, not 0.7"):
+        encoder.embed(images, merge_rate=0.7)
 
 
 def test_the_packs_size_changes_nothing(encoder: Encoder, images: list[Image.Image]) -> None:

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ijepa_enhanced.ops.attention import attention, cpu_attention, cpu_attention_backward, dense_attention
+from ijepa_enhanced.ops.attention import (
+    attention,
+    cpu_attention,
+    cpu_attention_backward,
+    dense_attention,
+    with_bias_channels,
+)
 from ijepa_enhanced.packed import Segments
 
 LENGTHS = [7, 1, 33, 12, 1, 64]
@@ -62,6 +68,58 @@ def test_float32_agrees_with_the_definition_in_float64(kernel: Kernel) -> None:
         assert ours.dtype == torch.float32
         # 16 roundings, one a product of q and k, of numbers of size up to 4: 16 * 6e-8 * 4. (1.3e-6 was measured.)
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4e-6)
+
+
+SIZES = torch.tensor([float(1 + number % 5) for number in range(sum(LENGTHS))])
+"""Patches that each key stands for after merging."""
+
+
+def of_cpu_sized(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return attention(q, k, v, cu_seqlens, 64, SIZES)
+
+
+def dense_sized(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return dense_attention(q, k, v, cu_seqlens, SIZES.log())
+
+
+def in_channels(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """What the CUDA kernel is handed, by the definition: its scale is that of the width without the channels."""
+    q, k, v = with_bias_channels(q, k, v, SIZES.log())
+    assert q.shape[2] == k.shape[2] == v.shape[2] == WIDTH + 8
+    return by_definition(q, k, v, LENGTHS)[:, :, :WIDTH]
+
+
+@pytest.mark.parametrize("kernel", [of_cpu_sized, dense_sized, in_channels])
+def test_a_key_of_several_patches_counts_as_often(kernel: Kernel) -> None:
+    """Proportional attention by another definition: every key and value repeated as many times as it has patches."""
+    inputs = draw(LENGTHS)
+    cu_seqlens = Segments.of(LENGTHS).cu_seqlens
+    repeats = SIZES.long()
+    owner = torch.arange(len(SIZES)).repeat_interleave(repeats)
+
+    def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+            keys = owner[(owner >= start) & (owner < stop)]
+            logits = torch.einsum("ihd,jhd->hij", q[start:stop], k[keys]) / WIDTH**0.5
+            parts.append(torch.einsum("hij,jhd->ihd", logits.softmax(dim=-1), v[keys]))
+        return torch.cat(parts)
+
+    found = with_gradients(lambda q, k, v: kernel(q, k, v, cu_seqlens), *inputs)
+    expected = with_gradients(repeated, *(x.double() for x in inputs))
+    for ours, theirs in zip(found, expected, strict=True):
+        # As above, with the logarithm's and the mask's roundings. (2.0e-6 was measured.)
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=6e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bias_channels_hold_the_bias_to_float32(dtype: torch.dtype) -> None:
+    bias = torch.arange(1.0, 2000.0).log()
+    empty = torch.zeros(len(bias), 1, 64, dtype=dtype)
+    q, k, _ = with_bias_channels(empty, empty, empty, bias)
+    logits = (q.double() * k.double()).sum(dim=2)[:, 0] / 64**0.5
+    # Three numbers of 8 bits hold 24, float32's; the bias times 8 is below 64, whose last of 24 bits is 4e-6.
+    torch.testing.assert_close(logits, bias.double(), rtol=0, atol=4e-6 / 8)
 
 
 @settings(deadline=None, max_examples=30)
@@ -163,18 +221,24 @@ def test_the_custom_ops_keep_torch_s_rules(dtype: torch.dtype) -> None:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     assert set(torch.library.opcheck(cpu_attention, (*leaves, cu_seqlens)).values()) == {"SUCCESS"}
     out, logsumexp = cpu_attention(q, k, v, cu_seqlens)
-    backward = (grad, q, k, v, out, logsumexp, cu_seqlens)
+    backward = (grad, q, k, v, cu_seqlens, None, out, logsumexp)
     assert set(torch.library.opcheck(cpu_attention_backward, backward).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(cpu_attention, (*leaves, cu_seqlens, SIZES[:8].log())).values()) == {"SUCCESS"}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sizes", [None, SIZES])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_varlen_on_cuda_agrees_with_dense_float32(dtype: torch.dtype) -> None:
+def test_varlen_on_cuda_agrees_with_dense_float32(dtype: torch.dtype, sizes: Tensor | None) -> None:
     inputs = tuple(x.cuda() for x in draw(LENGTHS, dtype=dtype))
     segments = Segments.of(LENGTHS).to("cuda")
-    found = with_gradients(lambda q, k, v: attention(q, k, v, segments.cu_seqlens, segments.max_seqlen), *inputs)
-    theirs = with_gradients(lambda q, k, v: dense_attention(q, k, v, segments.cu_seqlens), *(x.float() for x in inputs))
+    sizes = None if sizes is None else sizes.cuda()
+    bias = None if sizes is None else sizes.log()
+    found = with_gradients(lambda q, k, v: attention(q, k, v, segments.cu_seqlens, 64, sizes), *inputs)
+    theirs = with_gradients(
+        lambda q, k, v: dense_attention(q, k, v, segments.cu_seqlens, bias), *(x.float() for x in inputs)
+    )
     # The kernel rounds the softmax, the result and its gradients to half precision on the way: a few roundings of
     # numbers of size up to 4.
     bound = 4 * 4 * torch.finfo(dtype).eps

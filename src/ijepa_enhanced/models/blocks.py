@@ -1,12 +1,17 @@
 """What the encoder and the predictor are both made of: pre-norm transformer blocks over a packed stream."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.ops.attention import attention
+from ijepa_enhanced.ops.merging import Merge, match, merge
 from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d
-from ijepa_enhanced.packed import segment_ids
+from ijepa_enhanced.packed import Segments, segment_ids
 
 LAYER_NORM_EPS = 1e-6
 """As in ViT (arXiv 2010.11929) and I-JEPA's code; PyTorch's default is 1e-5."""
@@ -31,10 +36,15 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def attend(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half: [T, D] -> [T, D], and the keys of all tokens [T, H, K]; `sizes` as for `attention`."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
-        x = x + self.proj(attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+        return x + self.proj(attention(q, k, v, cu_seqlens, max_seqlen, sizes).flatten(1)), k
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second half, each token for itself: [T, D] -> [T, D]."""
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
@@ -53,12 +63,22 @@ class Blocks(nn.Module):
         self.layers = nn.ModuleList(Block(width, heads, round(width * mlp_ratio)) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """[T, D] -> [T, D], normalised."""
-        for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen)
-        normalised: Tensor = self.norm(x)
-        return normalised
+    def forward(self, x: Tensor, segments: Segments, plan: MergePlan | None = None) -> tuple[Tensor, list[Merge]]:
+        """[T, D] -> [T', D], normalised, and what was merged on the way, layer after layer.
+
+        With a plan, the tokens of its active layers are merged between attention and MLP by their keys averaged over
+        heads (ToMe, arXiv 2210.09461, section 3), and from there on each counts as many times as it has patches.
+        """
+        sizes, merges = None, []
+        for number, layer in enumerate(cast(Iterable[Block], self.layers)):
+            x, keys = layer.attend(x, segments.cu_seqlens, segments.max_seqlen, sizes)
+            if plan is not None and plan.active[number]:
+                merging = match(keys.mean(dim=1, dtype=torch.float32), plan, number)
+                x, sizes = merge(x, x.new_ones(len(x), dtype=torch.float32) if sizes is None else sizes, merging)
+                merges.append(merging)
+                segments = plan.segments[number + 1]
+            x = layer.transform(x)
+        return self.norm(x), merges
 
 
 class FactorizedPositions(nn.Module):

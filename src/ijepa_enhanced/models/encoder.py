@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from ijepa_enhanced.data.images import decode_views, open_image, patchify, upright_size
 from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
 from ijepa_enhanced.files import replacing
+from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
 from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
+from ijepa_enhanced.ops.merging import Merge, chain, unmerge
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.packed import Packed
+from ijepa_enhanced.packed import Packed, Segments
 
 CHANNELS = 3
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -90,20 +93,36 @@ class Encoder(nn.Module):
         """D, the width of a feature."""
         return self.config.shape.width
 
-    def forward(self, packed: Packed) -> Tensor:
-        """uint8 patches [T, P * P * C] -> features [T, D] after the last LayerNorm."""
-        cu_seqlens = packed.segments.cu_seqlens
+    def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
+        """uint8 patches [T, P * P * C] -> features [T, D] after the last LayerNorm.
+
+        With a plan tokens are merged on the way. Each patch then gets the feature of the token that holds it, so that
+        a mean over patches weighs tokens by their sizes, and targets, maps and pooling are the same code as without.
+        """
+        features, merges = self.merged(packed, plan)
+        return unmerge(features, reduce(chain, merges)) if merges else features
+
+    def merged(self, packed: Packed, plan: MergePlan | None) -> tuple[Tensor, list[Merge]]:
+        """The features [T', D] of what the patches were merged into, and the merges, layer after layer."""
         x = self.patch_embed(packed.values * self.pixel_scale + self.pixel_shift)
-        x = x + self.positions(packed.positions, packed.grids, cu_seqlens)
-        features: Tensor = self.blocks(x, cu_seqlens, packed.segments.max_seqlen)
+        x = x + self.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
+        features: tuple[Tensor, list[Merge]] = self.blocks(x, packed.segments, plan)
         return features
 
-    def embed(self, images: Sequence[ImageLike], side: int | None = 224, tokens_per_pack: int = 16384) -> Tensor:
+    def embed(
+        self,
+        images: Sequence[ImageLike],
+        side: int | None = 224,
+        merge_rate: float | Sequence[float] = 0.0,
+        tokens_per_pack: int = 16384,
+    ) -> Tensor:
         """One feature an image: the mean of its tokens.
 
         Args:
             images: N images of any mix of sizes; packed inside, so no image costs another padding.
             side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
+            merge_rate: the share of its tokens that each layer merges into others, from 0 to 0.5, or one for each
+                layer: faster, and less exact (docs/merging.md has the figures).
             tokens_per_pack: tokens in memory at once; lower it when memory is short.
 
         Returns:
@@ -111,26 +130,35 @@ class Encoder(nn.Module):
 
         Raises:
             UnreadableImage: an image cannot be decoded; the message says why.
+            ValueError: a merge rate out of range.
         """
         pooled = [
             segment_mean(features, packed.segments.cu_seqlens)
-            for packed, features in self._features(images, side, tokens_per_pack)
+            for packed, features in self._features(images, side, merge_rate, tokens_per_pack)
         ]
         return torch.cat(pooled) if pooled else torch.empty(0, self.width)
 
     def feature_maps(
-        self, images: Sequence[ImageLike], side: int | None = 224, tokens_per_pack: int = 16384
+        self,
+        images: Sequence[ImageLike],
+        side: int | None = 224,
+        merge_rate: float | Sequence[float] = 0.0,
+        tokens_per_pack: int = 16384,
     ) -> list[Tensor]:
         """Each image's features in their places: N tensors [rows, columns, D]; arguments as for `embed`."""
         maps: list[Tensor] = []
-        for packed, features in self._features(images, side, tokens_per_pack):
+        for packed, features in self._features(images, side, merge_rate, tokens_per_pack):
             views = torch.split(features, list(packed.segments.lengths))
             maps += [view.view(*grid, self.width) for view, grid in zip(views, packed.grids.tolist(), strict=True)]
         return maps
 
     @torch.inference_mode()
     def _features(
-        self, images: Sequence[ImageLike], side: int | None, tokens_per_pack: int
+        self,
+        images: Sequence[ImageLike],
+        side: int | None,
+        merge_rate: float | Sequence[float],
+        tokens_per_pack: int,
     ) -> Iterator[tuple[Packed, Tensor]]:
         opened = [_open(image) for image in images]
         sizes = np.array([upright_size(image) for image in opened], dtype=np.int64).reshape(-1, 2)
@@ -145,8 +173,15 @@ class Encoder(nn.Module):
                 )
                 for i in range(start, stop)
             ]
-            packed = Packed.of_grids(np.concatenate(patches), grids[start:stop]).to(device)
-            yield packed, self(packed).float()
+            packed = Packed.of_grids(np.concatenate(patches), grids[start:stop])
+            plan = self.merge_plan(packed.segments, merge_rate)
+            packed = packed.to(device)
+            yield packed, self(packed, plan and plan.to(device)).float()
+
+    def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
+        """What merging at `rate` does to views of these lengths, on the CPU; None where it does nothing."""
+        plan = MergePlan.of(segments.lengths, rate, self.config.shape.depth)
+        return plan if any(plan.active) else None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, which is created."""

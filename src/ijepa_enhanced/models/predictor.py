@@ -53,6 +53,6 @@ class Predictor(nn.Module):
         embedded = self.embed(context)
         rows = torch.cat([embedded, self.mask_token.to(embedded.dtype)])
         x = rows[queries.source] + self.positions(queries.positions, queries.grids, cu_seqlens)
-        x = self.blocks(x, cu_seqlens, queries.segments.max_seqlen)
+        x, _ = self.blocks(x, queries.segments)
         predicted: Tensor = self.head(x[queries.answers])
         return predicted

@@ -4,6 +4,9 @@
 - CPU: PyTorch's flash kernel, segment by segment, behind one custom op, so that a compiled graph sees a single
   node of dynamic length and no Python loop.
 - Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of float32 on CUDA.
+
+After merging (ToMe, arXiv 2210.09461, section 3.2) a key that stands for s patches counts s times: log(s) is added to
+its logits. CPU and dense kernels add it as a mask; varlen has none, so there it travels in additional head channels.
 """
 
 import itertools
@@ -17,37 +20,74 @@ from torch.nn.attention.varlen import varlen_attn
 from ijepa_enhanced.packed import segment_ids
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Softmax(q k^T / sqrt(K)) v within each segment.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, sizes: Tensor | None = None
+) -> Tensor:
+    """Softmax(q k^T / sqrt(K) + log(sizes)) v within each segment.
 
     Args:
         q: [T, H, K] queries; k: [T, H, K] keys; v: [T, H, K] values.
         cu_seqlens: int32 [V + 1], on the same device.
         max_seqlen: tokens of the longest segment (or any larger number).
+        sizes: float32 [T], patches that each key stands for; None where all are single ones. No gradient flows to it.
 
     Returns:
         [T, H, K].
     """
+    bias = None if sizes is None else sizes.log()
     if q.device.type == "cpu":
-        out, _ = cpu_attention(q, k, v, cu_seqlens)
+        out, _ = cpu_attention(q, k, v, cu_seqlens, bias)
         return out
     if q.dtype in (torch.bfloat16, torch.float16):
-        # Seven positional arguments: all that torch 2.11 to 2.13 agree on.
-        return cast(Tensor, varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
-    return dense_attention(q, k, v, cu_seqlens)
+        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, bias)
+    return dense_attention(q, k, v, cu_seqlens, bias)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`attention` by its definition: O(T^2) time and memory."""
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attention` by its definition: O(T^2) time and memory. `bias`: float32 [T], added to each key's logits."""
     ids = segment_ids(cu_seqlens, q.shape[0])
-    same = ids[:, None] == ids[None, :]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=same)
+    mask = ids[:, None] == ids[None, :]
+    if bias is not None:
+        mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask)
     return out.transpose(0, 1)
 
 
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None = None
+) -> Tensor:
+    """`attention` on CUDA in half precision. `bias`: float32 [T], added to each key's logits."""
+    width = q.shape[2]
+    if bias is not None:
+        q, k, v = with_bias_channels(q, k, v, bias)
+    # Positional up to here and `scale` by name: all that torch 2.11 to 2.13 agree on.
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=width**-0.5)
+    return cast(Tensor, out)[:, :, :width]
+
+
+def with_bias_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [T, H, K + 8] whose product q k^T / sqrt(K) has `bias` float32 [T] of each key in it.
+
+    Three channels hold the bias as the sum of three half-precision numbers, since one rounds by up to 1.5e-2; eight
+    are added, as the kernel wants a multiple of that.
+    """
+    parts, rest = [], bias * q.shape[2] ** 0.5
+    for _ in range(3):
+        parts.append(rest.to(q.dtype))
+        rest = rest - parts[-1].float()
+    channels = F.pad(torch.stack(parts, dim=1), (0, 5))[:, None]
+    ones = F.pad(channels.new_ones(3), (0, 5))
+    shape = (*q.shape[:2], 8)
+    return torch.cat([q, ones.expand(shape)], 2), torch.cat([k, channels.expand(shape)], 2), F.pad(v, (0, 8))
+
+
 @torch.library.custom_op("ijepa_enhanced::cpu_attention", mutates_args=())
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`attention` on the CPU; also returns the log-sum-exp, float32 [H, T], that its backward needs.
+
+    `bias`: float32 [T], added to each key's logits.
 
     Computed in float32: PyTorch's bfloat16 backward takes 5 times as long on segments of 40 tokens (docs/log.md).
     """
@@ -55,28 +95,41 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[
     logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     heads = [_heads_first(x) for x in (q, k, v)]
     for start, stop in itertools.pairwise(cu_seqlens.tolist()):
-        segment, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x[:, :, start:stop] for x in heads))
+        segment, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(x[:, :, start:stop] for x in heads), attn_mask=_mask(bias, start, stop)
+        )
         out[start:stop] = segment[0].transpose(0, 1)
         logsumexp[:, start:stop] = lse[0]
     return out, logsumexp
 
 
 @cpu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("ijepa_enhanced::cpu_attention_backward", mutates_args=())
 def cpu_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `cpu_attention` for q, k and v: three [T, H, K]."""
     grads = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
     heads = [_heads_first(x) for x in (grad, q, k, v, out)]
     for start, stop in itertools.pairwise(cu_seqlens.tolist()):
         segment_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x[:, :, start:stop] for x in heads), logsumexp[None, :, start:stop], 0.0, False
+            *(x[:, :, start:stop] for x in heads),
+            logsumexp[None, :, start:stop],
+            0.0,
+            False,
+            attn_mask=_mask(bias, start, stop),
         )
         for whole, segment in zip(grads, segment_grads, strict=True):
             whole[start:stop] = segment[0].transpose(0, 1)
@@ -88,20 +141,32 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.float().transpose(0, 1).unsqueeze(0)
 
 
+def _mask(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """A segment's [T, T] mask, of which only one row is in memory."""
+    return None if bias is None else bias[start:stop].expand(stop - start, stop - start)
+
+
 @cpu_attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     empty = torch.empty_like(q, memory_format=torch.contiguous_format)
     return empty, torch.empty_like(empty), torch.empty_like(empty)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+    ctx.save_for_backward(*inputs, *output)
 
 
 def _backward(ctx, grad, _grad_logsumexp):  # type: ignore[no-untyped-def]
-    return *cpu_attention_backward(grad, *ctx.saved_tensors), None
+    return *cpu_attention_backward(grad, *ctx.saved_tensors), None, None
 
 
 cpu_attention.register_autograd(_backward, setup_context=_setup_context)
