@@ -17,14 +17,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from ijepa_enhanced.benchmarks import loader, packing
-from ijepa_enhanced.config import RequestError, check_resumable, config_of_run, find_config, load_config, nearest
-from ijepa_enhanced.data.index import Index, build_index, summary
+from ijepa_enhanced.config import (
+    RequestError,
+    check_resumable,
+    check_unchanged,
+    config_of_run,
+    find_config,
+    load_config,
+    nearest,
+)
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.index import Index, build_index, report_unreadable, summary
 from ijepa_enhanced.data.loader import PackDataset
 from ijepa_enhanced.data.plan import Plan, PlanError
 from ijepa_enhanced.data.sources import Source, SourceError, open_source
@@ -42,11 +52,21 @@ logger = logging.getLogger("ijepa_enhanced")
 
 
 class StderrHandler(logging.Handler):
-    """Writes to what is stderr at that moment: a progress bar puts itself there to keep below the messages."""
+    """Writes to what is stderr at that moment: a progress bar puts itself there to keep below the messages.
+
+    Nothing is said twice: pictures and scores read the same images again, and would repeat what is wrong with them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
-        print(self.format(record), file=sys.stderr)
+        message = self.format(record)
+        if message not in self.said:
+            self.said.add(message)
+            print(message, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,26 +78,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(arguments)
         return COMMANDS[options.subcommand](options[options.subcommand])
-    except SystemExit as finished:  # --help and --print_config end this way
+    except SystemExit as finished:  # --help and --version end this way
         return int(finished.code or 0)
-    except (RequestError, SourceError, PlanError, ResumeError, FileNotFoundError) as error:
-        return failure(error, 2, debug)
-    except (RunError, CheckpointError, OSError) as error:
-        return failure(error, 1, debug)
+    except (RequestError, SourceError, PlanError, ResumeError) as error:
+        return failure(error, str(error), 2, debug)
+    except (RunError, CheckpointError, UnreadableImage) as error:
+        return failure(error, str(error), 1, debug)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
+        return failure(error, message, 1, debug)
+    except KeyboardInterrupt as error:
+        return failure(error, "Interrupted.", 1, debug)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}\nThis should not happen; --debug shows where."
+        return failure(error, message, 1, debug)
 
 
-def failure(error: Exception, code: int, debug: bool) -> int:
+def failure(error: BaseException, message: str, code: int, debug: bool) -> int:
     """Print what went wrong, with a traceback only when asked for, and return the exit code."""
     if debug:
         traceback.print_exception(error)
-    print(f"ijepa: {error}", file=sys.stderr)
+    print(f"ijepa: {message}", file=sys.stderr)
     return code
 
 
 def make_commands() -> dict[str, ArgumentParser]:
     """The options of every command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    commands = {name: ArgumentParser(exit_on_error=False, description=text) for name, text in PURPOSES.items()}
+    commands = {
+        name: ArgumentParser(exit_on_error=False, print_config=None, description=text)
+        for name, text in PURPOSES.items()
+    }
     for command in commands.values():
         command.add_argument("--json", action="store_true", help="end stdout with one line of JSON")
         command.add_argument("--debug", action="store_true", help="show tracebacks and debugging messages")
@@ -86,6 +117,7 @@ def make_commands() -> dict[str, ArgumentParser]:
     train.add_argument("--config", action="config", help="a recipe's name, or a YAML file")
     train.add_argument("--run", type=str, default=None, help="folder to make for the run (default: runs/TIME)")
     train.add_argument("--resume", type=str, default=None, metavar="RUN", help="folder of a run to go on with")
+    train.add_argument("--print_config", action="store_true", help="print the configuration as YAML, and no more")
     train.add_class_arguments(TrainConfig)
 
     evaluate = commands["evaluate"]
@@ -109,7 +141,13 @@ def make_commands() -> dict[str, ArgumentParser]:
     inspect.add_argument("source", type=str, help="a folder, tar shards, or synthetic")
     inspect.add_argument("--out", type=str, required=True, metavar="DIR", help="folder for the picture")
     inspect.add_argument("--config", action="config", help="a recipe's name, or a YAML file")
+    inspect.add_argument("--run", help=argparse.SUPPRESS)  # a configuration file may have it
     inspect.add_class_arguments(TrainConfig)
+    for command in (train, inspect):
+        for field in dataclasses.fields(TrainConfig):
+            if dataclasses.is_dataclass(field.default_factory):
+                # The parser takes a file for a whole group, and would not check its keys.
+                command._option_string_actions[f"--{field.name}"].help = argparse.SUPPRESS
 
     benchmark = commands["benchmark"]
     benchmark.add_argument("theme", choices=list(BENCHMARKS))
@@ -125,54 +163,88 @@ def parse(arguments: list[str]) -> Namespace:
         RequestError: an option, a key or a value is wrong; the message names it.
     """
     commands = make_commands()
-    parser = ArgumentParser(prog="ijepa", description=__doc__, exit_on_error=False)
+    package = sys.modules["ijepa_enhanced"]  # no file imports the package, which imports from the floors
+    parser = ArgumentParser(
+        prog="ijepa", description=PURPOSE, exit_on_error=False, print_config=None, version=package.__version__
+    )
     subcommands = parser.add_subcommands(required=False)
     for name, command in commands.items():
         subcommands.add_subcommand(name, command, help=PURPOSES[name])
-    if not arguments:
-        arguments = ["--help"]
+    name, *rest = arguments or ["--help"]
+    if name not in ("--help", "-h", "--version", *commands):
+        raise RequestError(
+            f"Options come after the command: {', '.join(commands)}."
+            if name.startswith("-")
+            else f"No command '{name}'.{nearest(name, list(commands))}"
+        )
+    known = options_of(commands[name]) if name in commands else []
+    check_options(rest, known)
     try:
-        options: Namespace = parser.instantiate(parser.parse_args(with_config_files(arguments)))
+        options: Namespace = parser.instantiate(parser.parse_args([name, *with_config_files(rest)]))
     except argparse.ArgumentError as error:
-        known = re.findall(r"--[\w.-]+", commands[arguments[0]].format_help()) if arguments[0] in commands else []
         raise RequestError(plain_words(str(error), known)) from error
     except ValueError as error:
         raise RequestError(str(error)) from error
     return options
 
 
+def options_of(command: ArgumentParser) -> list[str]:
+    """The options that a command's help shows, without its abbreviations."""
+    shown = command._option_string_actions.items()
+    return [name for name, action in shown if action.help != argparse.SUPPRESS and name.startswith("--")]
+
+
+def check_options(arguments: list[str], known: list[str]) -> None:
+    """Raise RequestError for the first option that is not known; the parser itself would take any abbreviation."""
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            raise RequestError(f"Unknown option '{name}'.{nearest(name, known)}")
+
+
 def with_config_files(arguments: list[str]) -> list[str]:
     """The arguments with recipes' names replaced by their files, and a resumed run's configuration put first."""
-    resolved = arguments[:1]
-    for before, argument in itertools.pairwise(arguments):
-        if before == "--config":
-            resolved.append(str(find_config(argument)))
-        elif argument.startswith("--config="):
-            resolved.append(f"--config={find_config(argument.removeprefix('--config='))}")
-        else:
-            resolved.append(argument)
+    split: list[str] = []
+    for argument in arguments:
+        split += argument.split("=", 1) if argument.startswith(("--config=", "--resume=")) else [argument]
+    resolved = split[:1]
+    for before, argument in itertools.pairwise(split):
+        resolved.append(str(find_config(argument)) if before == "--config" else argument)
         if before == "--resume":
-            resolved[1:1] = ["--config", str(config_of_run(Path(argument)))]
+            resolved[:0] = ["--config", str(find_config(str(config_of_run(Path(argument)))))]
     return resolved
 
 
 def plain_words(message: str, known: list[str]) -> str:
     """The parser's complaint as a sentence or two that a user can act on; `known` are the command's options."""
-    if found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-        return f"Unknown option '{found[1]}'.{nearest(found[1], known) if found[1].startswith('-') else ''}"
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        return f"Unknown argument '{found[1]}'."
     if found := re.match(r"the following arguments are required: (.*)", message):
-        return f"Missing: {', '.join(name.rpartition('.')[2] for name in found[1].split(', '))}."
+        names = [name.rpartition(".")[2] for name in found[1].split(", ")]
+        return f"Missing: {', '.join(f'--{name}' if f'--{name}' in known else name for name in names)}."
+    if found := re.match(r"argument (\S+): expected one argument", message):
+        return f"{found[1]} needs a value."
+    if found := re.match(r"argument (\S+): ignored explicit argument", message):
+        return f"{found[1]} takes no value."
+    if found := re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+        choices = re.findall(r"\w+", found[3])
+        return f"{found[1]} takes {either(choices)}, not '{found[2]}'."
     key = re.match(r'Parser key "(.+?)":', message)
     given = re.findall(r"(?:Got|Given) value: (.*)", message)
     types = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected a (.*?)\. Got", message)
     if key and given and types:
-        names = [name or literal for name, literal in re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", types[1])]
-        wanted = " or ".join(JSON_NAMES.get(name, name) for name in names)
-        return f"{key[1]} takes {wanted}, not '{given[-1]}'."
-    return message.replace("argument subcommand: invalid choice", "No such command").replace("argument ", "")
+        wanted = [JSON_NAMES.get(name, name) for name in re.findall(r"'(\w+)'", types[1])]
+        return f"{key[1]} takes {either(wanted)}, not {YAML_WORDS.get(given[-1], repr(given[-1]))}."
+    return message
+
+
+def either(words: list[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 JSON_NAMES = {"NoneType": "null", "str": "text", "bool": "true or false", "int": "a whole number", "float": "a number"}
+YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 def print_json(options: Namespace, values: dict[str, Any]) -> None:
@@ -182,16 +254,29 @@ def print_json(options: Namespace, values: dict[str, Any]) -> None:
 
 
 def train_config(options: Namespace) -> TrainConfig:
-    """The configuration among a command's options."""
-    return TrainConfig(**{field.name: options[field.name] for field in dataclasses.fields(TrainConfig)})
+    """The configuration among a command's options.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+    try:
+        return TrainConfig(**{field.name: options[field.name] for field in dataclasses.fields(TrainConfig)})
+    except ValueError as error:
+        raise RequestError(str(error)) from error
 
 
 def run_train(options: Namespace) -> int:
     """`ijepa train`."""
     config = train_config(options)
+    if options.print_config:
+        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
+        return 0
     if options.resume:
+        if options.run:
+            raise RequestError("--resume goes on in the run's own folder: leave --run out.")
         folder = Path(options.resume)
         check_resumable(load_config(folder), config, folder)
+        check_unchanged(folder)
     else:
         folder = Path(options.run or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
         if folder.exists():
@@ -214,12 +299,22 @@ def first_batch(config: TrainConfig, source: str) -> MaskedBatch:
     index = build_index(opened)
     plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
     dataset = PackDataset(opened, index, config.encoder.patch_size, config.masks, config.seed)
-    return cast(MaskedBatch, dataset[plan.epoch(0)[0]])
+    batch = cast(MaskedBatch, dataset[plan.epoch(0)[0]])
+    report_unreadable(index)
+    for row, reason in batch.unreadable:
+        logger.warning("Left out: %s: %s", opened.keys[row], reason)
+    return batch
 
 
 def run_evaluate(options: Namespace) -> int:
     """`ijepa evaluate`."""
-    encoder = Encoder.from_pretrained(options.run)
+    for name, least in (("side", 1), ("seed", 0), ("workers", 0)):
+        if options[name] is not None and options[name] < least:
+            raise RequestError(f"{name} must be at least {least}, not {options[name]}.")
+    try:
+        encoder = Encoder.from_pretrained(options.run)
+    except FileNotFoundError as error:
+        raise RequestError(str(error)) from error
     train, val = labelled(options.train, "train"), labelled(options.val, "val")
     renumber = class_numbers(train[1], val[1], options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,7 +324,7 @@ def run_evaluate(options: Namespace) -> int:
             encoder.to(device), *images, options.side, autocast_dtype("auto", device), workers=options.workers
         )
         for row, reason in found.unreadable.items():
-            logger.warning("Left out: %s: %s", images[0].keys[row], reason)
+            logger.warning("Left out of %s: %s: %s", images[0].name, images[0].keys[row], reason)
         return found
 
     table = Table("", "kNN-20", "linear", "RankMe")
@@ -260,6 +355,7 @@ def labelled(spec: str, part: str) -> tuple[Source, Index]:
 
     Raises:
         RequestError: the source has no labels.
+        RunError: it has no image that can be read.
     """
     source = open_source(spec, part)
     index = build_index(source)
@@ -268,8 +364,9 @@ def labelled(spec: str, part: str) -> tuple[Source, Index]:
             f"{spec} has no labels, and scoring needs them: put the images of each class into a folder of its own, "
             "or a .cls file beside each image of a shard."
         )
-    for key, reason in index.unreadable:
-        logger.warning("Left out: %s: %s", key, reason)
+    report_unreadable(index, f"Left out of {spec}")
+    if not len(index.rows):
+        raise RunError(f"None of the {len(index.unreadable)} images of {spec} can be read.")
     return source, index
 
 
@@ -279,13 +376,17 @@ def class_numbers(train: Index, val: Index, options: Namespace) -> Tensor:
     Raises:
         RequestError: a class of the validation source is missing in the training source.
     """
-    if train.classes is None or val.classes is None:
-        assert val.labels is not None
-        return torch.arange(1 + int(val.labels.max()))
-    for name in val.classes:
-        if name not in train.classes:
-            raise RequestError(f"{options.val} has a class '{name}' that {options.train} has not.")
-    return torch.tensor([train.classes.index(name) for name in val.classes])
+    assert train.labels is not None
+    assert val.labels is not None
+    if train.classes is not None and val.classes is not None:
+        missing = [name for name in val.classes if name not in train.classes]
+        numbers = [train.classes.index(name) for name in val.classes if name not in missing]
+    else:
+        missing = sorted({*val.labels.tolist()} - {*train.labels.tolist()})
+        numbers = list(range(1 + int(val.labels.max())))
+    if missing:
+        raise RequestError(f"{options.val} has a class '{missing[0]}' that {options.train} has not.")
+    return torch.tensor(numbers)
 
 
 def random_start(encoder: Encoder, run: Path) -> Encoder:
@@ -300,7 +401,8 @@ def run_index(options: Namespace) -> int:
     index = build_index(open_source(options.source), progress=None)
     counts = summary(index)
     for name, value in counts.items():
-        print(f"{name:>12}  {value}")
+        shown = "  ".join(f"{part} {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
+        print(f"{name:>12}  {shown}")
     for key, reason in index.unreadable:
         print(f"  unreadable  {key}: {reason}")
     print_json(options, counts)
@@ -311,6 +413,8 @@ def run_inspect(options: Namespace) -> int:
     """`ijepa inspect`."""
     config = train_config(options)
     batch = first_batch(config, options.source)
+    if not len(batch.image_ids):
+        raise RunError(f"None of the {len(batch.unreadable)} images of the first pack can be decoded.")
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"{options.what}.png"
@@ -326,6 +430,7 @@ def run_benchmark(options: Namespace) -> int:
     return 0
 
 
+PURPOSE = "Train image encoders on images of any size by self-supervision (I-JEPA), and measure them."
 PURPOSES = {
     "train": "Train an encoder.",
     "evaluate": "Score an encoder on labelled images.",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from ijepa_enhanced.train.checkpoint import latest_checkpoint, read_progress
 from ijepa_enhanced.train.loop import TrainConfig
 
 FREE_ON_RESUME = ("data.source", "data.max_unreadable", "data.workers", "compile", "checkpoint_every", "log_every")
@@ -42,22 +45,33 @@ def find_config(name_or_file: str) -> Path:
         raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise RequestError(f"{path} must hold keys and values, as `ijepa train --print_config` prints them.")
-    known = [*flatten(dataclasses.asdict(TrainConfig())), "run"]
-    for key in flatten(content):
-        if key not in known:
-            raise RequestError(f"{path}: unknown key '{key}'.{nearest(key, known)}")
+    types = {**_types(TrainConfig), "run": str | None}
+    for key, value in flatten(content).items():
+        if key not in types:
+            raise RequestError(f"{path}: unknown key '{key}'.{nearest(key, list(types))}")
+        if value is None and NoneType not in get_args(types[key]):
+            raise RequestError(f"{path}: {key} needs a value, not null.")
     return path
 
 
 def nearest(name: str, known: list[str]) -> str:
     """A sentence with the known name closest to `name`, or with all of them when few, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(
-        name.rpartition(".")[2], [key.rpartition(".")[2] for key in known], n=1
-    )
+    if inside := [key for key in known if key.startswith(f"{name}.")]:
+        return f" It is a group: set what is in it, such as '{inside[0]}'."
+    last = _last(name)
+    if alike := [key for key in known if _last(key) == last]:
+        close = difflib.get_close_matches(name, alike, n=1, cutoff=0.0)
+    elif not (close := difflib.get_close_matches(name, known, n=1)):
+        match = difflib.get_close_matches(last, [_last(key) for key in known], n=1)
+        close = [key for key in known if _last(key) in match]
     if close:
-        full = next(key for key in known if key == close[0] or key.endswith(f".{close[0]}"))
-        return f" Did you mean '{full}'?"
+        return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if 0 < len(known) <= 12 else ""
+
+
+def _last(name: str) -> str:
+    """The part of a key or an option that tells most."""
+    return name.rpartition(".")[2].removeprefix("--")
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -95,13 +109,41 @@ def load_config(folder: Path) -> TrainConfig:
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig, folder: Path) -> None:
     """Raise RequestError, naming the key, where resuming would change what the run is."""
-    before, after = flatten(dataclasses.asdict(saved)), flatten(dataclasses.asdict(asked))
-    for key, value in after.items():
-        if value != before[key] and key not in FREE_ON_RESUME:
-            raise RequestError(
-                f"{folder} was started with {key} = {before[key]}, so it cannot go on with {value}. "
-                "Leave the flag out, or start a new run."
-            )
+    for key, before, after in _changes(saved, asked):
+        raise RequestError(
+            f"{folder} was started with {key} = {before}, so it cannot go on with {after}. "
+            "Leave the flag out, or start a new run."
+        )
+
+
+def check_unchanged(folder: Path) -> None:
+    """Raise RequestError, naming the key, where a run's config.yaml is not what its newest checkpoint is of."""
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        return
+    trained: TrainConfig = _build(TrainConfig, read_progress(checkpoint)["config"])
+    for key, before, after in _changes(trained, load_config(folder)):
+        raise RequestError(
+            f"{config_of_run(folder)} says {key} = {after}, but the run was trained with {before}. "
+            "Change it back, or start a new run."
+        )
+
+
+def _changes(before: TrainConfig, after: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Key and both values of whatever differs and may not change on resuming."""
+    values = flatten(dataclasses.asdict(before))
+    for key, value in flatten(dataclasses.asdict(after)).items():
+        if value != values[key] and key not in FREE_ON_RESUME:
+            yield key, values[key], value
+
+
+def _types(cls: type[Any], prefix: str = "") -> dict[str, Any]:
+    """The type of every key of a configuration."""
+    flat: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        flat |= _types(hint, f"{prefix}{name}.") if group else {f"{prefix}{name}": hint}
+    return flat
 
 
 def _build(cls: type[Any], values: dict[str, Any]) -> Any:

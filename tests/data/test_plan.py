@@ -391,12 +391,12 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
         ({"max_unreadable": 1.1}, "data.max_unreadable must lie between 0 and 1, not 1.1."),
         (
             {"tokens_per_pack": 1000, "views": 4, "max_view_tokens": 300},
-            "data.tokens_per_pack (1000) cannot hold 4 views of up to 300 tokens of one image. "
+            "data.tokens_per_pack (1000) cannot hold the views of one image (4 of up to 300 tokens). "
             "Raise it, or lower data.max_view_tokens.",
         ),
         (
             {"views": 9},
-            "data.tokens_per_pack (16384) cannot hold 9 views of up to 2048 tokens of one image. "
+            "data.tokens_per_pack (16384) cannot hold the views of one image (9 of up to 2048 tokens). "
             "Raise it, or lower data.max_view_tokens.",
         ),
         (

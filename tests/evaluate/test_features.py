@@ -96,7 +96,7 @@ def test_unreadable_images_are_left_out_and_named(encoder: Encoder, damaged: Pat
 
 
 def test_thumbnails_by_hand(tmp_path: Path) -> None:
-    """A picture of two flat halves: bicubic reaches across two columns, so the outer two of each half are its colour."""
+    """Two flat halves: bicubic reaches two columns across their border, so each half's outer two are its colour."""
     pixels = np.zeros((40, 80, 3), dtype=np.uint8)
     pixels[:, :40] = (255, 0, 51)
     pixels[:, 40:] = (0, 102, 255)

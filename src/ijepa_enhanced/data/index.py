@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 """Raised when a cached file means something else than before."""
 
+LISTED = 20
+"""Unreadable images that are named before the rest is only counted."""
+
 QUANTILES = (5, 25, 50, 75, 95)
 """Percent, of `summary`."""
 
@@ -75,6 +78,14 @@ def build_index(source: Source, cache: bool = True, progress: Callable[[int], No
     for values in (rows, heights, widths, labels):
         digest.update(b"" if values is None else values.tobytes())
     return Index(heights, widths, rows, labels, source.classes, keys, tuple(unreadable), digest.hexdigest())
+
+
+def report_unreadable(index: Index, heading: str = "Left out") -> None:
+    """Log the images whose header cannot be read, the first `LISTED` with their reason."""
+    for key, reason in index.unreadable[:LISTED]:
+        logger.warning("%s: %s: %s", heading, key, reason)
+    if len(index.unreadable) > LISTED:
+        logger.warning("%s: %d more, which `ijepa index` lists.", heading, len(index.unreadable) - LISTED)
 
 
 def summary(index: Index) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class DataConfig:
         for name in ("tokens_per_pack", "packs_per_step", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_view_tokens is not None and self.max_view_tokens < 1:
+            raise ValueError(f"data.max_view_tokens must be null or at least 1, not {self.max_view_tokens}.")
         if self.workers < 0:
             raise ValueError(f"data.workers must be at least 0, not {self.workers}.")
         if (self.min_side is None) != (self.max_side is None):
@@ -82,8 +84,8 @@ class DataConfig:
             raise ValueError(f"data.max_unreadable must lie between 0 and 1, not {self.max_unreadable}.")
         if self.view_limit * self.views > self.tokens_per_pack:
             raise ValueError(
-                f"data.tokens_per_pack ({self.tokens_per_pack}) cannot hold {self.views} views of up to "
-                f"{self.view_limit} tokens of one image. Raise it, or lower data.max_view_tokens."
+                f"data.tokens_per_pack ({self.tokens_per_pack}) cannot hold the views of one image "
+                f"({self.views} of up to {self.view_limit} tokens). Raise it, or lower data.max_view_tokens."
             )
         if self.view_limit < MIN_TOKENS:
             raise ValueError(

@@ -229,6 +229,8 @@ def open_source(spec: str, part: str = "train") -> Source:
     """
     if spec == "synthetic":
         return SyntheticSource(part)
+    if not spec:
+        raise SourceError("The name of the images is empty: give a folder, tar shards, or 'synthetic'.")
     path = Path(spec).expanduser()
     if path.is_dir():
         shards = sorted(path.glob("*.tar"))

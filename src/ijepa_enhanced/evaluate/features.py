@@ -56,6 +56,9 @@ def extract(
         tokens_per_pack: tokens in memory at once.
         workers: processes that decode.
         progress: called with the number of images done.
+
+    Raises:
+        UnreadableImage: none of the images can be decoded.
     """
     device = encoder.pixel_scale.device
     dataset = PackDataset(source, index, encoder.config.patch_size)
@@ -76,6 +79,7 @@ def extract(
             labels.append(batch.labels)
         if progress:
             progress(sum(map(len, image_ids)))
+    _need(values, source)
     return Features(
         torch.cat(values),
         torch.cat(labels) if labels else None,
@@ -98,6 +102,12 @@ def thumbnails(source: Source, index: Index, side: int = 16) -> Features:
             continue
         values.append(torch.from_numpy(pixels.reshape(-1)) / 255)
         kept.append(image)
+    _need(values, source)
     rows = torch.from_numpy(index.rows[kept])
     labels = None if index.labels is None else torch.from_numpy(index.labels[kept])
     return Features(torch.stack(values), labels, rows, unreadable, time.perf_counter() - start)
+
+
+def _need(values: list[Tensor], source: Source) -> None:
+    if not values:
+        raise UnreadableImage(f"None of the {len(source.keys)} images of {source.name} can be decoded.")

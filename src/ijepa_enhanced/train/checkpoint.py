@@ -22,7 +22,7 @@ KEPT = 2
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written."""
+    """A checkpoint could not be written or read."""
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
@@ -65,17 +65,31 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `progress`."""
-    progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
+    """What `save_checkpoint` was given as `progress`.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(checkpoint, error) from error
     return progress
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and moments in place."""
+    """Load weights and moments in place.
+
+    Raises:
+        CheckpointError: it is damaged, or of another architecture.
+    """
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    with _single_process():
-        state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
+    try:
+        with _single_process():
+            state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
+    except (OSError, ValueError, CheckpointException) as error:
+        raise _unreadable(checkpoint, error) from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
@@ -99,11 +113,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _unreadable(checkpoint: Path, error: BaseException) -> CheckpointError:
+    others = [path for path in _checkpoints(checkpoint.parent) if path != checkpoint]
+    way_out = f"Delete it to go on from {others[-1]}." if others else "There is no other one."
+    return CheckpointError(f"Could not read checkpoint {checkpoint}: {_reason(error)}. {way_out}")
+
+
 def _reason(error: BaseException) -> str:
-    """The operating system's own words, which PyTorch's writer wraps in its own."""
+    """The operating system's own words, which PyTorch wraps in its own."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error
-    while cause and not isinstance(cause, OSError):
+    while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return (cause and cause.strerror) or str(error).splitlines()[0]
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return (str(error) or type(error).__name__).splitlines()[0].removesuffix(".")

@@ -94,4 +94,5 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if not self.plain:
+            self.bar.stop()

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
 from ijepa_enhanced.data.sources import open_source
@@ -72,8 +72,8 @@ class TrainConfig:
             raise ValueError(f"steps must be at least 1, not {self.steps}.")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, not {self.seed}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie between 0 and 2**63, not {self.seed}.")
 
 
 class RunError(RuntimeError):
@@ -204,7 +204,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
             cursor = Cursor(epoch, pack + 1)
             if done % config.log_every == 0 or done == total:
                 values = meter.read(config.data.tokens_per_pack) | settings._asdict()
-                values |= {"grad_norm": grad_norm.item(), "epoch": epoch, "unreadable": len(unreadable.found)}
+                values |= {"grad_norm": grad_norm.item(), "epoch": epoch, "unreadable": len(unreadable)}
                 if not math.isfinite(values["loss"]):
                     raise RunError(f"The loss is not finite at step {done}: lower optim.lr or raise optim.warmup.")
                 log.write(done, values)
@@ -220,13 +220,13 @@ def say_what_is_left_out(plan: EpochPlan, config: TrainConfig) -> None:
     """Log how many images are too small to train on, and how many views are scaled down."""
     if plan.too_small:
         logger.warning(
-            "%d images are too small to train on: their views have fewer than %d patches.", plan.too_small, MIN_TOKENS
+            "Too small to train on, with views of fewer than %d patches: %d images.", MIN_TOKENS, plan.too_small
         )
     if plan.limited:
         logger.warning(
-            "%d views of an epoch are scaled down to the limit of %d tokens (data.max_view_tokens).",
-            plan.limited,
+            "Scaled down to the limit of %d tokens a view (data.max_view_tokens): %d views of an epoch.",
             config.data.view_limit,
+            plan.limited,
         )
 
 
@@ -240,6 +240,10 @@ class Unreadable:
         self.limit = limit
         self.images = len(index.rows) + len(self.headers)
         self._check()
+        report_unreadable(index)
+
+    def __len__(self) -> int:
+        return len(self.headers) + len(self.found)
 
     def add(self, batch: Batch) -> None:
         """Count the images of a batch that could not be decoded.

@@ -1,0 +1,711 @@
+"""Broken files and wrong requests: what the user sees of each, word for word, and that nothing is left half-written."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from ijepa_enhanced.cli import main
+
+TINY = {
+    "encoder.variant": "Ti",
+    "encoder.patch_size": 8,
+    "encoder.depth": 1,
+    "predictor.width": 32,
+    "predictor.depth": 1,
+    "predictor.heads": 2,
+    "data.tokens_per_pack": 512,
+    "data.min_side": 32,
+    "data.max_side": 48,
+    "data.workers": 0,
+    "steps": 4,
+    "log_every": 2,
+    "checkpoint_every": 2,
+}
+"""A run of seconds: all ten pictures fit one pack, and every image is seen in every step."""
+
+PROGRESS = re.compile(r"\d/4  loss .*")
+
+
+class Answer(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: list[str]
+    err: list[str]
+    """Without the lines of progress, which hold rates."""
+
+
+def ijepa(command: str) -> Answer:
+    """Run a command; one that starts a training run gets the options of `TINY` in front of its own."""
+    name, *rest = command.split()
+    new = name == "train" and "--resume" not in rest
+    tiny = [f"--{key}={value}" for key, value in TINY.items()] if new else []
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([name, *tiny, *rest])
+    lines = [line for line in err.getvalue().splitlines() if not PROGRESS.fullmatch(line)]
+    return Answer(code, out.getvalue().splitlines(), lines)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on `photos` beside it, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(pictures, folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert ijepa("train --data.source photos --run run").code == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def place(pictures: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that commands run in: ten good images in `photos`, and `run`, which was trained on them."""
+    shutil.copytree(pictures, tmp_path / "photos")
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything below a folder, with the size and the time of each file; a folder's name ends in a slash."""
+    found = {}
+    for path in folder.rglob("*"):
+        name, status = str(path.relative_to(folder)), path.stat()
+        found |= {f"{name}/": (0, 0)} if path.is_dir() else {name: (status.st_size, status.st_mtime_ns)}
+    return found
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of that size without pixels: 57 bytes, whatever it says it is."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def nothing() -> None:
+    """The good images and the good run are all there is."""
+
+
+def empty_folder() -> None:
+    Path("images").mkdir()
+
+
+def damaged_headers() -> None:
+    """Three of ten images whose header tells already."""
+    Path("photos/dark/0.png").write_bytes(b"")
+    Path("photos/dark/1.jpg").write_bytes(b"no image, but words")
+    Path("photos/light/4.png").write_bytes(png_header(20000, 20000))
+
+
+def damaged_body() -> None:
+    """One of ten images whose header is whole."""
+    path = Path("photos/light/2.png")
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def damaged_headers_and_body() -> None:
+    damaged_headers()
+    damaged_body()
+
+
+def many_damaged_headers() -> None:
+    for number in range(25):
+        Path(f"photos/dark/x{number:02}.png").write_bytes(b"")
+
+
+def no_headers() -> None:
+    for path in Path("photos").rglob("*.*"):
+        path.write_bytes(b"")
+
+
+def no_bodies() -> None:
+    for path in Path("photos").rglob("*.*"):
+        path.write_bytes(png_header(40, 50))
+
+
+def cut_shard() -> None:
+    """A shard of ten images of 10,000 bytes each that ends 100 bytes into the eighth."""
+    with tarfile.open("images.tar", "w") as tar:
+        for number, path in enumerate(sorted(Path("photos").rglob("*.*"))):
+            for name, data in (
+                (f"{number}{path.suffix}", path.read_bytes().ljust(10_000, b"\0")),
+                (f"{number}.cls", b"%d" % (number % 2)),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    with tarfile.open("images.tar") as tar:
+        end = tar.getmember("7.png").offset_data + 100
+    os.truncate("images.tar", end)
+
+
+def one_image() -> None:
+    shutil.copytree("photos", "images", ignore=lambda folder, names: [name for name in names if name[0] in "1234l"])
+
+
+def smaller_than_a_patch(count: int = 3) -> None:
+    for number in range(count):
+        Image.new("RGB", (7, 5)).save(f"photos/dark/small{number}.png")
+
+
+def only_smaller_than_a_patch() -> None:
+    shutil.rmtree("photos")
+    Path("photos/dark").mkdir(parents=True)
+    smaller_than_a_patch()
+
+
+def only_long() -> None:
+    shutil.rmtree("photos")
+    for name, size in (("wide", (4000, 1)), ("tall", (1, 4000))):
+        Path("photos", name).mkdir(parents=True)
+        Image.new("RGB", size).save(f"photos/{name}/0.png")
+
+
+def other_class() -> None:
+    shutil.copytree("photos/dark", "others/grey")
+    shutil.copytree("photos/light", "others/light")
+
+
+def yaml(content: str) -> Callable[[], None]:
+    """A configuration file of that content."""
+
+    def write() -> None:
+        Path("mine.yaml").write_text(content)
+
+    return write
+
+
+def edited_run(before: str, after: str) -> Callable[[], None]:
+    """Another text in the configuration of the run."""
+
+    def edit() -> None:
+        path = Path("run/config.yaml")
+        assert path.read_text().count(before) == 1
+        path.write_text(path.read_text().replace(before, after))
+
+    return edit
+
+
+def other_images() -> None:
+    Path("photos/dark/0.png").unlink()
+
+
+def damaged_checkpoint(name: str, size: int) -> Callable[[], None]:
+    """The newest checkpoint of the run with a file cut short."""
+
+    def cut() -> None:
+        (path,) = Path("run/checkpoints/step-00000004").glob(name)
+        path.write_bytes(path.read_bytes()[:size])
+
+    return cut
+
+
+NOWHERE = "No file or folder nope. Images are a folder, tar shards such as train-{000000..000002}.tar, or 'synthetic'."
+NO_IMAGES = "No images in images. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff."
+TOO_FEW = (
+    "Training needs at least 2 images whose views have 4 patches of {} px or more, and {} have. "
+    "Add images, raise data.min_side, or take a smaller encoder.patch_size."
+)
+NO_LABELS = (
+    "photos/dark has no labels, and scoring needs them: put the images of each class into a folder of its own, "
+    "or a .cls file beside each image of a shard."
+)
+CUT = "images.tar is cut off or damaged after 8 images; any that follow are lost."
+CUT_IMAGE = "images.tar:7.png: cut off: its shard ends after 100 of its 10,000 bytes"
+EMPTY, WORDS, BOMB, TRUNCATED = (
+    "dark/0.png: empty file",
+    "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP or TIFF image",
+    "light/4.png: 20000 x 20000 px is above the limit of 89,478,485 px",
+    "light/2.png: cannot be decoded: image file is truncated",
+)
+STARTED = "run was started with {}. Leave the flag out, or start a new run."
+EDITED = "run/config.yaml says {}. Change it back, or start a new run."
+OTHER_PLAN = "run was trained on other images or with another plan; start a new run instead."
+TRAIN = "train --data.source photos --run new"
+EVALUATE = "evaluate run --train photos --val photos --side 32 --workers 0"
+
+WRONG_REQUESTS = {
+    # No such path, and an empty folder, for every command that reads images.
+    "train nowhere": (nothing, "train --data.source nope --run new", NOWHERE),
+    "index nowhere": (nothing, "index nope", NOWHERE),
+    "inspect nowhere": (nothing, "inspect masks nope --out new", NOWHERE),
+    "evaluate, train nowhere": (nothing, "evaluate run --train nope --val photos", NOWHERE),
+    "evaluate, val nowhere": (nothing, "evaluate run --train photos --val nope", NOWHERE),
+    "train on an empty folder": (empty_folder, "train --data.source images --run new", NO_IMAGES),
+    "index of an empty folder": (empty_folder, "index images", NO_IMAGES),
+    "an empty name": (
+        nothing,
+        "train --run new --data.source=",
+        "The name of the images is empty: give a folder, tar shards, or 'synthetic'.",
+    ),
+    "evaluate no run": (
+        nothing,
+        "evaluate nope --train photos --val photos",
+        "No encoder in nope: expected config.json and model.safetensors there or in its folder 'encoder'.",
+    ),
+    "resume no run": (nothing, "train --resume nope", "nope is not a run: it has no config.yaml."),
+    # Images that do not do.
+    "no label in train": (nothing, "evaluate run --train photos/dark --val photos", NO_LABELS),
+    "no label in val": (nothing, "evaluate run --train photos --val photos/dark", NO_LABELS),
+    "an unknown class": (
+        other_class,
+        "evaluate run --train photos --val others",
+        "others has a class 'grey' that photos has not.",
+    ),
+    "one image": (one_image, "train --data.source images --run new", TOO_FEW.format(8, "1 of 1")),
+    "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "1 of 1")),
+    "only images smaller than a patch": (
+        only_smaller_than_a_patch,
+        f"{TRAIN} --data.min_side null --data.max_side null",
+        TOO_FEW.format(8, "0 of 3"),
+    ),
+    # Packs.
+    "a pack smaller than the largest view": (
+        nothing,
+        f"{TRAIN} --data.max_view_tokens 513 --data.views 2",
+        "data.tokens_per_pack (512) cannot hold the views of one image (2 of up to 513 tokens). "
+        "Raise it, or lower data.max_view_tokens.",
+    ),
+    "a pack too small for any view": (
+        nothing,
+        f"{TRAIN} --data.tokens_per_pack 31",
+        "Views of at most 3 tokens cannot be masked: 4 are needed. Raise data.tokens_per_pack or data.max_view_tokens.",
+    ),
+    # Unknown names.
+    "an unknown option": (
+        nothing,
+        f"{TRAIN} --optim.lrr 1",
+        "Unknown option '--optim.lrr'. Did you mean '--optim.lr'?",
+    ),
+    "an option without its group": (nothing, f"{TRAIN} --lr=1", "Unknown option '--lr'. Did you mean '--optim.lr'?"),
+    "an option of another group": (
+        nothing,
+        f"{TRAIN} --data.patch_size 8",
+        "Unknown option '--data.patch_size'. Did you mean '--encoder.patch_size'?",
+    ),
+    "an option cut short": (
+        nothing,
+        f"{EVALUATE} --random",
+        "Unknown option '--random'. Did you mean '--random-init'?",
+    ),
+    "an option like no other": (
+        nothing,
+        "index photos --zzz",
+        "Unknown option '--zzz'. Known: --help, --json, --debug.",
+    ),
+    "a group": (
+        yaml("lr: 1\n"),
+        f"{TRAIN} --optim mine.yaml",
+        "Unknown option '--optim'. It is a group: set what is in it, such as '--optim.lr'.",
+    ),
+    "an argument too many": (nothing, f"{TRAIN} photos", "Unknown argument 'photos'."),
+    "an unknown command": (nothing, "trian --run new", "No command 'trian'. Did you mean 'train'?"),
+    "an option before the command": (
+        nothing,
+        "--debug-me index photos",
+        "Options come after the command: train, evaluate, index, inspect, benchmark.",
+    ),
+    "an unknown recipe": (
+        nothing,
+        f"{TRAIN} --config quickstrat",
+        "No file or recipe 'quickstrat'. Did you mean 'quickstart'?",
+    ),
+    "an unknown key": (
+        yaml("optim:\n  lrr: 1\n"),
+        f"{TRAIN} --config mine.yaml",
+        "mine.yaml: unknown key 'optim.lrr'. Did you mean 'optim.lr'?",
+    ),
+    "an unknown key, the other spelling of options": (
+        yaml("step: 1\n"),
+        f"{TRAIN} --config=mine.yaml",
+        "mine.yaml: unknown key 'step'. Did you mean 'steps'?",
+    ),
+    "a group without keys": (
+        yaml("optim: 1\n"),
+        f"{TRAIN} --config mine.yaml",
+        "mine.yaml: unknown key 'optim'. It is a group: set what is in it, such as 'optim.lr'.",
+    ),
+    "inspect with an unknown key": (
+        yaml("masks:\n  target: 1\n"),
+        "inspect masks photos --out new --config mine.yaml",
+        "mine.yaml: unknown key 'masks.target'. Did you mean 'masks.targets'?",
+    ),
+    # Values.
+    "no whole number": (nothing, f"{TRAIN} --steps 2.5", "steps takes a whole number or null, not '2.5'."),
+    "no number": (nothing, f"{TRAIN} --optim.lr fast", "optim.lr takes a number, not 'fast'."),
+    "neither true nor false": (nothing, f"{TRAIN} --compile maybe", "compile takes true or false, not 'maybe'."),
+    "no such precision": (nothing, f"{TRAIN} --precision fp16", "precision takes auto, bf16 or fp32, not 'fp16'."),
+    "null": (nothing, f"{TRAIN} --seed null", "seed takes a whole number, not null."),
+    "no value": (nothing, f"{TRAIN} --seed", "--seed needs a value."),
+    "a value for a flag": (nothing, f"{TRAIN} --json=1", "--json takes no value."),
+    "too few steps": (nothing, f"{TRAIN} --steps 0", "steps must be at least 1, not 0."),
+    "a negative rate": (nothing, f"{TRAIN} --optim.lr -1", "optim.lr must be above 0, not -1.0."),
+    "no such variant": (
+        nothing,
+        f"{TRAIN} --encoder.variant XL",
+        "encoder.variant must be one of Ti, S, B, L, H, g, not 'XL'.",
+    ),
+    "no fraction": (
+        nothing,
+        f"{TRAIN} --data.max_unreadable 2",
+        "data.max_unreadable must lie between 0 and 1, not 2.0.",
+    ),
+    "sides in the wrong order": (
+        nothing,
+        f"{TRAIN} --data.min_side 50",
+        "data.min_side and data.max_side must satisfy 1 <= min <= max, not 50 and 48.",
+    ),
+    "no number in a file": (
+        yaml("optim: {lr: fast}\n"),
+        f"{TRAIN} --config mine.yaml",
+        "optim.lr takes a number, not 'fast'.",
+    ),
+    "true for a number in a file": (
+        yaml("steps: true\n"),
+        f"{TRAIN} --config mine.yaml",
+        "steps takes a whole number or null, not true.",
+    ),
+    "a number for text in a file": (
+        yaml("data: {source: 3}\n"),
+        f"{TRAIN} --config mine.yaml",
+        "data.source takes text, not '3'.",
+    ),
+    "null in a file": (
+        yaml("optim:\n  lr:\n"),
+        f"{TRAIN} --config mine.yaml",
+        "mine.yaml: optim.lr needs a value, not null.",
+    ),
+    "out of range in a file": (
+        yaml("optim: {lr: -1}\n"),
+        f"{TRAIN} --config mine.yaml",
+        "optim.lr must be above 0, not -1.0.",
+    ),
+    "no side": (nothing, f"{EVALUATE} --side 0", "side must be at least 1, not 0."),
+    "side as a word": (nothing, f"{EVALUATE} --side big", "side takes a whole number or null, not 'big'."),
+    "a negative seed": (nothing, f"{EVALUATE} --seed -1", "seed must be at least 0, not -1."),
+    "negative workers": (nothing, f"{EVALUATE} --workers -1", "workers must be at least 0, not -1."),
+    "no such picture": (
+        nothing,
+        "inspect maks photos --out new",
+        "what takes masks or packing, not 'maks'.",
+    ),
+    "nothing to evaluate on": (nothing, "evaluate run --train photos", "Missing: --val."),
+    "nothing to index": (nothing, "index", "Missing: source."),
+    # Runs that are there already, and runs that are not what they were.
+    "a run that exists": (
+        nothing,
+        "train --data.source photos --run run",
+        "run already exists. Go on with it by --resume run, or name another --run.",
+    ),
+    "a file in the run's place": (
+        nothing,
+        "train --data.source photos --run run/log.jsonl",
+        "run/log.jsonl already exists. Go on with it by --resume run/log.jsonl, or name another --run.",
+    ),
+    "resume into another run": (
+        nothing,
+        "train --resume run --run new",
+        "--resume goes on in the run's own folder: leave --run out.",
+    ),
+    "resume with another architecture": (
+        nothing,
+        "train --resume run --encoder.depth 2",
+        STARTED.format("encoder.depth = 1, so it cannot go on with 2"),
+    ),
+    "resume with another plan": (
+        nothing,
+        "train --resume run --data.min_side 16",
+        STARTED.format("data.min_side = 32, so it cannot go on with 16"),
+    ),
+    "resume with an edited architecture": (
+        edited_run("variant: Ti", "variant: S"),
+        "train --resume run",
+        EDITED.format("encoder.variant = S, but the run was trained with Ti"),
+    ),
+    "resume with an edited plan": (
+        edited_run("max_side: 48", "max_side: 47"),
+        "train --resume run",
+        EDITED.format("data.max_side = 47, but the run was trained with 48"),
+    ),
+    "resume with an edited optimizer": (
+        edited_run("clip: 1.0", "clip: 2.0"),
+        "train --resume run",
+        EDITED.format("optim.clip = 2.0, but the run was trained with 1.0"),
+    ),
+    "resume with an unknown key": (
+        edited_run("steps: 4", "step: 4"),
+        "train --resume run",
+        "run/config.yaml: unknown key 'step'. Did you mean 'steps'?",
+    ),
+    "resume on other images": (other_images, "train --resume run", OTHER_PLAN),
+}
+
+
+@pytest.mark.parametrize(("prepare", "command", "message"), WRONG_REQUESTS.values(), ids=WRONG_REQUESTS)
+def test_a_wrong_request_is_refused(prepare: Callable[[], None], command: str, message: str, place: Path) -> None:
+    prepare()
+    before = files(place)
+    assert ijepa(command) == (2, [], [f"ijepa: {message}"])
+    assert files(place) == before
+
+
+BEGUN = {"new/", "new/config.yaml", "new/log.jsonl"}
+"""What is there of a run from its first step on: enough to resume it."""
+DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete it to go on from {}."
+
+FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
+    "too many unreadable headers": (
+        damaged_headers,
+        TRAIN,
+        ["ijepa: 3 of 10 images cannot be read, more than data.max_unreadable (1.00%) allows:"]
+        + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB)],
+        set(),
+    ),
+    "too many unreadable images": (
+        damaged_headers_and_body,
+        f"{TRAIN} --data.max_unreadable 0.3",
+        ["ijepa: 4 of 10 images cannot be read, more than data.max_unreadable (30.00%) allows:"]
+        + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)],
+        BEGUN,
+    ),
+    "a shard cut in the middle": (
+        cut_shard,
+        "train --data.source images.tar --run new",
+        [
+            CUT,
+            "ijepa: 1 of 8 images cannot be read, more than data.max_unreadable (1.00%) allows:",
+            f"  {CUT_IMAGE}",
+        ],
+        set(),
+    ),
+    "nothing to train on": (
+        no_bodies,
+        f"{TRAIN} --data.max_unreadable 1",
+        ["ijepa: No image of the last 2 steps could be read."],
+        BEGUN,
+    ),
+    "nothing to evaluate": (
+        no_bodies,
+        EVALUATE,
+        ["ijepa: None of the 10 images of photos can be decoded."],
+        set(),
+    ),
+    "no header to evaluate": (
+        no_headers,
+        EVALUATE,
+        ["ijepa: None of the 10 images of photos can be read."],
+        set(),
+    ),
+    "nothing to inspect": (
+        no_bodies,
+        "inspect packing photos --out new",
+        ["ijepa: None of the 10 images of the first pack can be decoded."],
+        set(),
+    ),
+    "a loss that is not finite": (
+        nothing,
+        f"{TRAIN} --optim.lr 1e30",
+        ["ijepa: The loss is not finite at step 2: lower optim.lr or raise optim.warmup."],
+        BEGUN,
+    ),
+    "a run below a file": (
+        nothing,
+        "train --data.source photos --run photos/dark/0.png/new",
+        ["ijepa: photos/dark/0.png/new: Not a directory."],
+        set(),
+    ),
+    "a picture below a file": (
+        nothing,
+        "inspect masks photos --out photos/dark/0.png",
+        ["ijepa: photos/dark/0.png: File exists."],
+        set(),
+    ),
+    "a checkpoint cut short": (
+        damaged_checkpoint("*.distcp", 1000),
+        "train --resume run",
+        [DAMAGED.format("EOFError", "run/checkpoints/step-00000002")],
+        set(),
+    ),
+    "an empty file in a checkpoint": (
+        damaged_checkpoint("progress.json", 0),
+        "train --resume run",
+        [DAMAGED.format("Expecting value: line 1 column 1 (char 0)", "run/checkpoints/step-00000002")],
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("prepare", "command", "message", "leaves"), FAILURES.values(), ids=FAILURES)
+def test_a_failed_run_says_why(
+    prepare: Callable[[], None], command: str, message: list[str], leaves: set[str], place: Path
+) -> None:
+    prepare()
+    before = files(place)
+    answer = ijepa(command)
+    assert (answer.code, answer.out, answer.err[-len(message) :]) == (1, [], message)
+    assert not any(line.startswith("Traceback") for line in answer.err)
+    after = files(place)
+    assert {name: after.pop(name) for name in before} == before
+    assert {name for name in after if not name.startswith("new/tensorboard")} == leaves
+
+
+LEFT_OUT = [f"Left out: {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
+SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] = {
+    "train on what is readable": (
+        damaged_headers_and_body,
+        f"{TRAIN} --data.max_unreadable 0.4 --json",
+        LEFT_OUT,
+        {"images_seen": 4 * 6},
+    ),
+    "train on what a cut shard holds": (
+        cut_shard,
+        "train --data.source images.tar --run new --data.max_unreadable 0.2 --json",
+        [CUT, f"Left out: {CUT_IMAGE}"],
+        {"images_seen": 4 * 7},
+    ),
+    "evaluate what is readable": (
+        damaged_headers_and_body,
+        f"{EVALUATE} --baselines --json",
+        [f"Left out of photos: {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
+        + ["Scoring: random start", "Scoring: raw 16x16 pixels", "Scoring: trained"],
+        {},
+    ),
+    "evaluate beside many that are not readable": (
+        many_damaged_headers,
+        f"{EVALUATE} --json",
+        [f"Left out of photos: dark/x{number:02}.png: empty file" for number in range(20)]
+        + ["Left out of photos: 5 more, which `ijepa index` lists.", "Scoring: trained"],
+        {},
+    ),
+    "evaluate what a cut shard holds": (
+        cut_shard,
+        "evaluate run --train photos --val images.tar --side 32 --workers 0 --json",
+        [CUT, f"Left out of images.tar: {CUT_IMAGE}", "Scoring: trained"],
+        {},
+    ),
+    "inspect what is readable": (
+        damaged_headers_and_body,
+        "inspect packing photos --out new --json",
+        LEFT_OUT,
+        {},
+    ),
+    "index what is readable": (
+        damaged_headers_and_body,
+        "index photos --json",
+        [],
+        {"images": 7, "unreadable": 3, "labels": 2},
+    ),
+    "index a cut shard": (cut_shard, "index images.tar --json", [CUT], {"images": 7, "unreadable": 1, "labels": 2}),
+    "index nothing readable": (no_headers, "index photos --json", [], {"images": 0, "unreadable": 10, "labels": 0}),
+    "enlarge what is smaller than a patch": (
+        smaller_than_a_patch,
+        f"{TRAIN} --json",
+        [],
+        {"images_seen": 4 * 13},
+    ),
+    "leave out what is smaller than a patch": (
+        smaller_than_a_patch,
+        f"{TRAIN} --data.min_side null --data.max_side null --json",
+        ["Too small to train on, with views of fewer than 4 patches: 3 images."],
+        {"images_seen": 4 * 10},
+    ),
+    "evaluate what is smaller than a patch": (
+        smaller_than_a_patch,
+        f"{EVALUATE} --side null --json",
+        ["Scoring: trained"],
+        {},
+    ),
+    "train on 1 x 4000 px": (only_long, f"{TRAIN} --json", [], {"images_seen": 4 * 2}),
+    "evaluate 1 x 4000 px": (only_long, f"{EVALUATE} --json", ["Scoring: trained"], {}),
+}
+
+
+@pytest.mark.parametrize(("prepare", "command", "said", "found"), SURVIVED.values(), ids=SURVIVED)
+def test_bad_images_among_good_ones_are_reported_and_left_out(
+    prepare: Callable[[], None], command: str, said: list[str], found: dict[str, int], place: Path
+) -> None:
+    prepare()
+    answer = ijepa(command)
+    # The order of images is the plan's.
+    assert (answer.code, sorted(answer.err)) == (0, sorted(said))
+    values = json.loads(answer.out[-1])
+    assert {name: values[name] for name in found} == found
+
+
+def test_a_line_of_pixels_has_as_many_patches_as_any_image(place: Path) -> None:
+    """14 x 14 at a side of 112 px; were each axis rounded for itself, 1 x 4000 px would have 885."""
+    only_long()
+    sides = "--data.min_side 112 --data.max_side 112 --data.max_view_tokens 1000 --data.tokens_per_pack 2000"
+    assert ijepa(f"{TRAIN} {sides}") == (0, ["new", "new/masks.png", "new/curves.png"], [])
+    for line in Path("new/log.jsonl").read_text().splitlines():
+        assert json.loads(line)["fill"] == 2 * 196 / 2000
+
+
+def test_the_index_lists_what_it_cannot_read(place: Path) -> None:
+    damaged_headers()
+    assert ijepa("index photos").out[-3:] == [f"  unreadable  {reason}" for reason in (EMPTY, WORDS, BOMB)]
+
+
+def test_a_run_counts_what_it_leaves_out(place: Path) -> None:
+    damaged_headers_and_body()
+    assert ijepa(f"{TRAIN} --data.max_unreadable 0.4").code == 0
+    assert [json.loads(line)["unreadable"] for line in Path("new/log.jsonl").read_text().splitlines()] == [4, 4]
+
+
+@contextlib.contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (
+            ["step-00000002"],
+            "Could not save checkpoint run/checkpoints/step-00000004: File too large. "
+            "The previous one, run/checkpoints/step-00000002, is intact.",
+        ),
+        (
+            [],
+            "Could not save checkpoint run/checkpoints/step-00000002: File too large. There is no earlier one.",
+        ),
+    ],
+    ids=["the second checkpoint", "the first checkpoint"],
+)
+def test_a_full_disk_leaves_a_run_that_can_go_on(saved: list[str], message: str, place: Path) -> None:
+    checkpoints = Path("run/checkpoints")
+    for checkpoint in checkpoints.iterdir():
+        if checkpoint.name not in saved:
+            shutil.rmtree(checkpoint)
+    with disk_of(100_000):
+        assert ijepa("train --resume run") == (1, [], [f"ijepa: {message}"])
+    assert [path.name for path in checkpoints.iterdir()] == saved
+    assert ijepa("train --resume run").code == 0
+    assert [json.loads(line)["step"] for line in Path("run/log.jsonl").read_text().splitlines()] == [2, 4]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]

@@ -1,0 +1,364 @@
+"""The commands end to end on ten small pictures: what they print where, what they write, and what programs read."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from PIL import Image
+
+from ijepa_enhanced import cli
+from ijepa_enhanced.config import load_config
+from ijepa_enhanced.train.logging import SummaryWriter
+
+TINY = {
+    "encoder.variant": "Ti",
+    "encoder.patch_size": 8,
+    "encoder.depth": 1,
+    "predictor.width": 32,
+    "predictor.depth": 1,
+    "predictor.heads": 2,
+    "data.tokens_per_pack": 512,
+    "data.min_side": 32,
+    "data.max_side": 48,
+    "data.workers": 0,
+    "steps": 4,
+    "log_every": 2,
+    "checkpoint_every": 2,
+}
+"""A run of seconds: all ten pictures fit one pack, and every image is seen in every step."""
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Help and tables are set to the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+class Answer(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: list[str]
+    err: list[str]
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """What a program reads."""
+        values: dict[str, Any] = json.loads(self.out[-1])
+        return values
+
+
+def ijepa(*arguments: str | Path) -> Answer:
+    """Run a command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(argument) for argument in arguments])
+    return Answer(code, out.getvalue().splitlines(), err.getvalue().splitlines())
+
+
+def train(source: Path, run: Path, *arguments: str, **changes: Any) -> Answer:
+    """A tiny run."""
+    options = TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    flags = [f"--{key}={value}" for key, value in options.items()]
+    return ijepa("train", f"--data.source={source}", "--run", run, *flags, *arguments)
+
+
+class Run(NamedTuple):
+    """A finished run, and what was printed."""
+
+    folder: Path
+    answer: Answer
+
+
+@pytest.fixture(scope="module")
+def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trained at a rate that moves the encoder in four steps."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return Run(folder, train(pictures, folder, "--json", optim__lr=0.01, optim__warmup=0))
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_training_writes_a_run(run: Run) -> None:
+    assert run.answer.code == 0
+    board = {"tensorboard"} if SummaryWriter else set()
+    written = {"config.yaml", "log.jsonl", "checkpoints", "encoder", "masks.png", "curves.png"}
+    assert {path.name for path in run.folder.iterdir()} == written | board
+    assert [line["step"] for line in lines(run.folder / "log.jsonl")] == [2, 4]
+    assert {path.name for path in (run.folder / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+    assert {path.name for path in (run.folder / "encoder").iterdir()} == {"config.json", "model.safetensors"}
+    for name in ("masks.png", "curves.png"):
+        with Image.open(run.folder / name) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+
+
+def test_training_prints_where_its_results_are(run: Run) -> None:
+    """Results on stdout, progress on stderr."""
+    paths = [run.folder, run.folder / "masks.png", run.folder / "curves.png"]
+    assert run.answer.out[:-1] == [str(path) for path in paths]
+    # Ten images in each of four steps.
+    assert run.answer.json == {"run": str(run.folder), "steps": 4, "images_seen": 40}
+    assert len(run.answer.err) == 1
+    assert re.match(r"4/4  loss \d", run.answer.err[0])
+
+
+def test_json_is_only_printed_when_asked_for(pictures: Path) -> None:
+    plain, for_programs = ijepa("index", pictures), ijepa("index", pictures, "--json")
+    assert for_programs.out[:-1] == plain.out
+
+
+def evaluate(run: Path, train: Path | str, val: Path | str, *arguments: str) -> Answer:
+    sources = ["--train", train, "--val", val]
+    return ijepa("evaluate", run, *sources, "--side", "40", "--workers", "0", "--json", *arguments)
+
+
+def scores(answer: Answer) -> dict[str, Any]:
+    """All but the rate."""
+    assert answer.code == 0, answer.err
+    assert answer.json["images_per_second"] > 0
+    return {name: value for name, value in answer.json.items() if name != "images_per_second"}
+
+
+def test_evaluating_prints_the_scores(run: Run, pictures: Path) -> None:
+    answer = evaluate(run.folder, pictures, pictures)
+    found = scores(answer)
+    assert {"knn20", "linear", "rankme"} <= found.keys()
+    # The classes differ in brightness, and a linear layer finds that after any encoder.
+    assert (found["knn20"], found["linear"]) == (1.0, 1.0)
+    # Between one direction and one for each image.
+    assert 1 < found["rankme"] <= 10
+    assert answer.err == ["Scoring: trained"]
+
+
+def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, tmp_path: Path) -> None:
+    """A rate too small to change any weight leaves the trained encoder what it was at the start."""
+    assert train(pictures, tmp_path / "run", optim__lr=1e-30, optim__final_lr=0, seed=3).code == 0
+    untrained = scores(evaluate(tmp_path / "run", pictures, pictures))
+    start = scores(evaluate(tmp_path / "run", pictures, pictures, "--random-init"))
+    assert start == untrained
+    assert start != scores(evaluate(run.folder, pictures, pictures, "--random-init")), "the seed is the run's"
+
+
+def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> None:
+    trained, start = (evaluate(run.folder, pictures, pictures, *more) for more in ([], ["--random-init"]))
+    assert start.json.keys() == trained.json.keys()
+    assert start.err == ["Scoring: random start"]
+    assert scores(start)["rankme"] != pytest.approx(scores(trained)["rankme"], rel=0.01)
+
+
+def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
+    answer = evaluate(run.folder, pictures, pictures, "--baselines")
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in answer.out if line.startswith("│")]
+    assert [row[0] for row in rows] == ["random start", "raw 16x16 pixels", "trained"]
+    start, trained = (scores(evaluate(run.folder, pictures, pictures, *more)) for more in (["--random-init"], []))
+    for row, expected in ((rows[0], start), (rows[2], trained)):
+        assert row[1:] == ["100.0% (100.0%)", "100.0% (100.0%)", f"{expected['rankme']:.1f}"]
+    # Programs get the scores of what was asked about.
+    assert scores(answer) == trained
+
+
+def shard(path: Path, files: Iterable[Path], label: Callable[[Path], str]) -> Path:
+    """A tar file of images and their labels."""
+    with tarfile.open(path, "w") as tar:
+        for number, file in enumerate(files):
+            tar.add(file, f"{number}{file.suffix}")
+            text = label(file).encode()
+            member = tarfile.TarInfo(f"{number}.cls")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    return path
+
+
+def test_classes_go_by_their_names(run: Run, pictures: Path, tmp_path: Path) -> None:
+    """Alone, the second class is number 0 of its source."""
+    shutil.copytree(pictures / "light", tmp_path / "val" / "light")
+    assert scores(evaluate(run.folder, pictures, tmp_path / "val"))["knn20"] == 1.0
+    files = sorted(pictures.rglob("*.*"))
+    (tmp_path / "named").mkdir()
+    named = shard(tmp_path / "named" / "a.tar", files, lambda file: str(["light", "dark"].index(file.parent.name)))
+    (tmp_path / "named" / "classes.txt").write_text("light\ndark\n")
+    assert scores(evaluate(run.folder, pictures, named))["knn20"] == 1.0
+    assert scores(evaluate(run.folder, named, pictures))["knn20"] == 1.0
+
+
+def test_classes_without_names_go_by_their_numbers(run: Run, pictures: Path, tmp_path: Path) -> None:
+    numbers = {"dark": "3", "light": "5"}
+    files = sorted(pictures.rglob("*.*"))
+    both = shard(tmp_path / "both.tar", files, lambda file: numbers[file.parent.name])
+    light = shard(tmp_path / "light.tar", files[5:], lambda file: "5")
+    other = shard(tmp_path / "other.tar", files, lambda file: "4")
+    assert scores(evaluate(run.folder, both, light))["knn20"] == 1.0
+    answer = evaluate(run.folder, both, other)
+    assert (answer.code, answer.err) == (2, [f"ijepa: {other} has a class '4' that {both} has not."])
+
+
+def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures: Path, tmp_path: Path) -> None:
+    files = sorted(pictures.rglob("*.*"))
+    shard(tmp_path / "train-0.tar", files, lambda file: file.parent.name)
+    (tmp_path / "empty.png").touch()
+    shard(tmp_path / "val-0.tar", [*files, tmp_path / "empty.png"], lambda file: "dark")
+    answer = evaluate(run.folder, tmp_path, tmp_path)
+    assert answer.err == [f"Left out of {tmp_path}: val-0.tar:10.png: empty file", "Scoring: trained"]
+    assert scores(answer)["knn20"] == 0.5
+
+
+def test_the_index_counts(pictures: Path) -> None:
+    answer = ijepa("index", pictures, "--json")
+    assert answer.code == 0
+    assert {name: answer.json[name] for name in ("images", "unreadable", "labels")} == {
+        "images": 10,
+        "unreadable": 0,
+        "labels": 2,
+    }
+    assert [line.split()[:2] for line in answer.out[:4]] == [
+        ["images", "10"],
+        ["unreadable", "0"],
+        ["labels", "2"],
+        ["side", "5%"],
+    ]
+    assert answer.err == []
+
+
+@pytest.mark.parametrize("what", ["masks", "packing"])
+def test_inspecting_draws(what: str, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    answer = ijepa("inspect", what, pictures, "--out", folder, "--encoder.patch_size", "8", "--json")
+    path = folder / f"{what}.png"
+    assert (answer.code, answer.out[:-1], answer.json, answer.err) == (0, [str(path)], {"picture": str(path)}, [])
+    assert [file.name for file in folder.iterdir()] == [path.name]
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        # Something is drawn on the white sheet.
+        assert len(picture.getcolors(picture.width * picture.height) or []) > 100
+
+
+def test_resuming_goes_on_from_the_newest_checkpoint(run: Run, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "run" / "encoder")
+    answer = ijepa("train", f"--resume={tmp_path / 'run'}", "--data.max_unreadable", "0.5", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json == {"run": str(tmp_path / "run"), "steps": 4, "images_seen": 40}
+    # That it goes on as if it had not stopped is proven in train/test_resume.py; here, that it is this run.
+    whole, resumed = (lines(folder / "log.jsonl") for folder in (run.folder, tmp_path / "run"))
+    assert [line["step"] for line in resumed] == [2, 4]
+    assert resumed[-1]["loss"] == whole[-1]["loss"]
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
+
+
+def test_a_finished_run_is_left_as_it_is(run: Run) -> None:
+    before = lines(run.folder / "log.jsonl")
+    answer = ijepa("train", "--resume", run.folder, "--json")
+    assert (answer.code, answer.json, answer.err) == (0, run.answer.json, [])
+    assert lines(run.folder / "log.jsonl") == before
+
+
+def printed(*arguments: str | Path) -> dict[str, Any]:
+    """The configuration, of images that are nowhere: should it train in earnest, that is over at once."""
+    answer = ijepa("train", *arguments, "--data.source", "nope", "--print_config")
+    assert (answer.code, answer.err) == (0, [])
+    values: dict[str, Any] = yaml.safe_load("\n".join(answer.out))
+    return values
+
+
+def test_the_printed_configuration_is_a_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = printed("--optim.lr", "0.5", "--data.min_side=null", "--data.max_side=null")
+    assert (first["optim"]["lr"], first["data"]["min_side"]) == (0.5, None)
+    Path("mine.yaml").write_text(yaml.safe_dump(first))
+    assert printed("--config", "mine.yaml") == first
+    assert printed("--config=mine.yaml", "--optim.lr", "0.25")["optim"] == first["optim"] | {"lr": 0.25}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"], "printing trains nothing"
+
+
+def test_the_configuration_of_a_run_is_printed_as_it_was_saved(run: Run) -> None:
+    saved = yaml.safe_load((run.folder / "config.yaml").read_text())
+    saved["data"]["source"] = "nope"
+    assert printed("--resume", run.folder) == saved
+    assert load_config(run.folder).optim.lr == 0.01
+
+
+def test_a_recipe_is_found_by_its_name() -> None:
+    assert printed("--config", "quickstart") != printed()
+
+
+def test_a_configuration_file_names_its_run(pictures: Path, tmp_path: Path) -> None:
+    """For training; what is looked at with the same file is no run."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"run": str(tmp_path / "run"), "data": {"source": str(pictures)}, "steps": 1}))
+    flags = [f"--{key}={value}" for key, value in TINY.items() if key != "steps"]
+    assert ijepa("train", *flags, "--config", file).out[0] == str(tmp_path / "run")
+    assert ijepa("inspect", "masks", pictures, "--out", tmp_path / "out", "--config", file).code == 0
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_of_a_command(command: str) -> None:
+    answer = ijepa(command, "--help")
+    assert (answer.code, answer.err) == (0, [])
+    text = "\n".join(answer.out)
+    assert cli.PURPOSES[command] in text
+    assert "--json" in text
+    # A whole group is no option, see the table of bad input.
+    assert re.search(r"--(data|optim|masks) ", text) is None
+    if command in ("train", "inspect"):
+        assert re.search(r"--optim.lr LR +Peak learning rate", text)
+
+
+def test_help_lists_the_commands() -> None:
+    answer = ijepa()
+    assert answer == ijepa("--help")
+    assert (answer.code, answer.err) == (0, [])
+    for command, purpose in cli.PURPOSES.items():
+        assert any(re.search(rf"{command} +{re.escape(purpose)}", line) for line in answer.out)
+
+
+def test_version() -> None:
+    answer = ijepa("--version")
+    assert (answer.code, answer.err) == (0, [])
+    assert re.fullmatch(r"ijepa \d+\.\d+\.\d+", answer.out[0])
+
+
+FAILURES = [
+    (["index", "nope"], 2, "No file or folder nope."),
+    (["index", "nope", "--optim.lr"], 2, "Unknown option '--optim.lr'."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), FAILURES)
+def test_a_traceback_is_for_debugging_only(arguments: list[str], code: int, words: str) -> None:
+    quiet, loud = ijepa(*arguments), ijepa(*arguments, "--debug")
+    assert quiet.code == loud.code == code
+    assert len(quiet.err) == 1
+    assert quiet.err[0].startswith(f"ijepa: {words}")
+    assert loud.err[0] == "Traceback (most recent call last):"
+    assert loud.err[-1:] == quiet.err
+
+
+def test_what_nobody_thought_of_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+    def fail(options: object) -> int:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setitem(cli.COMMANDS, "index", fail)
+    assert ijepa("index", pictures) == (
+        1,
+        [],
+        ["ijepa: ZeroDivisionError: division by zero", "This should not happen; --debug shows where."],
+    )
+    assert "in fail" in "\n".join(ijepa("index", pictures, "--debug").err)
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "index", lambda options: signal.raise_signal(signal.SIGINT))
+    assert ijepa("index", pictures) == (1, [], ["ijepa: Interrupted."])
