@@ -80,7 +80,7 @@ def test_a_block_without_its_two_writers_is_the_identity() -> None:
 def test_the_start_is_i_jepas() -> None:
     """Deviation 0.02, the two writers of layer l divided by sqrt(2 l), no bias."""
     torch.manual_seed(0)
-    module = nn.ModuleDict({"blocks": Blocks(192, 4, 3, 4.0), "positions": FactorizedPositions(192, 128)})
+    module = nn.ModuleDict({"blocks": Blocks(192, 4, 3, 4.0)})
     init_weights(module)
     # A deviation of n numbers is off by 1 / sqrt(2 n): five times that for the smallest of 24,576.
     close = {"rel": 5 / math.sqrt(2 * 24_576)}
@@ -90,8 +90,15 @@ def test_the_start_is_i_jepas() -> None:
         for part in (layer.proj, layer.fc2):
             assert part.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * number), **close)
         assert not any(part.bias.any() for part in (layer.qkv, layer.proj, layer.fc1, layer.fc2))
-    for table in module["positions"].parameters():
-        assert table.std().item() == pytest.approx(0.02, **close)
+
+
+def test_learnable_positions_start_as_the_sine_cosine_ones() -> None:
+    learnable, fixed = FactorizedPositions(192, 16), SinCosPositions(192, 16)
+    init_weights(learnable)
+    arguments = positions_of(16, 9), torch.tensor([[16, 9]]), Segments.of([16 * 9]).cu_seqlens
+    # Each number is read from one table and has a zero of the other added; the matrix product rounds once.
+    torch.testing.assert_close(learnable(*arguments).detach(), fixed(*arguments), rtol=0, atol=1e-6)
+    assert all(value.requires_grad for value in learnable.parameters())
 
 
 def test_the_epsilon_is_vits() -> None:

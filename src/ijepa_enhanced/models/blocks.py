@@ -85,7 +85,7 @@ class FactorizedPositions(nn.Module):
     """A learnable table for rows and one for columns, added (NaViT, arXiv 2307.06304, section 2.1).
 
     Args:
-        width: D.
+        width: D, a multiple of 4.
         size: entries of each table; a grid longer than that is interpolated, axis by axis.
     """
 
@@ -133,15 +133,19 @@ def init_weights(module: nn.Module) -> None:
     """I-JEPA's initialisation: truncated normal of deviation 0.02, zero biases.
 
     The two layers that write into the residual stream are divided by sqrt(2 * layer) (I-JEPA's code,
-    after BEiT, arXiv 2106.08254, section 2.5).
+    after BEiT, arXiv 2106.08254, section 2.5). Learnable positions start as I-JEPA's fixed ones: from small random
+    numbers, mask tokens of different places are nearly alike, and learning stalls (docs/log.md, 2026-11-24).
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
             nn.init.zeros_(part.bias)
         elif isinstance(part, FactorizedPositions):
-            nn.init.trunc_normal_(part.rows, std=0.02)
-            nn.init.trunc_normal_(part.cols, std=0.02)
+            entries = torch.arange(part.size)
+            waves = sincos_2d(entries, entries, part.rows.shape[1])
+            encodes_column = torch.arange(waves.shape[1]) < waves.shape[1] // 2
+            part.cols.copy_(waves * encodes_column)
+            part.rows.copy_(waves * ~encodes_column)
     for part in module.modules():
         if isinstance(part, Blocks):
             for number, layer in enumerate(part.layers, start=1):

@@ -21,10 +21,10 @@ class PredictorConfig:
     """Attention heads, which divide the width."""
 
     def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
+        if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads or self.width % 4:
             raise ValueError(
-                f"predictor.width must be a positive multiple of predictor.heads, not {self.width} and {self.heads}, "
-                f"and predictor.depth at least 1, not {self.depth}."
+                f"predictor.width must be a positive multiple of 4 and of predictor.heads, not {self.width} with "
+                f"{self.heads} heads, and predictor.depth at least 1, not {self.depth}."
             )
 
 
