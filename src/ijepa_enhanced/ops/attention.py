@@ -1,15 +1,15 @@
 """Attention within each segment of a packed stream: one function, three kernels.
 
 - CUDA, half precision: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
-- CPU: PyTorch's flash kernel, segment by segment, behind one custom op, so that a compiled graph sees a single
-  node of dynamic length and no Python loop.
+- CPU: PyTorch's flash kernel, once for all segments of one length, behind one custom op, so that a compiled graph
+  sees a single node of dynamic length and no Python loop.
 - Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of float32 on CUDA.
 
 After merging (ToMe, arXiv 2210.09461, section 3.2) a key that stands for s patches counts s times: log(s) is added to
 its logits. CPU and dense kernels add it as a mask; varlen has none, so there it travels in additional head channels.
 """
 
-import itertools
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -93,13 +93,12 @@ def cpu_attention(
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    heads = [_heads_first(x) for x in (q, k, v)]
-    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
-        segment, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(x[:, :, start:stop] for x in heads), attn_mask=_mask(bias, start, stop)
+    for rows in _groups(cu_seqlens):
+        found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_batch(x, rows) for x in (q, k, v)), attn_mask=_mask(bias, rows)
         )
-        out[start:stop] = segment[0].transpose(0, 1)
-        logsumexp[:, start:stop] = lse[0]
+        out.index_copy_(0, rows.flatten(), found.transpose(1, 2).flatten(0, 1).to(q.dtype))
+        logsumexp.index_copy_(1, rows.flatten(), lse.transpose(0, 1).flatten(1))
     return out, logsumexp
 
 
@@ -122,28 +121,38 @@ def cpu_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `cpu_attention` for q, k and v: three [T, H, K]."""
     grads = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
-    heads = [_heads_first(x) for x in (grad, q, k, v, out)]
-    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
-        segment_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x[:, :, start:stop] for x in heads),
-            logsumexp[None, :, start:stop],
+    for rows in _groups(cu_seqlens):
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_batch(x, rows) for x in (grad, q, k, v, out)),
+            logsumexp[:, rows].transpose(0, 1).contiguous(),
             0.0,
             False,
-            attn_mask=_mask(bias, start, stop),
+            attn_mask=_mask(bias, rows),
         )
-        for whole, segment in zip(grads, segment_grads, strict=True):
-            whole[start:stop] = segment[0].transpose(0, 1)
+        for whole, part in zip(grads, found, strict=True):
+            whole.index_copy_(0, rows.flatten(), part.transpose(1, 2).flatten(0, 1).to(q.dtype))
     return grads[0], grads[1], grads[2]
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """[T, H, K] -> float32 [1, H, T, K], as PyTorch's kernels want it."""
-    return x.float().transpose(0, 1).unsqueeze(0)
+def _groups(cu_seqlens: Tensor) -> Iterator[Tensor]:
+    """The rows of all segments of one length: int64 [N, length], length after length.
+
+    One call of the kernel serves them all: for views of 45 tokens a call costs more than its products (docs/log.md).
+    """
+    starts = cu_seqlens[:-1].long()
+    lengths = torch.diff(cu_seqlens)
+    for length in lengths.unique().tolist():
+        yield starts[lengths == length, None] + torch.arange(length)
 
 
-def _mask(bias: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """A segment's [T, T] mask, of which only one row is in memory."""
-    return None if bias is None else bias[start:stop].expand(stop - start, stop - start)
+def _batch(x: Tensor, rows: Tensor) -> Tensor:
+    """[T, H, K] -> float32 [N, H, length, K], as PyTorch's kernels want it."""
+    return x.index_select(0, rows.flatten()).float().unflatten(0, rows.shape).transpose(1, 2)
+
+
+def _mask(bias: Tensor | None, rows: Tensor) -> Tensor | None:
+    """[N, 1, length, length], of which only one row a segment is in memory."""
+    return None if bias is None else bias[rows][:, None, None].expand(-1, -1, rows.shape[1], -1)
 
 
 @cpu_attention_backward.register_fake
