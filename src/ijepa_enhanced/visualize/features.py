@@ -1,0 +1,146 @@
+"""Pictures of features: their principal components as colours, and how alike patches are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ijepa_enhanced.data.images import unpatchify
+from ijepa_enhanced.models.encoder import Encoder, ImageLike
+from ijepa_enhanced.visualize.views import MARGIN, save_png, sheet_of
+
+SIDE = 280
+"""sqrt(height * width) of each picture, in pixels."""
+COMPONENTS = 3
+"""One for each of red, green and blue."""
+TAIL = 2.0
+"""Percent of patches at each end of a component that are drawn as its darkest or brightest."""
+RAMP = np.array([[0, 0, 20], [85, 15, 110], [185, 55, 85], [250, 140, 10], [252, 255, 165]])
+"""From the least alike to the patch itself: dark to bright, so that it reads in grey and for colour-blind eyes too."""
+MARK = np.array([0, 255, 255], np.uint8)
+"""The outline of the chosen patch: cyan, which the ramp lacks."""
+
+
+@torch.no_grad()
+def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
+    """The first three principal components of all patches together, as red, green and blue.
+
+    Equal colours mean similar features, in one image and between images. Each component runs from 0 to 255 between its
+    2nd and 98th percentile; one without variance is a medium grey. The largest loading of a component is positive, so
+    that equal features always get equal colours.
+
+    Args:
+        maps: N feature maps [rows, cols, D], of any mix of sizes; at least one.
+
+    Returns:
+        N arrays uint8 [rows, cols, 3].
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    tokens = torch.cat([features.flatten(0, 1) for features in maps]).double().cpu()
+    if not tokens.isfinite().all():
+        raise ValueError("Some features are not finite.")
+    centred = tokens - tokens.mean(dim=0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    variances, directions = variances.flip(0)[:COMPONENTS], directions.flip(1)[:, :COMPONENTS]
+    largest = directions.abs().argmax(dim=0, keepdim=True)
+    directions = directions * directions.gather(0, largest).sign()
+    scores = np.full((len(tokens), COMPONENTS), 0.5)
+    # Below this a component is rounding, not variance.
+    for number in np.flatnonzero(variances > 1e-10 * tokens.square().sum()).tolist():
+        score = (centred @ directions[:, number]).numpy()
+        low, high = np.percentile(score, (TAIL, 100 - TAIL))
+        # A component that only a few patches have is flat between its percentiles, and is shown whole.
+        low, high = (low, high) if high > low else (score.min(), score.max())
+        scores[:, number] = ((score - low) / (high - low)).clip(0, 1)
+    ends = np.cumsum([features.shape[0] * features.shape[1] for features in maps])
+    colours = np.split((255 * scores).round().astype(np.uint8), ends[:-1])
+    return [colour.reshape(*features.shape[:2], COMPONENTS) for colour, features in zip(colours, maps, strict=True)]
+
+
+def similarity_map(features: Tensor, row: int, col: int) -> Tensor:
+    """Cosine similarity of every patch to one of them: [rows, cols, D] to [rows, cols], float32.
+
+    Raises:
+        ValueError: there is no such patch.
+    """
+    rows, cols = features.shape[:2]
+    if not (0 <= row < rows and 0 <= col < cols):
+        raise ValueError(f"There is no patch in row {row}, column {col} of {rows} x {cols}; both count from 0.")
+    directions = F.normalize(features.float(), dim=2)
+    return directions @ directions[row, col]
+
+
+def draw_features(
+    encoder: Encoder,
+    images: Sequence[ImageLike],
+    path: Path,
+    patch: tuple[int, int] | None = None,
+    side: int | None = 224,
+) -> list[tuple[int, int]]:
+    """Write a PNG with each image as the encoder sees it, and beside it its features.
+
+    First their principal components over all images (`pca_maps`). Then, with a `patch`, how alike every patch is to
+    that one (`similarity_map`): from dark, the least alike of the image, to bright; the patch itself is outlined.
+
+    Args:
+        encoder: in evaluation mode.
+        images: at least one.
+        path: of the PNG.
+        patch: row and column, from 0, in the grid of every image.
+        side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
+
+    Returns:
+        Rows and columns of each image's grid, which `patch` is counted in.
+
+    Raises:
+        UnreadableImage: an image cannot be decoded.
+        ValueError: an image has no such patch, or a feature is not finite.
+    """
+    maps = encoder.feature_maps(images, side)
+    grids = [(features.shape[0], features.shape[1]) for features in maps]
+    views = [view for packed in encoder.packs(images, side) for view in packed.split()]
+    pictures = []
+    for patches, features, colours in zip(views, maps, pca_maps(maps), strict=True):
+        rows, cols = features.shape[:2]
+        cell = max(4, round(SIDE / (rows * cols) ** 0.5))
+        pixels = unpatchify(patches.numpy(), rows, cols, encoder.config.patch_size)
+        shown = [
+            np.array(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)),
+            _enlarged(colours, cell),
+        ]
+        if patch is not None:
+            shown.append(_enlarged(_ramp(similarity_map(features, *patch)), cell))
+            for picture in (shown[0], shown[2]):
+                _outline(picture, *patch, cell)
+        gap = np.full((rows * cell, MARGIN // 2, 3), 255, np.uint8)
+        pictures.append(np.concatenate([part for picture in shown for part in (picture, gap)][:-1], axis=1))
+    save_png(sheet_of(pictures), path)
+    return grids
+
+
+def _enlarged(colours: NDArray[np.uint8], cell: int) -> NDArray[np.uint8]:
+    return colours.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def _ramp(similarity: Tensor) -> NDArray[np.uint8]:
+    """Similarities [rows, cols] as colours uint8 [rows, cols, 3], from the least of them to 1."""
+    values = similarity.cpu().numpy()
+    low = float(values.min())
+    places = (values - low) / max(1 - low, 1e-6) * (len(RAMP) - 1)
+    channels = [np.interp(places, np.arange(len(RAMP)), channel) for channel in RAMP.T]
+    return np.stack(channels, axis=2).round().astype(np.uint8)
+
+
+def _outline(picture: NDArray[np.uint8], row: int, col: int, cell: int) -> None:
+    """Outline a patch in place."""
+    inside = picture[row * cell : (row + 1) * cell, col * cell : (col + 1) * cell]
+    width = max(1, cell // 10)
+    for edge in (inside[:width], inside[-width:], inside[:, :width], inside[:, -width:]):
+        edge[:] = MARK
