@@ -9,6 +9,7 @@ quickstart: .venv/installed
 	rm -rf runs/quickstart
 	$(BIN)/ijepa train --config quickstart --run runs/quickstart
 	$(BIN)/ijepa evaluate runs/quickstart --train synthetic --val synthetic --side 64 --baselines
+	$(BIN)/ijepa report runs/quickstart
 
 ## Lint, types and tests.
 test: lint
@@ -23,6 +24,7 @@ lint: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/ijepa benchmark packing --csv
 	$(BIN)/ijepa benchmark loader --csv
+	$(BIN)/ijepa benchmark merging --csv
 
 clean:
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

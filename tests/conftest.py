@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ijepa_enhanced.data.loader import apply_masks
 from ijepa_enhanced.masks import MaskConfig, draw_masks
+from ijepa_enhanced.merge_plan import plan_merges
 from ijepa_enhanced.packed import MaskedBatch, Packed
 from ijepa_enhanced.randomness import Purpose, generator
 
@@ -58,15 +60,27 @@ def make_stream() -> MakeStream:
 def make_batch(make_stream: MakeStream) -> MakeBatch:
     """A pack of the given views of random patches, or, with `only`, of those of them alone, in that order.
 
-    A view's patches and masks depend on (seed, its place among all the grids), not on the pack it is in.
+    A view's patches and masks depend on (seed, its place among all the grids), not on the pack it is in. `rates` are
+    those at which teacher and student merge in encoders of `depth` layers.
     """
 
-    def make(grids: Sequence[tuple[int, int]], seed: int = 0, only: Sequence[int] | None = None) -> MaskedBatch:
+    def make(
+        grids: Sequence[tuple[int, int]],
+        seed: int = 0,
+        only: Sequence[int] | None = None,
+        depth: int = 0,
+        rates: tuple[float, float] = (0.0, 0.0),
+    ) -> MaskedBatch:
         views = range(len(grids)) if only is None else only
         patches = make_stream(grids, seed).split()
         packed = Packed.of_grids(torch.cat([patches[view] for view in views]).numpy(), np.array(grids)[list(views)])
         masks = [draw_masks(*grids[view], MaskConfig(), generator(seed, Purpose.MASKS, image=view)) for view in views]
-        return MaskedBatch(packed, torch.tensor(list(views)), None, (0, 0), (), *apply_masks(packed, masks))
+        batch = MaskedBatch(packed, torch.tensor(list(views)), None, (0, 0), (), *apply_masks(packed, masks))
+        return dataclasses.replace(
+            batch,
+            merge_plan=plan_merges(packed.segments.lengths, rates[0], depth),
+            context_merge_plan=plan_merges(batch.context.segments.lengths, rates[1], depth),
+        )
 
     return make
 

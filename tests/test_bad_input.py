@@ -405,7 +405,70 @@ WRONG_REQUESTS = {
     "no such picture": (
         nothing,
         "inspect maks photos --out new",
-        "what takes masks or packing, not 'maks'.",
+        "No picture 'maks'. Did you mean 'masks'?",
+    ),
+    "an option before the picture": (
+        nothing,
+        "inspect --out new masks photos",
+        "Options come after the picture: masks, packing, merges.",
+    ),
+    "merges of no run": (
+        nothing,
+        "inspect merges nope photos/dark/0.png --out new",
+        "No encoder in nope: expected config.json and model.safetensors there or in its folder 'encoder'.",
+    ),
+    "merges of no images": (nothing, "inspect merges run --out new", "Missing: images."),
+    "merges of an image that is not there": (
+        nothing,
+        "inspect merges run photos/dark/0.png nope.png --out new",
+        "No file nope.png.",
+    ),
+    "merges at rate 0": (
+        nothing,
+        "inspect merges run photos/dark/0.png --out new --merge-rate 0",
+        "At a merge rate of 0 nothing merges: ask for one up to 0.5.",
+    ),
+    "an option of another picture": (
+        nothing,
+        "inspect masks photos --out new --merge-rate 0.1",
+        "Unknown option '--merge-rate'. Did you mean '--merging.teacher_rate'?",
+    ),
+    "a merge rate too high": (
+        nothing,
+        f"{EVALUATE} --merge-rate 0.7",
+        "merge_rate must lie between 0 and 0.5, not 0.7.",
+    ),
+    "a negative merge rate": (
+        nothing,
+        "inspect merges run photos/dark/0.png --out new --merge-rate -0.1",
+        "merge_rate must lie between 0 and 0.5, not -0.1.",
+    ),
+    "a student's merge rate too high": (
+        nothing,
+        f"{TRAIN} --merging.student_rate 0.6",
+        "merging.student_rate must lie between 0 and 0.5, not 0.6.",
+    ),
+    "a sweep of nothing": (nothing, f"{EVALUATE} --sweep", "--sweep needs a value."),
+    "a sweep of something else": (
+        nothing,
+        f"{EVALUATE} --sweep side=32 rate=0.1",
+        "--sweep takes side=... and merge_rate=..., not 'rate=0.1'.",
+    ),
+    "a sweep of no numbers": (
+        nothing,
+        f"{EVALUATE} --sweep side=32,big",
+        "--sweep takes numbers with commas between them, not 'side=32,big'.",
+    ),
+    "a sweep beyond what can be": (
+        nothing,
+        f"{EVALUATE} --sweep merge_rate=0,0.6",
+        "merge_rate must lie between 0 and 0.5, not 0.6.",
+    ),
+    "a sweep beyond what is": (nothing, f"{EVALUATE} --sweep side=32,0", "side must be at least 1, not 0."),
+    "a sweep of more than one encoder": (
+        nothing,
+        f"{EVALUATE} --sweep side=32 --baselines",
+        "--sweep scores one encoder: leave --baselines out.",
     ),
     "nothing to evaluate on": (nothing, "evaluate run --train photos", "Missing: --val."),
     "nothing to index": (nothing, "index", "Missing: source."),
@@ -449,6 +512,16 @@ WRONG_REQUESTS = {
         edited_run("clip: 1.0", "clip: 2.0"),
         "train --resume run",
         EDITED.format("optim.clip = 2.0, but the run was trained with 1.0"),
+    ),
+    "resume with merging": (
+        nothing,
+        "train --resume run --merging.student_rate 0.1",
+        STARTED.format("merging.student_rate = 0.0, so it cannot go on with 0.1"),
+    ),
+    "resume with edited merging": (
+        edited_run("teacher_rate: 0.0", "teacher_rate: 0.2"),
+        "train --resume run",
+        EDITED.format("merging.teacher_rate = 0.2, but the run was trained with 0.0"),
     ),
     "resume with an unknown key": (
         edited_run("steps: 4", "step: 4"),
@@ -536,6 +609,18 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         nothing,
         "inspect masks photos --out photos/dark/0.png",
         ["ijepa: photos/dark/0.png: File exists."],
+        set(),
+    ),
+    "merges of what is no image": (
+        damaged_headers,
+        "inspect merges run photos/light/0.png photos/dark/0.png --out new",
+        ["ijepa: photos/dark/0.png: empty file"],
+        set(),
+    ),
+    "merges of a damaged image": (
+        damaged_body,
+        "inspect merges run photos/light/2.png --out new",
+        ["ijepa: photos/light/2.png: cannot be decoded: image file is truncated"],
         set(),
     ),
     "a checkpoint cut short": (

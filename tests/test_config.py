@@ -122,6 +122,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"steps": 9}, "steps = 7, so it cannot go on with 9"),
     ({"encoder.depth": 3}, "encoder.depth = None, so it cannot go on with 3"),
     ({"data.min_side": 96}, "data.min_side = 112, so it cannot go on with 96"),
+    ({"merging.teacher_rate": 0.1}, "merging.teacher_rate = 0.0, so it cannot go on with 0.1"),
     ({"data.workers": 3, "optim.lr": 0.5}, "optim.lr = 0.001, so it cannot go on with 0.5"),
 ]
 

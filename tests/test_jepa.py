@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
+from ijepa_enhanced.merge_plan import merged_lengths
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions
 from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
-from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.regularizers import variance_covariance
 
@@ -245,6 +246,71 @@ def test_a_pack_of_one_view_has_no_stabilizer(make_batch: MakeBatch) -> None:
     losses = make_jepa(0.1)(batch, len(batch.target_index), 1)
     assert losses.stabilizer == 0
     assert torch.isfinite(losses.total)
+
+
+def test_merging_at_rate_zero_changes_not_one_bit(make_batch: MakeBatch) -> None:
+    plain, zero, merged = (
+        make_jepa(0.1)(make_batch(GRIDS, 3, depth=2, rates=rates), 100, 1).total
+        for rates in ((0.0, 0.0), (0, 0), (0.2, 0.2))
+    )
+    assert torch.equal(plain, zero)
+    assert not torch.equal(plain, merged)
+
+
+@pytest.mark.parametrize("rates", [(0.25, 0.0), (0.0, 0.25)], ids=["teacher", "student"])
+def test_merged_features_are_back_at_their_patches(make_batch: MakeBatch, rates: tuple[float, float]) -> None:
+    """The loss with merging by hand: each network's features of every patch, then the same objective."""
+    model = make_jepa(0.0)
+    batch = make_batch(GRIDS, 3, depth=2, rates=rates)
+    tokens = len(batch.target_index)
+    with torch.no_grad():
+        # In each view alone, and with the same plan that the view has in any pack.
+        features = torch.cat([encoded(model.teacher, batch.packed, view, rates[0]) for view in range(len(GRIDS))])
+        visible = batch.packed.select(batch.context)
+        context = torch.cat([encoded(model.student, visible, view, rates[1]) for view in range(len(GRIDS))])
+        targets = torch.nn.functional.layer_norm(features, features.shape[1:])[batch.target_index]
+        error = (model.predictor(context, batch.queries) - targets).abs()
+        expected = torch.where(error < 1, error.square() / 2, error - 0.5).mean(dim=1).sum() / tokens
+    assert distance(model(batch, tokens, 1).prediction, expected) < BOUND
+
+
+def encoded(encoder: Encoder, packed: Packed, view: int, rate: float) -> Tensor:
+    """The features of one view of a pack, merged as `merge_plan.merged_lengths` says."""
+    start, stop = packed.segments.cu_seqlens[view : view + 2].tolist()
+    alone = Packed(
+        packed.values[start:stop],
+        packed.positions[start:stop],
+        packed.grids[view : view + 1],
+        Segments.of([stop - start]),
+    )
+    features: Tensor = encoder(alone, encoder.merge_plan(alone.segments, rate))
+    assert len(features) == stop - start
+    assert len(features.unique(dim=0)) == merged_lengths([stop - start], rate, 2)[-1, 0]
+    return features
+
+
+def test_a_student_that_merges_learns_through_its_means(make_batch: MakeBatch) -> None:
+    """The gradient, along itself, is what the loss changes by."""
+    model = make_jepa(0.1)
+    batch = make_batch(GRIDS, 3, depth=2, rates=(0.2, 0.2))
+    tokens = len(batch.target_index)
+
+    def loss() -> Tensor:
+        total: Tensor = model(batch, tokens, 1).total
+        return total
+
+    loss().backward()
+    learned = [value for value in model.parameters() if value.grad is not None]
+    gradient = [value.grad.clone() for value in learned if value.grad is not None]
+    slope = sum(float(part.square().sum()) for part in gradient)
+    step = 1e-3 / slope  # up and down by a thousandth, of which float32 rounds less than a thousandth
+    with torch.no_grad():
+        around = []
+        for sign in (1, -1):
+            torch._foreach_add_(learned, gradient, alpha=sign * step)
+            around.append(float(loss()))
+            torch._foreach_add_(learned, gradient, alpha=-sign * step)
+    assert (around[0] - around[1]) / (2 * step) == pytest.approx(slope, rel=0.01)
 
 
 def test_a_negative_weight_is_an_error() -> None:

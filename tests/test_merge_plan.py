@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_enhanced.merge_plan import TILE, MergePlan, merged_lengths
+from ijepa_enhanced.merge_plan import TILE, MergeConfig, MergePlan, merged_lengths, plan_merges
 
 RATES = [0.0, 1e-05, 0.01, 0.02, 0.05, 0.08, 0.1, 0.12, 0.25, 0.3, 1 / 3, 0.4999, 0.5]
 LENGTHS = [*range(1, 300), 576, 1023, 1024, 4096, 16384]
@@ -161,3 +161,29 @@ def test_a_floor_below_one_is_refused() -> None:
 def test_a_view_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^Every segment needs at least one token, but one has 0\.$"):
         MergePlan.of([10, 0], 0.1, 3)
+
+
+def test_where_no_layer_merges_there_is_no_plan() -> None:
+    assert plan_merges([10, 3], 0.0, 3) is None
+    assert plan_merges([10, 3], [0.0, 0.0], 2) is None
+    assert plan_merges([10, 3], 0.0, 0) is None
+    plan = plan_merges([10, 3], [0.0, 0.5], 2)
+    assert plan is not None
+    assert [segments.lengths for segments in plan.segments] == [(10, 3), (10, 3), (5, 2)]
+
+
+def test_a_plan_that_merges_nothing_is_checked_all_the_same() -> None:
+    with pytest.raises(ValueError, match=r"^Merging needs one rate for each of the 3 layers, but the list has 2\.$"):
+        plan_merges([10], [0.0, 0.0], 3)
+
+
+def test_training_merges_nothing_unless_asked_to() -> None:
+    assert MergeConfig() == MergeConfig(student_rate=0.0, teacher_rate=0.0)
+    MergeConfig(student_rate=0.5, teacher_rate=0.5)
+
+
+@pytest.mark.parametrize("name", ["student_rate", "teacher_rate"])
+@pytest.mark.parametrize("rate", [-0.01, 0.51, math.nan])
+def test_a_rate_of_training_that_cannot_be_is_refused(name: str, rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"^merging\.{name} must lie between 0 and 0\.5, not {rate}\.$"):
+        MergeConfig(**{name: rate})

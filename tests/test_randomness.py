@@ -28,6 +28,7 @@ def test_purposes_are_never_renumbered() -> None:
         "GEOMETRY": 1,
         "MASKS": 2,
         "HOLDOUT": 3,
+        "PROBE": 4,
     }
 
 

@@ -66,9 +66,9 @@ class JEPA(nn.Module):
             step_packs: packs of the step, over all ranks.
         """
         with torch.no_grad():
-            features = self.teacher(batch.packed)
+            features = self.teacher(batch.packed, batch.merge_plan)
             targets = F.layer_norm(features[batch.target_index].float(), features.shape[-1:])
-        context = self.student(batch.packed.select(batch.context))
+        context = self.student(batch.packed.select(batch.context), batch.context_merge_plan)
         predicted = self.predictor(context, batch.queries)
         prediction = (
             F.smooth_l1_loss(predicted.float(), targets, reduction="sum") / targets.shape[1] / step_target_tokens

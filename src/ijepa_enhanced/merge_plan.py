@@ -21,6 +21,24 @@ TILE = 64
 """Tokens on each side of a block of similarities."""
 
 
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merging in training: targets and context features return to their patches' places before the predictor.
+
+    Off, because merging while training is reported to cost accuracy (arXiv 2508.02829 among others; docs/merging.md).
+    """
+
+    student_rate: float = 0.0
+    """Share of its tokens that each layer of the student merges into others, from 0 to 0.5."""
+    teacher_rate: float = 0.0
+    """The same of the teacher."""
+
+    def __post_init__(self) -> None:
+        for name in ("student_rate", "teacher_rate"):
+            if not 0 <= getattr(self, name) <= 0.5:
+                raise ValueError(f"merging.{name} must lie between 0 and 0.5, not {getattr(self, name)}.")
+
+
 def merged_lengths(
     lengths: Sequence[int] | NDArray[np.integer], rate: float | Sequence[float], depth: int, floor: int = 1
 ) -> NDArray[np.int64]:
@@ -44,14 +62,15 @@ def merged_lengths(
         raise ValueError(f"Merging must leave every view at least 1 token, not {floor}.")
     distinct, place = np.unique(np.asarray(lengths, dtype=np.int64), return_inverse=True)
     left, table = Fraction(1), [distinct.tolist()]
-    for share in _rates(rate, depth):
+    for share in layer_rates(rate, depth):
         left *= 1 - share
         # In Python's integers: the product of 40 layers overflows any other.
         table.append([min(n, max(floor, -(-n * left.numerator // left.denominator))) for n in table[0]])
     return np.array(table, dtype=np.int64)[:, place]
 
 
-def _rates(rate: float | Sequence[float], depth: int) -> list[Fraction]:
+def layer_rates(rate: float | Sequence[float], depth: int) -> list[Fraction]:
+    """The exact rate of each layer; arguments and errors are those of `merged_lengths`."""
     rates = [rate] * depth if isinstance(rate, (int, float)) else list(rate)
     if len(rates) != depth:
         raise ValueError(f"Merging needs one rate for each of the {depth} layers, but the list has {len(rates)}.")
@@ -88,7 +107,7 @@ class MergePlan(_Movable):
     ) -> MergePlan:
         """The plan of a pack of views, on the CPU; arguments and errors are those of `merged_lengths`."""
         table = merged_lengths(lengths, rate, depth, floor)
-        active = tuple(share > 0 for share in _rates(rate, depth))
+        active = tuple(share > 0 for share in layer_rates(rate, depth))
         tiles = [_tiles(row if merges else row[:0]) for row, merges in zip(table[:-1], active, strict=True)]
         return cls(
             tuple(Segments.of(row) for row in table),
@@ -97,6 +116,13 @@ class MergePlan(_Movable):
             torch.from_numpy(np.concatenate(tiles)),
             tuple(np.cumsum([0, *map(len, tiles)]).tolist()),
         )
+
+
+def plan_merges(
+    lengths: Sequence[int] | NDArray[np.integer], rate: float | Sequence[float], depth: int
+) -> MergePlan | None:
+    """The plan of a pack of views, or None where no layer merges; see `MergePlan.of`."""
+    return MergePlan.of(lengths, rate, depth) if any(layer_rates(rate, depth)) else None
 
 
 def _tiles(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:  # it is made of Segments
+    from ijepa_enhanced.merge_plan import MergePlan
 
 
 class _Movable:
@@ -178,6 +181,8 @@ class Batch(_Movable):
     """Epoch and number of the pack in the plan."""
     unreadable: tuple[tuple[int, str], ...]
     """(row, reason) of each image that the plan put in this pack and that could not be decoded."""
+    merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
+    """How the encoder, in training the teacher, merges the tokens of `packed`; None where it does not."""
 
 
 @dataclass(frozen=True)
@@ -190,3 +195,5 @@ class MaskedBatch(Batch):
     """The predictor's stream."""
     target_index: Tensor
     """int64 [Tq]: the rows of `packed` that the answers are compared with, in the order of `queries.answers`."""
+    context_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
+    """How the student merges the tokens of the context; None where it does not."""

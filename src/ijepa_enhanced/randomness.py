@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     GEOMETRY = 1
     MASKS = 2
     HOLDOUT = 3
+    PROBE = 4
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view: int = 0) -> np.random.Generator:

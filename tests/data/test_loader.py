@@ -20,6 +20,7 @@ from ijepa_enhanced.data.loader import PackDataset, apply_masks, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, Pack, Plan
 from ijepa_enhanced.data.sources import FolderSource
 from ijepa_enhanced.masks import MaskConfig, draw_masks
+from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
 from ijepa_enhanced.randomness import Purpose, generator
 
@@ -59,8 +60,8 @@ class Scene:
         epoch = self.plan.epoch(3)
         self.packs: list[Pack] = [epoch[number] for number in range(len(epoch))]
 
-    def dataset(self, masks: MaskConfig | None = None) -> PackDataset:
-        return PackDataset(self.source, self.index, PATCH, masks, SEED)
+    def dataset(self, masks: MaskConfig | None = None, **merging: Any) -> PackDataset:
+        return PackDataset(self.source, self.index, PATCH, masks, SEED, **merging)
 
 
 @pytest.fixture
@@ -141,7 +142,8 @@ def test_masks_are_those_of_the_image_s_own_generator(scene: Scene) -> None:
     for pack in scene.packs:
         batch = scene.dataset(config)[pack]
         assert isinstance(batch, MaskedBatch)
-        assert_same(Batch(*(getattr(batch, name) for name in Batch.__dataclass_fields__)), scene.dataset()[pack])
+        whole = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
+        assert_same(Batch(**whole), scene.dataset()[pack])
         expected = []
         for image, view, (rows, cols) in zip(pack.images, pack.views, pack.grids.tolist(), strict=True):
             row = int(scene.index.rows[image])
@@ -155,6 +157,53 @@ def test_masks_are_those_of_the_image_s_own_generator(scene: Scene) -> None:
             strict=True,
         ):
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, name
+
+
+# --- merging
+
+
+def test_without_rates_nothing_is_planned(scene: Scene) -> None:
+    batch = scene.dataset(MaskConfig(), depth=3)[scene.packs[0]]
+    assert isinstance(batch, MaskedBatch)
+    assert batch.merge_plan is None
+    assert batch.context_merge_plan is None
+    assert scene.dataset()[scene.packs[0]].merge_plan is None
+
+
+def test_plans_are_of_the_views_and_of_their_contexts(scene: Scene) -> None:
+    """The worker makes them, and they come with the batch to the device."""
+    dataset = scene.dataset(MaskConfig(), depth=3, merge_rate=0.1, context_merge_rate=0.3)
+    (batch,) = make_loader(dataset, scene.packs[:1], workers=1)
+    assert isinstance(batch, MaskedBatch)
+    for plan, segments, rate in (
+        (batch.merge_plan, batch.packed.segments, 0.1),
+        (batch.context_merge_plan, batch.context.segments, 0.3),
+    ):
+        assert plan is not None
+        for (name, ours), (_, theirs) in zip(flat(plan), flat(MergePlan.of(segments.lengths, rate, 3)), strict=True):
+            if isinstance(ours, torch.Tensor):
+                assert torch.equal(ours, theirs), name
+            elif name.endswith("segments"):
+                assert [part.lengths for part in ours] == [part.lengths for part in theirs]
+            else:
+                assert ours == theirs, name
+    moved = batch.to("meta")
+    assert moved.merge_plan is not None
+    assert moved.context_merge_plan is not None
+    assert moved.merge_plan.tiles.device.type == moved.context_merge_plan.tiles.device.type == "meta"
+
+
+def test_only_one_of_the_two_may_merge(scene: Scene) -> None:
+    for rates in ((0.1, 0.0), (0.0, 0.1)):
+        batch = scene.dataset(MaskConfig(), depth=2, merge_rate=rates[0], context_merge_rate=rates[1])[scene.packs[0]]
+        assert isinstance(batch, MaskedBatch)
+        assert [plan is not None for plan in (batch.merge_plan, batch.context_merge_plan)] == [r > 0 for r in rates]
+
+
+def test_whole_views_may_merge_at_another_rate_in_each_layer(scene: Scene) -> None:
+    plan = scene.dataset(depth=2, merge_rate=[0.0, 0.5])[scene.packs[0]].merge_plan
+    assert plan is not None
+    assert plan.active == (False, True)
 
 
 def test_masks_do_not_depend_on_the_pack_but_on_image_view_and_epoch(scene: Scene) -> None:

@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from ijepa_enhanced.evaluate.rank import rankme
+from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
 
 
 def orthogonal(rows, columns, seed):
@@ -58,3 +59,78 @@ def test_half_precision_is_computed_in_float64():
 def test_what_has_no_spectrum_is_an_error(z):
     with pytest.raises(ValueError, match="RankMe needs"):
         rankme(z)
+
+
+def smooth_rank(shares):
+    return math.exp(-sum(p * math.log(p) for p in shares))
+
+
+def test_lidar_by_hand():
+    # Means (+-1, 0) and (0, +-2): between is diag(1/2, 2). Views 1 and 2 off: within is diag(1, 4) + 1e-4.
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -2.0], [0.0, 2.0]], dtype=torch.float64)
+    offsets = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [1.0, -2.0], [-1.0, 2.0]], dtype=torch.float64)
+    eigenvalues = [0.5 / 1.0001, 2 / 4.0001]
+    shares = [value / sum(eigenvalues) + 1e-7 for value in eigenvalues]
+    assert lidar(means[:, None] + offsets) == pytest.approx(smooth_rank(shares), rel=1e-12)
+
+
+@pytest.mark.parametrize(("objects", "views", "width"), [(40, 8, 16), (5, 2, 16), (30, 3, 1), (16, 8, 64)])
+def test_lidar_is_the_paper_transcribed(objects, views, width):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(objects, 1, width)) * np.linspace(0.1, 2, width) + rng.normal(size=(objects, views, width))
+    between, within = np.zeros((width, width)), np.zeros((width, width))
+    centre = np.mean([z[i].mean(axis=0) for i in range(objects)], axis=0)
+    for i in range(objects):
+        mean = z[i].mean(axis=0)
+        between += np.outer(mean - centre, mean - centre) / objects
+        for j in range(views):
+            within += np.outer(z[i, j] - mean, z[i, j] - mean) / (objects * views)
+    values, vectors = np.linalg.eigh(within + 1e-4 * np.eye(width))
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    eigenvalues = np.linalg.eigvalsh(root @ between @ root).clip(min=0)
+    p = eigenvalues / eigenvalues.sum() + 1e-7
+    p = p[-min(objects, width) :]  # the rest has no share but the epsilon
+    assert lidar(torch.from_numpy(z)) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-9)
+
+
+def test_lidar_does_not_count_what_only_views_differ_in():
+    generator = torch.Generator().manual_seed(0)
+    objects = torch.randn(200, 1, 4, dtype=torch.float64, generator=generator)
+    noise = torch.randn(200, 8, 12, dtype=torch.float64, generator=generator)
+    z = torch.cat([objects.expand(-1, 8, -1) + noise[..., :4] / 10, 10 * noise[..., 4:]], dim=2)
+    assert rankme(z.flatten(0, 1)) > 8
+    assert 3.9 < lidar(z) < 4.1
+
+
+def test_lidar_of_objects_that_are_all_alike_is_one():
+    views = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    assert lidar(views.expand(5, 8, 6)) == 1.0
+    assert lidar(torch.ones(5, 8, 6)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "z",
+    [torch.ones(4, 4), torch.ones(1, 4, 4), torch.ones(4, 1, 4), torch.full((4, 4, 4), torch.nan)],
+    ids=["no views", "one object", "one view", "nan"],
+)
+def test_what_has_no_scatter_is_an_error(z):
+    with pytest.raises(ValueError, match="LiDAR needs"):
+        lidar(z)
+
+
+def test_spread_by_hand():
+    # Deviations 1 and 3 about the means 5 and 0.
+    assert spread(torch.tensor([[4.0, 3.0], [6.0, -3.0]])) == 2.0
+    assert spread(torch.full((4, 4), 7.0).bfloat16()) == 0.0
+
+
+def test_cosine_is_the_mean_over_all_pairs():
+    z = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)) + 1
+    pairs = [float(a @ b / a.norm() / b.norm()) for i, a in enumerate(z.double()) for b in z.double()[i + 1 :]]
+    assert mean_cosine(z) == pytest.approx(sum(pairs) / len(pairs), rel=1e-12)
+
+
+def test_cosine_of_known_directions():
+    assert mean_cosine(torch.tensor([[3.0, 0.0], [0.0, 0.1]])) == pytest.approx(0.0, abs=1e-15)
+    assert mean_cosine(torch.tensor([[1.0, 0.0], [-5.0, 0.0], [2.0, 0.0]])) == pytest.approx(-1 / 3)
+    assert mean_cosine(torch.full((4, 4), 7.0)) == pytest.approx(1.0)

@@ -1,6 +1,5 @@
 """Token merging against ToMe's definition written down plainly, and what a pack, a tie or a compiler may not change."""
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ijepa_enhanced.evaluate.cost import peak_bytes
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.ops.merging import TILES_AT_ONCE, Merge, best_matches, chain, match, merge, unmerge
 
@@ -281,14 +281,6 @@ def test_the_custom_op_keeps_torch_s_rules() -> None:
     assert set(torch.library.opcheck(best_matches, (directions, plan.tiles, 0, 5)).values()) == {"SUCCESS"}
 
 
-def peak_bytes(metric: Tensor, plan: MergePlan) -> int:
-    """The most that matching held at once of what it allocated itself."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        match(metric, plan, 0)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-
-
 @pytest.mark.parametrize("lengths", [[256] * 64, [4096] + [64] * 192, [16384]])
 def test_memory_is_a_few_hundred_bytes_a_token_and_no_view_costs_a_block(lengths: list[int]) -> None:
     metric = draw(16384, 64)
@@ -296,7 +288,7 @@ def test_memory_is_a_few_hundred_bytes_a_token_and_no_view_costs_a_block(lengths
     match(metric, plan, 0)
     # Keys of 64 numbers twice in float32 and a dozen numbers more, and two rounds of tiles of 9 MB. The similarities
     # of one view of 16,384 tokens would be 268 MB.
-    assert peak_bytes(metric, plan) < 16384 * 600 + 18e6
+    assert peak_bytes(lambda: match(metric, plan, 0), metric.device) < 16384 * 600 + 18e6
 
 
 @pytest.fixture

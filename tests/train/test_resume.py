@@ -19,7 +19,7 @@ from ijepa_enhanced.train.checkpoint import latest_checkpoint
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import TrainConfig, train
 
-RATES = ("views_per_second", "tokens_per_second", "data_wait")
+RATES = ("views_per_second", "tokens_per_second", "data_wait", "watch_seconds")
 """What a log holds about the machine, not about the run."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources import Source
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
+from ijepa_enhanced.merge_plan import plan_merges
 from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Queries, Segments, Selection
 from ijepa_enhanced.randomness import Purpose, generator
 
@@ -28,17 +29,36 @@ class PackDataset(Dataset[Batch]):
         patch_size: P.
         masks: how to mask training batches; None for whole views.
         seed: of the masks.
+        depth: layers of the encoder, for which merging is planned.
+        merge_rate: of the whole views, see `merge_plan.merged_lengths`.
+        context_merge_rate: of their contexts.
     """
 
-    def __init__(self, source: Source, index: Index, patch_size: int, masks: MaskConfig | None = None, seed: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        index: Index,
+        patch_size: int,
+        masks: MaskConfig | None = None,
+        seed: int = 0,
+        depth: int = 0,
+        merge_rate: float | Sequence[float] = 0.0,
+        context_merge_rate: float = 0.0,
+    ) -> None:
         self.source = source
         self.index = index
         self.patch_size = patch_size
         self.masks = masks
         self.seed = seed
+        self.depth = depth
+        self.merge_rate = merge_rate
+        self.context_merge_rate = context_merge_rate
 
     def __getitem__(self, pack: Pack) -> Batch:
-        """Decode, crop, resize, cut into patches, and mask. Images that cannot be decoded are left out and named."""
+        """Decode, crop, resize, cut into patches, mask, and plan what merges.
+
+        Images that cannot be decoded are left out and named.
+        """
         tokens = pack.grids.prod(axis=1)
         patches = np.empty((int(tokens.sum()), self.patch_size**2 * 3), dtype=np.uint8)
         kept = np.ones(len(pack.images), dtype=np.bool_)
@@ -64,8 +84,9 @@ class PackDataset(Dataset[Batch]):
         packed = Packed.of_grids(patches[:filled], grids)
         image_ids = torch.from_numpy(self.index.rows[images])
         labels = None if self.index.labels is None else torch.from_numpy(self.index.labels[images])
+        plan = plan_merges(packed.segments.lengths, self.merge_rate, self.depth)
         if self.masks is None:
-            return Batch(packed, image_ids, labels, pack.cursor, tuple(unreadable))
+            return Batch(packed, image_ids, labels, pack.cursor, tuple(unreadable), merge_plan=plan)
         drawn = [
             draw_masks(
                 int(rows),
@@ -75,7 +96,19 @@ class PackDataset(Dataset[Batch]):
             )
             for (rows, cols), row, view in zip(grids, image_ids, pack.views[kept], strict=True)
         ]
-        return MaskedBatch(packed, image_ids, labels, pack.cursor, tuple(unreadable), *apply_masks(packed, drawn))
+        context, queries, target_index = apply_masks(packed, drawn)
+        return MaskedBatch(
+            packed,
+            image_ids,
+            labels,
+            pack.cursor,
+            tuple(unreadable),
+            context,
+            queries,
+            target_index,
+            merge_plan=plan,
+            context_merge_plan=plan_merges(context.segments.lengths, self.context_merge_rate, self.depth),
+        )
 
 
 def apply_masks(packed: Packed, masks: list[ViewMasks]) -> tuple[Selection, Queries, torch.Tensor]:

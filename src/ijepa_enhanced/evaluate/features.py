@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from ijepa_enhanced.data.plan import inference_packs
 from ijepa_enhanced.data.sources import Source
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.pooling import segment_mean
+
+TOKENS_PER_PACK = 16384
+"""Tokens that an encoder sees at once."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ def extract(
     index: Index,
     side: int | None,
     dtype: torch.dtype = torch.float32,
-    tokens_per_pack: int = 16384,
+    tokens_per_pack: int = TOKENS_PER_PACK,
+    merge_rate: float | Sequence[float] = 0.0,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Features:
@@ -54,15 +58,18 @@ def extract(
         side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
         dtype: precision of the matrix products.
         tokens_per_pack: tokens in memory at once.
+        merge_rate: see `Encoder.embed`.
         workers: processes that decode.
         progress: called with the number of images done.
 
     Raises:
         UnreadableImage: none of the images can be decoded.
+        ValueError: a merge rate out of range.
     """
     device = encoder.pixel_scale.device
-    dataset = PackDataset(source, index, encoder.config.patch_size)
-    packs = inference_packs(index, side, encoder.config.patch_size, tokens_per_pack)
+    config = encoder.config
+    dataset = PackDataset(source, index, config.patch_size, depth=config.shape.depth, merge_rate=merge_rate)
+    packs = inference_packs(index, side, config.patch_size, tokens_per_pack)
     values, image_ids, labels = [], [], []
     unreadable: dict[int, str] = {}
     start = time.perf_counter()
@@ -71,8 +78,9 @@ def extract(
         if not len(batch.image_ids):
             continue
         packed = batch.packed.to(device, non_blocking=True)
+        plan = batch.merge_plan and batch.merge_plan.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features = encoder(packed)
+            features = encoder(packed, plan)
         values.append(segment_mean(features, packed.segments.cu_seqlens).cpu())
         image_ids.append(batch.image_ids)
         if batch.labels is not None:

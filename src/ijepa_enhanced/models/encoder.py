@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ijepa_enhanced.data.images import decode_views, open_image, patchify, upright_size
 from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.merge_plan import MergePlan
+from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
 from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
 from ijepa_enhanced.ops.merging import Merge, chain, unmerge
@@ -160,11 +160,18 @@ class Encoder(nn.Module):
         merge_rate: float | Sequence[float],
         tokens_per_pack: int,
     ) -> Iterator[tuple[Packed, Tensor]]:
+        device = self.patch_embed.weight.device
+        for packed in self.packs(images, side, tokens_per_pack):
+            plan = self.merge_plan(packed.segments, merge_rate)
+            moved = packed.to(device)
+            yield moved, self(moved, plan and plan.to(device)).float()
+
+    def packs(self, images: Sequence[ImageLike], side: int | None, tokens_per_pack: int = 16384) -> Iterator[Packed]:
+        """What `embed` shows the network: packs of uint8 patches, on the CPU; arguments and errors are its own."""
         opened = [_open(image) for image in images]
         sizes = np.array([upright_size(image) for image in opened], dtype=np.int64).reshape(-1, 2)
         patch_size = self.config.patch_size
         grids = fit_grids(sizes[:, 0], sizes[:, 1], side, patch_size, limit=tokens_per_pack)
-        device = self.patch_embed.weight.device
         for start, stop in cut_into_packs(grids.prod(axis=1), tokens_per_pack):
             patches = [
                 patchify(
@@ -173,15 +180,11 @@ class Encoder(nn.Module):
                 )
                 for i in range(start, stop)
             ]
-            packed = Packed.of_grids(np.concatenate(patches), grids[start:stop])
-            plan = self.merge_plan(packed.segments, merge_rate)
-            packed = packed.to(device)
-            yield packed, self(packed, plan and plan.to(device)).float()
+            yield Packed.of_grids(np.concatenate(patches), grids[start:stop])
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
         """What merging at `rate` does to views of these lengths, on the CPU; None where it does nothing."""
-        plan = MergePlan.of(segments.lengths, rate, self.config.shape.depth)
-        return plan if any(plan.active) else None
+        return plan_merges(segments.lengths, rate, self.config.shape.depth)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, which is created."""

@@ -26,11 +26,13 @@ from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
 from ijepa_enhanced.masks import MIN_TOKENS, MaskConfig
+from ijepa_enhanced.merge_plan import MergeConfig
 from ijepa_enhanced.models.encoder import EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
 from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
+from ijepa_enhanced.train.monitor import History, MonitorConfig, start_watch
 from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings
 
 logger = logging.getLogger(__name__)
@@ -46,9 +48,11 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    merging: MergeConfig = field(default_factory=MergeConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     steps: int | None = None
     """Optimizer steps of the run. Null: as many as `epochs` take."""
     epochs: float = 100.0
@@ -62,7 +66,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
-    """Steps between lines of the log."""
+    """Steps between lines of the log; there is one at each look of the watch too."""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "log_every"):
@@ -110,6 +114,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     """Train, write logs, checkpoints and the encoder into `folder`, and return how it ended.
 
+    The encoder in `folder/encoder` is the last teacher, that in `folder/best` the one that the watch found best so far.
+
     With `resume` it goes on from the newest checkpoint in `folder`, or from the start where there is none. On the CPU
     what follows is bit for bit what would have followed had the run not stopped, at the same thread count and versions.
 
@@ -141,7 +147,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     optimizer = make_optimizer(model)
     learned = [value for value in model.parameters() if value.requires_grad]
     done, images_shown, log_bytes, cursor = 0, 0, 0, Cursor(0, 0)
-    meter = Meter()
+    meter, seen = Meter(), History()
     checkpoints = folder / "checkpoints"
     if resume and (checkpoint := latest_checkpoint(checkpoints)):
         progress = read_progress(checkpoint)
@@ -151,13 +157,35 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         done, images_shown, log_bytes = progress["step"], progress["images"], progress["log_bytes"]
         cursor = Cursor(*progress["cursor"])
         meter.restore(progress["meter"])
+        seen = History(**progress["watch"])
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
+    watch = start_watch(
+        config.monitor,
+        source,
+        plan,
+        first_epoch,
+        config.encoder,
+        config.merging.teacher_rate,
+        total,
+        config.log_every,
+        seen,
+    )
     if config.compile:
         for network in (model.student, model.teacher, model.predictor):
             network.compile(dynamic=True)
-    autocast = torch.autocast(device.type, autocast_dtype(config.precision, device))
+    dtype = autocast_dtype(config.precision, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    dataset = PackDataset(source, index, config.encoder.patch_size, config.masks, config.seed)
+    dataset = PackDataset(
+        source,
+        index,
+        config.encoder.patch_size,
+        config.masks,
+        config.seed,
+        config.encoder.shape.depth,
+        config.merging.teacher_rate,
+        config.merging.student_rate,
+    )
     loader = make_loader(dataset, plan.packs(cursor), config.data.workers, pin_memory=device.type == "cuda")
     stream = iter(loader)
     with RunLog(folder, done, log_bytes) as log, ProgressBar(total, done) as bar, StopSignals() as stop:
@@ -171,6 +199,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
                 "config": dataclasses.asdict(config),
                 "log_bytes": log.sync(),
                 "meter": meter.state(),
+                "watch": dataclasses.asdict(seen),
                 "unreadable": unreadable.found,
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
@@ -178,6 +207,9 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
             save_checkpoint(checkpoints, done, model, optimizer, progress)
             model.teacher.save_pretrained(folder / "encoder")
 
+        if watch and not done:
+            watch.look(0, model.teacher, autocast)  # for comparison; there is no line of the log yet
+        meter.restart_clock()
         while done < total and not stop.requested:
             with meter.waiting():
                 batches = [next(stream) for _ in range(packs)]
@@ -202,13 +234,19 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
             images_shown += sum(len(batch.image_ids) for batch in shown) // config.data.views
             epoch, pack = batches[-1].cursor
             cursor = Cursor(epoch, pack + 1)
-            if done % config.log_every == 0 or done == total:
+            looking = watch is not None and watch.due(done)
+            if done % config.log_every == 0 or done == total or looking:
                 values = meter.read(config.data.tokens_per_pack) | settings._asdict()
                 values |= {"grad_norm": grad_norm.item(), "epoch": epoch, "unreadable": len(unreadable)}
-                if not math.isfinite(values["loss"]):
+                if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
                     raise RunError(f"The loss is not finite at step {done}: lower optim.lr or raise optim.warmup.")
-                log.write(done, values)
                 bar.update(done, describe(values))
+                if watch and looking:
+                    values |= watch.look(done, model.teacher, autocast)
+                    if seen.best_step == done:
+                        model.teacher.save_pretrained(folder / "best")
+                    meter.restart_clock()
+                log.write(done, values)
             if done % config.checkpoint_every == 0 or done == total:
                 save()
         if done < total:
@@ -278,9 +316,10 @@ class Meter:
         self.steps = 0
         self.losses: list[Tensor] = []
         self.tokens: list[int] = []
-        self._start()
+        self.restart_clock()
 
-    def _start(self) -> None:
+    def restart_clock(self) -> None:
+        """Begin anew with the rates, not with the losses."""
         self.start = time.perf_counter()
         self.waited = 0.0
         self.views = 0
@@ -296,7 +335,7 @@ class Meter:
         self.steps = state["steps"]
         self.losses = [torch.tensor(losses) for losses in state["losses"]]
         self.tokens = state["tokens"]
-        self._start()
+        self.restart_clock()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -333,7 +372,7 @@ class Meter:
             "data_wait": self.waited / seconds,
         }
         self.steps, self.losses, self.tokens = 0, [], []
-        self._start()
+        self.restart_clock()
         return values
 
 

@@ -50,7 +50,7 @@ def draw_masked_views(batch: MaskedBatch, patch_size: int, path: Path) -> None:
             inside[target] = True
             _hatch(masked, _enlarged(inside.reshape(rows, cols), cell), number, len(targets))
         pictures.append(np.concatenate([whole, np.full((len(whole), MARGIN // 2, 3), 255, np.uint8), masked], axis=1))
-    _save(_sheet(pictures), path)
+    save_png(sheet_of(pictures), path)
 
 
 def draw_pack(batch: MaskedBatch, patch_size: int, path: Path) -> None:
@@ -73,7 +73,7 @@ def draw_pack(batch: MaskedBatch, patch_size: int, path: Path) -> None:
         sheet[top + 1 : top + cell + 1, left + 1 : left + cell + 1] = patches[token][pick][:, pick]
         if token in bounds:
             sheet[top : top + cell + 2, left : left + 2] = 0
-    _save(Image.fromarray(sheet), path)
+    save_png(Image.fromarray(sheet), path)
 
 
 def _blocks(batch: MaskedBatch) -> list[NDArray[np.int64]]:
@@ -97,7 +97,7 @@ def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, co
     pixels[inside & (lines | ~core)] = COLOURS[number % len(COLOURS)]
 
 
-def _sheet(pictures: list[NDArray[np.uint8]]) -> Image.Image:
+def sheet_of(pictures: list[NDArray[np.uint8]]) -> Image.Image:
     """Pictures set like words in lines of at most `SHEET_WIDTH` pixels."""
     places, left, top, line = [], MARGIN, MARGIN, 0
     for picture in pictures:
@@ -115,6 +115,7 @@ def _sheet(pictures: list[NDArray[np.uint8]]) -> Image.Image:
     return sheet
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")

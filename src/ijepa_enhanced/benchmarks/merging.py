@@ -1,0 +1,133 @@
+"""What merging tokens costs, and what it buys: `python -m ijepa_enhanced.benchmarks.merging --source SOURCE`.
+
+Weights are random: neither times nor memory depend on them. Precision is float32 on the CPU, bfloat16 on CUDA.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_enhanced.benchmarks.table import print_table, write_csv
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.merge_plan import MergePlan, merged_lengths
+from ijepa_enhanced.models.blocks import Block
+from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.ops.merging import match, merge
+from ijepa_enhanced.packed import Packed
+
+TURNS = 3
+COST_TOKENS, COST_RATE = 16384, 0.05
+VIEWS, WIDTHS = (196, 576, 4096), (384, 768)
+"""Tokens of each view, and widths of a block with heads of 64."""
+VARIANT, SIDE, IMAGES = "B", 384, 6
+RATES = (0.0, 0.02, 0.05, 0.08, 0.12, 0.13)
+"""The last is where a view of 576 tokens has half of them on average over 12 layers."""
+MEMORY_TOKENS = 65536
+
+
+def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
+    """Print three tables and return the largest share of a block, the last rate's speed-up, and bytes per token."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        costs = [cost(view, width, device) for view in VIEWS for width in WIDTHS]
+        print(f"One block of {COST_TOKENS:,} tokens with the merge computed but not applied, milliseconds")
+        print_table(costs)
+        speeds = speed(source, device)
+        print(f"ViT-{VARIANT}/16 at side {SIDE}, {IMAGES} images of {source}, the network alone")
+        print_table(speeds)
+        memory = [memory_of(views, device) for views in ("256 each", "one of 4,096, else 64")]
+        print(f"Matching {MEMORY_TOKENS:,} tokens by keys of 64 numbers")
+        print_table(memory)
+    if csv:
+        for theme, rows in (("merging-cost", costs), ("merging-speed", speeds), ("merging-memory", memory)):
+            print(write_csv(theme, rows))
+    return {
+        "cost": max(row["share"] for row in costs),
+        "speedup": speeds[-1]["speedup"],
+        "bytes_per_token": max(row["bytes_per_token"] for row in memory),
+    }
+
+
+def cost(view: int, width: int, device: torch.device) -> dict[str, Any]:
+    """What matching and averaging add to a transformer block, which runs on all tokens whatever was merged."""
+    lengths = [view] * (COST_TOKENS // view)
+    plan = MergePlan.of(lengths, COST_RATE, 1).to(device)
+    tokens, segments = plan.totals[0], plan.segments[0]
+    block = Block(width, width // 64, 4 * width).to(device)
+    x, sizes = torch.randn(tokens, width, device=device), torch.ones(tokens, device=device)
+    _, keys = block.attend(x, segments.cu_seqlens, segments.max_seqlen)
+    merging = match(keys.mean(dim=1, dtype=torch.float32), plan, 0)
+
+    def forward() -> Tensor:
+        return block.transform(block.attend(x, segments.cu_seqlens, segments.max_seqlen)[0])
+
+    whole, matching, averaging = seconds_by_turns(
+        [
+            forward,
+            lambda: match(keys.mean(dim=1, dtype=torch.float32), plan, 0),
+            lambda: merge(x, sizes, merging),
+        ],
+        device,
+        TURNS,
+    )
+    return {
+        "tokens_per_view": view,
+        "width": width,
+        "block_ms": 1e3 * whole,
+        "match_ms": 1e3 * matching,
+        "merge_ms": 1e3 * averaging,
+        "share": (matching + averaging) / whole,
+    }
+
+
+def speed(source: str, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each of `RATES`."""
+    opened = open_source(source)
+    rows = build_index(opened).rows
+    images = [opened.open(row) for row in rows[np.linspace(0, len(rows) - 1, IMAGES).astype(int)].tolist()]
+    encoder = Encoder(EncoderConfig(VARIANT)).eval().to(device)
+    packed = Packed.concatenate(list(encoder.packs(images, SIDE)))
+    plans = [encoder.merge_plan(packed.segments, rate) for rate in RATES]
+    moved = [plan and plan.to(device) for plan in plans]
+    stream = packed.to(device)
+    seconds = seconds_by_turns([lambda plan=plan: encoder(stream, plan) for plan in moved], device, TURNS)  # type: ignore[misc]
+    lengths, depth = packed.segments.lengths, encoder.config.shape.depth
+    return [
+        {
+            "merge_rate": rate,
+            "images_per_second": len(lengths) / taken,
+            "speedup": seconds[0] / taken,
+            "mean_tokens": mean_tokens(lengths, rate, depth),
+            "share_of_tokens": mean_tokens(lengths, rate, depth) / mean_tokens(lengths, 0.0, depth),
+        }
+        for rate, taken in zip(RATES, seconds, strict=True)
+    ]
+
+
+def mean_tokens(lengths: tuple[int, ...], rate: float, depth: int) -> float:
+    """Tokens of a view, a mean over views and over all layers' attention and MLP, between which tokens merge."""
+    table = merged_lengths(lengths, rate, depth)
+    return float((table[:-1].mean() + table[1:].mean()) / 2)
+
+
+def memory_of(views: str, device: torch.device) -> dict[str, Any]:
+    """Peak memory of matching."""
+    lengths = [256] * (MEMORY_TOKENS // 256)
+    if views != "256 each":
+        lengths = [4096] + [64] * ((MEMORY_TOKENS - 4096) // 64)
+    plan = MergePlan.of(lengths, COST_RATE, 1).to(device)
+    metric = torch.randn(plan.totals[0], 64, device=device)
+    peak = peak_bytes(lambda: match(metric, plan, 0), device)
+    return {"views": views, "peak_MB": peak / 1e6, "bytes_per_token": peak / plan.totals[0]}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", default="synthetic")
+    parser.add_argument("--csv", action="store_true")
+    run(**vars(parser.parse_args()))

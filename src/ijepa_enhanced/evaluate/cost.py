@@ -1,0 +1,50 @@
+"""What running something costs: time and memory, meant the same on every device."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that `run` holds at once, without what was there before it.
+
+    CUDA's allocator keeps this figure; on the CPU PyTorch's profiler records every allocation. (The process's own
+    peak is of no use: it never falls, and freed memory that is used again does not show.) Scratch memory that a
+    library such as oneDNN takes for itself is not counted.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it writes lines of its own to stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def seconds_by_turns(runs: Sequence[Callable[[], object]], device: torch.device, turns: int = 3) -> list[float]:
+    """The median time of each of `runs`, in seconds.
+
+    All are called by turns, after a turn to warm up, so that whatever else the machine does meets all of them alike.
+    """
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(turns + 1):
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]

@@ -1,0 +1,130 @@
+"""The dial that trades accuracy for speed: what each setting of side and merge rate costs and buys."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ijepa_enhanced.data.index import Index
+from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
+from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.evaluate.features import TOKENS_PER_PACK
+from ijepa_enhanced.files import replacing
+from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.models.flops import encoder_flops
+from ijepa_enhanced.packed import Packed
+
+CLOSE = 0.005
+"""Accuracies this close are as good as equal: half a point. The standard error of 70% of 4,000 images is 0.7."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and what was found with it."""
+
+    side: int | None
+    """sqrt(height * width) in pixels; None is native size."""
+    merge_rate: float
+    """Share of its tokens that each layer merges into others."""
+    knn20: float
+    """Top-1 accuracy of 20 nearest neighbours, a fraction of 1, as all four."""
+    knn20_mean_per_class: float
+    linear: float
+    """Top-1 accuracy of a linear layer."""
+    linear_mean_per_class: float
+    rankme: float
+    images_per_second: float
+    """Of everything from reading files to features."""
+    network_images_per_second: float
+    """Of the network alone, images of the mean number of patches: what the setting changes, and decoding would hide."""
+    gflops_per_image: float
+    """Mean over the images of `encoder_flops`, in 10^9."""
+    peak_megabytes: float
+    """Most bytes of tensors at once, in 10^6, while the network sees its fullest pack; without weights."""
+
+
+def frontier(points: Sequence[Point], score: str) -> list[Point]:
+    """The points that no other beats in `score` and in the network's speed at once, the fastest first."""
+    best, kept = -np.inf, []
+    for point in sorted(points, key=lambda p: (-p.network_images_per_second, -getattr(p, score))):
+        if getattr(point, score) > best:
+            best = getattr(point, score)
+            kept.append(point)
+    return kept
+
+
+def choose(points: Sequence[Point]) -> Point:
+    """The fastest of the points whose linear accuracy is `CLOSE` to the best."""
+    enough = max(point.linear for point in points) - CLOSE
+    # A sum of decimals is not exact, and a point at the very edge belongs.
+    return max((p for p in points if p.linear >= enough - 1e-9), key=lambda p: p.network_images_per_second)
+
+
+def advice(points: Sequence[Point]) -> str:
+    """One sentence that says which setting to take."""
+    best, chosen = max(points, key=lambda p: (p.linear, p.network_images_per_second)), choose(points)
+    name = setting_name(chosen.side, chosen.merge_rate)
+    if chosen is best:
+        return f"Take {name}: nothing faster comes within {100 * CLOSE:g} points of its linear {best.linear:.1%}."
+    faster = chosen.network_images_per_second / best.network_images_per_second
+    return (
+        f"Take {name}: linear {chosen.linear:.1%} at {faster:.1f} times the speed of the best, "
+        f"{setting_name(best.side, best.merge_rate)}, with {best.linear:.1%}."
+    )
+
+
+def setting_name(side: int | None, merge_rate: float) -> str:
+    """How people are told of a setting."""
+    return f"side {'native' if side is None else side}, merge rate {merge_rate:g}"
+
+
+@torch.inference_mode()
+def network_costs(
+    encoder: Encoder, indices: Sequence[Index], settings: Sequence[tuple[int | None, float]], dtype: torch.dtype
+) -> list[dict[str, float]]:
+    """What the network takes at each setting of side and merge rate: the last three fields of `Point`.
+
+    Operations are counted over all images of the sources. Time and memory are those of the fullest pack that `extract`
+    makes of them; black images do, since both depend on shapes alone. The packs run by turns, so that the speeds
+    compare on a busy machine too.
+    """
+    device, config = encoder.pixel_scale.device, encoder.config
+    runs, images, gflops = [], [], []
+    for side, rate in settings:
+        grids = [fit_grids(each.heights, each.widths, side, config.patch_size, TOKENS_PER_PACK) for each in indices]
+        lengths = np.concatenate(grids).prod(axis=1)
+        packs = [part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1), TOKENS_PER_PACK)]
+        fullest = max(packs, key=lambda pack: int(pack.prod(axis=1).sum()))
+        tokens = int(fullest.prod(axis=1).sum())
+        packed = Packed.of_grids(np.zeros((tokens, encoder.patch_embed.in_features), np.uint8), fullest)
+        plan = encoder.merge_plan(packed.segments, rate)
+        runs.append(partial(encoder, packed.to(device), plan and plan.to(device)))
+        images.append(tokens / lengths.mean())
+        gflops.append(encoder_flops(config, lengths, rate).mean() / 1e9)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        peaks = [peak_bytes(run, device) for run in runs]
+        seconds = seconds_by_turns(runs, device)
+    return [
+        {
+            "network_images_per_second": float(count / taken),
+            "gflops_per_image": float(operations),
+            "peak_megabytes": peak / 1e6,
+        }
+        for count, taken, operations, peak in zip(images, seconds, gflops, peaks, strict=True)
+    ]
+
+
+def write_points(points: Sequence[Point], path: Path) -> None:
+    """Write a CSV: a column for each field of `Point`, and whether the point is on the frontier of linear accuracy."""
+    best = frontier(points, "linear")
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(field.name for field in dataclasses.fields(Point)), "frontier"])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(point) | {"frontier": int(point in best)} for point in points)

@@ -1,0 +1,88 @@
+"""Pictures of token merging: which patches of an image have become one token, layer after layer."""
+
+from functools import reduce
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ijepa_enhanced.data.images import unpatchify
+from ijepa_enhanced.models.encoder import Encoder, ImageLike
+from ijepa_enhanced.ops.merging import chain
+from ijepa_enhanced.visualize.views import sheet_of
+
+DEPTHS = 3
+"""Stages shown, evenly over the layers; the last is the last layer's."""
+SIDE = 230
+"""sqrt(height * width) of each stage, in pixels."""
+CAPTION = 18
+"""Height of the line of text above it, in pixels."""
+
+
+@torch.inference_mode()
+def regions(
+    encoder: Encoder, image: ImageLike, side: int | None, merge_rate: float
+) -> tuple[NDArray[np.uint8], list[NDArray[np.int64]]]:
+    """The pixels of an image that an encoder sees, and the token that each patch is in after each layer.
+
+    Args:
+        encoder, image, side: as for `Encoder.embed`.
+        merge_rate: share of its tokens that each layer merges into others, above 0.
+
+    Returns:
+        uint8 [rows * P, cols * P, 3], and for each layer [rows, cols]: tokens are numbered from 0, layer by layer anew.
+
+    Raises:
+        UnreadableImage: the image cannot be decoded.
+        ValueError: the merge rate is out of range, or 0.
+    """
+    (packed,) = encoder.packs([image], side)
+    plan = encoder.merge_plan(packed.segments, merge_rate)
+    if plan is None:
+        raise ValueError("At a merge rate of 0 there is nothing to see.")
+    device = encoder.patch_embed.weight.device
+    _, merges = encoder.merged(packed.to(device), plan.to(device))
+    rows, cols = packed.grids[0].tolist()
+    pixels = unpatchify(packed.values.numpy(), rows, cols, encoder.config.patch_size)
+    stages = [reduce(chain, merges[: number + 1]).origin.cpu().numpy() for number in range(len(merges))]
+    return pixels, [stage.reshape(rows, cols) for stage in stages]
+
+
+def draw_merges(encoder: Encoder, image: ImageLike, side: int | None, merge_rate: float) -> Image.Image:
+    """An image as the encoder sees it, and beside it what its tokens stand for after several layers.
+
+    Every token's patches have their mean colour and one outline, light around dark regions and dark around light ones.
+    Patches of a token need not touch. Arguments and errors are those of `regions`.
+    """
+    pixels, stages = regions(encoder, image, side, merge_rate)
+    rows, cols = stages[0].shape
+    cell = max(4, round(SIDE / (rows * cols) ** 0.5))
+    whole = Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)
+    pictures = [_captioned(np.asarray(whole), f"{rows * cols} patches")]
+    for number in np.linspace(0, len(stages), min(DEPTHS, len(stages)) + 1)[1:].round().astype(int).tolist():
+        stage = stages[number - 1]
+        pictures.append(_captioned(_filled(pixels, stage, cell), f"layer {number}: {stage.max() + 1} tokens"))
+    return sheet_of(pictures)
+
+
+def _filled(pixels: NDArray[np.uint8], stage: NDArray[np.int64], cell: int) -> NDArray[np.uint8]:
+    """Regions [rows, cols] in their mean colours, outlined: uint8 [rows * cell, cols * cell, 3]."""
+    rows, cols = stage.shape
+    patches = pixels.reshape(rows, len(pixels) // rows, cols, -1, 3).mean(axis=(1, 3)).reshape(-1, 3)
+    sums = np.stack([np.bincount(stage.ravel(), channel) for channel in patches.T], axis=1)
+    colours = (sums / np.bincount(stage.ravel())[:, None]).round().astype(np.uint8)
+    large = stage.repeat(cell, axis=0).repeat(cell, axis=1)
+    around = np.pad(large, 1, constant_values=-1)
+    height, width = large.shape
+    edge = np.zeros(large.shape, np.bool_)
+    for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        edge |= around[dy : dy + height, dx : dx + width] != large
+    outlines = np.where(colours.mean(axis=1, keepdims=True) < 128, 255, 0).astype(np.uint8).repeat(3, axis=1)
+    return np.where(edge[..., None], outlines[large], colours[large])
+
+
+def _captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    strip = Image.new("RGB", (picture.shape[1], CAPTION), "white")
+    ImageDraw.Draw(strip).text((0, 0), text, fill="black")
+    return np.concatenate([np.asarray(strip), picture])

@@ -1,0 +1,34 @@
+"""Training makes an encoder better than the random one it began as."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_enhanced.cli import parse, train_config
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.evaluate.features import extract
+from ijepa_enhanced.evaluate.protocol import score
+from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.train.loop import train
+
+# The difference of two accuracies near 10% on 2,048 images has a standard error of 0.94 points.
+MARGIN = 0.03
+
+
+@pytest.mark.slow
+def test_half_a_quickstart_beats_its_random_start(tmp_path: Path) -> None:
+    config = train_config(parse(["train", "--config", "quickstart", "--steps", "300"])["train"])
+    train(config, tmp_path / "run")
+    torch.manual_seed(config.seed)
+    start = Encoder(config.encoder).eval()
+    sources = [open_source("synthetic", part) for part in ("train", "val")]
+    scores = []
+    for encoder in (start, Encoder.from_pretrained(tmp_path / "run")):
+        known, asked = (
+            extract(encoder, source, build_index(source), side=64, dtype=torch.bfloat16) for source in sources
+        )
+        scores.append(dict(score(known, asked)))
+    for name in ("knn20", "linear"):
+        assert scores[1][name] > scores[0][name] + MARGIN
