@@ -321,7 +321,7 @@ WRONG_REQUESTS = {
     "an option before the command": (
         nothing,
         "--debug-me index photos",
-        "Options come after the command: train, evaluate, index, inspect, benchmark.",
+        "Options come after the command: train, evaluate, report, index, inspect, benchmark.",
     ),
     "an unknown recipe": (
         nothing,
@@ -410,7 +410,7 @@ WRONG_REQUESTS = {
     "an option before the picture": (
         nothing,
         "inspect --out new masks photos",
-        "Options come after the picture: masks, packing, merges.",
+        "Options come after the picture: masks, packing, features, merges.",
     ),
     "merges of no run": (
         nothing,
@@ -739,7 +739,7 @@ def test_a_line_of_pixels_has_as_many_patches_as_any_image(place: Path) -> None:
     """14 x 14 at a side of 112 px; were each axis rounded for itself, 1 x 4000 px would have 885."""
     only_long()
     sides = "--data.min_side 112 --data.max_side 112 --data.max_view_tokens 1000 --data.tokens_per_pack 2000"
-    assert ijepa(f"{TRAIN} {sides}") == (0, ["new", "new/masks.png", "new/curves.png"], [])
+    assert ijepa(f"{TRAIN} {sides}") == (0, ["new", "new/masks.png", "new/curves.png", "new/report.html"], [])
     for line in Path("new/log.jsonl").read_text().splitlines():
         assert json.loads(line)["fill"] == 2 * 196 / 2000
 

@@ -33,7 +33,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
-def seconds_by_turns(runs: Sequence[Callable[[], object]], device: torch.device, turns: int = 3) -> list[float]:
+def seconds_by_turns(runs: Sequence[Callable[[], object]], device: torch.device, turns: int = 5) -> list[float]:
     """The median time of each of `runs`, in seconds.
 
     All are called by turns, after a turn to warm up, so that whatever else the machine does meets all of them alike.
