@@ -54,12 +54,13 @@ def test_sizes_like_imagenets_are(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_loader_reads_as_many_images_as_the_bare_loop(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = loader.run(str(pictures))
-    assert found.keys() == {"images_per_second", "ratio"}
+    assert found.keys() == {"images_per_second", "ratio", "ratio_with_masks"}
     assert found["images_per_second"] > 0
     assert found["ratio"] > 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["source", "what", "images_per_second"]
-    assert out[-1] == f"The loader keeps {found['ratio']:.1%} of the bare loop's rate (median of 1 turns)."
+    rates = f"{found['ratio']:.1%} of the bare loop's rate, {found['ratio_with_masks']:.1%} with masks"
+    assert out[-1] == f"The loader keeps {rates} (median of 1 turns)."
 
 
 def test_the_built_in_images_are_read_from_jpeg_files(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +98,7 @@ def test_the_last_rate_halves_the_mean_tokens() -> None:
     ("theme", "keys"),
     [
         ("packing", ["budget_use", "padding_tokens"]),
-        ("loader", ["images_per_second", "ratio"]),
+        ("loader", ["images_per_second", "ratio", "ratio_with_masks"]),
         ("merging", ["cost", "speedup", "bytes_per_token"]),
     ],
 )
