@@ -199,22 +199,17 @@ def make_pictures() -> dict[str, ArgumentParser]:
         picture.add_argument("--config", action="config", help="a recipe's name, or a YAML file")
         picture.add_argument("--run", help=argparse.SUPPRESS)  # a configuration file may have it
         add_configuration(picture)
-    merges = pictures["merges"]
-    merges.add_argument("run", type=str, help="a run, or a folder with an encoder")
-    merges.add_argument("images", type=str, nargs="+", help="image files")
-    merges.add_argument(
-        "--side", type=int | None, default=224, help="sqrt(height * width) in pixels; null: native size"
-    )
-    merges.add_argument(
+    for name in ("merges", "features"):
+        picture = pictures[name]
+        picture.add_argument("run", type=str, help="a run, or a folder with an encoder")
+        picture.add_argument("images", type=str, nargs="+", help="image files")
+        picture.add_argument(
+            "--side", type=int | None, default=224, help="sqrt(height * width) in pixels; null: native size"
+        )
+    pictures["merges"].add_argument(
         "--merge-rate", type=float, default=0.1, help="share of its tokens that each layer merges, up to 0.5"
     )
-    features = pictures["features"]
-    features.add_argument("run", type=str, help="a run, or a folder with an encoder")
-    features.add_argument("images", type=str, nargs="+", help="image files")
-    features.add_argument(
-        "--side", type=int | None, default=224, help="sqrt(height * width) in pixels; null: native size"
-    )
-    features.add_argument(
+    pictures["features"].add_argument(
         "--patch", type=int, nargs=2, default=None, metavar=("ROW", "COLUMN"), help="show what is similar to this patch"
     )
     for picture in pictures.values():

@@ -22,7 +22,7 @@ class ObjectiveConfig:
 
     stabilizer: float = 0.1
     """Weight of VICReg's variance and covariance on the mean of the student's context tokens. 0 is plain I-JEPA,
-    which collapses at small scale (docs/log.md)."""
+    under which the rank of small runs' features falls by more than half (docs/evaluation.md)."""
 
     def __post_init__(self) -> None:
         if self.stabilizer < 0:

@@ -258,3 +258,11 @@ def test_caltech_sizes_are_those_of_its_own_table(cache):
     for key, height, width in zip(index.keys, index.heights, index.widths, strict=True):
         row = table[key.partition(":")[2].removesuffix(".jpg")]
         assert (int(row["h"]), int(row["w"])) == (height, width)
+
+
+def test_a_part_of_an_index_is_in_the_order_asked_for(folder):
+    whole = build_index(open_source(str(folder)), cache=False)
+    part = whole.select(np.array([2, 0]))
+    assert part.keys == [whole.keys[2], whole.keys[0]]
+    for name in ("heights", "widths", "rows", "labels"):
+        assert getattr(part, name).tolist() == [getattr(whole, name)[2], getattr(whole, name)[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -48,7 +49,18 @@ class Index:
     unreadable: tuple[tuple[str, str], ...]
     """(key, reason) of every image whose header cannot be read."""
     hash: str
-    """SHA-256 of rows, sizes, labels and keys: equal wherever the images lie."""
+    """SHA-256 of rows, sizes, labels and keys: equal wherever the images lie. A part of an index keeps the whole's."""
+
+    def select(self, images: NDArray[np.integer]) -> Index:
+        """Some of the images, by position, in that order."""
+        return dataclasses.replace(
+            self,
+            heights=self.heights[images],
+            widths=self.widths[images],
+            rows=self.rows[images],
+            labels=None if self.labels is None else self.labels[images],
+            keys=[self.keys[image] for image in images.tolist()],
+        )
 
 
 def build_index(source: Source, cache: bool = True, progress: Callable[[int], None] | None = None) -> Index:

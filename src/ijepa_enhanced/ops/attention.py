@@ -89,7 +89,7 @@ def cpu_attention(
 
     `bias`: float32 [T], added to each key's logits.
 
-    Computed in float32: PyTorch's bfloat16 backward takes 5 times as long on segments of 40 tokens (docs/log.md).
+    Computed in float32: PyTorch's bfloat16 backward takes 4 to 7 times as long on 40 to 200 tokens (docs/log.md).
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.loader import PackDataset
 from ijepa_enhanced.data.plan import EpochPlan, Pack, Plan, PlanError
 from ijepa_enhanced.data.sources import Source
@@ -96,8 +95,8 @@ class Probe:
     ) -> None:
         rng = generator(plan.seed, Purpose.PROBE)
         drawn = rng.permutation(np.sort(candidates))[:images]
-        index = _part(plan.index, drawn)
-        objects = _part(plan.index, drawn[: max(2, encoder.shape.width // OBJECT_SHARE)])
+        index = plan.index.select(drawn)
+        objects = plan.index.select(drawn[: max(2, encoder.shape.width // OBJECT_SHARE)])
         seed = int(rng.integers(2**63))  # training draws from the run's
         crop = dataclasses.replace(plan.config, views=1)
         whole = dataclasses.replace(crop, min_crop=1.0, max_crop=1.0, min_side=crop.max_side)
@@ -177,18 +176,6 @@ def pooled(teacher: Encoder, batches: list[Batch], autocast: torch.autocast) -> 
 
 def _packs(plan: EpochPlan) -> list[Pack]:
     return [plan[number] for number in range(len(plan))]
-
-
-def _part(index: Index, chosen: NDArray[np.int64]) -> Index:
-    """Some of the images of an index, by position, in that order."""
-    return dataclasses.replace(
-        index,
-        heights=index.heights[chosen],
-        widths=index.widths[chosen],
-        rows=index.rows[chosen],
-        labels=None if index.labels is None else index.labels[chosen],
-        keys=[index.keys[image] for image in chosen.tolist()],
-    )
 
 
 def steps_between_looks(config: MonitorConfig, look_tokens: int, steps: int, step_tokens: float, log_every: int) -> int:

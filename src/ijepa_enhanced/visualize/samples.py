@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data.images import UnreadableImage, decode_views, upright_size
-from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.sources import Source
 from ijepa_enhanced.evaluate.features import Features, extract
 from ijepa_enhanced.visualize.features import pca_maps
@@ -48,7 +46,7 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
         return {}
     count = len(images.index.rows)
     chosen = np.random.default_rng(0).choice(count, min(GALLERY, count), replace=False)
-    gallery = _part_of(images.index, np.sort(chosen))
+    gallery = images.index.select(np.sort(chosen))
     samples: dict[int, Image.Image] = {}
     for row in images.index.rows[chosen].tolist():
         with suppress(UnreadableImage):
@@ -137,18 +135,6 @@ def _neighbours(images: Images, found: Sequence[Neighbours], among: int, keys: S
         listed = ", ".join(f"{share:.0%} {name}".strip() for share, name in zip(agreeing, keys, strict=True))
         shares = f'<p class="note">Green: of the same class ({listed}).</p>'
     return note(text) + shares + "".join(lines)
-
-
-def _part_of(index: Index, places: NDArray[np.integer]) -> Index:
-    """Some of the images of an index."""
-    return dataclasses.replace(
-        index,
-        heights=index.heights[places],
-        widths=index.widths[places],
-        rows=index.rows[places],
-        labels=None if index.labels is None else index.labels[places],
-        keys=[index.keys[place] for place in places.tolist()],
-    )
 
 
 def _thumbnail(source: Source, row: int, side: int) -> Image.Image:
