@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -17,6 +18,7 @@ import yaml
 from PIL import Image
 
 from ijepa_enhanced import cli
+from ijepa_enhanced.commands import index, inspect
 from ijepa_enhanced.config import load_config
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.logging import SummaryWriter
@@ -414,7 +416,7 @@ def test_help_of_a_command(command: str) -> None:
     answer = ijepa(command, "--help")
     assert (answer.code, answer.err) == (0, [])
     text = "\n".join(answer.out)
-    assert cli.PURPOSES[command] in text
+    assert " ".join(cli.COMMANDS[command].purpose.split()) in " ".join(text.split())
     assert "--json" in text or command == "inspect"
     # A whole group is no option, see the table of bad input.
     assert re.search(r"--(data|optim|masks) ", text) is None
@@ -427,8 +429,8 @@ def test_help_of_pictures() -> None:
     answer = ijepa("inspect")
     assert answer == ijepa("inspect", "--help")
     assert (answer.code, answer.err) == (0, [])
-    for picture, purpose in cli.PICTURES.items():
-        assert any(re.search(rf"^ +{picture} +{re.escape(purpose[:40])}", line) for line in answer.out)
+    for picture, command in inspect.COMMANDS.items():
+        assert any(re.search(rf"^ +{picture} +{re.escape(command.purpose[:40])}", line) for line in answer.out)
         shown = ijepa("inspect", picture, "--help")
         assert (shown.code, shown.err) == (0, [])
         text = "\n".join(shown.out)
@@ -440,8 +442,8 @@ def test_help_lists_the_commands() -> None:
     answer = ijepa()
     assert answer == ijepa("--help")
     assert (answer.code, answer.err) == (0, [])
-    for command, purpose in cli.PURPOSES.items():
-        assert any(re.search(rf"{command} +{re.escape(purpose)}", line) for line in answer.out)
+    for name, command in cli.COMMANDS.items():
+        assert any(re.search(rf"{name} +{re.escape(command.purpose[:40])}", line) for line in answer.out)
 
 
 def test_version() -> None:
@@ -470,7 +472,7 @@ def test_what_nobody_thought_of_is_told_in_a_sentence(monkeypatch: pytest.Monkey
     def fail(options: object) -> int:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setitem(cli.COMMANDS, "index", fail)
+    monkeypatch.setitem(cli.COMMANDS, "index", dataclasses.replace(index.COMMAND, run=fail))
     assert ijepa("index", pictures) == (
         1,
         [],
@@ -480,5 +482,6 @@ def test_what_nobody_thought_of_is_told_in_a_sentence(monkeypatch: pytest.Monkey
 
 
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "index", lambda options: signal.raise_signal(signal.SIGINT))
+    interrupted = dataclasses.replace(index.COMMAND, run=lambda options: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setitem(cli.COMMANDS, "index", interrupted)
     assert ijepa("index", pictures) == (1, [], ["ijepa: Interrupted."])

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ijepa_enhanced.cli import parse, train_config
+from ijepa_enhanced.cli import parse
+from ijepa_enhanced.commands.setup import train_config
 from ijepa_enhanced.config import (
     FREE_ON_RESUME,
     RequestError,
@@ -97,8 +98,8 @@ def test_flattening_joins_the_names_by_dots() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid(name: str) -> None:
-    options = parse(["train", "--config", name])
-    config = train_config(options["train"])
+    _, options = parse(["train", "--config", name])
+    config = train_config(options)
     assert isinstance(config, TrainConfig)
     # A recipe that sets nothing is none.
     assert flatten(yaml.safe_load(find_config(name).read_text()))

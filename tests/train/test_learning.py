@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_enhanced.cli import parse, train_config
+from ijepa_enhanced.cli import parse
+from ijepa_enhanced.commands.setup import train_config
 from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.evaluate.features import extract
@@ -19,7 +20,7 @@ MARGIN = 0.03
 
 @pytest.mark.slow
 def test_half_a_quickstart_beats_its_random_start(tmp_path: Path) -> None:
-    config = train_config(parse(["train", "--config", "quickstart", "--steps", "300"])["train"])
+    config = train_config(parse(["train", "--config", "quickstart", "--steps", "300"])[1])
     train(config, tmp_path / "run")
     torch.manual_seed(config.seed)
     start = Encoder(config.encoder).eval()

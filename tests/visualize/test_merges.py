@@ -118,7 +118,7 @@ def test_fewer_layers_than_stages_are_all_shown() -> None:
 
 def test_what_cannot_be_drawn_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UnreadableImage, match=r"^empty file$"):
+    with pytest.raises(UnreadableImage, match=r"a\.png: empty file$"):
         draw_merges(encoder, tmp_path / "a.png", 64, 0.1)
     image = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match=r"^At a merge rate of 0 there is nothing to see\.$"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ijepa_enhanced.data.images import decode_views, open_image, patchify, upright_size
+from ijepa_enhanced.data.images import UnreadableImage, decode_views, open_image, patchify, upright_size
 from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
@@ -129,7 +130,7 @@ class Encoder(nn.Module):
             float32 [N, D] on the encoder's device.
 
         Raises:
-            UnreadableImage: an image cannot be decoded; the message says why.
+            UnreadableImage: an image cannot be decoded; the message says which, where it is a path, and why.
             ValueError: a merge rate out of range.
         """
         pooled = [
@@ -168,18 +169,20 @@ class Encoder(nn.Module):
 
     def packs(self, images: Sequence[ImageLike], side: int | None, tokens_per_pack: int = 16384) -> Iterator[Packed]:
         """What `embed` shows the network: packs of uint8 patches, on the CPU; arguments and errors are its own."""
-        opened = [_open(image) for image in images]
-        sizes = np.array([upright_size(image) for image in opened], dtype=np.int64).reshape(-1, 2)
+        opened, upright = [], []
+        for image in images:
+            with _naming(image):
+                opened.append(_open(image))
+                upright.append(upright_size(opened[-1]))
+        sizes = np.array(upright, dtype=np.int64).reshape(-1, 2)
         patch_size = self.config.patch_size
         grids = fit_grids(sizes[:, 0], sizes[:, 1], side, patch_size, limit=tokens_per_pack)
         for start, stop in cut_into_packs(grids.prod(axis=1), tokens_per_pack):
-            patches = [
-                patchify(
-                    decode_views(opened[i], np.array([[0, 0, *sizes[i]]]), grids[i : i + 1] * patch_size)[0],
-                    patch_size,
-                )
-                for i in range(start, stop)
-            ]
+            patches = []
+            for i in range(start, stop):
+                with _naming(images[i]):
+                    box, size = np.array([[0, 0, *sizes[i]]]), grids[i : i + 1] * patch_size
+                    patches.append(patchify(decode_views(opened[i], box, size)[0], patch_size))
             yield Packed.of_grids(np.concatenate(patches), grids[start:stop])
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
@@ -225,3 +228,14 @@ def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     return open_image(Path(image).read_bytes())
+
+
+@contextmanager
+def _naming(image: ImageLike) -> Iterator[None]:
+    """Put an image's path before what is wrong with it."""
+    try:
+        yield
+    except UnreadableImage as error:
+        if isinstance(image, (str, Path)):
+            raise UnreadableImage(f"{image}: {error}") from error
+        raise

@@ -116,6 +116,7 @@ def sheet_of(pictures: list[NDArray[np.uint8]]) -> Image.Image:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all."""
+    """Write a picture, whole or not at all, into a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")

@@ -1,0 +1,143 @@
+"""`ijepa inspect`: one picture each."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from ijepa_enhanced.commands import Command
+from ijepa_enhanced.commands.setup import (
+    add_configuration,
+    add_encoder,
+    best_device,
+    check_setting,
+    load_encoder,
+    print_json,
+    train_config,
+)
+from ijepa_enhanced.commands.train import first_batch
+from ijepa_enhanced.config import RequestError
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.train.loop import RunError
+from ijepa_enhanced.visualize.features import draw_features
+from ijepa_enhanced.visualize.merges import draw_merges
+from ijepa_enhanced.visualize.views import draw_masked_views, draw_pack, save_png
+
+logger = logging.getLogger(__name__)
+
+
+def add_out(picture: ArgumentParser) -> None:
+    """Where a picture goes."""
+    picture.add_argument("--out", type=str, required=True, metavar="DIR", help="folder for what is drawn")
+
+
+def add_pack_options(picture: ArgumentParser) -> None:
+    """The options of what draws the first pack of a run."""
+    picture.add_argument("source", type=str, help="a folder, tar shards, or synthetic")
+    add_configuration(picture)
+    picture.add_argument("--run", help=argparse.SUPPRESS)  # a configuration file may have it
+    add_out(picture)
+
+
+def add_merges_options(picture: ArgumentParser) -> None:
+    """The options of `ijepa inspect merges`."""
+    add_image_options(picture)
+    picture.add_argument(
+        "--merge-rate", type=float, default=0.1, help="share of its tokens that each layer merges, up to 0.5"
+    )
+
+
+def add_features_options(picture: ArgumentParser) -> None:
+    """The options of `ijepa inspect features`."""
+    add_image_options(picture)
+    picture.add_argument(
+        "--patch", type=int, nargs=2, default=None, metavar=("ROW", "COLUMN"), help="show what is similar to this patch"
+    )
+
+
+def add_image_options(picture: ArgumentParser) -> None:
+    """The options of what draws images as an encoder sees them."""
+    add_encoder(picture)
+    picture.add_argument("images", type=str, nargs="+", help="image files")
+    add_out(picture)
+
+
+def inspect_pack(draw: Callable[[MaskedBatch, int, Path], None], name: str, options: Namespace) -> int:
+    """Draw the first pack that a run would train on."""
+    config = train_config(options)
+    batch = first_batch(config, options.source)
+    if not len(batch.image_ids):
+        raise RunError(f"None of the {len(batch.unreadable)} images of the first pack can be decoded.")
+    picture = Path(options.out) / f"{name}.png"
+    draw(batch, config.encoder.patch_size, picture)
+    print(picture)
+    print_json(options, {"picture": str(picture)})
+    return 0
+
+
+def inspect_merges(options: Namespace) -> int:
+    """Draw what merges in images."""
+    check_setting(options.side, options.merge_rate)
+    if options.merge_rate == 0:
+        raise RequestError("At a merge rate of 0 nothing merges: ask for one up to 0.5.")
+    encoder = load_encoder(options.run).to(best_device())
+    drawn = {}
+    for number, path in enumerate(map(Path, options.images)):
+        if not path.is_file():
+            raise RequestError(f"No file {path}.")
+        # Two folders may hold images of one name.
+        drawn[f"merges-{number:02d}-{path.stem}.png"] = draw_merges(encoder, path, options.side, options.merge_rate)
+    folder = Path(options.out)
+    for name, picture in drawn.items():
+        save_png(picture, folder / name)
+        print(folder / name)
+    print_json(options, {"pictures": [str(folder / name) for name in drawn]})
+    return 0
+
+
+def inspect_features(options: Namespace) -> int:
+    """Draw images' features."""
+    check_setting(options.side, 0.0)
+    encoder = load_encoder(options.run).to(best_device())
+    for path in map(Path, options.images):
+        if not path.is_file():
+            raise RequestError(f"No file {path}.")
+    folder = Path(options.out)
+    picture = folder / "features.png"
+    try:
+        grids = draw_features(encoder, options.images, picture, options.patch and tuple(options.patch), options.side)
+    except UnreadableImage:
+        raise
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    for path, (rows, cols) in zip(options.images, grids, strict=True):
+        logger.info("%s: %d rows, %d columns of patches", path, rows, cols)
+    print(picture)
+    print_json(options, {"picture": str(picture)})
+    return 0
+
+
+COMMANDS = {
+    "masks": Command(
+        "Draw what the student sees of the first views of a run, and what it must predict.",
+        add_pack_options,
+        partial(inspect_pack, draw_masked_views, "masks"),
+    ),
+    "packing": Command(
+        "Draw the first pack of a run, patch by patch.", add_pack_options, partial(inspect_pack, draw_pack, "packing")
+    ),
+    "features": Command(
+        "Draw the principal components of images' features as colours, and what is similar to a patch.",
+        add_features_options,
+        inspect_features,
+    ),
+    "merges": Command(
+        "Draw which patches of images become one token, layer after layer.", add_merges_options, inspect_merges
+    ),
+}

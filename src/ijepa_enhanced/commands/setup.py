@@ -1,0 +1,110 @@
+"""From a command's options to what it works with: the configuration, an encoder, the device, labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from ijepa_enhanced.config import RequestError
+from ijepa_enhanced.data.index import Index, build_index, report_unreadable
+from ijepa_enhanced.data.sources import Source, open_source
+from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.train.loop import RunError, TrainConfig
+
+
+def add_configuration(command: ArgumentParser) -> None:
+    """The options that make up a `TrainConfig`."""
+    command.add_argument("--config", action="config", help="a recipe's name, or a YAML file")
+    command.add_class_arguments(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if dataclasses.is_dataclass(field.default_factory):
+            # The parser takes a file for a whole group, and would not check its keys.
+            command._option_string_actions[f"--{field.name}"].help = argparse.SUPPRESS
+
+
+def add_encoder(command: ArgumentParser) -> None:
+    """The options that say which encoder, at which size."""
+    command.add_argument("run", type=str, help="a run, or a folder with an encoder")
+    command.add_argument(
+        "--side", type=int | None, default=224, help="sqrt(height * width) in pixels; null: native size"
+    )
+
+
+def train_config(options: Namespace) -> TrainConfig:
+    """The configuration among a command's options.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+    try:
+        return TrainConfig(**{field.name: options[field.name] for field in dataclasses.fields(TrainConfig)})
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def print_json(options: Namespace, values: dict[str, Any]) -> None:
+    """The last line of stdout, for programs, where it is asked for."""
+    if options.json:
+        print(json.dumps(values))
+
+
+def check_setting(side: int | None, merge_rate: float) -> None:
+    """Raise RequestError where an encoder cannot be run with them."""
+    if side is not None and side < 1:
+        raise RequestError(f"side must be at least 1, not {side}.")
+    if not 0 <= merge_rate <= 0.5:
+        raise RequestError(f"merge_rate must lie between 0 and 0.5, not {merge_rate}.")
+
+
+def load_encoder(path: str) -> Encoder:
+    """The encoder of a run, or in a folder, on the CPU.
+
+    Raises:
+        RequestError: there is none.
+    """
+    try:
+        return Encoder.from_pretrained(path)
+    except FileNotFoundError as error:
+        raise RequestError(str(error)) from error
+
+
+def share_cores(workers: int) -> None:
+    """Leave a core to each worker, unless OMP_NUM_THREADS says otherwise.
+
+    All threads of a matrix product wait for the one whose core a worker holds: with one thread more, a quickstart on
+    two cores is several times slower (docs/log.md).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+
+
+def best_device() -> torch.device:
+    """Where networks run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def labelled(spec: str, part: str) -> tuple[Source, Index]:
+    """A source and its index.
+
+    Raises:
+        RequestError: the source has no labels.
+        RunError: it has no image that can be read.
+    """
+    source = open_source(spec, part)
+    index = build_index(source)
+    if index.labels is None:
+        raise RequestError(
+            f"{spec} has no labels, and scoring needs them: put the images of each class into a folder of its own, "
+            "or a .cls file beside each image of a shard."
+        )
+    report_unreadable(index, f"Left out of {spec}")
+    if not len(index.rows):
+        raise RunError(f"None of the {len(index.unreadable)} images of {spec} can be read.")
+    return source, index
