@@ -113,9 +113,28 @@ def test_every_floor_is_of_something_that_is_there() -> None:
     assert {place(parts_of(name)) for name in NAMES} == {*FLOORS, "__init__"}
 
 
+def lines_of_code(source: str) -> int:
+    """Lines that are not blank, a comment or a docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        for before in node.body if isinstance(node, documented) else ():
+            if isinstance(before, ast.Expr) and isinstance(before.value, ast.Constant):
+                prose |= {*range(before.lineno, (before.end_lineno or before.lineno) + 1)}
+    return sum(
+        number not in prose and bool(line.strip()) and not line.strip().startswith("#")
+        for number, line in enumerate(source.splitlines(), start=1)
+    )
+
+
+def test_prose_is_no_code() -> None:
+    source = '"""Prose\n\nof a module."""\n\nA = 1  # why\n"""Of a value."""\n\n\ndef f():\n    """Prose."""\n    # why\n    return """a\n    b"""\n'
+    assert lines_of_code(source) == 4
+
+
 def test_the_floors_that_people_read_stay_short() -> None:
     lines = sum(
-        len(path.read_text(encoding="utf-8").splitlines())
+        lines_of_code(path.read_text(encoding="utf-8"))
         for path, name in zip(FILES, NAMES, strict=True)
         if FLOORS.get(place(parts_of(name))) in READ_FLOORS
     )
