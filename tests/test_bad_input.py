@@ -218,8 +218,13 @@ def damaged_checkpoint(name: str, size: int) -> Callable[[], None]:
     return cut
 
 
-NOWHERE = "No file or folder nope. Images are a folder, tar shards such as train-{000000..000002}.tar, or 'synthetic'."
-NO_IMAGES = "No images in images. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff."
+NOWHERE = (
+    "No file or folder nope. Images are a folder, tar shards such as train-{000000..000002}.tar, Parquet files, "
+    "a list in CSV or JSONL, hf://NAME, or 'synthetic'."
+)
+NO_IMAGES = (
+    "No images in images. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif."
+)
 TOO_FEW = (
     "Training needs at least 2 images whose views have 4 patches of {} px or more, and {} have. "
     "Add images, raise data.min_side, or take a smaller encoder.patch_size."
@@ -232,7 +237,7 @@ CUT = "images.tar is cut off or damaged after 8 images; any that follow are lost
 CUT_IMAGE = "images.tar:7.png: cut off: its shard ends after 100 of its 10,000 bytes"
 EMPTY, WORDS, BOMB, TRUNCATED = (
     "dark/0.png: empty file",
-    "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP or TIFF image",
+    "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image",
     "light/4.png: 20000 x 20000 px is above the limit of 89,478,485 px",
     "light/2.png: cannot be decoded: image file is truncated",
 )

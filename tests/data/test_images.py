@@ -326,8 +326,8 @@ def test_animations_show_their_first_frame():
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"no image, but words", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"),
+        (b"no image, but words", "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"),
         (png_header(20000, 20000), "20000 x 20000 px is above the limit of 89,478,485 px"),
         (png_header(10000, 9000), "10000 x 9000 px is above the limit of 89,478,485 px"),
         (encode(Image.new("RGB", (9, 9)), "JPEG")[:40], "damaged header: Truncated File Read"),

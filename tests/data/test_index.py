@@ -85,7 +85,7 @@ def test_the_index_of_a_folder(folder):
     assert index.keys == ["ant/a.png", "ant/c.png", "bee/a.png"]
     assert index.unreadable == (
         ("ant/b.png", "empty file"),
-        ("bee/b.png", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"),
+        ("bee/b.png", "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"),
     )
 
 

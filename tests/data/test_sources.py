@@ -118,7 +118,11 @@ def test_unreadable_files_of_a_folder(tmp_path):
     (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
     source = FolderSource(tmp_path)
     for row, reason in enumerate(
-        ["empty file", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image", "cannot be read: No such file or directory"]
+        [
+            "empty file",
+            "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image",
+            "cannot be read: No such file or directory",
+        ]
     ):
         for read in (source.open, source.size):
             with pytest.raises(UnreadableImage) as error:
@@ -187,12 +191,12 @@ def test_fingerprint_of_a_folder_knows_names_sizes_and_times(tmp_path):
     [
         (
             "empty",
-            "No images in {}. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff.",
+            "No images in {}. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
         ),
         (
             "gone",
             "No file or folder {}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
-            "or 'synthetic'.",
+            "Parquet files, a list in CSV or JSONL, hf://NAME, or 'synthetic'.",
         ),
     ],
 )
@@ -288,7 +292,7 @@ def test_an_image_without_the_label_that_others_have(tmp_path):
     path = shard(tmp_path / "a.tar", [*samples("0"), ("new.png", png())])
     source = TarSource([path], "a.tar")
     assert source.labels.tolist() == [0, -1]
-    with pytest.raises(UnreadableImage, match=r"^no label: its \.cls member is missing$"):
+    with pytest.raises(UnreadableImage, match=r"^no label, which others have$"):
         source.size(1)
 
 
@@ -344,7 +348,7 @@ def test_a_shard_cut_elsewhere(tmp_path, caplog, place):
         source = TarSource([path], "a.tar")
     assert "is cut off or damaged after 2 images" in caplog.text
     assert source.size(0) == (1, 6)
-    with pytest.raises(UnreadableImage, match=r"^no label: its \.cls member is missing$"):
+    with pytest.raises(UnreadableImage, match=r"^no label, which others have$"):
         source.open(1)
 
 
@@ -371,7 +375,7 @@ def test_missing_shards(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(f"{tmp_path}/t-{{0..3}}.tar")
     assert str(error.value) == (
-        f"3 of the 4 shards of {tmp_path}/t-{{0..3}}.tar are missing, the first is {tmp_path}/t-1.tar. "
+        f"3 of the 4 files of {tmp_path}/t-{{0..3}}.tar are missing, the first is {tmp_path}/t-1.tar. "
         "Check the pattern, or fetch them."
     )
 
@@ -382,7 +386,10 @@ def test_missing_shards(tmp_path):
         (b"no tar, but words " * 100, "{} is not an uncompressed tar file: "),
         (png(), "{} is not an uncompressed tar file: "),
         (b"", "{} is not an uncompressed tar file: empty file."),
-        (bytes(10240), "No images in {}. Members must end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff."),
+        (
+            bytes(10240),
+            "No images in {}. Members must end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
+        ),
     ],
 )
 def test_files_that_are_no_shards(tmp_path, data, message):
@@ -462,3 +469,27 @@ def test_caltech():
     for key, label in zip(source.keys, source.labels.tolist(), strict=True):
         assert key.partition(":")[2].rpartition("-")[0] == names[label]
     assert len(open_source(str(DATA / "caltech-101"), "val").keys) == 1434
+
+
+def test_two_members_of_one_name(tmp_path):
+    path = shard(tmp_path / "a.tar", [*samples("0"), *samples("1")])
+    with pytest.raises(SourceError) as error:
+        open_source(str(path))
+    assert str(error.value) == f"{path} has two members 0000.png. Give every sample a name of its own."
+
+
+def test_shards_by_asterisk(tmp_path):
+    for number in (2, 10, 1):
+        shard(tmp_path / f"train-{number:02d}.tar", samples("0"))
+    shard(tmp_path / "val-01.tar", samples("0"))
+    names = [key.partition(":")[0] for key in open_source(f"{tmp_path}/train-*.tar").keys]
+    assert names == ["train-01.tar", "train-02.tar", "train-10.tar"]
+
+
+def test_a_folder_without_the_part(tmp_path):
+    shard(tmp_path / "train-0.tar", samples("0"))
+    with pytest.raises(SourceError) as error:
+        open_source(str(tmp_path), "val")
+    assert str(error.value) == (
+        f"{tmp_path} has files for train, and none for val: name those to take, as {tmp_path}/train*.tar."
+    )

@@ -174,7 +174,7 @@ def test_no_images_give_no_features(encoder: Encoder) -> None:
 
 def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("notes")
-    with pytest.raises(UnreadableImage, match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP or TIFF image$"):
+    with pytest.raises(UnreadableImage, match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image$"):
         encoder.embed([tmp_path / "notes.jpg"])
 
 

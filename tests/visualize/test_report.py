@@ -206,7 +206,7 @@ def test_the_images_are_summed_up_and_the_unreadable_ones_named(page: Page) -> N
     assert facts["images"] == ["21"]
     assert facts["labels"] == ["2"]
     assert facts["unreadable"] == ["2"]
-    assert facts["left/98.jpg"] == ["not a JPEG, PNG, WebP, GIF, BMP or TIFF image"]
+    assert facts["left/98.jpg"] == ["not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"]
     assert "cannot be decoded" in facts["left/99.jpg"][0]
 
 

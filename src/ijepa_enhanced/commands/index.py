@@ -12,7 +12,7 @@ from ijepa_enhanced.data.sources import open_source
 
 def add_options(command: ArgumentParser) -> None:
     """The options of `ijepa index`."""
-    command.add_argument("source", type=str, help="a folder, tar shards, or synthetic")
+    command.add_argument("source", type=str, help="a folder, tar shards, Parquet, a list, hf://NAME, or synthetic")
 
 
 def run(options: Namespace) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import struct
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageCms,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
@@ -44,6 +47,7 @@ _FAILURES = (
     Image.DecompressionBombError,
     LookupError,
     EOFError,
+    RuntimeError,
     ArithmeticError,
     struct.error,
 )
@@ -65,16 +69,16 @@ class UnreadableImage(ValueError):  # noqa: N818 - it reads as what it is
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Read the header of a JPEG, PNG, WebP, GIF, BMP or TIFF file; the pixels are decoded later.
+    """Read the header of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file; the pixels are decoded later.
 
     Raises:
         UnreadableImage: `data` is no such file, its header is damaged, or it has more than `MAX_PIXELS`.
     """
     if not data:
         raise UnreadableImage("empty file")
-    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+    reader = _reader(data)
     if reader is None:
-        raise UnreadableImage("not a JPEG, PNG, WebP, GIF, BMP or TIFF image")
+        raise UnreadableImage("not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image")
     try:
         image = reader(io.BytesIO(data))
     except _FAILURES as error:
@@ -92,7 +96,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def decode_views(
     image: Image.Image, boxes: NDArray[np.floating | np.integer], sizes: NDArray[np.integer]
 ) -> list[NDArray[np.uint8]]:
-    """V views of one image, decoded once, in RGB, transparent pixels on white.
+    """V views of one image, decoded once, in sRGB, transparent pixels on white.
 
     Args:
         image: of any mode; only the first frame of an animation is shown. It keeps its size and can be used again.
@@ -141,6 +145,17 @@ def unpatchify(patches: NDArray[np.uint8], rows: int, cols: int, patch_size: int
     return grid.swapaxes(1, 2).reshape(rows * patch_size, cols * patch_size, -1)
 
 
+def _reader(data: bytes) -> type[ImageFile.ImageFile] | None:
+    if data[4:8] == b"ftyp":
+        # The brands of the file, of which the first may be that of the container alone.
+        brands = data[8 : int.from_bytes(data[:4])]
+        if b"avif" in brands or b"avis" in brands:
+            return AvifImagePlugin.AvifImageFile
+        if b"hei" in brands or b"hev" in brands or b"mif1" in brands:
+            raise UnreadableImage("a HEIC image, which is not read: convert it to JPEG")
+    return next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+
+
 def _orientation(image: Image.Image) -> int:
     """1 to 8. Read here because Pillow's `getexif` decodes a whole PNG, and warns of damaged EXIF data.
 
@@ -184,8 +199,28 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         values -= values.min()
         return Image.fromarray((values * (255 / (values.max() or 1))).round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(canvas, opaque).convert("RGB")
+    transparent = image.has_transparency_data
+    profile = image.info.get("icc_profile", b"")
+    if transparent:
+        image = image.convert("RGBA")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        transform = _to_srgb(profile, image.mode)
+        image = image if transform is None else transform.apply(image)
+    if transparent:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an ICC profile's colours to sRGB; None where the profile is sRGB's, is damaged, or is not for the mode."""
+    try:
+        colours = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(colours).lower():
+            return None
+        shown = "RGBA" if mode == "RGBA" else "RGB"
+        return ImageCms.buildTransform(colours, ImageCms.createProfile("sRGB"), mode, shown)
+    except (ImageCms.PyCMSError, OSError):
+        return None

@@ -37,7 +37,8 @@ class DataConfig:
     """The images and how they become packs."""
 
     source: str = "synthetic"
-    """A folder of images, tar shards (`train-{000000..000002}.tar`), or `synthetic`."""
+    """A folder of images, tar shards (`train-{000000..000002}.tar`), Parquet (`train-*.parquet`), `hf://NAME`, a list
+    (`.csv`, `.jsonl`), or `synthetic`; see docs/data.md."""
     tokens_per_pack: int = 16384
     """Most tokens that one device sees at once: what bounds memory."""
     packs_per_step: int = 1

@@ -1,103 +1,62 @@
-"""Where images lie: a folder, tar shards, or the built-in synthetic set, read at random by row number.
-
-A source holds no open file, so it can be sent to worker processes, forked and used by threads.
-"""
+"""Where images lie: folders, tar shards, lists of files and the built-in synthetic set; and `open_source`."""
 
 from __future__ import annotations
 
-import hashlib
+import csv
 import itertools
+import json
 import logging
 import os
 import re
 import tarfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.images import UnreadableImage, open_image, upright_size
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.source import (
+    EXTENSIONS,
+    HEAD,
+    FileSource,
+    Source,
+    SourceError,
+    fingerprint_of,
+    number_labels,
+)
+from ijepa_enhanced.data.tables import Columns, is_saved, open_hub, open_parquet, open_saved
+
+__all__ = ["HEAD", "FolderSource", "Source", "SourceError", "SyntheticSource", "TarSource", "open_source"]
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Of files and members that are taken for images, in small or capital letters."""
+PARTS = ("train", "val", "test")
+"""What files of a folder may be named after."""
 
-HEAD = 64 * 1024
-"""Bytes in which nearly every header ends: all that is read of an image to learn its size."""
-
-
-class SourceError(ValueError):
-    """The images cannot be found; the message says why and what to do."""
+HEIC = (".heic", ".heif")
+"""Not read, but not passed over either: a folder of a phone's photos must not look empty."""
 
 
-class Source(ABC):
-    """N images in a fixed order."""
+class _PathSource(FileSource):
+    """Images that are files of their own; keys are their paths from `root` on."""
 
-    name: str
-    """What the user called it."""
-    keys: list[str]
-    """N names for messages, the same wherever the source lies."""
-    labels: NDArray[np.int64] | None = None
-    """int64 [N], or None; -1 where an image lacks the label that others have, which makes it unreadable."""
-    classes: list[str] | None = None
-    """The name of each label, or None."""
+    root: Path
 
-    @abstractmethod
-    def open(self, row: int) -> Image.Image:
-        """An image with its header read, to be decoded later.
-
-        Raises:
-            UnreadableImage: it cannot be read.
-        """
-
-    @abstractmethod
-    def size(self, row: int) -> tuple[int, int]:
-        """Height and width of the upright image in pixels, without decoding it.
-
-        Raises:
-            UnreadableImage: its header cannot be read.
-        """
-
-    @abstractmethod
-    def fingerprint(self) -> str | None:
-        """Changes when a file's name, size or time does; None where `size` is as fast as any cache of it."""
-
-
-class _FileSource(Source):
-    """Images that are bytes of files."""
-
-    @abstractmethod
     def _read(self, row: int, limit: int = -1) -> bytes:
-        """The first `limit` bytes of an image file, or all of it."""
+        with open(self.root / self.keys[row], "rb") as file:
+            return file.read(limit)
 
-    def open(self, row: int) -> Image.Image:
+    def fingerprint(self) -> str:
         """See `Source`."""
-        return open_image(self._bytes(row))
-
-    def size(self, row: int) -> tuple[int, int]:
-        """See `Source`."""
-        head = self._bytes(row, HEAD)
-        try:
-            return upright_size(open_image(head))
-        except UnreadableImage:
-            if len(head) < HEAD:
-                raise
-            return upright_size(self.open(row))
-
-    def _bytes(self, row: int, limit: int = -1) -> bytes:
-        try:
-            return self._read(row, limit)
-        except OSError as error:
-            raise UnreadableImage(f"cannot be read: {error.strerror}") from error
+        return fingerprint_of((key, self.root / key) for key in self.keys)
 
 
-class FolderSource(_FileSource):
+class FolderSource(_PathSource):
     """All images of a folder and the folders in it, links followed, hidden ones left out, by name.
 
     Where all lie in sub-folders, those are the classes, by name; deeper folders belong to the class they are in.
@@ -122,19 +81,51 @@ class FolderSource(_FileSource):
         for folder, subfolders, files in os.walk(self.root, onerror=_cannot_list, followlinks=True):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             for name in files:
-                if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                if name.lower().endswith((*EXTENSIONS, *HEIC)) and not name.startswith("."):
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
-    def _read(self, row: int, limit: int = -1) -> bytes:
-        with open(self.root / self.keys[row], "rb") as file:
-            return file.read(limit)
+
+class ListSource(_PathSource):
+    """The images that a list names, in its order: CSV with the columns `path` and, if it likes, `label`, or JSONL.
+
+    Paths are relative to the list. Labels are class numbers from 0 or class names, numbered in the order of the
+    alphabet.
+
+    Raises:
+        SourceError: the list cannot be read, is damaged, has no column `path`, or is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.path = path
+        self.root = path.parent
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                images = list(_json_lines(file, self.name) if path.suffix == ".jsonl" else csv.DictReader(file))
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path} is not text in UTF-8.") from error
+        except csv.Error as error:
+            raise SourceError(f"{path} cannot be read: {error}.") from error
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+        if not images:
+            raise SourceError(f"No images in {path}. Every line names one, after a first line path,label in CSV.")
+        for number, image in enumerate(images, start=1):
+            if not image.get("path"):
+                named = ", ".join(str(name) for name in image)
+                raise SourceError(f"Image {number} of {path} has no 'path', but {named}.")
+        self.keys = [str(image["path"]) for image in images]
+        written = [None if image.get("label") in (None, "") else str(image["label"]) for image in images]
+        if any(label is not None for label in written):
+            self.labels, self.classes = number_labels(written, None, self.name)
 
     def fingerprint(self) -> str:
         """See `Source`."""
-        return _fingerprint((key, self.root / key) for key in self.keys)
+        # The list says which images lack a label.
+        return fingerprint_of([("", self.path), *((key, self.root / key) for key in self.keys)])
 
 
-class TarSource(_FileSource):
+class TarSource(FileSource):
     """The images of WebDataset shards: uncompressed tar files whose members belong together up to the first dot.
 
     Labels are the members `KEY.cls`, each a class number from 0 or a class name. The names are the lines of
@@ -168,7 +159,7 @@ class TarSource(_FileSource):
         if any(label is not None for label in written):
             listed = Path(root, "classes.txt")
             names = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else None
-            self.labels, self.classes = _number(written, names, name)
+            self.labels, self.classes = number_labels(written, names, name)
 
     def _read(self, row: int, limit: int = -1) -> bytes:
         shard, offset, size = self.extents[row].tolist()
@@ -176,14 +167,12 @@ class TarSource(_FileSource):
             present = max(0, os.fstat(file.fileno()).st_size - offset)
             if present < size:
                 raise UnreadableImage(f"cut off: its shard ends after {present:,} of its {size:,} bytes")
-            if self.labels is not None and self.labels[row] < 0:
-                raise UnreadableImage("no label: its .cls member is missing")
             file.seek(offset)
             return file.read(size if limit < 0 else min(size, limit))
 
     def fingerprint(self) -> str:
         """See `Source`."""
-        return _fingerprint(zip(self.shard_names, self.shards, strict=True))
+        return fingerprint_of(zip(self.shard_names, self.shards, strict=True))
 
 
 class SyntheticSource(Source):
@@ -221,8 +210,12 @@ def open_source(spec: str, part: str = "train") -> Source:
     """The source that `spec` describes.
 
     Args:
-        spec: `synthetic`, a folder of images or of tar shards, a tar file, or several as `train-{000..003}.tar`.
-        part: of the synthetic images; of a folder, the shards whose names begin with it, if any do.
+        spec: `synthetic`; a folder of images, of tar shards, of Parquet files or of a data set that was saved with
+            `save_to_disk`; tar or Parquet files, several as `train-{000..003}.tar` or `train-*.parquet`; a list of
+            images, `.csv` or `.jsonl`; `hf://NAME` or `hf://NAME:SPLIT`. After Parquet and data sets
+            `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns.
+        part: of the synthetic images; of a folder of files or a data set, the files or the split whose names begin
+            with it.
 
     Raises:
         SourceError: there is no such source, or no image in it.
@@ -231,40 +224,70 @@ def open_source(spec: str, part: str = "train") -> Source:
         return SyntheticSource(part)
     if not spec:
         raise SourceError("The name of the images is empty: give a folder, tar shards, or 'synthetic'.")
-    path = Path(spec).expanduser()
+    place, columns = _split_columns(spec)
+    if place.startswith("hf://"):
+        return open_hub(place, part, columns)
+    path = Path(place).expanduser()
     if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        named = [shard for shard in shards if shard.name.startswith(part)]
-        return TarSource(named or shards, spec) if shards else FolderSource(path)
-    shards = [Path(name) for name in _expand(str(path))]
-    missing = [str(shard) for shard in shards if not shard.is_file()]
-    if len(shards) > 1 and missing:
+        if is_saved(path):
+            return open_saved(path, place, part, columns)
+        files = sorted(path.glob("*.tar")) or sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+        if not files:
+            return FolderSource(path)
+        files = _files_of(part, files, place)
+    else:
+        files = _existing_files(str(path), spec)
+    match files[0].suffix:
+        case ".parquet":
+            return open_parquet(files, place, columns)
+        case ".csv" | ".jsonl" if len(files) == 1:
+            return ListSource(files[0])
+        case _:
+            return TarSource(files, spec)
+
+
+def _split_columns(spec: str) -> tuple[str, Columns]:
+    """What stands before and after the `#` of a table's columns, which the names of files may have too."""
+    place, hash_sign, chosen = spec.partition("#")
+    if not hash_sign or Path(spec).expanduser().exists():
+        return spec, {}
+    columns = dict(column.partition("=")[::2] for column in chosen.split(","))
+    if not columns.keys() <= {"image", "label"}:
+        raise SourceError(f"{spec}: after # come image=COLUMN and label=COLUMN, either or both, with a comma between.")
+    return place, columns
+
+
+def _files_of(part: str, files: list[Path], folder: str) -> list[Path]:
+    """Those of a folder's files whose names begin with `part`, or all where they are not named after parts."""
+    named = [file for file in files if file.name.startswith(part)]
+    others = [other for other in PARTS if any(file.name.startswith(other) for file in files)]
+    if not named and others:
         raise SourceError(
-            f"{len(missing)} of the {len(shards)} shards of {spec} are missing, the first is {missing[0]}. "
+            f"{folder} has files for {' and '.join(others)}, and none for {part}: name those to take, "
+            f"as {folder}/{others[0]}*{files[0].suffix}."
+        )
+    return named or files
+
+
+def _existing_files(pattern: str, spec: str) -> list[Path]:
+    """The files of a pattern with braces and asterisks."""
+    files = [Path(name) for expanded in _expand(pattern) for name in sorted(glob(expanded)) or [expanded]]
+    missing = [str(file) for file in files if not file.is_file()]
+    if len(files) > 1 and missing:
+        raise SourceError(
+            f"{len(missing)} of the {len(files)} files of {spec} are missing, the first is {missing[0]}. "
             "Check the pattern, or fetch them."
         )
     if missing:
         raise SourceError(
-            f"No file or folder {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
-            "or 'synthetic'."
+            f"No file or folder {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, Parquet "
+            "files, a list in CSV or JSONL, hf://NAME, or 'synthetic'."
         )
-    return TarSource(shards, spec)
+    return files
 
 
 def _cannot_list(error: OSError) -> None:
     raise SourceError(f"The folder {error.filename} cannot be listed: {error.strerror}.")
-
-
-def _fingerprint(files: Iterable[tuple[str, Path]]) -> str:
-    digest = hashlib.sha256()
-    for name, path in files:
-        try:
-            status = os.stat(path)
-            state = f"{status.st_size}\0{status.st_mtime_ns}"
-        except OSError:
-            state = "missing"
-        digest.update(os.fsencode(f"{name}\0{state}\n"))
-    return digest.hexdigest()
 
 
 def _expand(pattern: str) -> list[str]:
@@ -282,6 +305,18 @@ def _choices(part: str) -> list[str]:
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
+def _json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise SourceError(f"Line {number} of {name} is not JSON: {error}.") from error
+            if not isinstance(values, dict):
+                raise SourceError(f'Line {number} of {name} is not of the form {{"path": ..., "label": ...}}.')
+            yield values
+
+
 def _sample(member: str) -> str:
     folder, slash, base = member.rpartition("/")
     return folder + slash + base.partition(".")[0]
@@ -291,12 +326,16 @@ def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
     """Name, offset and size of every image, and the text of every label by its sample."""
     images: list[tuple[str, int, int]] = []
     labels: dict[str, str] = {}
+    names: set[str] = set()
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             with suppress(tarfile.ReadError):
                 for member in filter(tarfile.TarInfo.isfile, tar):
                     extension = member.name.removeprefix(_sample(member.name)).lower()
-                    if extension in EXTENSIONS:
+                    if member.name in names:
+                        raise SourceError(f"{path} has two members {member.name}. Give every sample a name of its own.")
+                    names.add(member.name)
+                    if extension in (*EXTENSIONS, *HEIC):
                         images.append((member.name, member.offset_data, member.size))
                     elif extension == ".cls":
                         data = os.pread(file.fileno(), member.size, member.offset_data)
@@ -310,19 +349,3 @@ def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
     return images, labels
-
-
-def _number(
-    written: list[str | None], classes: list[str] | None, source: str
-) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Labels as numbers, -1 where there is none, and the class names."""
-    found = sorted({label for label in written if label is not None})
-    if all(label.isdecimal() for label in found):
-        numbers = {label: int(label) for label in found}
-    else:
-        classes = found if classes is None else classes
-        numbers = {name: number for number, name in enumerate(classes)}
-    for label in found:
-        if classes is not None and numbers.get(label, len(classes)) >= len(classes):
-            raise SourceError(f"{source} has the label '{label}', which is none of the {len(classes)} in classes.txt.")
-    return np.array([-1 if label is None else numbers[label] for label in written], dtype=np.int64), classes

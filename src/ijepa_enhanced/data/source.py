@@ -1,0 +1,128 @@
+"""What a source of images is: N images read at random by row number.
+
+A source holds no open file, so it can be sent to worker processes, forked and used by threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ijepa_enhanced.data.images import UnreadableImage, open_image, upright_size
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+"""Of files and members that are taken for images, in small or capital letters."""
+
+HEAD = 64 * 1024
+"""Bytes in which nearly every header ends: all that is read of an image to learn its size."""
+
+
+class SourceError(ValueError):
+    """The images cannot be found; the message says why and what to do."""
+
+
+class Source(ABC):
+    """N images in a fixed order."""
+
+    name: str
+    """What the user called it."""
+    keys: list[str]
+    """N names for messages, the same wherever the source lies."""
+    labels: NDArray[np.int64] | None = None
+    """int64 [N], or None; -1 where an image lacks the label that others have, which makes it unreadable."""
+    classes: list[str] | None = None
+    """The name of each label, or None."""
+
+    @abstractmethod
+    def open(self, row: int) -> Image.Image:
+        """An image with its header read, to be decoded later.
+
+        Raises:
+            UnreadableImage: it cannot be read.
+        """
+
+    @abstractmethod
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of the upright image in pixels, without decoding it.
+
+        Raises:
+            UnreadableImage: its header cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str | None:
+        """Changes when a file's name, size or time does; None where `size` is as fast as any cache of it."""
+
+
+class FileSource(Source):
+    """Images that are bytes of files."""
+
+    @abstractmethod
+    def _read(self, row: int, limit: int = -1) -> bytes:
+        """The first `limit` bytes of an image file, or all of it."""
+
+    def open(self, row: int) -> Image.Image:
+        """See `Source`."""
+        return open_image(self._bytes(row))
+
+    def size(self, row: int) -> tuple[int, int]:
+        """See `Source`."""
+        head = self._bytes(row, HEAD)
+        try:
+            return upright_size(open_image(head))
+        except UnreadableImage:
+            if len(head) < HEAD:
+                raise
+            return upright_size(self.open(row))
+
+    def _bytes(self, row: int, limit: int = -1) -> bytes:
+        try:
+            data = self._read(row, limit)
+        except OSError as error:
+            raise UnreadableImage(f"cannot be read: {error.strerror}") from error
+        if self.labels is not None and self.labels[row] < 0:
+            raise UnreadableImage("no label, which others have")
+        return data
+
+
+def fingerprint_of(files: Iterable[tuple[str, Path]]) -> str:
+    """SHA-256 of the names, sizes and times of files."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(os.fsencode(f"{name}\0{state}\n"))
+    return digest.hexdigest()
+
+
+def number_labels(
+    written: list[str | None], classes: list[str] | None, source: str
+) -> tuple[NDArray[np.int64], list[str] | None]:
+    """Labels as int64 [N], -1 where there is none, and the class names or None.
+
+    Labels that are all whole numbers stand for themselves. Names are numbered as in `classes`, or where that is None,
+    in the order of the alphabet.
+
+    Raises:
+        SourceError: a label is beyond `classes`.
+    """
+    found = sorted({label for label in written if label is not None})
+    if all(label.isdecimal() for label in found):
+        numbers = {label: int(label) for label in found}
+    else:
+        classes = found if classes is None else classes
+        numbers = {name: number for number, name in enumerate(classes)}
+    for label in found:
+        if classes is not None and numbers.get(label, len(classes)) >= len(classes):
+            raise SourceError(f"{source} has the label '{label}', which is none of the {len(classes)} in classes.txt.")
+    return np.array([-1 if label is None else numbers[label] for label in written], dtype=np.int64), classes

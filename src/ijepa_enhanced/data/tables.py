@@ -1,0 +1,221 @@
+"""Tables of images: Parquet files and Hugging Face data sets, through the Arrow memory map of `datasets`.
+
+`datasets` turns Parquet into Arrow files in its own cache folder (`$HF_DATASETS_CACHE`), once; any row of these is read
+in microseconds, where a row of Parquet costs the decompression of its row group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.source import FileSource, SourceError, fingerprint_of, number_labels
+
+Columns = Mapping[str, str]
+"""The names of the `image` and `label` columns, as far as the user gave them."""
+
+
+class TableSource(FileSource):
+    """The rows of a table.
+
+    Images are the one column of type Image, of structs with a field `bytes`, or of bytes; labels are the one column of
+    type ClassLabel, or else whole numbers or strings in a column `label`. Among several the one that is named `image`
+    or `label` is meant. Strings are numbered in the order of the alphabet, unless all are whole numbers; a label that
+    is missing or below 0 is none.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        name: what the user called it.
+        columns: which to take, instead.
+        keys: names of the rows; by default their split and number.
+
+    Raises:
+        SourceError: there is no image column, or several and none is chosen, or no row.
+    """
+
+    def __init__(self, dataset: Any, name: str, columns: Columns, keys: list[str] | None = None) -> None:
+        if not len(dataset):
+            raise SourceError(f"No images in {name}: it has no row.")
+        self.name = name
+        self.split = str(dataset.split or "row")
+        self.keys = [f"{self.split}:{row}" for row in range(len(dataset))] if keys is None else keys
+        features: dict[str, Any] = dataset.features
+        image = _column("image", [column for column in features if _holds_images(features[column])], columns, name)
+        if image is None:
+            listed = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
+            raise SourceError(f"{name} has no column of images. Its columns are {listed}.")
+        named = [column for column, feature in features.items() if _type(feature) == "ClassLabel"]
+        numbered = [column for column, feature in features.items() if _holds_labels(feature)]
+        plain = ["label"] if "label" in numbered and "label" not in named else []
+        label = _column("label", numbered if "label" in columns else named + plain, columns, name)
+        self.columns = (image, label)
+        self.images = dataset.select_columns([image]).with_format("arrow")
+        if label is not None:
+            column = dataset.select_columns([label]).with_format("arrow")[:][label]
+            self.labels, self.classes = _labels(column.to_pylist(), getattr(features[label], "names", None), name)
+
+    def _read(self, row: int, limit: int = -1) -> bytes:
+        cell = self.images[row].column(0)[0]
+        data = cell["bytes"] if cell.is_valid and not hasattr(cell, "as_buffer") else cell
+        if data.is_valid:
+            buffer = data.as_buffer()
+            return buffer.slice(0, buffer.size if limit < 0 else min(limit, buffer.size)).to_pybytes()
+        path = (cell.as_py() or {}).get("path")
+        if path is None:
+            raise UnreadableImage("no image in this row")
+        with open(path, "rb") as file:
+            return file.read(limit)
+
+    def fingerprint(self) -> str:
+        """See `Source`."""
+        files = [Path(file["filename"]) for file in self.images.cache_files]
+        # Slices of a split lie in the same files.
+        return fingerprint_of((f"{file.name}\0{self.split}\0{self.columns}", file) for file in files)
+
+
+def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSource:
+    """The rows of Parquet files, in the order of the files.
+
+    Raises:
+        SourceError: see `TableSource`; or a file cannot be read, their columns differ, or `datasets` is not installed.
+    """
+    import pyarrow.parquet as pq
+
+    datasets = _datasets()
+    keys: list[str] = []
+    names: list[str] = []
+    for file in files:
+        try:
+            metadata = pq.read_metadata(file)
+        except OSError as error:
+            raise SourceError(f"{file} cannot be read: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise SourceError(f"{file} is not a Parquet file, or is damaged.") from error
+        own = sorted(metadata.schema.to_arrow_schema().names)
+        names = names or own
+        if own != names:
+            raise SourceError(
+                f"The files of {name} have different columns: {', '.join(names)} in {files[0].name}, "
+                f"{', '.join(own)} in {file.name}."
+            )
+        keys += [f"{file.name}:{row}" for row in range(metadata.num_rows)]
+    if not keys:
+        raise SourceError(f"No images in {name}: it has no row.")
+    try:
+        dataset = datasets.Dataset.from_parquet([str(file) for file in files])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(f"{name} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
+    return TableSource(dataset, name, columns, keys)
+
+
+def open_hub(name: str, part: str, columns: Columns) -> TableSource:
+    """A data set of the Hub, or a folder laid out like one: `hf://NAME` or `hf://NAME:SPLIT`.
+
+    Args:
+        name: with the split where it is not to be found by `part`; a slice such as `train[:1000]` will do.
+        part: of the splits, the one whose name begins with it.
+        columns: see `TableSource`.
+
+    Raises:
+        SourceError: see `TableSource`; or it cannot be loaded, or `datasets` is not installed.
+    """
+    datasets = _datasets()
+    repository, _, split = name.removeprefix("hf://").partition(":")
+    try:
+        split = split or _split_of(datasets.get_dataset_split_names(repository), part, name, f"hf://{repository}:")
+        dataset = datasets.load_dataset(repository, split=split)
+    except SourceError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    return TableSource(dataset, name, columns)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote a folder."""
+    return any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def open_saved(folder: Path, name: str, part: str, columns: Columns) -> TableSource:
+    """A data set that was saved with `save_to_disk`, and the split whose name begins with `part` where it has several.
+
+    Raises:
+        SourceError: see `TableSource`; or it cannot be loaded, or `datasets` is not installed.
+    """
+    datasets = _datasets()
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        dataset = dataset[_split_of(list(dataset), part, name, f"{name}/")]
+    return TableSource(dataset, name, columns)
+
+
+def _datasets() -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise SourceError(
+            "Parquet files and Hugging Face data sets are read by the package datasets, which is not installed: "
+            'pip install "ijepa_enhanced[data]"'
+        ) from error
+    return datasets
+
+
+def _split_of(splits: list[str], part: str, name: str, prefix: str) -> str:
+    """The split of a part; `prefix` and a split is what names it."""
+    for split in splits:
+        if split.startswith(part) or len(splits) == 1:
+            return split
+    listed = ", ".join(splits)
+    raise SourceError(f"{name} has the splits {listed}, and none for {part}: name one, as {prefix}{splits[0]}.")
+
+
+def _column(kind: str, possible: list[str], columns: Columns, name: str) -> str | None:
+    """The column of images or labels among those that can be it."""
+    asked = columns.get(kind, kind)
+    if asked in possible:
+        return asked
+    if kind in columns:
+        raise SourceError(f"{name}: '{asked}' is no column of {kind}s. These are: {', '.join(possible) or 'none'}.")
+    if len(possible) > 1:
+        listed = ", ".join(possible)
+        raise SourceError(f"{name} has several columns of {kind}s, {listed}: name one, as {name}#{kind}={possible[0]}")
+    return possible[0] if possible else None
+
+
+def _type(feature: Any) -> str:
+    """A word for the type of a column."""
+    if isinstance(feature, dict):
+        return "struct"
+    name = type(feature).__name__
+    return str(feature.dtype) if name == "Value" else name
+
+
+def _holds_images(feature: Any) -> bool:
+    in_struct = isinstance(feature, dict) and "bytes" in feature
+    return in_struct or _type(feature) in ("Image", "binary", "large_binary")
+
+
+def _holds_labels(feature: Any) -> bool:
+    return _type(feature).startswith(("ClassLabel", "int", "uint", "string", "large_string"))
+
+
+def _labels(
+    written: list[Any], classes: list[str] | None, name: str
+) -> tuple[NDArray[np.int64] | None, list[str] | None]:
+    if any(isinstance(label, str) for label in written):
+        return number_labels(written, None, name)
+    labels = np.array([-1 if label is None or label < 0 else label for label in written], dtype=np.int64)
+    return (None, None) if (labels < 0).all() else (labels, classes)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

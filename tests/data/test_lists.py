@@ -1,0 +1,118 @@
+"""Lists of images in CSV and JSONL."""
+
+import os
+
+import pytest
+from PIL import Image
+
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.sources import SourceError, open_source
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images of 1, 2 and 3 pixels in height, in two folders, and one elsewhere of 4 pixels."""
+    for height, name in enumerate(["photos/a/1.png", "photos/a/2.png", "photos/3.png", "elsewhere.png"], start=1):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, height)).save(path)
+    return tmp_path / "photos"
+
+
+def heights(source):
+    return [source.size(row)[0] for row in range(len(source.keys))]
+
+
+def opened(folder, name, text):
+    (folder / name).write_text(text, encoding="utf-8")
+    return open_source(str(folder / name))
+
+
+def test_csv(folder):
+    source = opened(
+        folder, "list.csv", f"path,label\n3.png,dog\na/1.png,ant\n../elsewhere.png,dog\n{folder}/a/2.png,bee\n"
+    )
+    assert heights(source) == [3, 1, 4, 2]
+    assert source.keys == ["3.png", "a/1.png", "../elsewhere.png", f"{folder}/a/2.png"]
+    assert (source.labels.tolist(), source.classes) == ([2, 0, 2, 1], ["ant", "bee", "dog"])
+
+
+def test_columns_are_found_by_name_and_text_is_quoted_as_spreadsheets_do(folder):
+    (folder / "a, b.png").write_bytes((folder / "3.png").read_bytes())
+    source = opened(folder, "list.csv", '\ufefflabel,note,path\r\n1,"x\ny","a, b.png"\r\n0,,a/1.png\r\n')
+    assert (heights(source), source.labels.tolist(), source.classes) == ([3, 1], [1, 0], None)
+
+
+def test_jsonl(folder):
+    lines = '{"path": "3.png", "label": 12}\n\n{"label": "7", "path": "a/1.png", "size": [1, 2]}\n'
+    source = opened(folder, "list.jsonl", lines)
+    assert (heights(source), source.labels.tolist(), source.classes) == ([3, 1], [12, 7], None)
+
+
+@pytest.mark.parametrize(("name", "text"), [("l.csv", "path\n3.png\na/1.png\n"), ("l.jsonl", '{"path": "3.png"}')])
+def test_labels_may_be_left_out(folder, name, text):
+    source = opened(folder, name, text)
+    assert (source.size(0), source.labels, source.classes) == ((3, 6), None, None)
+
+
+def test_what_is_missing_is_unreadable(folder):
+    source = opened(folder, "list.csv", "path,label\n3.png,dog\nnope.png,dog\na/1.png,\n")
+    index = build_index(source, cache=False)
+    assert index.keys == ["3.png"]
+    assert index.unreadable == (
+        ("nope.png", "cannot be read: No such file or directory"),
+        ("a/1.png", "no label, which others have"),
+    )
+
+
+def test_a_list_or_an_image_that_changed_is_indexed_anew(folder):
+    assert build_index(opened(folder, "list.csv", "path,label\n3.png,\na/1.png,0\n")).keys == ["a/1.png"]
+    source = opened(folder, "list.csv", "path,label\n3.png,0\na/1.png,0\n")
+    assert build_index(source).keys == ["3.png", "a/1.png"]
+    Image.new("RGB", (6, 9)).save(folder / "3.png")
+    os.utime(folder / "3.png", (1, 1))
+    assert build_index(source).heights.tolist() == [9, 1]
+
+
+REFUSED = {
+    "no column path": ("l.csv", b"file,label\na/1.png,0\n", "Image 1 of {} has no 'path', but file, label."),
+    "no header": ("l.csv", b"a/1.png,0\n3.png,1\n", "Image 1 of {} has no 'path', but a/1.png, 0."),
+    "a line without a path": ("l.csv", b"label,path\n0,3.png\n1\n", "Image 2 of {} has no 'path', but label, path."),
+    "empty": ("l.csv", b"", "No images in {}. Every line names one, after a first line path,label in CSV."),
+    "a header alone": (
+        "l.csv",
+        b"path,label\n",
+        "No images in {}. Every line names one, after a first line path,label in CSV.",
+    ),
+    "not text": ("l.csv", b"path\n\xff\xd8\xff\xe0", "{} is not text in UTF-8."),
+    "not JSON": (
+        "l.jsonl",
+        b'{"path": "3.png"}\n3.png\n',
+        "Line 2 of {} is not JSON: Extra data: line 1 column 2 (char 1).",
+    ),
+    "not an object": ("l.jsonl", b'["3.png"]\n', 'Line 1 of {} is not of the form {{"path": ..., "label": ...}}.'),
+    "an object without a path": ("l.jsonl", b'{"file": "3.png"}\n', "Image 1 of {} has no 'path', but file."),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "message"), REFUSED.values(), ids=REFUSED)
+def test_lists_that_are_refused(folder, name, data, message):
+    (folder / name).write_bytes(data)
+    with pytest.raises(SourceError) as error:
+        open_source(str(folder / name))
+    assert str(error.value) == message.format(folder / name)
+
+
+def test_a_list_that_may_not_be_read(folder, monkeypatch):
+    (folder / "l.csv").write_text("path\n3.png\n")
+    opens = open
+
+    def refuse(path, *args, **options):
+        if str(path).endswith("l.csv"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opens(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(SourceError) as error:
+        open_source(str(folder / "l.csv"))
+    assert str(error.value) == f"{folder}/l.csv cannot be read: Permission denied."

@@ -1,0 +1,300 @@
+"""A folder of every format, mode and kind of damage that people have: what each file gives.
+
+All pictures are the same four colours, so that a file that is read wrongly shows others.
+"""
+
+import io
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from ijepa_enhanced.data.images import UnreadableImage, decode_views
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.sources import FolderSource
+
+COLOURS = np.array([[[220, 30, 40], [40, 200, 60]], [[50, 60, 210], [230, 220, 40]]], dtype=np.uint8)
+RGB = COLOURS.repeat(16, axis=0).repeat(24, axis=1)
+"""[32, 48, 3]: red, green, blue and yellow, a quarter each, their edges on those of JPEG's blocks."""
+GREY = RGB[..., 1].repeat(3).reshape(RGB.shape)
+BITS = np.where(RGB[..., 1:2] > 127, 255, 0).repeat(3, axis=2).astype(np.uint8)
+WHITE = np.full_like(RGB, 255)
+DEEP = RGB.astype(np.uint16) * 257
+"""The same in 16 bits: 255 is 65535."""
+
+picture = Image.fromarray(RGB)
+grey = Image.fromarray(RGB[..., 1])
+other = Image.new("RGB", picture.size, "white")
+
+
+def encode(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def jpeg(image=picture, **options):
+    return encode(image, "JPEG", quality=95, subsampling=0, **options)
+
+
+def rotated(orientation):
+    """The picture as a camera stores it that was held that way."""
+    stored = {
+        1: RGB,
+        2: RGB[:, ::-1],
+        3: RGB[::-1, ::-1],
+        4: RGB[::-1],
+        5: RGB.swapaxes(0, 1),
+        6: np.rot90(RGB, 1),
+        7: RGB[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(RGB, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return jpeg(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+
+
+def ycck():
+    """As Adobe Photoshop writes CMYK: libjpeg is made to store YCC and K by giving it these as if they were CMYK."""
+    cmyk = np.asarray(picture.convert("CMYK"))
+    ycc = np.asarray(Image.fromarray(cmyk[..., :3], "RGB").convert("YCbCr"))
+    stored = np.concatenate([ycc, 255 - cmyk[..., 3:]], axis=2)
+    data = bytearray(jpeg(Image.frombytes("CMYK", picture.size, (255 - stored).tobytes())))
+    data[data.index(b"Adobe") + 11] = 2
+    return bytes(data)
+
+
+def png(pixels, depth, colour_type):
+    """A PNG of unsigned whole numbers of any depth, which Pillow reads but does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    lines = pixels.astype(f">u{depth // 8}").reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    body = b"".join(b"\0" + line.tobytes() for line in lines)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+def bomb(width, height):
+    """The first bytes of a PNG of that size."""
+    data = bytearray(png(np.zeros((1, 1), np.uint8), 8, 0))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+def tiff(pixels, order="<"):
+    """A TIFF of 16 bits a channel in either byte order."""
+    height, width, channels = pixels.shape
+    data = pixels.astype(f"{order}u2").tobytes()
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, 16 if channels == 1 else 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1 if channels == 1 else 2),
+        (273, 4, 1, 200),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+    ]
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", 42, 14)
+    head += struct.pack(f"{order}3H", 16, 16, 16) + struct.pack(f"{order}H", len(tags))
+    for tag, kind, count, value in tags:
+        short = kind == 3 and count == 1
+        head += struct.pack(f"{order}HHI", tag, kind, count) + struct.pack(
+            f"{order}HH" if short else f"{order}I", *((value, 0) if short else (value,))
+        )
+    return head.ljust(200, b"\0") + data
+
+
+def swapped_profile():
+    """An ICC profile of a screen whose red lamp is where sRGB has blue, and the other way round."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+    return profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+
+
+SWAPPED = swapped_profile()
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+mirrored = Image.fromarray(np.ascontiguousarray(RGB[..., ::-1]))
+
+
+def half_transparent():
+    """Red and green as they are, the lower half wholly transparent."""
+    alpha = np.full((32, 48, 1), 255, np.uint8)
+    alpha[16:] = 0
+    return Image.fromarray(np.concatenate([RGB, alpha], axis=2))
+
+
+UPPER = np.concatenate([RGB[:16], WHITE[16:]])
+LUMA = np.asarray(picture.convert("L").convert("RGB")).copy()
+LUMA[16:] = 255
+
+
+def heif(brand):
+    return b"\0\0\0\x14ftyp" + brand + b"\0\0\0\0" + brand + bytes(200)
+
+
+def zip_behind(data):
+    buffer = io.BytesIO(data)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("page.html", "<script>")
+    return buffer.getvalue()
+
+
+EXACT, LOSSY, PRINT = 0, 4, 12
+"""Most grey levels by which any pixel is off: none, JPEG's, and those of colours for print."""
+
+SHOWN = {
+    "plain.jpg": (jpeg(), RGB, LOSSY),
+    "progressive.jpg": (jpeg(progressive=True), RGB, LOSSY),
+    "grey.jpg": (jpeg(grey), GREY, LOSSY),
+    "cmyk.jpg": (jpeg(picture.convert("CMYK")), RGB, PRINT),
+    "ycck.jpg": (ycck(), RGB, PRINT),
+    "profile.jpg": (jpeg(mirrored, icc_profile=SWAPPED), RGB, LOSSY),
+    "srgb profile.jpg": (jpeg(icc_profile=SRGB), RGB, LOSSY),
+    "damaged profile.jpg": (jpeg(icc_profile=SWAPPED[:300]), RGB, LOSSY),
+    "profile of other colours.jpg": (jpeg(grey, icc_profile=SWAPPED), GREY, LOSSY),
+    **{f"held {orientation}.jpg": (rotated(orientation), RGB, LOSSY) for orientation in range(1, 9)},
+    "polyglot.jpg": (zip_behind(jpeg()), RGB, LOSSY),
+    "really a png.jpg": (encode(picture, "PNG"), RGB, EXACT),
+    "CAPITALS.JPEG": (jpeg(), RGB, LOSSY),
+    "plain.png": (encode(picture, "PNG"), RGB, EXACT),
+    "palette.png": (encode(picture.quantize(4), "PNG"), RGB, EXACT),
+    "1 bit.png": (encode(grey.point(lambda value: 255 * (value > 127), "1"), "PNG"), BITS, EXACT),
+    "grey.png": (encode(grey, "PNG"), GREY, EXACT),
+    "16 bits grey.png": (png(DEEP[..., 1], 16, 0), GREY, EXACT),
+    "16 bits.png": (png(DEEP, 16, 2), RGB, EXACT),
+    "16 bits, alpha.png": (png(np.concatenate([DEEP, np.full_like(DEEP[..., :1], 65535)], axis=2), 16, 6), RGB, EXACT),
+    "transparent.png": (encode(half_transparent(), "PNG"), UPPER, EXACT),
+    "grey, transparent.png": (encode(half_transparent().convert("LA"), "PNG"), LUMA, EXACT),
+    "profile, transparent.png": (
+        encode(Image.fromarray(np.asarray(half_transparent())[..., [2, 1, 0, 3]].copy()), "PNG", icc_profile=SWAPPED),
+        UPPER,
+        LOSSY,
+    ),
+    "profile of a palette.png": (encode(mirrored.quantize(4), "PNG", icc_profile=SWAPPED), RGB, LOSSY),
+    "animated.png": (encode(picture, "PNG", save_all=True, append_images=[other]), RGB, EXACT),
+    "plain.webp": (encode(picture, "WEBP", lossless=True), RGB, EXACT),
+    "animated.webp": (encode(picture, "WEBP", lossless=True, save_all=True, append_images=[other]), RGB, EXACT),
+    "transparent.webp": (encode(half_transparent(), "WEBP", lossless=True), UPPER, EXACT),
+    "plain.gif": (encode(picture.quantize(4), "GIF"), RGB, EXACT),
+    "animated.gif": (
+        encode(picture.quantize(4), "GIF", save_all=True, append_images=[other.quantize(4)]),
+        RGB,
+        EXACT,
+    ),
+    "plain.bmp": (encode(picture, "BMP"), RGB, EXACT),
+    "palette.bmp": (encode(picture.quantize(4), "BMP"), RGB, EXACT),
+    "1 bit.bmp": (encode(grey.point(lambda value: 255 * (value > 127), "1"), "BMP"), BITS, EXACT),
+    "plain.tif": (encode(picture, "TIFF"), RGB, EXACT),
+    "pages.tiff": (encode(picture, "TIFF", save_all=True, append_images=[other]), RGB, EXACT),
+    "lzw.tif": (encode(picture, "TIFF", compression="tiff_lzw"), RGB, EXACT),
+    "fax.tif": (
+        encode(grey.point(lambda value: 255 * (value > 127), "1"), "TIFF", compression="group4"),
+        BITS,
+        EXACT,
+    ),
+    "cmyk.tif": (encode(picture.convert("CMYK"), "TIFF"), RGB, EXACT),
+    "lab.tif": (
+        encode(
+            ImageCms.profileToProfile(
+                picture, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+            ),
+            "TIFF",
+        ),
+        RGB,
+        PRINT,
+    ),
+    "16 bits grey.tif": (tiff(DEEP[..., 1:2]), GREY, EXACT),
+    "16 bits grey, big-endian.tif": (tiff(DEEP[..., 1:2], ">"), GREY, EXACT),
+    "16 bits.tif": (tiff(DEEP), RGB, EXACT),
+    "plain.avif": (encode(picture, "AVIF", quality=95, subsampling="4:4:4"), RGB, PRINT),
+    "animated.avif": (
+        encode(picture, "AVIF", quality=95, subsampling="4:4:4", save_all=True, append_images=[other]),
+        RGB,
+        PRINT,
+    ),
+    "transparent.avif": (encode(half_transparent(), "AVIF", quality=95, subsampling="4:4:4"), UPPER, PRINT),
+    "brand of a container.avif": (
+        encode(picture, "AVIF", quality=95, subsampling="4:4:4").replace(b"ftypavif", b"ftypmif1", 1),
+        RGB,
+        PRINT,
+    ),
+}
+whole = encode(picture, "PNG")
+
+NO_FORMAT = "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"
+UNREADABLE = {
+    "empty.jpg": (b"", "empty file"),
+    "text.jpg": (b"no image, but words", NO_FORMAT),
+    "page.png": (b"<!DOCTYPE html><html>", NO_FORMAT),
+    "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NO_FORMAT),
+    "film.jpg": (b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(99), NO_FORMAT),
+    "photo.heic": (heif(b"heic"), "a HEIC image, which is not read: convert it to JPEG"),
+    "photo.heif": (heif(b"mif1"), "a HEIC image, which is not read: convert it to JPEG"),
+    "renamed.jpg": (heif(b"heix"), "a HEIC image, which is not read: convert it to JPEG"),
+    "bomb.png": (bomb(20000, 20000), "20000 x 20000 px is above the limit of 89,478,485 px"),
+    "cut in the signature.jpg": (jpeg()[:2], NO_FORMAT),
+    "cut in the header.jpg": (jpeg()[:40], "damaged header: Truncated File Read"),
+    "cut in the header.png": (whole[:20], "damaged header: Truncated File Read"),
+    "cut in the middle.jpg": (jpeg()[:-60], "cannot be decoded: image file is truncated"),
+    "cut in the middle.png": (whole[: len(whole) // 2], "cannot be decoded: image file is truncated"),
+    "cut in the middle.avif": (
+        encode(picture, "AVIF")[:-20],
+        "cannot be decoded: Failed to decode frame 0: Truncated data",
+    ),
+    "cut in the middle.webp": (encode(picture, "WEBP", lossless=True)[:-20], ""),
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    for name, (data, *_) in (SHOWN | UNREADABLE).items():
+        (folder / name).write_bytes(data)
+    return FolderSource(folder)
+
+
+def shown(source, name):
+    """All pixels of an image, and its size as the index tells it."""
+    row = source.keys.index(name)
+    height, width = source.size(row)
+    return decode_views(source.open(row), np.array([[0, 0, height, width]]), np.array([[height, width]]))[0]
+
+
+def test_the_zoo_is_large_enough(zoo):
+    assert len(zoo.keys) == len(SHOWN) + len(UNREADABLE) >= 60
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_is_shown(zoo, name):
+    _, expected, tolerance = SHOWN[name]
+    pixels = shown(zoo, name)
+    assert pixels.shape == RGB.shape
+    assert np.abs(pixels.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_not_and_why(zoo, name):
+    with pytest.raises(UnreadableImage) as error:
+        shown(zoo, name)
+    assert str(error.value).startswith(UNREADABLE[name][1])
+
+
+def test_the_index_of_the_zoo(zoo):
+    """Headers tell of all but damaged bodies, at 32 x 48 px."""
+    index = build_index(zoo, cache=False)
+    bodies = {name for name in index.keys if name in UNREADABLE}
+    assert {*index.keys} == {*SHOWN, *bodies}
+    assert bodies >= {"cut in the middle.jpg", "cut in the middle.png"}
+    assert {*index.heights.tolist()} == {32}
+    assert {*index.widths.tolist()} == {48}
+    for name, reason in index.unreadable:
+        assert reason.startswith(UNREADABLE[name][1])
