@@ -1,6 +1,5 @@
 """What all tests share."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_enhanced.data.loader import apply_masks
+from ijepa_enhanced.data.loader import masked
 from ijepa_enhanced.masks import MaskConfig, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
-from ijepa_enhanced.packed import MaskedBatch, Packed
+from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
 from ijepa_enhanced.randomness import Purpose, generator
 
 # Two, as on the smallest machine we promise to run on; fewer where the caller asks for fewer.
@@ -75,12 +74,9 @@ def make_batch(make_stream: MakeStream) -> MakeBatch:
         patches = make_stream(grids, seed).split()
         packed = Packed.of_grids(torch.cat([patches[view] for view in views]).numpy(), np.array(grids)[list(views)])
         masks = [draw_masks(*grids[view], MaskConfig(), generator(seed, Purpose.MASKS, image=view)) for view in views]
-        batch = MaskedBatch(packed, torch.tensor(list(views)), None, (0, 0), (), *apply_masks(packed, masks))
-        return dataclasses.replace(
-            batch,
-            merge_plan=plan_merges(packed.segments.lengths, rates[0], depth),
-            context_merge_plan=plan_merges(batch.context.segments.lengths, rates[1], depth),
-        )
+        plan = plan_merges(packed.segments.lengths, rates[0], depth)
+        batch = Batch(packed, torch.tensor(list(views)), None, (0, 0), (), merge_plan=plan)
+        return masked(batch, masks, rates[1], depth)
 
     return make
 

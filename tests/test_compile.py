@@ -57,8 +57,8 @@ def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(
         """Features, predictions, and the gradients of the student and the predictor."""
         with torch.no_grad():
             features = jepa.teacher(batch.packed, batch.merge_plan)
-        context = jepa.student(batch.packed.select(batch.context), batch.context_merge_plan)
-        predicted = jepa.predictor(context, batch.queries)
+        visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
+        predicted = jepa.predictor(jepa.student(visible, batch.context_merge_plan), visible, hidden)
         predicted.square().sum().backward()
         gradients = torch.cat([value.grad.flatten() for value in jepa.parameters() if value.grad is not None])
         jepa.zero_grad()

@@ -1,4 +1,4 @@
-"""The packed objective equals a plain one: every view and every block by itself, in float64, without packed code."""
+"""The packed objective equals a plain one: view by view, token by token, in float64, without packed code."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import merged_lengths
-from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions
+from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, FeedForward
 from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
@@ -51,18 +51,23 @@ def plain_norm(x: Tensor, layer: torch.nn.LayerNorm) -> Tensor:
     return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (part.reshape(len(part), heads, -1).transpose(0, 1) for part in (q, k, v))
+    weights = torch.softmax(q @ k.transpose(1, 2) / q.shape[2] ** 0.5, dim=2)
+    return (weights @ v).transpose(0, 1).flatten(1)
+
+
+def plain_second_half(x: Tensor, block: FeedForward) -> Tensor:
+    hidden = plain_norm(x, block.norm2) @ block.fc1.weight.T + block.fc1.bias
+    gelu = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    return x + gelu @ block.fc2.weight.T + block.fc2.bias
+
+
 def plain_blocks(x: Tensor, blocks: Blocks, heads: int) -> Tensor:
     for block in blocks.layers:
-        q, k, v = (
-            part.reshape(len(x), heads, -1).transpose(0, 1)
-            for part in (plain_norm(x, block.norm1) @ block.qkv.weight.T + block.qkv.bias).chunk(3, dim=1)
-        )
-        weights = torch.softmax(q @ k.transpose(1, 2) / q.shape[2] ** 0.5, dim=2)
-        mixed = (weights @ v).transpose(0, 1).reshape(len(x), -1)
-        x = x + mixed @ block.proj.weight.T + block.proj.bias
-        hidden = plain_norm(x, block.norm2) @ block.fc1.weight.T + block.fc1.bias
-        gelu = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-        x = x + gelu @ block.fc2.weight.T + block.fc2.bias
+        qkv = plain_norm(x, block.norm1) @ block.qkv.weight.T + block.qkv.bias
+        mixed = plain_attention(*qkv.chunk(3, dim=1), heads)
+        x = plain_second_half(x + mixed @ block.proj.weight.T + block.proj.bias, block)
     return plain_norm(x, blocks.norm)
 
 
@@ -85,17 +90,22 @@ def plain_encoder(encoder: Encoder, patches: Tensor, tokens: list[int], rows: in
 
 
 def plain_predictor(
-    predictor: Predictor, context: Tensor, tokens: list[int], block: list[int], rows: int, cols: int
+    predictor: Predictor, context: Tensor, tokens: list[int], hidden: int, rows: int, cols: int
 ) -> Tensor:
-    embedded = context @ predictor.embed.weight.T + predictor.embed.bias
-    x = torch.cat([embedded, predictor.mask_token.expand(len(block), -1)])
-    x = x + torch.stack([plain_position(predictor.positions, token, rows, cols) for token in tokens + block])
-    x = plain_blocks(x, predictor.blocks, PREDICTOR_HEADS)[len(tokens) :]
-    return x @ predictor.head.weight.T + predictor.head.bias
+    """The answer for one hidden token, asked for by itself."""
+    places = torch.stack([plain_position(predictor.positions, token, rows, cols) for token in tokens])
+    seen = context @ predictor.embed.weight.T + predictor.embed.bias + places
+    x = predictor.mask_token + plain_position(predictor.positions, hidden, rows, cols)
+    for block in predictor.layers:
+        q = plain_norm(x, block.norm1) @ block.q.weight.T + block.q.bias
+        k, v = (plain_norm(seen, block.norm_context) @ block.kv.weight.T + block.kv.bias).chunk(2, dim=1)
+        mixed = plain_attention(q, k, v, PREDICTOR_HEADS)
+        x = plain_second_half(x + mixed @ block.proj.weight.T + block.proj.bias, block)
+    return plain_norm(x, predictor.norm) @ predictor.head.weight.T + predictor.head.bias
 
 
 def plain_jepa(model: JEPA, patches: list[Tensor], masks: list[ViewMasks]) -> tuple[Tensor, list[Tensor]]:
-    """I-JEPA's loss over some views, a mean over all their target tokens, and each view's mean context token."""
+    """I-JEPA's loss over some views, a mean over all their hidden tokens, and each view's mean context token."""
     total, count, pooled = torch.zeros((), dtype=torch.float64), 0, []
     for (rows, cols), values, mask in zip(GRIDS, patches, masks, strict=True):
         features = plain_encoder(model.teacher, values, list(range(rows * cols)), rows, cols).detach()
@@ -104,11 +114,11 @@ def plain_jepa(model: JEPA, patches: list[Tensor], masks: list[ViewMasks]) -> tu
         tokens = mask.context.tolist()
         context = plain_encoder(model.student, values, tokens, rows, cols)
         pooled.append(context.mean(dim=0))
-        for block in mask.targets:
-            predicted = plain_predictor(model.predictor, context, tokens, block.tolist(), rows, cols)
-            error = (predicted - targets[block.tolist()]).abs()
-            total = total + torch.where(error < 1, error.square() / 2, error - 0.5).mean(dim=1).sum()
-            count += len(block)
+        for token in {int(token) for block in mask.targets for token in block}:
+            predicted = plain_predictor(model.predictor, context, tokens, token, rows, cols)
+            error = (predicted - targets[token]).abs()
+            total = total + torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+            count += 1
     return total / count, pooled
 
 
@@ -135,7 +145,7 @@ def test_the_packed_loss_and_its_gradients_are_those_of_the_plain_method(
     """In the reference the targets are constants, so a gradient through them would show."""
     model = make_jepa(stabilizer)
     batch, patches, masks = parts(make_batch)
-    losses = model(batch, len(batch.target_index), 1)
+    losses = model(batch, len(batch.targets.index), 1)
     losses.total.backward()
 
     plain = copy.deepcopy(model).double()
@@ -156,7 +166,7 @@ def test_the_packed_loss_and_its_gradients_are_those_of_the_plain_method(
 def test_no_gradient_reaches_the_teacher(make_batch: MakeBatch) -> None:
     model = make_jepa(0.1)
     batch = make_batch(GRIDS, 3)
-    model(batch, len(batch.target_index), 1).total.backward()
+    model(batch, len(batch.targets.index), 1).total.backward()
     assert not any(value.requires_grad or value.grad is not None for value in model.teacher.parameters())
     learned = {name: value for name, value in model.named_parameters() if not name.startswith("teacher.")}
     assert all(value.grad is not None and value.grad.any() for value in learned.values())
@@ -166,10 +176,10 @@ def test_targets_are_constants_even_where_the_student_is_its_own_teacher(make_ba
     model = make_jepa(0.0)
     batch = make_batch(GRIDS, 3)
     model.teacher = copy.deepcopy(model.student).requires_grad_(False)
-    model(batch, len(batch.target_index), 1).total.backward()
+    model(batch, len(batch.targets.index), 1).total.backward()
     expected = flat_gradients(model)
     model.teacher = model.student
-    model(batch, len(batch.target_index), 1).total.backward()
+    model(batch, len(batch.targets.index), 1).total.backward()
     assert torch.equal(flat_gradients(model), expected)
 
 
@@ -206,8 +216,8 @@ def test_the_shares_of_a_steps_packs_add_up_to_one_pack_of_all(make_batch: MakeB
     model = make_jepa(0.0)
     whole = make_batch(GRIDS, 5)
     packs = [make_batch(GRIDS, 5, only=views) for views in ([3], [0, 1, 4], [2])]
-    tokens = len(whole.target_index)
-    assert sum(len(pack.target_index) for pack in packs) == tokens
+    tokens = len(whole.targets.index)
+    assert sum(len(pack.targets.index) for pack in packs) == tokens
     expected = model(whole, tokens, 1).total
     expected.backward()
     gradient = flat_gradients(model)
@@ -221,7 +231,7 @@ def test_the_shares_of_a_steps_packs_add_up_to_one_pack_of_all(make_batch: MakeB
 def test_the_stabilizer_is_a_mean_over_the_packs_of_the_students_mean_context_tokens(make_batch: MakeBatch) -> None:
     model = make_jepa(0.1)
     packs = [make_batch(GRIDS, 5, only=views) for views in ([0, 3], [1, 2, 4])]
-    tokens = sum(len(pack.target_index) for pack in packs)
+    tokens = sum(len(pack.targets.index) for pack in packs)
     by_hand = []
     for pack in packs:
         context = model.student(pack.packed.select(pack.context)).split(pack.context.segments.lengths)
@@ -234,7 +244,7 @@ def test_the_stabilizer_is_a_mean_over_the_packs_of_the_students_mean_context_to
 
 def test_weight_zero_is_the_plain_method(make_batch: MakeBatch) -> None:
     batch = make_batch(GRIDS, 3)
-    plain, stabilized = (make_jepa(weight)(batch, len(batch.target_index), 1) for weight in (0.0, 0.1))
+    plain, stabilized = (make_jepa(weight)(batch, len(batch.targets.index), 1) for weight in (0.0, 0.1))
     assert torch.equal(plain.total, plain.prediction)
     assert plain.stabilizer == 0
     assert torch.equal(plain.prediction, stabilized.prediction)
@@ -243,7 +253,7 @@ def test_weight_zero_is_the_plain_method(make_batch: MakeBatch) -> None:
 
 def test_a_pack_of_one_view_has_no_stabilizer(make_batch: MakeBatch) -> None:
     batch = make_batch(GRIDS, 3, only=[2])
-    losses = make_jepa(0.1)(batch, len(batch.target_index), 1)
+    losses = make_jepa(0.1)(batch, len(batch.targets.index), 1)
     assert losses.stabilizer == 0
     assert torch.isfinite(losses.total)
 
@@ -262,14 +272,14 @@ def test_merged_features_are_back_at_their_patches(make_batch: MakeBatch, rates:
     """The loss with merging by hand: each network's features of every patch, then the same objective."""
     model = make_jepa(0.0)
     batch = make_batch(GRIDS, 3, depth=2, rates=rates)
-    tokens = len(batch.target_index)
+    tokens = len(batch.targets.index)
     with torch.no_grad():
         # In each view alone, and with the same plan that the view has in any pack.
         features = torch.cat([encoded(model.teacher, batch.packed, view, rates[0]) for view in range(len(GRIDS))])
         visible = batch.packed.select(batch.context)
         context = torch.cat([encoded(model.student, visible, view, rates[1]) for view in range(len(GRIDS))])
-        targets = torch.nn.functional.layer_norm(features, features.shape[1:])[batch.target_index]
-        error = (model.predictor(context, batch.queries) - targets).abs()
+        targets = torch.nn.functional.layer_norm(features, features.shape[1:])[batch.targets.index]
+        error = (model.predictor(context, visible, batch.packed.select(batch.targets)) - targets).abs()
         expected = torch.where(error < 1, error.square() / 2, error - 0.5).mean(dim=1).sum() / tokens
     assert distance(model(batch, tokens, 1).prediction, expected) < BOUND
 
@@ -293,7 +303,7 @@ def test_a_student_that_merges_learns_through_its_means(make_batch: MakeBatch) -
     """The gradient, along itself, is what the loss changes by."""
     model = make_jepa(0.1)
     batch = make_batch(GRIDS, 3, depth=2, rates=(0.2, 0.2))
-    tokens = len(batch.target_index)
+    tokens = len(batch.targets.index)
 
     def loss() -> Tensor:
         total: Tensor = model(batch, tokens, 1).total

@@ -164,7 +164,7 @@ def test_the_loss_of_jepa_and_its_gradients_do_not_depend_on_the_pack(
         return make_batch(grids, seed, views, depth=CONFIG.shape.depth, rates=rates)
 
     pack = batch_of(list(range(len(grids))))
-    tokens = len(pack.target_index)
+    tokens = len(pack.targets.index)
     expected = loss_and_gradients(jepa, pack, tokens)
     in_pack = gradients(jepa)
 

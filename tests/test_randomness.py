@@ -29,6 +29,9 @@ def test_purposes_are_never_renumbered() -> None:
         "MASKS": 2,
         "HOLDOUT": 3,
         "PROBE": 4,
+        "LOWSHOT": 5,
+        "PROTOCOL": 6,
+        "AUGMENT": 7,
     }
 
 

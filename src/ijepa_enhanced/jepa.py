@@ -67,9 +67,10 @@ class JEPA(nn.Module):
         """
         with torch.no_grad():
             features = self.teacher(batch.packed, batch.merge_plan)
-            targets = F.layer_norm(features[batch.target_index].float(), features.shape[-1:])
-        context = self.student(batch.packed.select(batch.context), batch.context_merge_plan)
-        predicted = self.predictor(context, batch.queries)
+            targets = F.layer_norm(features[batch.targets.index].float(), features.shape[-1:])
+        visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
+        context = self.student(visible, batch.context_merge_plan)
+        predicted = self.predictor(context, visible, hidden)
         prediction = (
             F.smooth_l1_loss(predicted.float(), targets, reduction="sum") / targets.shape[1] / step_target_tokens
         )

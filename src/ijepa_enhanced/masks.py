@@ -59,6 +59,12 @@ class ViewMasks:
 
     context: NDArray[np.int64]
     targets: tuple[NDArray[np.int64], ...]
+    """The blocks, which may overlap."""
+
+    @property
+    def hidden(self) -> NDArray[np.int64]:
+        """The tokens of all targets, each once."""
+        return np.unique(np.concatenate(self.targets))
 
 
 def block_shape(rows: int, cols: int, area: float, aspect: float) -> tuple[int, int]:

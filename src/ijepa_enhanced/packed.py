@@ -149,25 +149,6 @@ class Packed(_Movable):
 
 
 @dataclass(frozen=True)
-class Queries(_Movable):
-    """What the predictor is asked: one segment per (view, target block), B in all.
-
-    A segment holds all context tokens of its view, then one mask token at every position of the block.
-    """
-
-    source: Tensor
-    """int64 [Tp]: the row of the context stream that a token copies, or Tc (one past its end) for a mask token."""
-    positions: Tensor
-    """[Tp, 2]: row and column in the view's grid."""
-    grids: Tensor
-    """int32 [B, 2]: the grid of each segment's view."""
-    segments: Segments
-    """B segments over the Tp tokens."""
-    answers: Tensor
-    """int64 [Tq]: the rows of the predictor's stream that are mask tokens."""
-
-
-@dataclass(frozen=True)
 class Batch(_Movable):
     """One pack as the loader yields it. V may be 0 when no image of the pack could be read."""
 
@@ -191,9 +172,7 @@ class MaskedBatch(Batch):
 
     context: Selection
     """The Tc tokens that the student sees."""
-    queries: Queries
-    """The predictor's stream."""
-    target_index: Tensor
-    """int64 [Tq]: the rows of `packed` that the answers are compared with, in the order of `queries.answers`."""
+    targets: Selection
+    """The Tq tokens of the target blocks, each once, whose features are predicted."""
     context_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
     """How the student merges the tokens of the context; None where it does not."""

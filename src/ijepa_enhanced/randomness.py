@@ -16,6 +16,9 @@ class Purpose(IntEnum):
     MASKS = 2
     HOLDOUT = 3
     PROBE = 4
+    LOWSHOT = 5
+    PROTOCOL = 6
+    AUGMENT = 7
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view: int = 0) -> np.random.Generator:

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from ijepa_enhanced.data.augment import AugmentConfig, augment
+from ijepa_enhanced.data.images import patchify, unpatchify
 from ijepa_enhanced.data.index import Index, build_index
-from ijepa_enhanced.data.loader import PackDataset, apply_masks, make_loader
+from ijepa_enhanced.data.loader import PackDataset, make_loader, masked
 from ijepa_enhanced.data.plan import Cursor, DataConfig, Pack, Plan
 from ijepa_enhanced.data.sources import FolderSource
 from ijepa_enhanced.masks import MaskConfig, draw_masks
@@ -150,13 +152,24 @@ def test_masks_are_those_of_the_image_s_own_generator(scene: Scene) -> None:
             rng = generator(SEED, Purpose.MASKS, epoch=3, image=row, view=int(view))
             expected.append(draw_masks(rows, cols, config, rng))
         assert pack.views.max() == 1
-        selection, queries, target_index = apply_masks(batch.packed, expected)
-        for (name, ours), (_, theirs) in zip(
-            [*flat(batch.context), *flat(batch.queries), *flat(batch.target_index)],
-            [*flat(selection), *flat(queries), *flat(target_index)],
-            strict=True,
-        ):
-            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, name
+        assert_same(batch, masked(Batch(**whole), expected))
+
+
+# --- what changes pixels
+
+
+def test_every_view_is_changed_by_its_own_generator(scene: Scene) -> None:
+    config = AugmentConfig(flip=0.5, color=0.5, blur=0.5)
+    for pack in scene.packs:
+        plain, changed = scene.dataset()[pack], scene.dataset(changes=config)[pack]
+        expected = []
+        views = zip(plain.packed.split(), pack.grids.tolist(), pack.images, pack.views, strict=True)
+        for patches, (rows, cols), image, number in views:
+            rng = generator(SEED, Purpose.AUGMENT, 3, int(scene.index.rows[image]), int(number))
+            pixels = augment(unpatchify(patches.numpy(), rows, cols, PATCH), config, rng)
+            expected.append(torch.from_numpy(patchify(pixels, PATCH)))
+        assert torch.equal(changed.packed.values, torch.cat(expected))
+        assert not torch.equal(changed.packed.values, plain.packed.values)
 
 
 # --- merging
@@ -235,38 +248,18 @@ def test_masks_become_indices_as_their_definition_says(grids: list[tuple[int, in
     rng = np.random.default_rng(seed)
     config = MaskConfig(targets=targets, max_target_area=0.6)
     drawn = [draw_masks(rows, cols, config, rng) for rows, cols in grids]
-    context, queries, target_index = apply_masks(packed, drawn)
+    batch = masked(Batch(packed, torch.arange(len(grids)), None, (0, 0), ()), drawn)
 
     views = packed.split()  # the numbers of each view's tokens in the stream
     contexts = [view[masks.context].tolist() for view, masks in zip(views, drawn, strict=True)]
-    assert context.index.tolist() == list(itertools.chain(*contexts))
-    assert context.segments.lengths == tuple(map(len, contexts))
-
-    # Every (view, block) is a segment: the view's context tokens, then the block's positions as mask tokens.
-    places = packed.positions.tolist()
-    mask_token = len(context.index)
-    segments = zip(
-        queries.source.split(list(queries.segments.lengths)),
-        queries.positions.split(list(queries.segments.lengths)),
-        queries.grids.tolist(),
-        strict=True,
-    )
-    answered = []
-    for view, masks in enumerate(drawn):
-        for block in masks.targets:
-            source, positions, grid = next(segments)
-            hidden = views[view][block].tolist()
-            seen = len(contexts[view])
-            assert context.index[source[:seen]].tolist() == contexts[view]
-            assert source[seen:].tolist() == [mask_token] * len(hidden)
-            assert positions.tolist() == [places[token] for token in contexts[view] + hidden]
-            assert grid == list(grids[view])
-            answered += hidden
-    assert next(segments, None) is None
-    assert target_index.tolist() == answered
-    assert queries.answers.tolist() == (queries.source == mask_token).nonzero().flatten().tolist()
-    for index in (context.index, queries.source, queries.answers, target_index):
-        assert index.dtype == torch.int64
+    hidden = [
+        sorted({int(token) for block in masks.targets for token in view[block]})
+        for view, masks in zip(views, drawn, strict=True)
+    ]
+    for selection, expected in ((batch.context, contexts), (batch.targets, hidden)):
+        assert selection.index.tolist() == list(itertools.chain(*expected))
+        assert selection.segments.lengths == tuple(map(len, expected))
+        assert selection.index.dtype == torch.int64
 
 
 # --- what cannot be decoded
@@ -314,7 +307,7 @@ def test_a_pack_of_which_nothing_can_be_decoded_is_an_empty_batch(scene: Scene, 
     assert batch.labels is not None
     assert batch.labels.tolist() == []
     if isinstance(batch, MaskedBatch):
-        assert len(batch.target_index) == len(batch.queries.source) == len(batch.context.index) == 0
+        assert len(batch.targets.index) == len(batch.context.index) == 0
         assert batch.packed.select(batch.context).values.shape == (0, PATCH * PATCH * 3)
     else:
         assert masks is None

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_enhanced.data.loader import apply_masks
+from ijepa_enhanced.data.loader import masked
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
-from ijepa_enhanced.packed import MaskedBatch, Packed
+from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Segments, Selection
 
 WIDTH = 24
 
@@ -20,27 +20,32 @@ def predictor() -> Predictor:
     return Predictor(PredictorConfig(width=32, depth=2, heads=2), WIDTH, 8)
 
 
-def test_answers_come_in_the_order_of_the_targets_of_the_batch(predictor: Predictor) -> None:
+def streams(batch: MaskedBatch) -> tuple[Packed, Packed]:
+    return batch.packed.select(batch.context), batch.packed.select(batch.targets)
+
+
+def test_answers_come_in_the_order_of_the_targets_of_the_batch() -> None:
     """A head that reads back the positions shows for which token each answer is."""
     grids = np.array([[2, 3], [3, 2]])
     packed = Packed.of_grids(np.zeros((12, 4), np.uint8), grids)
     masks = [
-        ViewMasks(np.array([0, 1]), (np.array([4, 5]), np.array([2]))),
+        ViewMasks(np.array([0, 1]), (np.array([4, 5]), np.array([2, 5]))),
         ViewMasks(np.array([3]), (np.array([0]), np.array([1, 5]))),
     ]
-    context, queries, target_index = apply_masks(packed, masks)
-    assert target_index.tolist() == [4, 5, 2, 6, 7, 11]
+    batch = masked(Batch(packed, torch.arange(2), None, (0, 0), ()), masks)
+    assert batch.targets.index.tolist() == [2, 4, 5, 6, 7, 11]
+    assert batch.targets.segments.lengths == (3, 3)
     silent = Predictor(PredictorConfig(width=32, depth=1, heads=2), WIDTH, 8)
     with torch.no_grad():
-        for layer in silent.blocks.layers:
+        for layer in silent.layers:
             for part in (layer.proj, layer.fc2):
                 part.weight.zero_()
         silent.mask_token.zero_()
-        answers = silent(torch.randn(len(context.index), WIDTH), queries)
+        answers = silent(torch.randn(3, WIDTH), *streams(batch))
         tables = silent.positions.rows, silent.positions.cols
         expected = [
-            silent.head(silent.blocks.norm(tables[0][row] + tables[1][col]))
-            for row, col in packed.positions[target_index].tolist()
+            silent.head(silent.norm(tables[0][row] + tables[1][col]))
+            for row, col in packed.positions[batch.targets.index].tolist()
         ]
     # One rounding of float32 apiece, of numbers about 1.
     torch.testing.assert_close(answers, torch.stack(expected), rtol=0, atol=1e-6)
@@ -54,28 +59,24 @@ def test_an_answer_depends_on_its_own_view_alone(predictor: Predictor, make_batc
     changed = context.clone()
     changed[start:stop] += 1
     with torch.no_grad():
-        before, after = predictor(context, batch.queries), predictor(changed, batch.queries)
+        before, after = predictor(context, *streams(batch)), predictor(changed, *streams(batch))
     moved = (before != after).any(dim=1)
     first, last = batch.packed.segments.cu_seqlens[1:3].tolist()
-    of_the_view = (batch.target_index >= first) & (batch.target_index < last)
+    of_the_view = (batch.targets.index >= first) & (batch.targets.index < last)
     assert torch.equal(moved, of_the_view)
 
 
-def test_an_answer_does_not_depend_on_the_views_other_blocks(
+def test_an_answer_does_not_depend_on_what_else_is_asked(
     predictor: Predictor, make_batch: Callable[..., MaskedBatch]
 ) -> None:
-    """Each block is a segment of its own: with one block alone the answers for it are the same."""
     batch = make_batch([(6, 6)], 2)
     context = torch.randn(batch.context.segments.total, WIDTH, generator=torch.Generator().manual_seed(0))
-    seen = batch.context.index.numpy()
-    inside = np.diff(torch.searchsorted(batch.queries.answers, batch.queries.segments.cu_seqlens.long()))
-    blocks = np.split(batch.target_index.numpy(), np.cumsum(inside)[:-1])
-    assert len(blocks) == 4
+    seen, hidden = streams(batch)
     with torch.no_grad():
-        together = predictor(context, batch.queries).split(inside.tolist())
-        for block, expected in zip(blocks, together, strict=True):
-            _, queries, _ = apply_masks(batch.packed, [ViewMasks(seen, (block,))])
-            found = predictor(context, queries)
+        together = predictor(context, seen, hidden)
+        for token, expected in zip(batch.targets.index, together, strict=True):
+            alone = batch.packed.select(Selection(token[None], Segments.of([1])))
+            found = predictor(context, seen, alone)
             # Another number of rows in a matrix product: float32 rounding, as in test_packing_invariance.py.
             assert (found - expected).norm() < 2e-6 * expected.norm()
 

@@ -31,10 +31,10 @@ def draw(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32) 
     return tuple(drawn.to(dtype).unbind())
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def by_definition(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], keys: list[int] | None = None) -> Tensor:
     """Softmax(q k^T / sqrt(K)) v, segment by segment."""
     parts = []
-    for qs, ks, vs in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+    for qs, ks, vs in zip(q.split(lengths), *(x.split(keys or lengths) for x in (k, v)), strict=True):
         logits = torch.einsum("ihd,jhd->hij", qs, ks) / WIDTH**0.5
         parts.append(torch.einsum("hij,jhd->ihd", logits.softmax(dim=-1), vs))
     return torch.cat(parts)
@@ -58,7 +58,11 @@ def of_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return attention(q, k, v, cu_seqlens, 10**6)
 
 
-@pytest.mark.parametrize("kernel", [of_cpu, dense_attention])
+def of_dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return dense_attention(q, k, v, cu_seqlens, cu_seqlens)
+
+
+@pytest.mark.parametrize("kernel", [of_cpu, of_dense])
 def test_float32_agrees_with_the_definition_in_float64(kernel: Kernel) -> None:
     inputs = draw(LENGTHS)
     cu_seqlens = Segments.of(LENGTHS).cu_seqlens
@@ -79,7 +83,7 @@ def of_cpu_sized(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def dense_sized(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return dense_attention(q, k, v, cu_seqlens, SIZES.log())
+    return dense_attention(q, k, v, cu_seqlens, cu_seqlens, SIZES.log())
 
 
 def in_channels(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -161,7 +165,7 @@ def test_all_that_is_returned_is_laid_out_in_order_of_tokens() -> None:
     torch.testing.assert_close(out, by_definition(*inputs.unbind(1), [2, 3]), rtol=0, atol=4e-6)
 
 
-@pytest.mark.parametrize("kernel", [of_cpu, dense_attention])
+@pytest.mark.parametrize("kernel", [of_cpu, of_dense])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_segment_is_bit_for_bit_the_same_whatever_the_others_hold(kernel: Kernel, dtype: torch.dtype) -> None:
     inputs = draw(LENGTHS, dtype=dtype)
@@ -190,7 +194,7 @@ def test_a_segment_is_bit_for_bit_the_same_alone_and_in_any_pack() -> None:
             assert torch.equal(whole[start:stop], part)
 
 
-@pytest.mark.parametrize("kernel", [of_cpu, dense_attention])
+@pytest.mark.parametrize("kernel", [of_cpu, of_dense])
 def test_a_single_token_attends_to_itself_alone(kernel: Kernel) -> None:
     inputs = draw([1, 5, 1])
     *_, v, grad = inputs
@@ -201,6 +205,51 @@ def test_a_single_token_attends_to_itself_alone(kernel: Kernel) -> None:
         assert torch.equal(v_grad[token], grad[token])
         # Exactly 0, but for the rounding of a row sum that is taken from itself.
         assert max(q_grad[token].abs().max(), k_grad[token].abs().max()) < 4e-6
+
+
+KEYS = [4, 12, 1, 12, 30, 9]
+"""How many tokens each segment of `LENGTHS` attends to in another stream; two pairs of lengths occur twice."""
+
+
+def crossed(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Queries of `LENGTHS`, keys and values of `KEYS`, and the gradient of the result."""
+    q, _, _, grad = draw(LENGTHS, seed, dtype)
+    _, k, v, _ = draw(KEYS, seed + 1, dtype)
+    return q, k, v, grad
+
+
+def cross_of_cpu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments) -> Tensor:
+    return attention(
+        q, k, v, segments.cu_seqlens, segments.max_seqlen, cu_keys=keys.cu_seqlens, max_keys=keys.max_seqlen
+    )
+
+
+def cross_of_dense(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments) -> Tensor:
+    return dense_attention(q, k, v, segments.cu_seqlens, keys.cu_seqlens)
+
+
+@pytest.mark.parametrize("kernel", [cross_of_cpu, cross_of_dense])
+def test_a_segment_attends_to_its_own_of_another_stream(kernel: Callable[..., Tensor]) -> None:
+    inputs = crossed(0)
+    segments, keys = Segments.of(LENGTHS), Segments.of(KEYS)
+
+    found = with_gradients(lambda q, k, v: kernel(q, k, v, segments, keys), *inputs)
+    theirs = with_gradients(lambda q, k, v: by_definition(q, k, v, LENGTHS, KEYS), *(x.double() for x in inputs))
+    for ours, exactly in zip(found, theirs, strict=True):
+        # As within one stream.
+        torch.testing.assert_close(ours.double(), exactly, rtol=0, atol=4e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_varlen_on_cuda_attends_to_another_stream() -> None:
+    inputs = tuple(x.cuda() for x in crossed(0, torch.bfloat16))
+    segments, keys = Segments.of(LENGTHS).to("cuda"), Segments.of(KEYS).to("cuda")
+    found = with_gradients(lambda q, k, v: cross_of_cpu(q, k, v, segments, keys), *inputs)
+    theirs = with_gradients(lambda q, k, v: cross_of_dense(q, k, v, segments, keys), *(x.float() for x in inputs))
+    bound = 4 * 4 * torch.finfo(torch.bfloat16).eps  # as against dense float32 within one stream
+    for ours, exactly in zip(found, theirs, strict=True):
+        torch.testing.assert_close(ours.float(), exactly, rtol=0, atol=bound)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -219,11 +268,12 @@ def test_the_custom_ops_keep_torch_s_rules(dtype: torch.dtype) -> None:
     q, k, v, grad = (x.detach() for x in draw([3, 1, 4], dtype=dtype))
     cu_seqlens = Segments.of([3, 1, 4]).cu_seqlens
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    assert set(torch.library.opcheck(cpu_attention, (*leaves, cu_seqlens)).values()) == {"SUCCESS"}
-    out, logsumexp = cpu_attention(q, k, v, cu_seqlens)
-    backward = (grad, q, k, v, cu_seqlens, None, out, logsumexp)
+    assert set(torch.library.opcheck(cpu_attention, (*leaves, cu_seqlens, cu_seqlens)).values()) == {"SUCCESS"}
+    out, logsumexp = cpu_attention(q, k, v, cu_seqlens, cu_seqlens)
+    backward = (grad, q, k, v, cu_seqlens, cu_seqlens, None, out, logsumexp)
     assert set(torch.library.opcheck(cpu_attention_backward, backward).values()) == {"SUCCESS"}
-    assert set(torch.library.opcheck(cpu_attention, (*leaves, cu_seqlens, SIZES[:8].log())).values()) == {"SUCCESS"}
+    sized = (*leaves, cu_seqlens, cu_seqlens, SIZES[:8].log())
+    assert set(torch.library.opcheck(cpu_attention, sized).values()) == {"SUCCESS"}
 
 
 @pytest.mark.gpu
@@ -237,7 +287,8 @@ def test_varlen_on_cuda_agrees_with_dense_float32(dtype: torch.dtype, sizes: Ten
     bias = None if sizes is None else sizes.log()
     found = with_gradients(lambda q, k, v: attention(q, k, v, segments.cu_seqlens, 64, sizes), *inputs)
     theirs = with_gradients(
-        lambda q, k, v: dense_attention(q, k, v, segments.cu_seqlens, bias), *(x.float() for x in inputs)
+        lambda q, k, v: dense_attention(q, k, v, segments.cu_seqlens, segments.cu_seqlens, bias),
+        *(x.float() for x in inputs),
     )
     # The kernel rounds the softmax, the result and its gradients to half precision on the way: a few roundings of
     # numbers of size up to 4.

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data.images import unpatchify
-from ijepa_enhanced.data.loader import apply_masks
-from ijepa_enhanced.masks import ViewMasks
-from ijepa_enhanced.packed import MaskedBatch, Packed
+from ijepa_enhanced.data.loader import masks_of
+from ijepa_enhanced.masks import MaskConfig, ViewMasks
+from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
 from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.views import (
     COLOURS,
@@ -50,17 +50,17 @@ CONTEXT = np.array([token for token in range(ROWS * COLS - 3) if token not in HI
 
 
 @pytest.fixture
-def batch() -> MaskedBatch:
+def masked_views() -> tuple[Batch, list[ViewMasks]]:
     """One view of one grey, and a second, smaller one, so that rows of the stream and tokens of a view differ."""
     packed = Packed.of_grids(np.full((4 + ROWS * COLS, PATCH * PATCH * 3), GREY, np.uint8), np.array([[2, 2], [6, 8]]))
     masks = [ViewMasks(np.array([0, 3]), (np.array([1]), np.array([2]))), ViewMasks(CONTEXT, TARGETS)]
-    return MaskedBatch(packed, torch.arange(2), None, (0, 0), (), *apply_masks(packed, masks))
+    return Batch(packed, torch.arange(2), None, (0, 0), ()), masks
 
 
 @pytest.fixture
-def cells(batch: MaskedBatch, tmp_path: Path) -> NDArray[np.uint8]:
+def cells(masked_views: tuple[Batch, list[ViewMasks]], tmp_path: Path) -> NDArray[np.uint8]:
     """The masked picture of the large view, cell by cell: [rows, cols, CELL, CELL, 3]."""
-    draw_masked_views(batch, PATCH, tmp_path / "masks.png")
+    draw_masked_views(*masked_views, PATCH, tmp_path / "masks.png")
     sheet = picture(tmp_path / "masks.png")
     assert sheet.shape[1] == SHEET_WIDTH
     small = 2 * round(VIEW_SIDE / 2)
@@ -118,7 +118,7 @@ def test_a_target_is_outlined(cells: NDArray[np.uint8]) -> None:
 
 def test_beside_it_the_view_is_whole(make_batch: Callable[..., MaskedBatch], tmp_path: Path) -> None:
     batch = make_batch([(ROWS, COLS)], 0)
-    draw_masked_views(batch, PATCH, tmp_path / "masks.png")
+    draw_masked_views(batch, masks_of(batch, MaskConfig(), 0), PATCH, tmp_path / "masks.png")
     sheet = picture(tmp_path / "masks.png")
     pixels = unpatchify(batch.packed.values.numpy(), ROWS, COLS, PATCH)
     expected = Image.fromarray(pixels).resize((COLS * CELL, ROWS * CELL), Image.Resampling.BICUBIC)
@@ -127,8 +127,9 @@ def test_beside_it_the_view_is_whole(make_batch: Callable[..., MaskedBatch], tmp
 
 def test_many_views_make_a_sheet_of_the_first_ones(make_batch: Callable[..., MaskedBatch], tmp_path: Path) -> None:
     grids = [(4, 4)] * VIEWS_SHOWN
-    draw_masked_views(make_batch(grids, 0), PATCH, tmp_path / "some.png")
-    draw_masked_views(make_batch([*grids, (4, 4), (9, 2)], 0), PATCH, tmp_path / "more.png")
+    for name, shown in (("some", grids), ("more", [*grids, (4, 4), (9, 2)])):
+        batch = make_batch(shown, 0)
+        draw_masked_views(batch, masks_of(batch, MaskConfig(), 0), PATCH, tmp_path / f"{name}.png")
     assert np.array_equal(picture(tmp_path / "some.png"), picture(tmp_path / "more.png"))
 
 
@@ -136,7 +137,8 @@ def test_many_views_make_a_sheet_of_the_first_ones(make_batch: Callable[..., Mas
 def test_a_line_of_patches_can_be_drawn(
     make_batch: Callable[..., MaskedBatch], tmp_path: Path, grid: tuple[int, int]
 ) -> None:
-    draw_masked_views(make_batch([grid], 0), PATCH, tmp_path / "masks.png")
+    batch = make_batch([grid], 0)
+    draw_masked_views(batch, masks_of(batch, MaskConfig(), 0), PATCH, tmp_path / "masks.png")
     height, width = picture(tmp_path / "masks.png").shape[:2]
     cell = round(VIEW_SIDE / (grid[0] * grid[1]) ** 0.5)
     assert height == grid[0] * cell + 2 * MARGIN

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ijepa_enhanced.commands.setup import (
 from ijepa_enhanced.commands.train import first_batch
 from ijepa_enhanced.config import RequestError
 from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.data.loader import masks_of
 from ijepa_enhanced.train.loop import RunError
 from ijepa_enhanced.visualize.features import draw_features
 from ijepa_enhanced.visualize.merges import draw_merges
@@ -68,14 +67,17 @@ def add_image_options(picture: ArgumentParser) -> None:
     add_out(picture)
 
 
-def inspect_pack(draw: Callable[[MaskedBatch, int, Path], None], name: str, options: Namespace) -> int:
-    """Draw the first pack that a run would train on."""
+def inspect_pack(name: str, options: Namespace) -> int:
+    """Draw the first pack that a run would train on: its masks, or how it is filled."""
     config = train_config(options)
     batch = first_batch(config, options.source)
     if not len(batch.image_ids):
         raise RunError(f"None of the {len(batch.unreadable)} images of the first pack can be decoded.")
     picture = Path(options.out) / f"{name}.png"
-    draw(batch, config.encoder.patch_size, picture)
+    if name == "masks":
+        draw_masked_views(batch, masks_of(batch, config.masks, config.seed), config.encoder.patch_size, picture)
+    else:
+        draw_pack(batch, config.encoder.patch_size, picture)
     print(picture)
     print_json(options, {"picture": str(picture)})
     return 0
@@ -127,10 +129,10 @@ COMMANDS = {
     "masks": Command(
         "Draw what the student sees of the first views of a run, and what it must predict.",
         add_pack_options,
-        partial(inspect_pack, draw_masked_views, "masks"),
+        partial(inspect_pack, "masks"),
     ),
     "packing": Command(
-        "Draw the first pack of a run, patch by patch.", add_pack_options, partial(inspect_pack, draw_pack, "packing")
+        "Draw the first pack of a run, patch by patch.", add_pack_options, partial(inspect_pack, "packing")
     ),
     "features": Command(
         "Draw the principal components of images' features as colours, and what is similar to a patch.",

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import cast
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -15,10 +14,10 @@ from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import add_configuration, print_json, share_cores, train_config
 from ijepa_enhanced.config import RequestError, check_resumable, check_unchanged, load_config
 from ijepa_enhanced.data.index import build_index, report_unreadable
-from ijepa_enhanced.data.loader import PackDataset
+from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources import open_source
-from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.packed import Batch
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import TrainConfig, train
 from ijepa_enhanced.visualize.curves import draw_curves
@@ -57,7 +56,8 @@ def run(options: Namespace) -> int:
     if not outcome.finished:
         logger.warning("Stopped after step %d. Go on with: ijepa train --resume %s", outcome.steps, folder)
     pictures = [folder / "masks.png", folder / "curves.png"]
-    draw_masked_views(first_batch(config, config.data.source), config.encoder.patch_size, pictures[0])
+    batch = first_batch(config, config.data.source)
+    draw_masked_views(batch, masks_of(batch, config.masks, config.seed), config.encoder.patch_size, pictures[0])
     if not draw_curves(read_log(folder), pictures[1]):
         pictures.pop()
     pictures.append(folder / "report.html")
@@ -67,13 +67,13 @@ def run(options: Namespace) -> int:
     return 0 if outcome.finished else 1
 
 
-def first_batch(config: TrainConfig, source: str) -> MaskedBatch:
-    """The first pack that a run of `config` on `source` trains on."""
+def first_batch(config: TrainConfig, source: str) -> Batch:
+    """The first pack that a run of `config` on `source` trains on, without its masks."""
     opened = open_source(source)
     index = build_index(opened)
     plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
-    dataset = PackDataset(opened, index, config.encoder.patch_size, config.masks, config.seed)
-    batch = cast(MaskedBatch, dataset[plan.epoch(0)[0]])
+    dataset = PackDataset(opened, index, config.encoder.patch_size, seed=config.seed, changes=config.augment)
+    batch = dataset[plan.epoch(0)[0]]
     report_unreadable(index)
     for row, reason in batch.unreadable:
         logger.warning("Left out: %s: %s", opened.keys[row], reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Iterable, Sequence
 
@@ -10,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ijepa_enhanced.data.augment import AugmentConfig, augment
 from ijepa_enhanced.data.images import UnreadableImage, decode_views, patchify
 from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources import Source
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
-from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Queries, Segments, Selection
+from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Segments, Selection
 from ijepa_enhanced.randomness import Purpose, generator
 
 
@@ -28,10 +30,11 @@ class PackDataset(Dataset[Batch]):
         index: their sizes and labels.
         patch_size: P.
         masks: how to mask training batches; None for whole views.
-        seed: of the masks.
+        seed: of the masks and of what changes pixels.
         depth: layers of the encoder, for which merging is planned.
         merge_rate: of the whole views, see `merge_plan.merged_lengths`.
         context_merge_rate: of their contexts.
+        changes: how to change the pixels of views.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class PackDataset(Dataset[Batch]):
         depth: int = 0,
         merge_rate: float | Sequence[float] = 0.0,
         context_merge_rate: float = 0.0,
+        changes: AugmentConfig | None = None,
     ) -> None:
         self.source = source
         self.index = index
@@ -53,6 +57,7 @@ class PackDataset(Dataset[Batch]):
         self.depth = depth
         self.merge_rate = merge_rate
         self.context_merge_rate = context_merge_rate
+        self.changes = changes
 
     def __getitem__(self, pack: Pack) -> Batch:
         """Decode, crop, resize, cut into patches, mask, and plan what merges.
@@ -72,7 +77,11 @@ class PackDataset(Dataset[Batch]):
             try:
                 row = int(self.index.rows[image])
                 sizes = pack.grids[first:last] * self.patch_size
-                for pixels in decode_views(self.source.open(row), pack.boxes[first:last], sizes):
+                views = decode_views(self.source.open(row), pack.boxes[first:last], sizes)
+                for pixels, number in zip(views, pack.views[first:last], strict=True):
+                    if self.changes is not None:
+                        rng = generator(self.seed, Purpose.AUGMENT, pack.cursor.epoch, row, int(number))
+                        pixels = augment(pixels, self.changes, rng)
                     view = patchify(pixels, self.patch_size)
                     patches[filled : filled + len(view)] = view
                     filled += len(view)
@@ -82,66 +91,48 @@ class PackDataset(Dataset[Batch]):
             first = last
         images, grids = pack.images[kept], pack.grids[kept]
         packed = Packed.of_grids(patches[:filled], grids)
-        image_ids = torch.from_numpy(self.index.rows[images])
-        labels = None if self.index.labels is None else torch.from_numpy(self.index.labels[images])
-        plan = plan_merges(packed.segments.lengths, self.merge_rate, self.depth)
-        if self.masks is None:
-            return Batch(packed, image_ids, labels, pack.cursor, tuple(unreadable), merge_plan=plan)
-        drawn = [
-            draw_masks(
-                int(rows),
-                int(cols),
-                self.masks,
-                generator(self.seed, Purpose.MASKS, pack.cursor.epoch, int(row), int(view)),
-            )
-            for (rows, cols), row, view in zip(grids, image_ids, pack.views[kept], strict=True)
-        ]
-        context, queries, target_index = apply_masks(packed, drawn)
-        return MaskedBatch(
+        batch = Batch(
             packed,
-            image_ids,
-            labels,
+            torch.from_numpy(self.index.rows[images]),
+            None if self.index.labels is None else torch.from_numpy(self.index.labels[images]),
             pack.cursor,
             tuple(unreadable),
-            context,
-            queries,
-            target_index,
-            merge_plan=plan,
-            context_merge_plan=plan_merges(context.segments.lengths, self.context_merge_rate, self.depth),
+            merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth),
         )
+        if self.masks is None:
+            return batch
+        masks = masks_of(batch, self.masks, self.seed)
+        return masked(batch, masks, self.context_merge_rate, self.depth)
 
 
-def apply_masks(packed: Packed, masks: list[ViewMasks]) -> tuple[Selection, Queries, torch.Tensor]:
-    """The context, the predictor's queries and the targets' rows (see `MaskedBatch`) of V masked views."""
-    starts = np.cumsum([0, *packed.segments.lengths])
-    context_lengths = [len(view.context) for view in masks]
-    context_starts = np.cumsum([0, *context_lengths])
-    context = [start + view.context for start, view in zip(starts[:-1], masks, strict=True)]
-    source, places, answers, targets, lengths, views = [], [], [], [], [], []
-    filled = 0
-    for number, view in enumerate(masks):
-        copied = np.arange(context_starts[number], context_starts[number + 1])
-        for block in view.targets:
-            source += [copied, np.full(len(block), context_starts[-1])]
-            hidden = starts[number] + block
-            places += [context[number], hidden]
-            targets.append(hidden)
-            answers.append(filled + len(copied) + np.arange(len(block)))
-            lengths.append(len(copied) + len(block))
-            views.append(number)
-            filled += lengths[-1]
-    queries = Queries(
-        _joined(source),
-        packed.positions[_joined(places)],
-        packed.grids[torch.tensor(views, dtype=torch.int64)],
-        Segments.of(lengths),
-        _joined(answers),
+def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:
+    """The masks of every view of a batch: a function of the seed, the epoch, the image and the view's number."""
+    masks: list[ViewMasks] = []
+    before, view = -1, 0
+    for (rows, cols), image in zip(batch.packed.grids.tolist(), batch.image_ids.tolist(), strict=True):
+        view = view + 1 if image == before else 0
+        before = image
+        masks.append(draw_masks(rows, cols, config, generator(seed, Purpose.MASKS, batch.cursor[0], image, view)))
+    return masks
+
+
+def masked(batch: Batch, masks: Sequence[ViewMasks], context_merge_rate: float = 0.0, depth: int = 0) -> MaskedBatch:
+    """A batch with the masks of its V views."""
+    context = _selection(batch.packed.segments, [view.context for view in masks])
+    return MaskedBatch(
+        **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
+        context=context,
+        targets=_selection(batch.packed.segments, [view.hidden for view in masks]),
+        context_merge_plan=plan_merges(context.segments.lengths, context_merge_rate, depth),
     )
-    return Selection(_joined(context), Segments.of(context_lengths)), queries, _joined(targets)
 
 
-def _joined(parts: list[NDArray[np.int64]]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
+def _selection(segments: Segments, tokens: Sequence[NDArray[np.int64]]) -> Selection:
+    """Rows of the stream from the tokens of each view, counted in the view."""
+    starts = np.cumsum([0, *segments.lengths])[:-1]
+    rows = [start + view for start, view in zip(starts, tokens, strict=True)]
+    index = np.concatenate([np.empty(0, np.int64), *rows])
+    return Selection(torch.from_numpy(index), Segments.of([len(view) for view in tokens]))
 
 
 class _Packs(Sampler[Pack]):
@@ -164,9 +155,10 @@ def make_loader(
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_parent,
     )
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Started in a worker: an interrupt from the keyboard reaches all processes, and the parent is to handle it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

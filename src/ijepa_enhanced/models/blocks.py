@@ -1,4 +1,4 @@
-"""What the encoder and the predictor are both made of: pre-norm transformer blocks over a packed stream."""
+"""What the encoder and the predictor are made of: pre-norm transformer blocks over packed streams, and positions."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -17,8 +17,27 @@ LAYER_NORM_EPS = 1e-6
 """As in ViT (arXiv 2010.11929) and I-JEPA's code; PyTorch's default is 1e-5."""
 
 
-class Block(nn.Module):
-    """One pre-norm transformer block (ViT, arXiv 2010.11929, section 3.1).
+class FeedForward(nn.Module):
+    """The second half of a pre-norm transformer block (ViT, arXiv 2010.11929, section 3.1).
+
+    Args:
+        width: D.
+        hidden: width of the MLP between its two layers.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Each token for itself: [T, D] -> [T, D]."""
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Block(FeedForward):
+    """A block whose tokens attend to all tokens of their segment.
 
     Args:
         width: D.
@@ -27,14 +46,11 @@ class Block(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
+        super().__init__(width, hidden)
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
 
     def attend(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, sizes: Tensor | None = None
@@ -43,9 +59,39 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
         return x + self.proj(attention(q, k, v, cu_seqlens, max_seqlen, sizes).flatten(1)), k
 
-    def transform(self, x: Tensor) -> Tensor:
-        """The second half, each token for itself: [T, D] -> [T, D]."""
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+class CrossBlock(FeedForward):
+    """A block whose tokens attend to those of another stream, and not to each other.
+
+    Args:
+        width: D.
+        heads: H, which divides D.
+        hidden: width of the MLP between its two layers.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__(width, hidden)
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm_context = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, segments: Segments, context: Tensor, context_segments: Segments) -> Tensor:
+        """[T, D] and what each segment of it attends to [S, D] -> [T, D]."""
+        q = self.q(self.norm1(x)).unflatten(1, (self.heads, -1))
+        k, v = self.kv(self.norm_context(context)).unflatten(1, (2, self.heads, -1)).unbind(1)
+        mixed = attention(
+            q,
+            k,
+            v,
+            segments.cu_seqlens,
+            segments.max_seqlen,
+            cu_keys=context_segments.cu_seqlens,
+            max_keys=context_segments.max_seqlen,
+        )
+        return self.transform(x + self.proj(mixed.flatten(1)))
 
 
 class Blocks(nn.Module):
@@ -147,7 +193,7 @@ def init_weights(module: nn.Module) -> None:
             part.cols.copy_(waves * encodes_column)
             part.rows.copy_(waves * ~encodes_column)
     for part in module.modules():
-        if isinstance(part, Blocks):
-            for number, layer in enumerate(part.layers, start=1):
+        if isinstance(part, nn.ModuleList):
+            for number, layer in enumerate(part, start=1):
                 for name in ("proj", "fc2"):
                     layer.get_submodule(name).get_parameter("weight").div_((2.0 * number) ** 0.5)

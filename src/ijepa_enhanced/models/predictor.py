@@ -1,12 +1,12 @@
-"""The predictor: from the context's features to those of the hidden blocks."""
+"""The predictor: from the context's features to those of the hidden tokens."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, init_weights
-from ijepa_enhanced.packed import Queries
+from ijepa_enhanced.models.blocks import LAYER_NORM_EPS, CrossBlock, FactorizedPositions, init_weights
+from ijepa_enhanced.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class PredictorConfig:
 
 
 class Predictor(nn.Module):
-    """A narrow Vision Transformer with positions of its own (I-JEPA, arXiv 2301.08243, section 3).
+    """A narrow transformer that is asked for the features at some positions (I-JEPA, arXiv 2301.08243, section 3).
+
+    Mask tokens attend to the context of their view alone (CrossMAE, arXiv 2401.14391): they hold nothing but their own
+    position, so they have nothing to tell each other. A position's answer is the same whichever others are asked for,
+    and the context is read once for all of them.
 
     Args:
         config: its size.
@@ -39,20 +43,28 @@ class Predictor(nn.Module):
 
     def __init__(self, config: PredictorConfig, encoder_width: int, max_grid: int) -> None:
         super().__init__()
-        self.embed = nn.Linear(encoder_width, config.width)
-        self.mask_token = nn.Parameter(torch.empty(1, config.width))
-        self.positions = FactorizedPositions(config.width, max_grid)
-        self.blocks = Blocks(config.width, config.depth, config.heads, mlp_ratio=4.0)
-        self.head = nn.Linear(config.width, encoder_width)
+        width = config.width
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.positions = FactorizedPositions(width, max_grid)
+        self.layers = nn.ModuleList(CrossBlock(width, config.heads, 4 * width) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(width, encoder_width)
         init_weights(self)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, context: Tensor, queries: Queries) -> Tensor:
-        """The student's features of the context [Tc, D] -> predicted features [Tq, D], one for each of the answers."""
-        cu_seqlens = queries.segments.cu_seqlens
-        embedded = self.embed(context)
-        rows = torch.cat([embedded, self.mask_token.to(embedded.dtype)])
-        x = rows[queries.source] + self.positions(queries.positions, queries.grids, cu_seqlens)
-        x, _ = self.blocks(x, queries.segments)
-        predicted: Tensor = self.head(x[queries.answers])
+    def forward(self, features: Tensor, context: Packed, targets: Packed) -> Tensor:
+        """The student's features [Tc, D] of the context's tokens -> predicted features [Tq, D] of the targets' tokens.
+
+        Of the streams `context` and `targets`, of the same V views, only places are read.
+        """
+        seen = self.embed(features) + self._places(context)
+        x = self.mask_token + self._places(targets)
+        for layer in self.layers:
+            x = layer(x, targets.segments, seen, context.segments)
+        predicted: Tensor = self.head(self.norm(x))
         return predicted
+
+    def _places(self, stream: Packed) -> Tensor:
+        places: Tensor = self.positions(stream.positions, stream.grids, stream.segments.cu_seqlens)
+        return places

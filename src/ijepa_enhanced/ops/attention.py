@@ -1,4 +1,4 @@
-"""Attention within each segment of a packed stream: one function, three kernels.
+"""Attention within the segments of packed streams: one function, three kernels.
 
 - CUDA, half precision: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
 - CPU: PyTorch's flash kernel, once for all segments of one length, behind one custom op, so that a compiled graph
@@ -21,32 +21,45 @@ from ijepa_enhanced.packed import segment_ids
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, sizes: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    sizes: Tensor | None = None,
+    cu_keys: Tensor | None = None,
+    max_keys: int | None = None,
 ) -> Tensor:
     """Softmax(q k^T / sqrt(K) + log(sizes)) v within each segment.
 
     Args:
-        q: [T, H, K] queries; k: [T, H, K] keys; v: [T, H, K] values.
-        cu_seqlens: int32 [V + 1], on the same device.
-        max_seqlen: tokens of the longest segment (or any larger number).
-        sizes: float32 [T], patches that each key stands for; None where all are single ones. No gradient flows to it.
+        q: [T, H, K] queries.
+        k: [S, H, K] keys; v: [S, H, K] values. S is T in self-attention.
+        cu_seqlens: int32 [V + 1], the segments of the queries, on the same device.
+        max_seqlen: tokens of their longest (or any larger number).
+        sizes: float32 [S], patches that each key stands for; None where all are single ones. No gradient flows to it.
+        cu_keys: int32 [V + 1], the segments of keys and values, each at least one token; None: those of the queries.
+        max_keys: tokens of their longest.
 
     Returns:
         [T, H, K].
     """
     bias = None if sizes is None else sizes.log()
+    if cu_keys is None or max_keys is None:
+        cu_keys, max_keys = cu_seqlens, max_seqlen
     if q.device.type == "cpu":
-        out, _ = cpu_attention(q, k, v, cu_seqlens, bias)
+        out, _ = cpu_attention(q, k, v, cu_seqlens, cu_keys, bias)
         return out
     if q.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, bias)
-    return dense_attention(q, k, v, cu_seqlens, bias)
+        return varlen_attention(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, bias)
+    return dense_attention(q, k, v, cu_seqlens, cu_keys, bias)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`attention` by its definition: O(T^2) time and memory. `bias`: float32 [T], added to each key's logits."""
-    ids = segment_ids(cu_seqlens, q.shape[0])
-    mask = ids[:, None] == ids[None, :]
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`attention` by its definition: O(T S) time and memory. `bias`: float32 [S], added to each key's logits."""
+    mask = segment_ids(cu_seqlens, q.shape[0])[:, None] == segment_ids(cu_keys, k.shape[0])
     if bias is not None:
         mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask)
@@ -54,19 +67,26 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: T
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_keys: Tensor,
+    max_seqlen: int,
+    max_keys: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`attention` on CUDA in half precision. `bias`: float32 [T], added to each key's logits."""
+    """`attention` on CUDA in half precision. `bias`: float32 [S], added to each key's logits."""
     width = q.shape[2]
     if bias is not None:
         q, k, v = with_bias_channels(q, k, v, bias)
     # Positional up to here and `scale` by name: all that torch 2.11 to 2.13 agree on.
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=width**-0.5)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, scale=width**-0.5)
     return cast(Tensor, out)[:, :, :width]
 
 
 def with_bias_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [T, H, K + 8] whose product q k^T / sqrt(K) has `bias` float32 [T] of each key in it.
+    """q, k, v of width K + 8 whose product q k^T / sqrt(K) has `bias` float32 [S] of each key in it.
 
     Three channels hold the bias as the sum of three half-precision numbers, since one rounds by up to 1.5e-2; eight
     are added, as the kernel wants a multiple of that.
@@ -77,25 +97,28 @@ def with_bias_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[T
         rest = rest - parts[-1].float()
     channels = F.pad(torch.stack(parts, dim=1), (0, 5))[:, None]
     ones = F.pad(channels.new_ones(3), (0, 5))
-    shape = (*q.shape[:2], 8)
-    return torch.cat([q, ones.expand(shape)], 2), torch.cat([k, channels.expand(shape)], 2), F.pad(v, (0, 8))
+    return (
+        torch.cat([q, ones.expand(*q.shape[:2], 8)], 2),
+        torch.cat([k, channels.expand(*k.shape[:2], 8)], 2),
+        F.pad(v, (0, 8)),
+    )
 
 
 @torch.library.custom_op("ijepa_enhanced::cpu_attention", mutates_args=())
 def cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`attention` on the CPU; also returns the log-sum-exp, float32 [H, T], that its backward needs.
 
-    `bias`: float32 [T], added to each key's logits.
+    `bias`: float32 [S], added to each key's logits.
 
     Computed in float32: PyTorch's bfloat16 backward takes 4 to 7 times as long on 40 to 200 tokens (docs/log.md).
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for rows in _groups(cu_seqlens):
+    for rows, keys in _groups(cu_seqlens, cu_keys):
         found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(_batch(x, rows) for x in (q, k, v)), attn_mask=_mask(bias, rows)
+            _batch(q, rows), _batch(k, keys), _batch(v, keys), attn_mask=_mask(bias, keys, rows.shape[1])
         )
         out.index_copy_(0, rows.flatten(), found.transpose(1, 2).flatten(0, 1).to(q.dtype))
         logsumexp.index_copy_(1, rows.flatten(), lse.transpose(0, 1).flatten(1))
@@ -103,7 +126,9 @@ def cpu_attention(
 
 
 @cpu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
@@ -115,34 +140,43 @@ def cpu_attention_backward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    cu_keys: Tensor,
     bias: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `cpu_attention` for q, k and v: three [T, H, K]."""
-    grads = tuple(torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
-    for rows in _groups(cu_seqlens):
+    """Gradients of `cpu_attention` for q, k and v: [T, H, K] and twice [S, H, K]."""
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for rows, keys in _groups(cu_seqlens, cu_keys):
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_batch(x, rows) for x in (grad, q, k, v, out)),
+            _batch(grad, rows),
+            _batch(q, rows),
+            _batch(k, keys),
+            _batch(v, keys),
+            _batch(out, rows),
             logsumexp[:, rows].transpose(0, 1).contiguous(),
             0.0,
             False,
-            attn_mask=_mask(bias, rows),
+            attn_mask=_mask(bias, keys, rows.shape[1]),
         )
-        for whole, part in zip(grads, found, strict=True):
-            whole.index_copy_(0, rows.flatten(), part.transpose(1, 2).flatten(0, 1).to(q.dtype))
+        for whole, part, places in zip(grads, found, (rows, keys, keys), strict=True):
+            whole.index_copy_(0, places.flatten(), part.transpose(1, 2).flatten(0, 1).to(q.dtype))
     return grads[0], grads[1], grads[2]
 
 
-def _groups(cu_seqlens: Tensor) -> Iterator[Tensor]:
-    """The rows of all segments of one length: int64 [N, length], length after length.
+def _groups(cu_seqlens: Tensor, cu_keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of all segments of one length, int64 [N, length], and of their keys, int64 [N, keys]; each in turn.
 
     One call of the kernel serves them all: for views of 45 tokens a call costs more than its products (docs/log.md).
     """
-    starts = cu_seqlens[:-1].long()
-    lengths = torch.diff(cu_seqlens)
-    for length in lengths.unique().tolist():
-        yield starts[lengths == length, None] + torch.arange(length)
+    lengths, keys = torch.diff(cu_seqlens).long(), torch.diff(cu_keys).long()
+    kinds = lengths << 32 | keys  # both in one number: pairs would be sorted several times as slowly
+    for kind in kinds.unique().tolist():
+        chosen = kinds == kind
+        yield (
+            cu_seqlens[:-1][chosen, None] + torch.arange(kind >> 32),
+            cu_keys[:-1][chosen, None] + torch.arange(kind & 0xFFFFFFFF),
+        )
 
 
 def _batch(x: Tensor, rows: Tensor) -> Tensor:
@@ -150,9 +184,9 @@ def _batch(x: Tensor, rows: Tensor) -> Tensor:
     return x.index_select(0, rows.flatten()).float().unflatten(0, rows.shape).transpose(1, 2)
 
 
-def _mask(bias: Tensor | None, rows: Tensor) -> Tensor | None:
-    """[N, 1, length, length], of which only one row a segment is in memory."""
-    return None if bias is None else bias[rows][:, None, None].expand(-1, -1, rows.shape[1], -1)
+def _mask(bias: Tensor | None, keys: Tensor, length: int) -> Tensor | None:
+    """[N, 1, length, keys], of which only one row a segment is in memory."""
+    return None if bias is None else bias[keys][:, None, None].expand(-1, -1, length, -1)
 
 
 @cpu_attention_backward.register_fake
@@ -162,12 +196,13 @@ def _(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    cu_keys: Tensor,
     bias: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return empty, torch.empty_like(empty), torch.empty_like(empty)
+    empty_q, empty_k, empty_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return empty_q, empty_k, empty_v
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -175,7 +210,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad, _grad_logsumexp):  # type: ignore[no-untyped-def]
-    return *cpu_attention_backward(grad, *ctx.saved_tensors), None, None
+    return *cpu_attention_backward(grad, *ctx.saved_tensors), None, None, None
 
 
 cpu_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ijepa_enhanced.data.augment import AugmentConfig
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
@@ -46,6 +47,7 @@ class TrainConfig:
     """Everything that defines a training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     merging: MergeConfig = field(default_factory=MergeConfig)
@@ -185,6 +187,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         config.encoder.shape.depth,
         config.merging.teacher_rate,
         config.merging.student_rate,
+        config.augment,
     )
     loader = make_loader(dataset, plan.packs(cursor), config.data.workers, pin_memory=device.type == "cuda")
     stream = iter(loader)
@@ -216,7 +219,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
             for batch in batches:
                 unreadable.add(batch)
             shown = [batch for batch in batches if isinstance(batch, MaskedBatch) and len(batch.image_ids)]
-            step_target_tokens = sum(len(batch.target_index) for batch in shown)
+            step_target_tokens = sum(len(batch.targets.index) for batch in shown)
 
             settings = step_settings(config.optim, done, total)
             set_step(optimizer, settings)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import PIL
@@ -24,10 +24,10 @@ import torch
 import yaml
 from PIL import Image
 
+from ijepa_enhanced.data.augment import AugmentConfig
 from ijepa_enhanced.data.index import LISTED, summary
-from ijepa_enhanced.data.loader import PackDataset
+from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.packed import MaskedBatch
 from ijepa_enhanced.visualize.page import Line, chart, document, key, note, picture, table
 from ijepa_enhanced.visualize.run import Run, read_run
 from ijepa_enhanced.visualize.samples import sample_sections
@@ -308,13 +308,14 @@ def _masks(run: Run) -> str:
         pack, images=pack.images[first], views=pack.views[first], boxes=pack.boxes[first], grids=pack.grids[first]
     )
     patch_size = run.config["encoder"]["patch_size"]
-    dataset = PackDataset(images.source, images.index, patch_size, images.masks, run.config["seed"])
-    batch = cast(MaskedBatch, dataset[pack])
+    changes = AugmentConfig(**run.config["augment"])
+    dataset = PackDataset(images.source, images.index, patch_size, seed=run.config["seed"], changes=changes)
+    batch = dataset[pack]
     if not len(batch.image_ids):
         return note("None of the first images can be decoded.")
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder, "masks.png")
-        draw_masked_views(batch, patch_size, drawn)
+        draw_masked_views(batch, masks_of(batch, images.masks, run.config["seed"]), patch_size, drawn)
         sheet = Image.open(drawn).convert("RGB")
     text = "The first views of the run, and beside each what the student sees of it; hatched, what it must predict."
     return note(text) + picture(sheet, "Views and their masks")

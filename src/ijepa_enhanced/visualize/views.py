@@ -1,15 +1,16 @@
 """Pictures of a batch as the trainer sees it: the masks of its views, and how the pack is filled."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data.images import unpatchify
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.masks import ViewMasks
+from ijepa_enhanced.packed import Batch
 
 COLOURS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 114, 178]],
@@ -27,15 +28,13 @@ HATCH = 6
 """Pixels from one line of a hatching to the next."""
 
 
-def draw_masked_views(batch: MaskedBatch, patch_size: int, path: Path) -> None:
+def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int, path: Path) -> None:
     """Write a PNG of the first views: each as it is, and beside it what the student sees, with every target hatched.
 
-    What is neither context nor target is white, so is a target where the context would have been.
+    What is neither context nor target is white, so is a target where the context would have been. `masks` are those of
+    the views.
     """
-    seen = torch.zeros(batch.packed.segments.total, dtype=torch.bool)
-    seen[batch.context.index] = True
     bounds = batch.packed.segments.cu_seqlens.numpy()
-    blocks = _blocks(batch)
     pictures = []
     for view in range(min(VIEWS_SHOWN, len(batch.packed.segments))):
         start, stop = bounds[view : view + 2]
@@ -43,17 +42,15 @@ def draw_masked_views(batch: MaskedBatch, patch_size: int, path: Path) -> None:
         pixels = unpatchify(batch.packed.values[start:stop].numpy(), rows, cols, patch_size)
         cell = max(1, round(VIEW_SIDE / (rows * cols) ** 0.5))
         whole = np.asarray(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC))
-        masked = np.where(_enlarged(seen[start:stop].numpy().reshape(rows, cols), cell)[..., None], whole, 255)
-        targets = [block - start for block in blocks if start <= block[0] < stop]
+        masked = np.where(_enlarged(_area(masks[view].context, rows, cols), cell)[..., None], whole, 255)
+        targets = masks[view].targets
         for number, target in enumerate(targets):
-            inside = np.zeros(rows * cols, dtype=np.bool_)
-            inside[target] = True
-            _hatch(masked, _enlarged(inside.reshape(rows, cols), cell), number, len(targets))
+            _hatch(masked, _enlarged(_area(target, rows, cols), cell), number, len(targets))
         pictures.append(np.concatenate([whole, np.full((len(whole), MARGIN // 2, 3), 255, np.uint8), masked], axis=1))
     save_png(sheet_of(pictures), path)
 
 
-def draw_pack(batch: MaskedBatch, patch_size: int, path: Path) -> None:
+def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
     """Write a PNG of the whole pack: its patches in the order of the stream, line after line like text.
 
     A frame in the colour of its view is around every patch; a view's first patch is marked by a bar.
@@ -76,10 +73,11 @@ def draw_pack(batch: MaskedBatch, patch_size: int, path: Path) -> None:
     save_png(Image.fromarray(sheet), path)
 
 
-def _blocks(batch: MaskedBatch) -> list[NDArray[np.int64]]:
-    """The rows of the stream of each target block, in the order of the queries."""
-    answers = np.diff(np.searchsorted(batch.queries.answers.numpy(), batch.queries.segments.cu_seqlens.numpy()))
-    return np.split(batch.target_index.numpy(), np.cumsum(answers)[:-1])
+def _area(tokens: NDArray[np.int64], rows: int, cols: int) -> NDArray[np.bool_]:
+    """Tokens of a view as bool [rows, cols]."""
+    inside = np.zeros(rows * cols, dtype=np.bool_)
+    inside[tokens] = True
+    return inside.reshape(rows, cols)
 
 
 def _enlarged(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
