@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from PIL import Image
 
 from ijepa_enhanced.cli import main
+from ijepa_enhanced.models.encoder import Encoder
 
 TINY = {
     "encoder.variant": "Ti",
@@ -184,6 +186,39 @@ def other_class() -> None:
     shutil.copytree("photos/light", "others/light")
 
 
+def empty_class() -> None:
+    """A class of which validation has images, and training only the name."""
+    other_class()
+    labelled_shard("dark\nlight\ngrey\n", [0, 1])
+
+
+def labelled_shard(classes: str, labels: list[int]) -> None:
+    """A shard of as many images as labels."""
+    Path("classes.txt").write_text(classes)
+    with tarfile.open("images.tar", "w") as tar:
+        for number, label in enumerate(labels):
+            tar.add(f"photos/dark/{2 * number}.png", f"{number}.png")
+            member = tarfile.TarInfo(f"{number}.cls")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"%d" % label))
+
+
+def one_class() -> None:
+    shutil.rmtree("photos/light")
+
+
+def label_out_of_range() -> None:
+    labelled_shard("dark\nlight\n", [5])
+
+
+def spoilt_encoder() -> None:
+    """One weight that is not a number."""
+    encoder = Encoder.from_pretrained("run")
+    with torch.no_grad():
+        encoder.patch_embed.bias[0] = torch.nan
+    encoder.save_pretrained("run/encoder")
+
+
 def yaml(content: str) -> Callable[[], None]:
     """A configuration file of that content."""
 
@@ -245,6 +280,7 @@ STARTED = "run was started with {}. Leave the flag out, or start a new run."
 EDITED = "run/config.yaml says {}. Change it back, or start a new run."
 OTHER_PLAN = "run was trained on other images or with another plan; start a new run instead."
 TRAIN = "train --data.source photos --run new"
+FEW = "photos has {} images, fewer than the 20 neighbours of knn20: all of them vote."
 EVALUATE = "evaluate run --train photos --val photos --side 32 --workers 0"
 
 WRONG_REQUESTS = {
@@ -274,6 +310,42 @@ WRONG_REQUESTS = {
         other_class,
         "evaluate run --train photos --val others",
         "others has a class 'grey' that photos has not.",
+    ),
+    "an empty class": (
+        empty_class,
+        "evaluate run --train images.tar --val others",
+        "others has a class 'grey' of which images.tar has no readable image.",
+    ),
+    "one class": (
+        one_class,
+        "evaluate run --train photos --val photos",
+        "photos has images of one class only, 'dark'; scoring needs two or more.",
+    ),
+    "a label out of range": (
+        label_out_of_range,
+        "evaluate run --train images.tar --val photos",
+        "images.tar has the label '5', which is none of the 2 in classes.txt.",
+    ),
+    "an unknown protocol": (
+        nothing,
+        "evaluate run --train photos --val photos --protocols knn lineer",
+        "No protocol 'lineer'. Did you mean 'linear'?",
+    ),
+    "a sweep by other protocols": (
+        nothing,
+        "evaluate run --train photos --val photos --sweep side=32 --protocols attentive",
+        "--sweep scores by knn and linear: leave --protocols out.",
+    ),
+    "no label maps": (
+        nothing,
+        "evaluate run --train photos --val photos --protocols dense",
+        "photos has no label maps: the dense probe needs 'synthetic', or a folder with images in 'images' and for each "
+        "of them a PNG of the same name in 'labels'.",
+    ),
+    "fine-tuning for no epoch": (
+        nothing,
+        "evaluate run --train photos --val photos --protocols finetune --finetune.epochs 0",
+        "finetune.epochs must be above 0, not 0.",
     ),
     "one image": (one_image, "train --data.source images --run new", TOO_FEW.format(8, "1 of 1")),
     "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "1 of 1")),
@@ -586,6 +658,15 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         ["ijepa: None of the 10 images of photos can be decoded."],
         set(),
     ),
+    "features that are not finite": (
+        spoilt_encoder,
+        EVALUATE,
+        [
+            "ijepa: The features of 10 of 10 images of photos are not finite, the first of dark/0.png: the encoder in "
+            "run cannot be used."
+        ],
+        set(),
+    ),
     "no header to evaluate": (
         no_headers,
         EVALUATE,
@@ -675,20 +756,20 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         damaged_headers_and_body,
         f"{EVALUATE} --baselines --json",
         [f"Left out of photos: {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
-        + ["Scoring: random start", "Scoring: raw 16x16 pixels", "Scoring: trained"],
+        + ["Scoring: random start", "Scoring: raw 16x16 pixels", "Scoring: trained", FEW.format(6)],
         {},
     ),
     "evaluate beside many that are not readable": (
         many_damaged_headers,
         f"{EVALUATE} --json",
         [f"Left out of photos: dark/x{number:02}.png: empty file" for number in range(20)]
-        + ["Left out of photos: 5 more, which `ijepa index` lists.", "Scoring: trained"],
+        + ["Left out of photos: 5 more, which `ijepa index` lists.", "Scoring: trained", FEW.format(10)],
         {},
     ),
     "evaluate what a cut shard holds": (
         cut_shard,
         "evaluate run --train photos --val images.tar --side 32 --workers 0 --json",
-        [CUT, f"Left out of images.tar: {CUT_IMAGE}", "Scoring: trained"],
+        [CUT, f"Left out of images.tar: {CUT_IMAGE}", "Scoring: trained", FEW.format(10)],
         {},
     ),
     "inspect what is readable": (
@@ -720,11 +801,11 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     "evaluate what is smaller than a patch": (
         smaller_than_a_patch,
         f"{EVALUATE} --side null --json",
-        ["Scoring: trained"],
+        ["Scoring: trained", FEW.format(13)],
         {},
     ),
     "train on 1 x 4000 px": (only_long, f"{TRAIN} --json", [], {"images_seen": 4 * 2}),
-    "evaluate 1 x 4000 px": (only_long, f"{EVALUATE} --json", ["Scoring: trained"], {}),
+    "evaluate 1 x 4000 px": (only_long, f"{EVALUATE} --json", ["Scoring: trained", FEW.format(2)], {}),
 }
 
 

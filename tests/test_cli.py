@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -124,6 +125,9 @@ def test_json_is_only_printed_when_asked_for(pictures: Path) -> None:
     assert for_programs.out[:-1] == plain.out
 
 
+FEW = "{} has 10 images, fewer than the 20 neighbours of knn20: all of them vote."
+
+
 def evaluate(run: Path, train: Path | str, val: Path | str, *arguments: str) -> Answer:
     sources = ["--train", train, "--val", val]
     return ijepa("evaluate", run, *sources, "--side", "40", "--workers", "0", "--json", *arguments)
@@ -144,7 +148,7 @@ def test_evaluating_prints_the_scores(run: Run, pictures: Path) -> None:
     assert (found["knn20"], found["linear"]) == (1.0, 1.0)
     # Between one direction and one for each image.
     assert 1 < found["rankme"] <= 10
-    assert answer.err == ["Scoring: trained"]
+    assert answer.err == ["Scoring: trained", FEW.format(pictures)]
 
 
 def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, tmp_path: Path) -> None:
@@ -159,7 +163,7 @@ def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, 
 def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> None:
     trained, start = (evaluate(run.folder, pictures, pictures, *more) for more in ([], ["--random-init"]))
     assert start.json.keys() == trained.json.keys()
-    assert start.err == ["Scoring: random start"]
+    assert start.err == ["Scoring: random start", FEW.format(pictures)]
     # Rounding is 1e-6; four steps change it by 4e-3.
     assert scores(start)["rankme"] != pytest.approx(scores(trained)["rankme"], rel=0.001)
 
@@ -167,10 +171,13 @@ def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> N
 def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
     answer = evaluate(run.folder, pictures, pictures, "--baselines")
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in answer.out if line.startswith("│")]
-    assert [row[0] for row in rows] == ["random start", "raw 16x16 pixels", "trained"]
+    assert [row[0] for row in rows] == ["kNN-1", "kNN-5", "kNN-20", "linear", "RankMe"]
+    (head,) = [line for line in answer.out if line.startswith("┃")]
+    assert [cell.strip() for cell in head.split("┃")[2:5]] == ["random start", "raw 16x16 pixels", "trained"]
     start, trained = (scores(evaluate(run.folder, pictures, pictures, *more)) for more in (["--random-init"], []))
-    for row, expected in ((rows[0], start), (rows[2], trained)):
-        assert row[1:] == ["100.0% (100.0%)", "100.0% (100.0%)", f"{expected['rankme']:.1f}"]
+    for place, expected in ((1, start), (3, trained)):
+        cells = ["100.0% (100.0%)", "100.0% (100.0%)", f"{expected['rankme']:.1f}"]
+        assert [row[place] for row in rows[2:]] == cells
     # Programs get the scores of what was asked about.
     assert scores(answer) == trained
 
@@ -182,6 +189,41 @@ def test_merging_changes_the_features_that_are_scored(run: Run, pictures: Path) 
     )
     assert plain == at_zero
     assert plain["rankme"] != merged["rankme"]
+
+
+def test_every_protocol_scores(run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ijepa_enhanced.evaluate.attentive.LEAST_STEPS", 100)
+    protocols = ["knn", "linear", "linear4", "lowshot", "attentive", "finetune"]
+    names = ["knn20", "linear", "linear4_average", "linear4_concat", "lowshot10", "attentive", "finetune"]
+    answer = evaluate(run.folder, pictures, pictures, "--protocols", *protocols, "--finetune.epochs", "30")
+    found = scores(answer)
+    # Classes that differ in brightness; of a tenth of five images, one a class is left.
+    assert {name: found[name] for name in names if name != "lowshot10"} == dict.fromkeys(
+        [name for name in names if name != "lowshot10"], 1.0
+    )
+    assert found["linear_low"] == found["linear_high"] == found["linear_top5"] == 1.0
+    assert sum(line.startswith("│") for line in answer.out) == 11
+    kept = json.loads((run.folder / "evaluation.json").read_text())
+    assert kept["trained"]["finetune"] == 1.0
+
+
+def test_a_protocol_alone_gives_its_own_scores(run: Run, pictures: Path) -> None:
+    answer = evaluate(run.folder, pictures, pictures, "--protocols", "knn")
+    assert [name for name in scores(answer) if "_" not in name] == ["knn1", "knn5", "knn20", "rankme"]
+
+
+def test_the_dense_probe_takes_images_and_label_maps(run: Run, tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for number in range(6):
+        labels = np.zeros((48, 48), dtype=np.uint8)
+        labels[:, 16 + 8 * (number % 2) :] = 1
+        Image.fromarray(np.stack([200 * labels] * 3, axis=2)).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(labels).save(tmp_path / "labels" / f"{number}.png")
+    answer = evaluate(run.folder, tmp_path, tmp_path, "--protocols", "dense", "--side", "48")
+    assert (answer.code, answer.err) == (0, ["Scoring: trained"])
+    assert answer.json.keys() == {"dense_miou"}
+    assert answer.json["dense_miou"] > 0.9
 
 
 SWEEP = ["--sweep", "side=24,40", "merge_rate=0,0.5"]
@@ -199,9 +241,10 @@ def test_a_sweep_scores_every_combination(run: Run, pictures: Path, swept: tuple
     points = answer.json["sweep"]
     assert [(point["side"], point["merge_rate"]) for point in points] == [(24, 0.0), (24, 0.5), (40, 0.0), (40, 0.5)]
     scoring = [f"Scoring: trained, side {side}, merge rate {rate}" for side in (24, 40) for rate in ("0", "0.5")]
-    assert answer.err == ["Timing the network at 4 settings", *scoring]
+    assert answer.err == ["Timing the network at 4 settings", scoring[0], FEW.format(pictures), *scoring[1:]]
     single = scores(evaluate(run.folder, pictures, pictures, "--merge-rate", "0.5"))
-    assert {name: points[3][name] for name in single} == single
+    names = ("knn20", "knn20_mean_per_class", "linear", "linear_mean_per_class", "rankme")
+    assert {name: points[3][name] for name in names} == {name: single[name] for name in names}
     assert points[0]["gflops_per_image"] < points[2]["gflops_per_image"]
     assert points[3]["gflops_per_image"] < points[2]["gflops_per_image"]
     assert points[3]["peak_megabytes"] < points[2]["peak_megabytes"]
@@ -276,7 +319,8 @@ def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures
     (tmp_path / "empty.png").touch()
     shard(tmp_path / "val-0.tar", [*files, tmp_path / "empty.png"], lambda file: "dark")
     answer = evaluate(run.folder, tmp_path, tmp_path)
-    assert answer.err == [f"Left out of {tmp_path}: val-0.tar:10.png: empty file", "Scoring: trained"]
+    left_out = f"Left out of {tmp_path}: val-0.tar:10.png: empty file"
+    assert answer.err == [left_out, "Scoring: trained", FEW.format(tmp_path)]
     assert scores(answer)["knn20"] == 0.5
 
 
@@ -344,6 +388,11 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     kept = json.loads((run.folder / "evaluation.json").read_text())
     assert list(kept) == ["random start", "raw 16x16 pixels", "trained"]
     assert kept["trained"]["linear"] == found.json["linear"]
+    # The scores of what is not scored again stay.
+    start = evaluate(run.folder, pictures, pictures, "--random-init", "--protocols", "knn")
+    now = json.loads((run.folder / "evaluation.json").read_text())
+    assert now == kept | {"random start": start.json}
+    assert evaluate(run.folder, pictures, pictures, "--baselines").code == 0
     page = tmp_path / "page.html"
     answer = ijepa("report", run.folder, "--out", page, "--json")
     assert (answer.code, answer.out[0], answer.json) == (0, str(page), {"report": str(page)})

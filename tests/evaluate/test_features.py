@@ -1,5 +1,7 @@
 """Features of a whole source are the encoder's own, in the source's order, with what could not be read beside them."""
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,10 @@ import torch
 from PIL import Image
 
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import open_source
-from ijepa_enhanced.evaluate.features import extract, thumbnails
+from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.sources import FolderSource, open_source
+from ijepa_enhanced.evaluate import features
+from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
 from ijepa_enhanced.models.encoder import EncoderConfig
 
 # Norm of the difference by the norm, as in test_encoder.py: float32 rounding in other sizes of pack.
@@ -115,3 +118,149 @@ def test_thumbnails_by_hand(tmp_path: Path) -> None:
     assert found.labels.tolist() == [0, 1]
     assert found.image_ids.tolist() == [0, 1]
     assert found.unreadable.keys() == {2}
+
+
+@pytest.mark.parametrize("merge_rate", [0.0, 0.3])
+def test_a_layer_counts_as_if_it_were_the_last(pictures: Path, merge_rate: float) -> None:
+    """Each of the last four layers pools to what an encoder pools to that ends there."""
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(variant="Ti", depth=6, patch_size=8)).eval()
+    source = open_source(str(pictures))
+    found = extract(encoder, source, build_index(source), 40, workers=0, merge_rate=merge_rate)
+    assert found.layers is not None
+    assert found.layers.shape == (10, 4, 192)
+    assert torch.equal(found.layers[:, -1], found.values)
+    for place, depth in enumerate((3, 4, 5, 6)):
+        ended = copy.deepcopy(encoder)
+        ended.config = dataclasses.replace(encoder.config, depth=depth)
+        ended.blocks.layers = ended.blocks.layers[:depth]
+        expected = ended.embed([source.open(row) for row in range(10)], 40, merge_rate)
+        assert ((found.layers[:, place] - expected).norm(dim=1) < BOUND * expected.norm(dim=1)).all()
+
+
+class CountedSource(FolderSource):
+    """Counts how often an image is opened for its pixels."""
+
+    opened = 0
+
+    def open(self, row: int) -> Image.Image:
+        self.opened += 1
+        return super().open(row)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, with a file for every pack."""
+    monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "PACKS_PER_PART", 1)
+    return tmp_path / "cache" / "features"
+
+
+def cached(encoder: Encoder, source: FolderSource, index: Index, side: int = 32, rate: float = 0.0) -> Features:
+    return extract(encoder, source, index, side, tokens_per_pack=64, merge_rate=rate, workers=0, cache=True)
+
+
+def test_what_was_extracted_is_not_extracted_again(encoder: Encoder, damaged: Path, cache: Path) -> None:
+    (damaged / "a").mkdir()
+    for path in damaged.glob("*.png"):
+        path.rename(damaged / "a" / path.name)
+    source = CountedSource(damaged)
+    index = build_index(source)
+    first = cached(encoder, source, index)
+    opened = source.opened
+    second = cached(encoder, source, index)
+    assert source.opened == opened > 0
+    assert len(list(cache.glob("*/*.safetensors"))) > 1
+    assert second.layers is not None
+    for name in ("values", "labels", "image_ids", "layers"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert (first.unreadable, first.seconds) == (second.unreadable, second.seconds)
+    assert second.unreadable.keys() == {4}
+
+
+def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pictures: Path, cache: Path) -> None:
+    source = open_source(str(pictures))
+    index = build_index(source)
+    cached(encoder, source, index)
+    other = copy.deepcopy(encoder)
+    with torch.no_grad():
+        other.patch_embed.bias[0] += 1e-3  # one number of all the weights
+    deeper = copy.deepcopy(encoder)
+    deeper.config = dataclasses.replace(encoder.config, max_grid=31)
+    cases = [
+        (other, index, 32, 0.0),
+        (deeper, index, 32, 0.0),
+        (encoder, index.select(np.array([1, 2, 3])), 32, 0.0),
+        (encoder, index, 40, 0.0),
+        (encoder, index, 32, 0.25),
+    ]
+    for number, (network, some, side, rate) in enumerate(cases, start=2):
+        found = cached(network, source, some, side, rate)
+        fresh = extract(network, source, some, side, tokens_per_pack=64, merge_rate=rate, workers=0)
+        assert torch.equal(found.values, fresh.values)
+        assert len(list(cache.iterdir())) == number
+    extract(encoder, source, index, 32, torch.bfloat16, tokens_per_pack=64, workers=0, cache=True)
+    assert len(list(cache.iterdir())) == len(cases) + 2
+
+
+def test_an_image_that_changed_is_read_again(encoder: Encoder, damaged: Path, cache: Path) -> None:
+    source = open_source(str(damaged))
+    before = cached(encoder, source, build_index(source))
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(damaged / "0.png", compress_level=0)
+    after = cached(encoder, source, build_index(source))
+    assert not torch.equal(before.values[0], after.values[0])
+    assert torch.equal(before.values[1:], after.values[1:])
+
+
+def test_an_interrupted_extraction_goes_on_where_it_stopped(encoder: Encoder, pictures: Path, cache: Path) -> None:
+    source = CountedSource(pictures)
+    index = build_index(source)
+    whole = extract(encoder, source, index, 32, tokens_per_pack=64, workers=0)
+    source.opened = 0
+
+    def interrupt(images: int) -> None:
+        if images >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(encoder, source, index, 32, tokens_per_pack=64, workers=0, progress=interrupt, cache=True)
+    files = list(cache.glob("*/*"))
+    assert all(path.name.endswith(".safetensors") and not path.name.startswith(".") for path in files)
+    before, source.opened = source.opened, 0
+    done: list[int] = []
+    found = extract(encoder, source, index, 32, tokens_per_pack=64, workers=0, progress=done.append, cache=True)
+    # Only the pack that was being counted is lost.
+    assert 10 - before <= source.opened < 10
+    assert done == sorted(set(done))
+    assert done[-1] == 10
+    assert torch.equal(found.values, whole.values)
+    assert torch.equal(found.image_ids, whole.image_ids)
+
+
+def test_a_damaged_cache_is_made_anew(
+    encoder: Encoder, pictures: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(str(pictures))
+    index = build_index(source)
+    first = cached(encoder, source, index)
+    path = min(cache.glob("*/*"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    again = cached(encoder, source, index)
+    assert torch.equal(first.values, again.values)
+    assert f"The cached features {path} cannot be read and are made anew: " in caplog.text
+    caplog.clear()
+    cached(encoder, source, index)
+    assert caplog.text == ""
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    encoder: Encoder, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = open_source(str(pictures))
+    index = build_index(source)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "file"))
+    assert len(cached(encoder, source, index).values) == 10
+    assert "The features cannot be cached in " in caplog.text

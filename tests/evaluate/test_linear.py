@@ -9,9 +9,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ijepa_enhanced.evaluate import linear
-from ijepa_enhanced.evaluate.linear import calibrated_loss, linear_probe, softmax_regression, stratified_split
+from ijepa_enhanced.evaluate.linear import calibrated_loss, softmax_regression, stratified_split
 from ijepa_enhanced.evaluate.scores import top1
 from ijepa_enhanced.randomness import Purpose, generator
+
+
+def linear_probe(*args, **kwargs):
+    """The predicted labels."""
+    logits, classes = linear.linear_probe(*args, **kwargs)
+    return classes[logits.argmax(dim=1)]
 
 
 def clouds(n, d, classes, noise, seed=0):
@@ -40,12 +46,6 @@ def best_of_sklearn(train, train_labels, queries, labels):
     return max(scores)
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """A tenth of the training, where the test is of the mechanics and not of the score."""
-    monkeypatch.setattr(linear, "STEPS", 300)
-
-
 @pytest.mark.parametrize(
     "problem",
     [digits, lambda: clouds(1000, 64, 5, 5.0)],
@@ -58,26 +58,26 @@ def test_as_good_as_scikit_learn(problem):
     assert score > best_of_sklearn(train, train_labels, queries, labels) - 0.01
 
 
-def test_the_rate_is_chosen_by_images_not_trained_on(short):
+def test_the_strength_is_chosen_by_images_not_trained_on():
     train, train_labels, queries, labels = clouds(500, 200, 5, 8.0)
     probe = top1(linear_probe(train, train_labels, queries), labels)
-    rng = np.random.default_rng(0)
     scaler = StandardScaler().fit(train)
-    x, q = (torch.from_numpy(scaler.transform(z)) for z in (train, queries))
-    largest = softmax_regression(x, train_labels, 5, (linear.LEARNING_RATES[-1],), rng)[:, 0]
-    # The largest rate learns its images by heart: the training loss cannot but choose it.
-    assert ((x @ largest).argmax(dim=1) == train_labels).all()
-    assert probe > top1((q @ largest).argmax(dim=1), labels) + 0.03
+    x, q = (torch.from_numpy(scaler.transform(z)).float() for z in (train, queries))
+    weakest = softmax_regression(x, F.one_hot(train_labels, 5).float(), [1e-6])[0]
+    # Hardly regularised, it learns its images by heart: the training loss cannot but choose that.
+    assert ((x @ weakest).argmax(dim=1) == train_labels).all()
+    assert probe > top1((q @ weakest).argmax(dim=1), labels) + 0.03
 
 
-def test_the_chosen_rate_minimises_the_held_out_loss(short, monkeypatch):
+@pytest.mark.parametrize("best", [0, 3, len(linear.STRENGTHS) - 1])
+def test_the_chosen_strength_minimises_the_held_out_loss(monkeypatch, best):
     train, train_labels, queries, _ = clouds(300, 8, 3, 2.0)
-    trained, losses = [], iter([9.0, 8.0, 7.0, 1.0, 7.0, 8.0, 9.0, 9.0, 9.0])
+    trained, losses = [], iter([1.0 if number == best else 9.0 for number in range(len(linear.STRENGTHS))])
     fit = linear.softmax_regression
 
-    def spy(x, y, classes, rates, rng):
-        trained.append((len(x), rates))
-        return fit(x, y, classes, rates, rng)
+    def spy(x, targets, strengths):
+        trained.append((len(x), strengths))
+        return fit(x, targets, strengths)
 
     def loss(logits, y):
         assert logits.shape == (60, 3)
@@ -86,10 +86,10 @@ def test_the_chosen_rate_minimises_the_held_out_loss(short, monkeypatch):
     monkeypatch.setattr(linear, "softmax_regression", spy)
     monkeypatch.setattr(linear, "calibrated_loss", loss)
     linear_probe(train, train_labels, queries)
-    assert trained == [(240, linear.LEARNING_RATES), (300, (linear.LEARNING_RATES[3],))]
+    assert trained == [(240, linear.STRENGTHS), (300, linear.STRENGTHS[: best + 1])]
 
 
-def test_same_seed_same_answer_and_no_other_state(short):
+def test_same_seed_same_answer_and_no_other_state():
     train, train_labels, queries, _ = clouds(300, 16, 4, 2.5)
     torch.manual_seed(1)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
@@ -100,13 +100,13 @@ def test_same_seed_same_answer_and_no_other_state(short):
     assert torch.equal(linear_probe(train, train_labels, queries, seed=3), first)
 
 
-def test_scores_hardly_depend_on_the_seed(short):
+def test_scores_hardly_depend_on_the_seed():
     train, train_labels, queries, labels = clouds(1000, 32, 5, 3.0)
     scores = [top1(linear_probe(train, train_labels, queries, seed), labels) for seed in range(3)]
     assert max(scores) - min(scores) < 0.01
 
 
-def test_affine_changes_of_the_features_change_nothing(short):
+def test_affine_changes_of_the_features_change_nothing():
     train, train_labels, queries, _ = clouds(300, 16, 4, 2.5)
     expected = linear_probe(train, train_labels, queries)
     scale = 2.0 ** torch.arange(-8, 8)
@@ -115,7 +115,7 @@ def test_affine_changes_of_the_features_change_nothing(short):
     assert top1(shifted, expected) > 0.99
 
 
-def test_the_bias_carries_a_shifted_boundary(short):
+def test_the_bias_carries_a_shifted_boundary():
     # Nine of ten images are of class 0, with one feature that hardly tells: without a bias it would split the queries.
     rng = np.random.default_rng(0)
     labels = torch.from_numpy((rng.random(1000) < 0.1).astype(np.int64))
@@ -123,7 +123,7 @@ def test_the_bias_carries_a_shifted_boundary(short):
     assert top1(linear_probe(train, labels, train), labels) > 0.85
 
 
-def test_labels_with_gaps_and_classes_of_one_image(short):
+def test_labels_with_gaps_and_classes_of_one_image():
     train, train_labels, queries, labels = clouds(100, 16, 3, 0.5)
     train = torch.cat([train, torch.full((1, 16), 20.0), torch.full((1, 16), -20.0)])
     train_labels = torch.cat([train_labels * 10 + 4, torch.tensor([1, 77])])
@@ -134,12 +134,12 @@ def test_labels_with_gaps_and_classes_of_one_image(short):
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 6])
-def test_a_handful_of_images_one_a_class(short, n):
+def test_a_handful_of_images_one_a_class(n):
     train = torch.eye(n, 6)
     assert linear_probe(train, torch.arange(n) * 3, train).tolist() == [3 * i for i in range(n)]
 
 
-def test_features_from_inference_mode_in_any_precision(short):
+def test_features_from_inference_mode_in_any_precision():
     train, train_labels, queries, _ = clouds(300, 16, 4, 2.5)
     with torch.inference_mode():
         inference_train, inference_queries = train.bfloat16(), queries.bfloat16()
@@ -156,31 +156,28 @@ def test_a_fifth_of_every_class_is_held_out():
     assert set(held_out.tolist()) != set(stratified_split(numbers, generator(1, Purpose.HOLDOUT))[1].tolist())
 
 
-def test_one_step_is_the_gradient_autograd_finds(monkeypatch):
-    monkeypatch.setattr(linear, "STEPS", 1)
-    monkeypatch.setattr(linear, "LEAST_EPOCHS", 1)
-    x, y, _, _ = clouds(100, 7, 4, 1.0)
-    weights = torch.zeros(7, 4, requires_grad=True)
-    F.cross_entropy(x @ weights, y).backward()
-    got = softmax_regression(x, y, 4, (0.5, 2.0), np.random.default_rng(0))
-    torch.testing.assert_close(got, torch.stack([-0.5 * weights.grad, -2 * weights.grad], dim=1))
-
-
-def test_training_is_torchs_sgd_with_a_cosine_schedule(monkeypatch):
-    monkeypatch.setattr(linear, "STEPS", 30)
+def test_the_weights_are_scikit_learns():
     x, y, _, _ = clouds(600, 7, 4, 1.0)
-    got = softmax_regression(x, y, 4, (0.01, 0.3), np.random.default_rng(5))
-    rng = np.random.default_rng(5)
-    weights = torch.zeros(7, 4, requires_grad=True)
-    optimizer = torch.optim.SGD([weights], lr=0.3, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
-    for _ in range(10):
-        for rows in np.array_split(rng.permutation(600), 3):
-            optimizer.zero_grad()
-            F.cross_entropy(x[rows] @ weights, y[rows]).backward()
-            optimizer.step()
-            schedule.step()
-    torch.testing.assert_close(got[:, 1], weights.detach(), rtol=1e-4, atol=1e-5)
+    x = F.pad(x, (0, 1), value=1.0)
+    found = softmax_regression(x, F.one_hot(y, 4).float(), [0.1, 1e-3])
+    for weights, strength in zip(found, (0.1, 1e-3), strict=True):
+        # Its loss is the sum over images, times C, and the squares by 2.
+        model = LogisticRegression(C=1 / (strength * len(x)), tol=1e-6, max_iter=1000).fit(x[:, :-1], y)
+        torch.testing.assert_close(
+            weights[:-1].T.double(), torch.from_numpy(model.coef_).double(), rtol=0.01, atol=1e-3
+        )
+        # One number for all classes makes no difference.
+        bias, other = weights[-1].double(), torch.from_numpy(model.intercept_).double()
+        torch.testing.assert_close(bias - bias.mean(), other - other.mean(), rtol=0.01, atol=1e-3)
+
+
+def test_targets_may_be_shares_of_classes():
+    """An image of two classes weighs as one of each."""
+    x, y, _, _ = clouds(100, 5, 3, 1.0)
+    targets = F.one_hot(y, 3).float()
+    mixed = 0.5 * targets + 0.5 * targets.roll(1, dims=1)
+    both = softmax_regression(torch.cat([x, x]), torch.cat([targets, targets.roll(1, dims=1)]), [0.01])
+    torch.testing.assert_close(softmax_regression(x, mixed, [0.01]), both, rtol=1e-2, atol=1e-3)
 
 
 def test_calibrated_loss_forgets_confidence_and_keeps_order():
@@ -198,3 +195,10 @@ def test_what_makes_no_sense_is_an_error():
         linear_probe(torch.eye(3), torch.tensor([0, 1, -1]), torch.eye(3))
     with pytest.raises(ValueError, match="0 training images"):
         linear_probe(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.eye(3))
+
+
+def test_logits_are_of_the_labels_that_occur():
+    train, train_labels, queries, _ = clouds(100, 16, 3, 0.5)
+    logits, classes = linear.linear_probe(train, train_labels * 10 + 4, queries)
+    assert logits.shape == (100, 3)
+    assert classes.tolist() == [4, 14, 24]

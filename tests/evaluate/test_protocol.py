@@ -1,10 +1,14 @@
 """The scores of one pair of feature sets, by name."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from ijepa_enhanced.evaluate.features import Features
-from ijepa_enhanced.evaluate.protocol import score
+from ijepa_enhanced.evaluate.protocol import few_labels, score
 from ijepa_enhanced.evaluate.rank import rankme
 
 
@@ -18,10 +22,12 @@ def clusters(images: int, distance: float, seed: int) -> Features:
 
 def test_separable_features_score_everything_and_noise_scores_chance() -> None:
     separable = dict(score(clusters(120, 20.0, 0), clusters(60, 20.0, 1)))
-    assert list(separable) == ["knn20", "knn20_mean_per_class", "linear", "linear_mean_per_class", "rankme"]
-    assert [separable[key] for key in list(separable)[:4]] == [1.0] * 4
+    probe = ["linear", "linear_top5", "linear_mean_per_class", "linear_low", "linear_high"]
+    knn = [f"knn{k}{suffix}" for k in (1, 5, 20) for suffix in ("", "_mean_per_class")]
+    assert list(separable) == [*knn, *probe, "rankme"]
+    assert [separable[key] for key in (*knn, *probe)] == [1.0] * 11
     noise = dict(score(clusters(300, 0.0, 0), clusters(300, 0.0, 1)))
-    for key in list(noise)[:4]:
+    for key in (*knn, "linear", "linear_mean_per_class"):
         # Four standard errors of 300 guesses at one of three.
         assert abs(noise[key] - 1 / 3) < 4 * (1 / 3 * 2 / 3 / 300) ** 0.5
 
@@ -47,9 +53,55 @@ def test_mean_per_class_weighs_a_rare_class_like_a_common_one() -> None:
 
 
 def test_the_seed_reaches_the_linear_probe_alone() -> None:
-    train, val = clusters(60, 1.0, 0), clusters(200, 1.0, 1)
-    first, again, other = (dict(score(train, val, seed)) for seed in (0, 0, 5))
+    train, val = clusters(40, 0.5, 0), clusters(200, 0.5, 1)
+    first, again, *others = (dict(score(train, val, seed)) for seed in (0, 0, *range(1, 8)))
     assert first == again
-    assert first["linear"] != other["linear"]
-    del first["linear"], first["linear_mean_per_class"], other["linear"], other["linear_mean_per_class"]
-    assert first == other
+    assert any(other["linear"] != first["linear"] for other in others)
+    for other in others:
+        assert all(other[name] == first[name] for name in first if not name.startswith("linear"))
+
+
+def layered(features: Features, layers: Tensor) -> Features:
+    return dataclasses.replace(features, layers=layers)
+
+
+def test_the_last_four_layers_are_averaged_and_concatenated() -> None:
+    """Layers 0 and 1 hold a code whose sum tells nothing, and layers 2 and 3 nothing at all."""
+    train, val = clusters(120, 20.0, 0), clusters(60, 20.0, 1)
+    found = []
+    for features in (train, val):
+        assert features.labels is not None
+        code = 20 * torch.eye(3)[features.labels]
+        noise = torch.randn(len(code), 4, 3, generator=torch.Generator().manual_seed(2))
+        found.append(layered(features, noise + torch.stack([code, -code, 0 * code, 0 * code], dim=1)))
+    scores = dict(score(*found, protocols=["linear4"]))
+    assert scores["linear4_concat"] == 1.0
+    assert scores["linear4_average"] < 0.7
+    same = [layered(features, features.values[:, None].expand(-1, 4, -1)) for features in (train, val)]
+    assert dict(score(*same, protocols=["linear4"]))["linear4_average"] == 1.0
+
+
+def test_pixels_have_no_layers() -> None:
+    assert list(dict(score(clusters(60, 20.0, 0), clusters(60, 20.0, 1), protocols=["linear4"]))) == ["rankme"]
+
+
+def test_few_labels_are_a_share_of_every_class_and_fixed_by_the_seed() -> None:
+    labels = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat([0, 3, 4], [250, 60, 4])))
+    ten, one = few_labels(labels, 10, seed=0), few_labels(labels, 1, seed=0)
+    assert labels[ten].unique(return_counts=True)[1].tolist() == [25, 6, 1]
+    assert labels[one].unique(return_counts=True)[1].tolist() == [2, 1, 1]
+    assert ten.unique().tolist() == ten.tolist()
+    assert set(one.tolist()) < set(ten.tolist())
+    assert torch.equal(ten, few_labels(labels, 10, seed=0))
+    assert not torch.equal(ten, few_labels(labels, 10, seed=1))
+
+
+def test_lowshot_probes_see_only_their_share() -> None:
+    """All other images look like the next class, which would cost everything."""
+    train, val = clusters(300, 20.0, 0), clusters(60, 20.0, 1)
+    assert train.labels is not None
+    values = train.values[torch.arange(300) + 1 - 3 * (torch.arange(300) % 3 == 2)]
+    few = few_labels(train.labels, 10, seed=0)
+    values[few] = train.values[few]
+    scores = dict(score(dataclasses.replace(train, values=values), val, protocols=["lowshot", "linear"]))
+    assert [scores[key] for key in ("lowshot10", "lowshot10_low", "linear")] == [1.0, 1.0, 0.0]

@@ -6,15 +6,17 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import (
@@ -26,11 +28,13 @@ from ijepa_enhanced.commands.setup import (
     print_json,
     share_cores,
 )
-from ijepa_enhanced.config import RequestError, load_config
+from ijepa_enhanced.config import RequestError, load_config, nearest
 from ijepa_enhanced.data.index import Index
-from ijepa_enhanced.data.sources import Source
-from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
-from ijepa_enhanced.evaluate.protocol import score
+from ijepa_enhanced.evaluate.attentive import attentive
+from ijepa_enhanced.evaluate.dense import dense, open_maps
+from ijepa_enhanced.evaluate.features import extract, thumbnails
+from ijepa_enhanced.evaluate.finetune import FinetuneConfig, finetune
+from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, score
 from ijepa_enhanced.evaluate.sweep import (
     Point,
     advice,
@@ -40,12 +44,18 @@ from ijepa_enhanced.evaluate.sweep import (
     setting_name,
     write_points,
 )
+from ijepa_enhanced.evaluate.tokens import Images, Setting, warn_of_unreadable
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
-from ijepa_enhanced.train.loop import autocast_dtype
+from ijepa_enhanced.train.loop import RunError, autocast_dtype
 from ijepa_enhanced.visualize.frontier import draw_frontier
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_PROTOCOLS = ("knn", "linear")
+PROTOCOLS = (*FEATURE_PROTOCOLS, "attentive", "finetune", "dense")
+TITLES = {"knn1": "kNN-1", "knn5": "kNN-5", "knn20": "kNN-20", "rankme": "RankMe"}
+"""What users read in place of some names of scores."""
 
 
 def add_options(command: ArgumentParser) -> None:
@@ -68,7 +78,16 @@ def add_options(command: ArgumentParser) -> None:
     )
     command.add_argument("--random-init", action="store_true", help="score the run's random start instead")
     command.add_argument("--baselines", action="store_true", help="score the random start and raw 16x16 pixels as well")
-    command.add_argument("--seed", type=int, default=0, help="of the linear probe's held-out part")
+    command.add_argument(
+        "--protocols",
+        type=str,
+        nargs="+",
+        default=list(DEFAULT_PROTOCOLS),
+        metavar="NAME",
+        help=f"what to score by: {', '.join(PROTOCOLS)}",
+    )
+    command.add_class_arguments(FinetuneConfig, "finetune")
+    command.add_argument("--seed", type=int, default=0, help="of held-out parts, few labels and training")
     command.add_argument("--workers", type=int, default=1, help="processes that decode images")
 
 
@@ -77,65 +96,172 @@ def run(options: Namespace) -> int:
     for name in ("seed", "workers"):
         if options[name] < 0:
             raise RequestError(f"{name} must be at least 0, not {options[name]}.")
+    for protocol in options.protocols:
+        if protocol not in PROTOCOLS:
+            raise RequestError(f"No protocol '{protocol}'.{nearest(protocol, list(PROTOCOLS))}")
     settings = sweep_settings(options) if options.sweep else []
     check_setting(options.side, options.merge_rate)
     share_cores(options.workers)
-    encoder = load_encoder(options.run)
-    train, val = labelled(options.train, "train"), labelled(options.val, "val")
-    renumber = class_numbers(train[1], val[1], options)
-    device = best_device()
-    dtype = autocast_dtype("auto", device)
-
-    def features(encoder: Encoder, side: int | None, merge_rate: float, images: tuple[Source, Index]) -> Features:
-        found = extract(encoder.to(device), *images, side, dtype, merge_rate=merge_rate, workers=options.workers)
-        for row, reason in found.unreadable.items():
-            logger.warning("Left out of %s: %s: %s", images[0].name, images[0].keys[row], reason)
-        return found
-
-    def scored(name: str, extractor: Callable[[tuple[Source, Index]], Features]) -> dict[str, float]:
-        logger.info("Scoring: %s", name)
-        known, asked = extractor(train), extractor(val)
-        assert asked.labels is not None
-        scores = dict(score(known, dataclasses.replace(asked, labels=renumber[asked.labels]), options.seed))
-        images = len(known.values) + len(asked.values)
-        scores["images_per_second"] = images / (known.seconds + asked.seconds)
-        return scores
-
+    encoder = load_encoder(options.run).to(best_device())
+    dtype = autocast_dtype("auto", best_device())
+    specs = ((options.train, "train"), (options.val, "val"))
+    maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
+    train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options)
     if settings:
-        name, network = "trained", encoder
-        if options.random_init:
-            name, network = "random start", random_start(encoder, Path(options.run))
-        logger.info("Timing the network at %d settings", len(settings))
-        costs = network_costs(network.to(device), [train[1], val[1]], settings, dtype)
-        points = []
-        for (side, rate), cost in zip(settings, costs, strict=True):
-            scores = scored(f"{name}, {setting_name(side, rate)}", partial(features, network, side, rate))
-            points.append(Point(side, rate, **scores, **cost))
-        show_sweep(points, Path(options.out or options.run))
-        found = [dataclasses.asdict(point) for point in points]
-        print_json(options, dataclasses.asdict(choose(points)) | {"sweep": found})
-        return 0
-
-    subjects: dict[str, Callable[[tuple[Source, Index]], Features]] = {}
+        return sweep(options, settings, encoder, train, val, dtype)
+    subjects: dict[str, Encoder | None] = {}
     if options.baselines or options.random_init:
-        start = random_start(encoder, Path(options.run))
-        subjects["random start"] = partial(features, start, options.side, options.merge_rate)
+        subjects["random start"] = random_start(encoder, Path(options.run))
     if options.baselines:
-        subjects["raw 16x16 pixels"] = lambda images: thumbnails(*images)
+        subjects["raw 16x16 pixels"] = None
     if not options.random_init:
-        subjects["trained"] = partial(features, encoder, options.side, options.merge_rate)
-    table = Table("", "kNN-20", "linear", "RankMe")
-    evaluation = {}
-    for name, extractor in subjects.items():
-        scores = evaluation[name] = scored(name, extractor)
-        percent = [f"{scores[key]:.1%} ({scores[f'{key}_mean_per_class']:.1%})" for key in ("knn20", "linear")]
-        table.add_row(name, *percent, f"{scores['rankme']:.1f}")
+        subjects["trained"] = encoder
+    evaluation: dict[str, dict[str, float]] = {}
+    for name, network in subjects.items():
+        logger.info("Scoring: %s", name)
+        setting = Setting(options.side, dtype, options.merge_rate, options.workers)
+        scores = evaluation[name] = scores_of_features(options, network, train, val, setting)
+        if network is None:
+            continue
+        if "attentive" in options.protocols:
+            scores |= attentive(network, train, val, setting, options.seed, counting)
+        if "finetune" in options.protocols:
+            scores |= finetune(network, train, val, setting, options.seed, counting, options.finetune)
+        if "dense" in options.protocols:
+            scores |= dense(network, maps[0], maps[1], setting, options.seed, counting)
+    show(evaluation)
+    if (run := Path(options.run)).joinpath("config.yaml").is_file():
+        keep(evaluation, run / "evaluation.json")
+    print_json(options, scores)
+    return 0
+
+
+def labelled_images(options: Namespace) -> list[Images]:
+    """The images of training and validation, the latter's classes numbered as the former's.
+
+    Raises:
+        RequestError: images lack labels, there is one class only, or a class of validation is missing in training.
+    """
+    train, val = (Images(*labelled(*spec)) for spec in ((options.train, "train"), (options.val, "val")))
+    assert train.index.labels is not None
+    assert val.index.labels is not None
+    only = np.unique(train.index.labels)
+    if len(only) < 2:
+        raise RequestError(
+            f"{options.train} has images of one class only, '{class_name(train.index, only[0])}'; "
+            "scoring needs two or more."
+        )
+    renumber = class_numbers(train.index, val.index, options)
+    return [train, Images(val.source, dataclasses.replace(val.index, labels=renumber[val.index.labels]))]
+
+
+def scores_of_features(
+    options: Namespace, encoder: Encoder | None, train: Images, val: Images, setting: Setting
+) -> dict[str, float]:
+    """What the protocols that share features say, of an encoder or of raw pixels; nothing if none of them is wanted.
+
+    Raises:
+        RunError: some features are not finite.
+    """
+    protocols = [protocol for protocol in options.protocols if protocol in FEATURE_PROTOCOLS]
+    if not protocols:
+        return {}
+    both = []
+    for images in (train, val):
+        source, index = images.source, images.index
+        if encoder is None:
+            found = thumbnails(source, index)
+        else:
+            with counting(source.name, len(index.rows)) as progress:
+                found = extract(
+                    encoder,
+                    source,
+                    index,
+                    setting.side,
+                    setting.dtype,
+                    merge_rate=setting.merge_rate,
+                    workers=setting.workers,
+                    progress=progress,
+                    cache=True,
+                )
+        warn_of_unreadable(source, found.unreadable)
+        wrong = ~found.values.isfinite().all(dim=1)
+        if wrong.any():
+            key = source.keys[int(found.image_ids[wrong][0])]
+            raise RunError(
+                f"The features of {int(wrong.sum())} of {len(wrong)} images of {source.name} are not finite, the first "
+                f"of {key}: the encoder in {options.run} cannot be used."
+            )
+        both.append(found)
+    known, asked = both
+    most = max(NEIGHBOURS)
+    if "knn" in protocols and len(known.values) < most:
+        logger.warning(
+            "%s has %d images, fewer than the %d neighbours of knn%d: all of them vote.",
+            options.train,
+            len(known.values),
+            most,
+            most,
+        )
+    scores = dict(score(known, asked, options.seed, protocols))
+    scores["images_per_second"] = (len(known.values) + len(asked.values)) / (known.seconds + asked.seconds)
+    return scores
+
+
+def show(evaluation: dict[str, dict[str, float]]) -> None:
+    """Print the scores of some subjects as a table, a column for each."""
+    table = Table("", *evaluation)
+    details = ("_top5", "_mean_per_class", "_low", "_high", "images_per_second")
+    for name in dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(details)):
+        cells = []
+        for scores in evaluation.values():
+            value, per_class = scores.get(name), scores.get(f"{name}_mean_per_class")
+            if value is None:
+                cells.append("")
+            elif name == "rankme":
+                cells.append(f"{value:.1f}")
+            else:
+                cells.append(f"{value:.1%}" + (f" ({per_class:.1%})" if per_class is not None else ""))
+        table.add_row(TITLES.get(name, name), *cells)
     table.caption = "top-1 (mean per class)"
     Console().print(table)
-    if (run := Path(options.run)).joinpath("config.yaml").is_file():
-        with replacing(run / "evaluation.json") as temporary:
-            temporary.write_text(json.dumps(evaluation, indent=2) + "\n")
-    print_json(options, scores)
+
+
+def keep(evaluation: dict[str, dict[str, float]], path: Path) -> None:
+    """Write the scores of some subjects into a file that keeps those of the others."""
+    known: dict[str, dict[str, float]] = {}
+    # What is no evaluation, such as a file that was cut off, is replaced.
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        known = dict(json.loads(path.read_text()))
+    with replacing(path) as temporary:
+        temporary.write_text(
+            json.dumps(evaluation | {key: known[key] for key in known if key not in evaluation}, indent=2) + "\n"
+        )
+
+
+def sweep(
+    options: Namespace,
+    settings: list[tuple[int | None, float]],
+    encoder: Encoder,
+    train: Images,
+    val: Images,
+    dtype: torch.dtype,
+) -> int:
+    """Score a table of settings of one encoder."""
+    name, network = "trained", encoder
+    if options.random_init:
+        name, network = "random start", random_start(encoder, Path(options.run))
+    logger.info("Timing the network at %d settings", len(settings))
+    costs = network_costs(network, [train.index, val.index], settings, dtype)
+    fields = [field.name for field in dataclasses.fields(Point)]
+    points = []
+    for (side, rate), cost in zip(settings, costs, strict=True):
+        logger.info("Scoring: %s, %s", name, setting_name(side, rate))
+        scores = scores_of_features(options, network, train, val, Setting(side, dtype, rate, options.workers))
+        points.append(Point(side, rate, **{key: scores[key] for key in fields if key in scores}, **cost))
+    show_sweep(points, Path(options.out or options.run))
+    found = [dataclasses.asdict(point) for point in points]
+    print_json(options, dataclasses.asdict(choose(points)) | {"sweep": found})
     return 0
 
 
@@ -147,6 +273,8 @@ def sweep_settings(options: Namespace) -> list[tuple[int | None, float]]:
     """
     if options.baselines:
         raise RequestError("--sweep scores one encoder: leave --baselines out.")
+    if set(options.protocols) != set(DEFAULT_PROTOCOLS):
+        raise RequestError("--sweep scores by knn and linear: leave --protocols out.")
     sides: list[int | None] = [options.side]
     rates: list[float] = [options.merge_rate]
     for part in options.sweep:
@@ -195,30 +323,47 @@ def show_sweep(points: list[Point], folder: Path) -> None:
         print(folder / "sweep.png")
 
 
-def class_numbers(train: Index, val: Index, options: Namespace) -> Tensor:
+@contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; what it yields is called with how many of `total` are done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def class_numbers(train: Index, val: Index, options: Namespace) -> NDArray[np.int64]:
     """The training source's number of each of the validation source's classes: int64 [classes of val].
 
     Raises:
-        RequestError: a class of the validation source is missing in the training source.
+        RequestError: a class that has images in the validation source has none in the training source.
     """
     assert train.labels is not None
     assert val.labels is not None
+    numbers = np.arange(1 + int(val.labels.max()))
     if train.classes is not None and val.classes is not None:
-        missing = [name for name in val.classes if name not in train.classes]
-        numbers = [train.classes.index(name) for name in val.classes if name not in missing]
-    else:
-        missing = sorted({*val.labels.tolist()} - {*train.labels.tolist()})
-        numbers = list(range(1 + int(val.labels.max())))
-    if missing:
-        raise RequestError(f"{options.val} has a class '{missing[0]}' that {options.train} has not.")
-    return torch.tensor(numbers)
+        places = {name: number for number, name in enumerate(train.classes)}
+        numbers = np.array([places.get(name, -1) for name in val.classes])
+    for label in np.unique(val.labels).tolist():
+        if numbers[label] not in train.labels:
+            name = class_name(val, label)
+            listed = train.classes is not None and name in train.classes
+            lacks = f"of which {options.train} has no readable image" if listed else f"that {options.train} has not"
+            raise RequestError(f"{options.val} has a class '{name}' {lacks}.")
+    return numbers
+
+
+def class_name(index: Index, label: int) -> str:
+    """What users call a class."""
+    return str(label) if index.classes is None else index.classes[label]
 
 
 def random_start(encoder: Encoder, run: Path) -> Encoder:
     """The encoder as it was before the first step: the same architecture and seed."""
     seed = load_config(run).seed if (run / "config.yaml").is_file() else 0
     torch.manual_seed(seed)
-    return Encoder(encoder.config).eval()
+    return Encoder(encoder.config).eval().to(encoder.pixel_scale.device)
 
 
 COMMAND = Command("Score an encoder on labelled images.", add_options, run)

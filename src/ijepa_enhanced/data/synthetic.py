@@ -101,6 +101,15 @@ def render(part: str, row: int, seed: int = 0) -> Sample:
     return Sample(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), label, distance < 0)
 
 
+def label_map(part: str, row: int, seed: int = 0) -> NDArray[np.uint8]:
+    """What is where in an image: [h, w], 0 for the background and 1 + the label for the object's whole shape.
+
+    Arguments and errors are those of `render`.
+    """
+    sample = render(part, row, seed)
+    return (sample.mask * (1 + sample.label)).astype(np.uint8)
+
+
 def _generator(seed: int, part: str, row: int, use: int) -> Generator:
     key = np.array([seed, list(IMAGES).index(part)], dtype=np.uint64)
     return Generator(Philox(key=key, counter=np.array([0, 0, row, use], dtype=np.uint64)))

@@ -1,25 +1,43 @@
-"""One feature an image, of a whole source: extracted once, scored by every protocol."""
+"""One feature an image, of a whole source: extracted once, kept in a cache, scored by every protocol."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ijepa_enhanced.data import synthetic
 from ijepa_enhanced.data.images import UnreadableImage, decode_views
-from ijepa_enhanced.data.index import Index
-from ijepa_enhanced.data.loader import PackDataset, make_loader
+from ijepa_enhanced.data.index import Index, cache_folder
 from ijepa_enhanced.data.plan import inference_packs
 from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK, need_images, token_batches
+from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.packed import Batch
 
-TOKENS_PER_PACK = 16384
-"""Tokens that an encoder sees at once."""
+logger = logging.getLogger(__name__)
+
+LAYERS = 4
+"""Last layers whose outputs are kept: those that I-JEPA (arXiv 2301.08243, appendix A.2) and DINOv2 (arXiv 2304.07193)
+probe."""
+PACKS_PER_PART = 16
+"""Of a file of the cache, and so the most that an interruption loses: 1,300 images of 196 tokens."""
+FORMAT = 1
+"""Raised when a cached file means something else, or an encoder of the same weights computes something else."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,7 @@ class Features:
     """The features of the N readable images of a source, on the CPU."""
 
     values: Tensor
-    """float32 [N, D]"""
+    """float32 [N, D]: the mean of each image's tokens."""
     labels: Tensor | None
     """int64 [N], or None where the source has none."""
     image_ids: Tensor
@@ -35,10 +53,12 @@ class Features:
     unreadable: dict[int, str]
     """Row and reason of every image that could not be decoded."""
     seconds: float
-    """From the first decoded image to the last feature."""
+    """From the first decoded image to the last feature, when they were extracted."""
+    layers: Tensor | None = None
+    """float32 [N, L, D]: such a mean of the output of each of the last L layers, the last of which is `values`; L is
+    `LAYERS`, or the encoder's depth where that is less. None where the features are no encoder's."""
 
 
-@torch.inference_mode()
 def extract(
     encoder: Encoder,
     source: Source,
@@ -49,6 +69,7 @@ def extract(
     merge_rate: float | Sequence[float] = 0.0,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
+    cache: bool = False,
 ) -> Features:
     """The mean of each image's tokens: whole images, no crop.
 
@@ -61,40 +82,116 @@ def extract(
         merge_rate: see `Encoder.embed`.
         workers: processes that decode.
         progress: called with the number of images done.
+        cache: keep what is found in the user's cache folder (see `build_index`) and read what is there, a file for
+            every `PACKS_PER_PART` packs. They are found by a digest of all that features depend on: weights and
+            architecture, the files and their index, and the other arguments. What cannot be read is made anew; what
+            cannot be written is a warning.
 
     Raises:
         UnreadableImage: none of the images can be decoded.
         ValueError: a merge rate out of range.
     """
-    device = encoder.pixel_scale.device
-    config = encoder.config
-    dataset = PackDataset(source, index, config.patch_size, depth=config.shape.depth, merge_rate=merge_rate)
-    packs = inference_packs(index, side, config.patch_size, tokens_per_pack)
-    values, image_ids, labels = [], [], []
-    unreadable: dict[int, str] = {}
-    start = time.perf_counter()
-    for batch in make_loader(dataset, packs, workers, pin_memory=device.type == "cuda"):
-        unreadable |= dict(batch.unreadable)
-        if not len(batch.image_ids):
-            continue
-        packed = batch.packed.to(device, non_blocking=True)
-        plan = batch.merge_plan and batch.merge_plan.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features = encoder(packed, plan)
-        values.append(segment_mean(features, packed.segments.cu_seqlens).cpu())
-        image_ids.append(batch.image_ids)
-        if batch.labels is not None:
-            labels.append(batch.labels)
-        if progress:
-            progress(sum(map(len, image_ids)))
-    _need(values, source)
+    packs = inference_packs(index, side, encoder.config.patch_size, tokens_per_pack)
+    cuts = [packs[start : start + PACKS_PER_PART] for start in range(0, len(packs), PACKS_PER_PART)]
+    found: list[_Part | None] = [None] * len(cuts)
+    if cache:
+        settings = (side, dtype, tokens_per_pack, merge_rate)
+        folder = cache_folder() / "features" / _digest(encoder, source, index, settings)
+        found = [_Part.load(folder / f"{number:05d}.safetensors") for number in range(len(cuts))]
+    missing = [pack for cut, part in zip(cuts, found, strict=True) if part is None for pack in cut]
+    batches = token_batches(encoder, source, index, missing, dtype, merge_rate, workers, LAYERS)
+    parts, done = [], 0
+    for number, (cut, part) in enumerate(zip(cuts, found, strict=True)):
+        if part is None:
+            part = _Part.of(itertools.islice(batches, len(cut)), done, progress)
+            if cache:
+                part.save(folder / f"{number:05d}.safetensors")
+        elif progress:
+            progress(done + len(part.image_ids))
+        parts.append(part)
+        done += len(part.image_ids)
+    need_images(done, source)
+    layers = torch.cat([part.layers for part in parts if len(part.layers)])
+    image_ids = torch.cat([part.image_ids for part in parts])
+    readable = np.isin(index.rows, image_ids)
     return Features(
-        torch.cat(values),
-        torch.cat(labels) if labels else None,
-        torch.cat(image_ids),
-        unreadable,
-        time.perf_counter() - start,
+        layers[:, -1],
+        None if index.labels is None else torch.from_numpy(index.labels[readable]),
+        image_ids,
+        {row: reason for part in parts for row, reason in part.unreadable.items()},
+        sum(part.seconds for part in parts),
+        layers,
     )
+
+
+class _Part(NamedTuple):
+    """The features of some packs: n images."""
+
+    layers: Tensor
+    """float32 [n, L, D], on the CPU."""
+    image_ids: Tensor
+    unreadable: dict[int, str]
+    seconds: float
+
+    @classmethod
+    def of(
+        cls, batches: Iterable[tuple[Batch, list[Tensor]]], done: int, progress: Callable[[int], None] | None
+    ) -> _Part:
+        start = time.perf_counter()
+        pooled, image_ids = [], [torch.empty(0, dtype=torch.int64)]
+        unreadable: dict[int, str] = {}
+        for batch, layers in batches:
+            unreadable |= dict(batch.unreadable)
+            if not layers:
+                continue
+            cu_seqlens = batch.packed.segments.cu_seqlens
+            pooled.append(torch.stack([segment_mean(x, cu_seqlens) for x in layers], dim=1).cpu())
+            image_ids.append(batch.image_ids.cpu())
+            done += len(batch.image_ids)
+            if progress:
+                progress(done)
+        return cls(
+            torch.cat(pooled) if pooled else torch.empty(0),
+            torch.cat(image_ids),
+            unreadable,
+            time.perf_counter() - start,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> _Part | None:
+        try:
+            with safe_open(path, "pt") as file:
+                said = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            unreadable = {int(row): reason for row, reason in json.loads(said["unreadable"]).items()}
+            return cls(tensors["layers"], tensors["image_ids"], unreadable, float(said["seconds"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            logger.warning("The cached features %s cannot be read and are made anew: %s", path, error)
+            return None
+
+    def save(self, path: Path) -> None:
+        tensors = {"layers": self.layers, "image_ids": self.image_ids}
+        said = {"unreadable": json.dumps(self.unreadable), "seconds": repr(self.seconds)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, said)
+        except (OSError, SafetensorError) as error:
+            logger.warning("The features cannot be cached in %s: %s", path.parent, error)
+
+
+def _digest(encoder: Encoder, source: Source, index: Index, settings: tuple[object, ...]) -> str:
+    """The name of all that features depend on."""
+    format_of = (FORMAT, LAYERS, PACKS_PER_PART, synthetic.VERSION)
+    where = (encoder.config, encoder.pixel_scale.device.type, source.fingerprint(), index.hash)
+    digest = hashlib.sha256(repr((*format_of, *where, *settings)).encode())
+    digest.update(index.rows.tobytes())
+    for name, weights in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def thumbnails(source: Source, index: Index, side: int = 16) -> Features:
@@ -110,12 +207,7 @@ def thumbnails(source: Source, index: Index, side: int = 16) -> Features:
             continue
         values.append(torch.from_numpy(pixels.reshape(-1)) / 255)
         kept.append(image)
-    _need(values, source)
+    need_images(len(values), source)
     rows = torch.from_numpy(index.rows[kept])
     labels = None if index.labels is None else torch.from_numpy(index.labels[kept])
     return Features(torch.stack(values), labels, rows, unreadable, time.perf_counter() - start)
-
-
-def _need(values: list[Tensor], source: Source) -> None:
-    if not values:
-        raise UnreadableImage(f"None of the {len(source.keys)} images of {source.name} can be decoded.")

@@ -15,7 +15,7 @@ import torch
 from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
-from ijepa_enhanced.evaluate.features import TOKENS_PER_PACK
+from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.models.flops import encoder_flops

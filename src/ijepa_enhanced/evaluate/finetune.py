@@ -1,0 +1,265 @@
+"""Classification by an encoder that goes on learning, with labels: what its weights are worth as a start."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijepa_enhanced.data.augment import AugmentConfig
+from ijepa_enhanced.data.loader import PackDataset, make_loader
+from ijepa_enhanced.data.plan import DataConfig, Plan, inference_packs
+from ijepa_enhanced.evaluate.scores import classification
+from ijepa_enhanced.evaluate.tokens import (
+    Counting,
+    Images,
+    Setting,
+    need_images,
+    token_batches,
+    uncounted,
+    warn_of_unreadable,
+)
+from ijepa_enhanced.merge_plan import MergePlan
+from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.packed import Packed, segment_ids
+from ijepa_enhanced.randomness import Purpose, generator
+from ijepa_enhanced.schedules import warmup_cosine
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning. The defaults but for the rate are MAE's for ViT-B (arXiv 2111.06377, table 9)."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+    lr: float = 5e-4
+    """Peak learning rate of the last layer. A step is one pack, so it does not scale with a batch."""
+    layer_decay: float = 0.75
+    """Learning rate of a layer by that of the layer above it (BEiT, arXiv 2106.08254, appendix H)."""
+    weight_decay: float = 0.05
+    """Decoupled, on matrices only."""
+    warmup: float = 0.05
+    """Fraction of all steps over which the learning rate rises."""
+    drop_path: float = 0.1
+    """Chance that a view skips half of the last block; that of earlier blocks rises to it on a straight line from 0
+    (stochastic depth, arXiv 1603.09382)."""
+    label_smoothing: float = 0.0
+    """Share of the target that all classes have in common; MAE's is 0.1."""
+    mixup: float = 0.0
+    """Both parameters of the Beta distribution that two images are mixed by; 0: never. Images of two sizes cannot be
+    mixed as pixels: their pooled features are (manifold mixup, arXiv 1806.05236)."""
+    min_crop: float = 0.3
+    """Smallest area of the random crop, as a fraction of the image."""
+    flip: float = 0.5
+    """Chance that a crop is mirrored left to right."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"finetune.{name} must be above 0, not {getattr(self, name)}.")
+        for name in ("weight_decay", "mixup"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"finetune.{name} must be at least 0, not {getattr(self, name)}.")
+        for name in ("layer_decay", "min_crop"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"finetune.{name} must be above 0 and at most 1, not {getattr(self, name)}.")
+        for name in ("drop_path", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"finetune.{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        for name in ("warmup", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"finetune.{name} must lie between 0 and 1, not {getattr(self, name)}.")
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer on the mean of its tokens.
+
+    Args:
+        encoder: which is copied.
+        classes: C.
+        drop_path: see `FinetuneConfig`.
+        seed: of what is dropped.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, drop_path: float, seed: int) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder)
+        self.head = nn.Linear(encoder.width, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        device = encoder.pixel_scale.device
+        self.to(device)
+        self.random = torch.Generator(device).manual_seed(seed)
+        self.cu_seqlens: list[Tensor] = []
+        """Of the stream before each layer and after the last, for the pack that is being seen."""
+        layers = list(self.encoder.blocks.layers)
+        for number, layer in enumerate(layers):
+            chance = drop_path * (number + 1) / len(layers)
+            # Only the second half of a block comes after its merging.
+            for name, stream in (("proj", number), ("fc2", number + 1)):
+                layer.get_submodule(name).register_forward_hook(partial(self._skip, chance, stream))
+
+    def _skip(self, chance: float, stream: int, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        if not self.training or not chance:
+            return output
+        cu_seqlens = self.cu_seqlens[stream]
+        kept = torch.rand(len(cu_seqlens) - 1, generator=self.random, device=output.device) >= chance
+        return output * (kept / (1 - chance)).to(output.dtype)[segment_ids(cu_seqlens, len(output)), None]
+
+    def pooled(self, packed: Packed, plan: MergePlan | None) -> Tensor:
+        """Patches of V views -> the means of their tokens [V, D]."""
+        streams = [packed.segments] * (len(self.encoder.blocks.layers) + 1) if plan is None else plan.segments
+        self.cu_seqlens = [segments.cu_seqlens for segments in streams]
+        return segment_mean(self.encoder(packed, plan), packed.segments.cu_seqlens)
+
+
+def finetune(
+    encoder: Encoder,
+    train: Images,
+    val: Images,
+    setting: Setting,
+    seed: int = 0,
+    counting: Counting = uncounted,
+    config: FinetuneConfig | None = None,
+) -> Iterator[tuple[str, float]]:
+    """`finetune`, and what comes with it (see `scores.classification`): of the last step, none is chosen.
+
+    AdamW over random crops, resized to the side that is scored, a pack a step; the encoder that is given does not
+    change.
+
+    Args:
+        encoder: on the device to train on.
+        train, val: images with labels; those of `val` should occur in `train`.
+        setting: how images are shown to the encoder.
+        seed: of crops, order, mixing and dropping.
+        counting: shows progress.
+        config: of the training.
+
+    Raises:
+        UnreadableImage: no image of a source can be decoded.
+        PlanError: fewer than two training images are large enough.
+    """
+    config = config or FinetuneConfig()
+    assert train.index.labels is not None
+    assert val.index.labels is not None
+    classes = torch.from_numpy(np.unique(train.index.labels))
+    rng = generator(seed, Purpose.PROTOCOL)
+    model = Classifier(encoder, len(classes), config.drop_path, int(rng.integers(2**63))).train()
+    _train(model, train, classes, setting, seed, rng, counting, config)
+    logits, labels = _predict(model.eval(), val, setting, counting)
+    yield from classification("finetune", logits, classes, labels)
+
+
+def _train(
+    model: Classifier,
+    train: Images,
+    classes: Tensor,
+    setting: Setting,
+    seed: int,
+    rng: np.random.Generator,
+    counting: Counting,
+    config: FinetuneConfig,
+) -> None:
+    source, index, encoder = train.source, train.index, model.encoder
+    views = DataConfig(
+        tokens_per_pack=setting.tokens_per_pack,
+        min_side=setting.side,
+        max_side=setting.side,
+        min_crop=config.min_crop,
+    )
+    plan = Plan(index, views, encoder.config.patch_size, seed)
+    steps = config.epochs * len(plan.epoch(0))
+    packs = (epoch[number] for epoch in map(plan.epoch, itertools.count()) for number in range(len(epoch)))
+    depth, device = encoder.config.shape.depth, encoder.pixel_scale.device
+    dataset = PackDataset(
+        source,
+        index,
+        encoder.config.patch_size,
+        seed=seed,
+        depth=depth,
+        merge_rate=setting.merge_rate,
+        changes=AugmentConfig(flip=config.flip),
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=0.0)
+    unreadable: dict[int, str] = {}
+    seen = 0
+    with counting("finetune", steps) as progress:
+        loader = make_loader(dataset, itertools.islice(packs, steps), setting.workers, pin_memory=device.type == "cuda")
+        for step, batch in enumerate(loader):
+            unreadable |= dict(batch.unreadable)
+            if not len(batch.image_ids):
+                continue
+            seen += len(batch.image_ids)
+            moved = batch.to(device, non_blocking=True)
+            assert moved.labels is not None
+            targets = F.one_hot(torch.searchsorted(classes.to(device), moved.labels), len(classes)).float()
+            with torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32):
+                pooled = model.pooled(moved.packed, moved.merge_plan)
+            if config.mixup:
+                pooled, targets = mixed(pooled, targets, config.mixup, rng)
+            loss = F.cross_entropy(model.head(pooled), targets, label_smoothing=config.label_smoothing)
+            for group in optimizer.param_groups:
+                rate = warmup_cosine(step, steps, round(config.warmup * steps), config.lr, 0.0)
+                group["lr"] = rate * group["share"]
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress(step + 1)
+    warn_of_unreadable(source, unreadable)
+    need_images(seen, source)
+
+
+def parameter_groups(model: Classifier, config: FinetuneConfig) -> list[dict[str, object]]:
+    """What AdamW learns, each with its weight decay and the share of the learning rate that it has.
+
+    The head and the last LayerNorm have all of it, block l of `depth` (from 0) layer_decay ** (depth - l), and what
+    comes before the blocks layer_decay ** (depth + 1). Vectors and tables of positions do not decay.
+    """
+    depth = len(model.encoder.blocks.layers)
+    groups = []
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.blocks.layers."):
+            below = depth - int(name.split(".")[3])
+        else:
+            below = 0 if name.startswith(("head.", "encoder.blocks.")) else depth + 1
+        decays = parameter.ndim > 1 and "positions" not in name
+        decay = config.weight_decay if decays else 0.0
+        groups.append({"params": [parameter], "share": config.layer_decay**below, "weight_decay": decay})
+    return groups
+
+
+def mixed(pooled: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """V features [V, D] and targets [V, C], each mixed with another's, in one proportion from Beta(alpha, alpha)."""
+    share = float(rng.beta(alpha, alpha))
+    other = torch.from_numpy(rng.permutation(len(pooled))).to(pooled.device)
+    return share * pooled + (1 - share) * pooled[other], share * targets + (1 - share) * targets[other]
+
+
+@torch.inference_mode()
+def _predict(model: Classifier, images: Images, setting: Setting, counting: Counting) -> tuple[Tensor, Tensor]:
+    """Logits [N, C] and labels int64 [N] of the readable images."""
+    source, index, encoder = images.source, images.index, model.encoder
+    packs = inference_packs(index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
+    batches = token_batches(encoder, source, index, packs, setting.dtype, setting.merge_rate, setting.workers)
+    logits, labels = [], []
+    unreadable: dict[int, str] = {}
+    with counting(source.name, len(index.rows)) as progress:
+        for batch, layers in batches:
+            unreadable |= dict(batch.unreadable)
+            if layers:
+                assert batch.labels is not None
+                logits.append(model.head(segment_mean(layers[-1], batch.packed.segments.cu_seqlens)).cpu())
+                labels.append(batch.labels.cpu())
+                progress(sum(map(len, labels)))
+    warn_of_unreadable(source, unreadable)
+    need_images(len(labels), source)
+    return torch.cat(logits), torch.cat(labels)

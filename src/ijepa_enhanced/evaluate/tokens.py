@@ -1,0 +1,178 @@
+"""The tokens of a frozen encoder over a whole source, pack after pack: what every protocol starts from."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.index import Index, cache_folder
+from ijepa_enhanced.data.loader import PackDataset, make_loader
+from ijepa_enhanced.data.plan import Pack, inference_packs
+from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.merge_plan import MergePlan
+from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.ops.merging import chain, unmerge
+from ijepa_enhanced.packed import Batch, Packed
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_PACK = 16384
+"""Tokens that an encoder sees at once."""
+
+Counting = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a progress bar of a title and a total; what it gives is called with how many are done."""
+
+
+@contextmanager
+def uncounted(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """No bar at all."""
+    yield lambda done: None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an encoder is run over a source: whole images, no crop."""
+
+    side: int | None
+    """sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size."""
+    dtype: torch.dtype = torch.float32
+    """Precision of the matrix products."""
+    merge_rate: float | Sequence[float] = 0.0
+    """See `Encoder.embed`."""
+    workers: int = 1
+    """Processes that decode."""
+    tokens_per_pack: int = TOKENS_PER_PACK
+    """Tokens in memory at once."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A source and its index."""
+
+    source: Source
+    index: Index
+
+
+@torch.inference_mode()
+def token_batches(
+    encoder: Encoder,
+    source: Source,
+    index: Index,
+    packs: Iterable[Pack],
+    dtype: torch.dtype,
+    merge_rate: float | Sequence[float],
+    workers: int,
+    layers: int = 1,
+) -> Iterator[tuple[Batch, list[Tensor]]]:
+    """Each pack on the encoder's device, and what the last `layers` layers make of its patches: [T, D] each.
+
+    Of all layers the output is as the encoder's own: after the last LayerNorm, and with merging, for each patch that of
+    the token that holds it. A pack of which no image can be decoded has an empty list.
+    """
+    device, config = encoder.pixel_scale.device, encoder.config
+    dataset = PackDataset(source, index, config.patch_size, depth=config.shape.depth, merge_rate=merge_rate)
+    for batch in make_loader(dataset, packs, workers, pin_memory=device.type == "cuda"):
+        moved = batch.to(device, non_blocking=True)
+        outputs: list[Tensor] = []
+        if len(batch.image_ids):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = last_layers(encoder, moved.packed, moved.merge_plan, layers)
+        yield moved, outputs
+
+
+def last_layers(encoder: Encoder, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
+    """The outputs [T, D] of the last `count` layers, or of all where there are fewer; see `token_batches`."""
+    layers = list(encoder.blocks.layers)
+    streams: list[Tensor] = []
+    # What goes into a layer's first LayerNorm is the output of the layer before.
+    hooks = [
+        layer.get_submodule("norm1").register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+        for layer in layers[max(1, len(layers) - count + 1) :]
+    ]
+    try:
+        features, merges = encoder.merged(packed, plan)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = [*map(encoder.blocks.norm, streams), features]
+    if plan is None:
+        return outputs
+    origins = [None, *itertools.accumulate(merges, chain)]
+    merged = [origins[sum(plan.active[: number + 1])] for number in range(len(layers))][-len(outputs) :]
+    return [x if origin is None else unmerge(x, origin) for x, origin in zip(outputs, merged, strict=True)]
+
+
+class Tokens(NamedTuple):
+    """The tokens of N images, one image after another."""
+
+    values: Tensor
+    """bfloat16 [T, D], mapped from a file: what memory cannot hold stays on the disk."""
+    lengths: Tensor
+    """int64 [N]: tokens of each image."""
+    grids: Tensor
+    """int32 [N, 2]: rows and columns of each image."""
+    image_ids: Tensor
+    """int64 [N]: rows of the source."""
+    labels: Tensor | None
+    """int64 [N], or None where the source has none."""
+
+
+@contextmanager
+def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: Counting) -> Iterator[Tokens]:
+    """The tokens of all images after the last LayerNorm, for as long as the context lasts.
+
+    They take 2 * D bytes each, in a file in the user's cache folder that has no name there.
+
+    Raises:
+        UnreadableImage: none of the images can be decoded.
+        OSError: the disk is full.
+    """
+    source, index = images.source, images.index
+    packs = inference_packs(index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
+    batches = token_batches(encoder, source, index, packs, setting.dtype, setting.merge_rate, setting.workers)
+    parts: list[Batch] = []
+    unreadable: dict[int, str] = {}
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="tokens-") as file:
+        with counting(source.name, len(index.rows)) as progress:
+            for batch, layers in batches:
+                unreadable |= dict(batch.unreadable)
+                if layers:
+                    parts.append(batch.to("cpu"))
+                    file.write(layers[-1].to("cpu", torch.bfloat16).view(torch.uint8).numpy().data)
+                    progress(sum(len(part.image_ids) for part in parts))
+        file.flush()
+        warn_of_unreadable(source, unreadable)
+        need_images(len(parts), source)
+        lengths = torch.tensor([length for part in parts for length in part.packed.segments.lengths])
+        size = int(lengths.sum()) * encoder.width
+        labels = [part.labels for part in parts if part.labels is not None]
+        yield Tokens(
+            torch.from_file(file.name, size=size, dtype=torch.bfloat16).view(-1, encoder.width),
+            lengths,
+            torch.cat([part.packed.grids for part in parts]),
+            torch.cat([part.image_ids for part in parts]),
+            torch.cat(labels) if labels else None,
+        )
+
+
+def warn_of_unreadable(source: Source, unreadable: Mapping[int, str]) -> None:
+    """Log row and reason of each image that could not be decoded."""
+    for row, reason in unreadable.items():
+        logger.warning("Left out of %s: %s: %s", source.name, source.keys[row], reason)
+
+
+def need_images(images: int, source: Source) -> None:
+    """Raise UnreadableImage where there are no images."""
+    if not images:
+        raise UnreadableImage(f"None of the {len(source.keys)} images of {source.name} can be decoded.")

@@ -1,0 +1,133 @@
+"""The dense probe counts pixels: of patches, of classes, and by the image's own size."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijepa_enhanced import Encoder
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.sources import SourceError
+from ijepa_enhanced.evaluate import dense as dense_module
+from ijepa_enhanced.evaluate.dense import dense, mean_iou, open_maps, patch_labels
+from ijepa_enhanced.evaluate.tokens import Setting
+from ijepa_enhanced.models.encoder import EncoderConfig
+
+SETTING = Setting(48, workers=0)
+
+
+def test_pixels_of_patches_by_hand() -> None:
+    labels = np.array([[0, 0, 2, 2, 7], [0, 0, 2, 255, 7], [7, 7, 7, 7, 0]], dtype=np.uint8)
+    # Centres at 1/6, 1/2, 5/6 of the height: the middle row belongs to the lower patch. 0.5 of the width likewise.
+    found = patch_labels(labels, (2, 2), np.array([0, 2, 7], dtype=np.uint8))
+    assert found.tolist() == [[2, 0, 0], [0, 2, 1], [2, 0, 2], [1, 1, 3]]
+
+
+def test_every_pixel_belongs_to_one_patch() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (37, 53), dtype=np.uint8)
+    found = patch_labels(labels, (4, 60), np.arange(3, dtype=np.uint8))
+    assert found.sum(dim=0).tolist() == np.bincount(labels.ravel()).tolist()
+    assert (found.view(4, 60, 3).sum(dim=(1, 2)) > 450).all()  # about 37 / 4 rows of 53 pixels
+
+
+def test_mean_iou_by_hand() -> None:
+    confusion = np.array([[6, 2, 0], [1, 1, 0], [0, 0, 0]])
+    assert mean_iou(confusion) == pytest.approx((6 / 9 + 1 / 4) / 2)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig(variant="Ti", depth=1, patch_size=8)).eval()
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Path:
+    """Eight images of a dark and a light part, with labels 3 and 8, and a border that does not count."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for number in range(8):
+        edge, width = 8 * (2 + number % 4), 48 + 8 * (number % 3)
+        pixels = rng.integers(0, 60, (48, width, 3), dtype=np.uint8)
+        pixels[:, edge:] += 150
+        labels = np.full((48, width), 3, dtype=np.uint8)
+        labels[:, edge:] = 8
+        labels[:, edge - 2 : edge + 2] = 255
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.jpg", quality=95)
+        Image.fromarray(labels).save(tmp_path / "labels" / f"{number}.png")
+    return tmp_path
+
+
+def test_light_and_dark_are_told_apart(encoder: Encoder, halves: Path) -> None:
+    maps = open_maps(str(halves), "train")
+    ((name, score),) = dense(encoder, maps, maps, SETTING)
+    assert name == "dense_miou"
+    assert score > 0.9
+
+
+def test_no_more_images_are_used_than_are_allowed(
+    encoder: Encoder, halves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, seen = dense_module.softmax_regression, []
+
+    def spy(x: torch.Tensor, targets: torch.Tensor, strengths: Sequence[float]) -> torch.Tensor:
+        seen.append(len(x))
+        return fit(x, targets, strengths)
+
+    monkeypatch.setattr(dense_module, "softmax_regression", spy)
+    monkeypatch.setattr(dense_module, "MOST_PATCHES", 150)
+    maps = open_maps(str(halves), "train")
+    list(dense(encoder, maps, maps, SETTING))
+    # Of images of 36 patches each, give or take, four.
+    assert 110 < max(seen) <= 150
+
+
+def test_the_synthetic_images_have_label_maps(encoder: Encoder) -> None:
+    maps = open_maps("synthetic", "val")
+    labels = maps.label_map(5)
+    assert labels.shape == (maps.index.heights[5], maps.index.widths[5])
+    assert maps.index.labels is not None
+    assert np.unique(labels).tolist() == [0, 1 + maps.index.labels[5]]
+
+
+def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: Path) -> None:
+    with pytest.raises(SourceError, match="has no label maps: the dense probe needs 'synthetic', or a folder with"):
+        open_maps(str(pictures), "train")
+    known = open_maps(str(halves), "train")
+    path = halves / "labels" / "2.png"
+
+    def fails(error: type[Exception], message: str) -> None:
+        with pytest.raises(error) as caught:
+            list(dense(encoder, known, open_maps(str(halves), "val"), SETTING))
+        assert str(caught.value) == message
+
+    labels = np.array(Image.open(path))
+    Image.fromarray(labels[:40]).save(path)
+    fails(
+        UnreadableImage,
+        f"The label map of 2.jpg of {halves}/images has 40 x 64 px, but the image 48 x 64.",
+    )
+    Image.fromarray(labels).convert("RGB").save(path)
+    fails(UnreadableImage, f"{path} is no label map: it has the mode RGB, not L or P.")
+    path.unlink()
+    fails(UnreadableImage, f"The label map {path} cannot be read: No such file or directory.")
+
+
+def test_a_label_that_training_lacks_is_an_error(encoder: Encoder, halves: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for name, suffix in (("images", "jpg"), ("labels", "png")):
+        (other / name).mkdir(parents=True)
+        (other / name / f"0.{suffix}").write_bytes((halves / name / f"0.{suffix}").read_bytes())
+    path = other / "labels" / "0.png"
+    labels = np.array(Image.open(path))
+    labels[0, 0] = 9
+    Image.fromarray(labels).save(path)
+    with pytest.raises(SourceError) as caught:
+        list(dense(encoder, open_maps(str(halves), "train"), open_maps(str(other), "val"), SETTING))
+    assert str(caught.value) == (
+        f"The label map of 0.jpg of {other}/images has the label 9, which none of {halves}/images has."
+    )

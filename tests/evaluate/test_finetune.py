@@ -1,0 +1,109 @@
+"""Fine-tuning learns with labels, each layer at its own rate, and leaves the encoder that it was given alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_enhanced import Encoder
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.evaluate.finetune import Classifier, FinetuneConfig, finetune, mixed, parameter_groups
+from ijepa_enhanced.evaluate.tokens import Images, Setting
+from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.packed import Packed, Segments
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig(variant="Ti", depth=2, patch_size=8)).eval()
+
+
+@pytest.mark.parametrize(("rate", "mixup"), [(0.0, 0.0), (0.25, 0.8)])
+def test_it_learns_and_repeats(encoder: Encoder, pictures: Path, rate: float, mixup: float) -> None:
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    source = open_source(str(pictures))
+    images = Images(source, build_index(source))
+    setting = Setting(32, merge_rate=rate, workers=0)
+    config = FinetuneConfig(epochs=30, lr=1e-3, mixup=mixup)
+    first, again = (dict(finetune(encoder, images, images, setting, seed=1, config=config)) for _ in range(2))
+    names = ["finetune", "finetune_top5", "finetune_mean_per_class", "finetune_low", "finetune_high"]
+    assert list(first) == names
+    assert first == again
+    assert first["finetune"] == 1.0  # the classes differ in brightness
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_a_view_skips_a_half_block_as_a_whole(encoder: Encoder) -> None:
+    model = Classifier(encoder, 2, 0.5, seed=0).train()
+    segments = Segments.of([3, 1, 5])
+    model.cu_seqlens = [segments.cu_seqlens]
+    seen = []
+    for _ in range(500):
+        output = model._skip(0.25, 0, model, None, torch.ones(9, 4))
+        views = output.split([3, 1, 5])
+        assert all(len(view.unique()) == 1 for view in views)
+        seen.append([float(view[0, 0]) for view in views])
+    kept = np.array(seen)
+    assert set(kept.ravel()) == {0.0, np.float32(1 / 0.75)}
+    # What is expected of a view stays the same: four standard errors of 1,500 draws.
+    assert abs(kept.mean() - 1) < 4 * (1 / 3 / 1500) ** 0.5
+    assert abs(np.corrcoef(kept.T)[0, 1]) < 0.2
+    assert torch.equal(model.eval()._skip(0.25, 0, model, None, torch.ones(9, 4)), torch.ones(9, 4))
+
+
+def test_nothing_is_skipped_when_it_is_scored(encoder: Encoder) -> None:
+    rng = np.random.default_rng(0)
+    packed = Packed.of_grids(rng.integers(0, 256, (12, 192), dtype=np.uint8), np.array([[2, 3], [3, 2]]))
+    model = Classifier(encoder, 2, 0.5, seed=0)
+    expected = encoder(packed).view(2, 6, -1).mean(dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().pooled(packed, None), expected)
+        assert not torch.allclose(model.train().pooled(packed, None), expected)
+
+
+def test_layers_have_their_own_rates(encoder: Encoder) -> None:
+    model = Classifier(encoder, 3, 0.0, seed=0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        names[id(group["params"][0])]: (group["share"], group["weight_decay"])  # type: ignore[index]
+        for group in parameter_groups(model, FinetuneConfig(layer_decay=0.5, weight_decay=0.1))
+    }
+    assert found.keys() == set(names.values())
+    expected = {
+        "head.weight": (1.0, 0.1),
+        "head.bias": (1.0, 0.0),
+        "encoder.blocks.norm.weight": (1.0, 0.0),
+        "encoder.blocks.layers.1.fc2.weight": (0.5, 0.1),
+        "encoder.blocks.layers.0.qkv.bias": (0.25, 0.0),
+        "encoder.patch_embed.weight": (0.125, 0.1),
+        "encoder.positions.rows": (0.125, 0.0),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_features_and_targets_are_mixed_alike() -> None:
+    targets = torch.eye(5)
+    features = 10 * targets
+    mixed_features, mixed_targets = mixed(features, targets, 0.8, np.random.default_rng(0))
+    torch.testing.assert_close(mixed_features, 10 * mixed_targets)
+    torch.testing.assert_close(mixed_targets.sum(dim=1), torch.ones(5))
+    assert 0 < mixed_targets[0, 0] < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "finetune.epochs must be above 0, not 0."),
+        ({"mixup": -1.0}, "finetune.mixup must be at least 0, not -1.0."),
+        ({"layer_decay": 1.5}, "finetune.layer_decay must be above 0 and at most 1, not 1.5."),
+        ({"drop_path": 1.0}, "finetune.drop_path must be at least 0 and below 1, not 1.0."),
+        ({"warmup": 2.0}, "finetune.warmup must lie between 0 and 1, not 2.0."),
+    ],
+)
+def test_what_makes_no_sense_is_an_error(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the whole message is compared
+        FinetuneConfig(**change)  # type: ignore[arg-type]
+    assert str(caught.value) == message
