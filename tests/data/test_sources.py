@@ -493,3 +493,17 @@ def test_a_folder_without_the_part(tmp_path):
     assert str(error.value) == (
         f"{tmp_path} has files for train, and none for val: name those to take, as {tmp_path}/train*.tar."
     )
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_shards_that_may_not_be_read(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_bytes(b"")
+
+    def refuse(file, *args, **options):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("builtins.open" if name == "a.tar" else "pyarrow.parquet.read_metadata", refuse)
+    with pytest.raises(SourceError) as error:
+        open_source(str(path))
+    assert str(error.value) == f"{path} cannot be read: Permission denied."

@@ -22,8 +22,11 @@ from ijepa_enhanced.commands.setup import (
 from ijepa_enhanced.commands.train import first_batch
 from ijepa_enhanced.config import RequestError
 from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.index import LISTED, build_index, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
+from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.train.loop import RunError
+from ijepa_enhanced.visualize.data import class_sizes, draw_survey, survey
 from ijepa_enhanced.visualize.features import draw_features
 from ijepa_enhanced.visualize.merges import draw_merges
 from ijepa_enhanced.visualize.views import draw_masked_views, draw_pack, save_png
@@ -65,6 +68,46 @@ def add_image_options(picture: ArgumentParser) -> None:
     add_encoder(picture)
     picture.add_argument("images", type=str, nargs="+", help="image files")
     add_out(picture)
+
+
+def add_data_options(picture: ArgumentParser) -> None:
+    """The options of `ijepa inspect data`."""
+    picture.add_argument("source", type=str, help="a folder, tar shards, Parquet, a list, hf://NAME, or synthetic")
+    add_out(picture)
+
+
+def inspect_data(options: Namespace) -> int:
+    """Draw some images of a source and how large they are; count modes, labels and duplicates."""
+    source = open_source(options.source)
+    index = build_index(source)
+    report_unreadable(index)
+    if not len(index.rows):
+        raise RunError(f"None of the {len(index.unreadable)} images of {options.source} can be read.")
+    seen = survey(source, index)
+    for row, reason in seen.unreadable:
+        logger.warning("Left out: %s: %s", source.keys[row], reason)
+    if not seen.rows:
+        raise RunError(f"None of the {len(seen.unreadable)} images of {options.source} can be decoded.")
+    folder = Path(options.out)
+    pictures = draw_survey(source, index, seen, folder)
+    sizes = class_sizes(index)
+    counts = summary(index) | {
+        "modes": seen.modes,
+        "looked_at": len(seen.rows),
+        "identical": len(seen.identical),
+        "near": len(seen.near),
+    }
+    for name, value in counts.items():
+        shown = "  ".join(f"{part} {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
+        print(f"{name:>12}  {shown}")
+    for name, size in list(sizes.items())[:LISTED]:
+        print(f"       class  {name}: {size}")
+    if len(sizes) > LISTED:
+        print(f"       class  {len(sizes) - LISTED} more, of {min(sizes.values())} images at least")
+    for path in pictures:
+        print(path)
+    print_json(options, counts | {"classes": sizes, "pictures": [str(path) for path in pictures]})
+    return 0
 
 
 def inspect_pack(name: str, options: Namespace) -> int:
@@ -126,6 +169,11 @@ def inspect_features(options: Namespace) -> int:
 
 
 COMMANDS = {
+    "data": Command(
+        "Draw some images of a source and their sizes; count labels, modes and duplicates.",
+        add_data_options,
+        inspect_data,
+    ),
     "masks": Command(
         "Draw what the student sees of the first views of a run, and what it must predict.",
         add_pack_options,

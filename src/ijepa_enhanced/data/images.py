@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from functools import lru_cache
 
@@ -23,6 +24,9 @@ from PIL import (
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused: Pillow's own limit against files that decompress to more than memory holds."""
+
+LONGEST = 65_500
+"""Pixels along a side that a JPEG file can have."""
 
 GAP = 2
 """Pixels for every output pixel that cheap reduction leaves to the bicubic filter, as in Pillow's `thumbnail`."""
@@ -124,6 +128,22 @@ def decode_views(
         view = pixels.resize((cols, rows), Image.Resampling.BICUBIC, box, reducing_gap=GAP)
         views.append(np.array(view))
     return views
+
+
+def decode_whole(image: Image.Image, max_side: float) -> NDArray[np.uint8]:
+    """The whole image as `decode_views` shows it, [height, width, 3], shrunk where it is larger than `max_side`.
+
+    Args:
+        image: see `decode_views`.
+        max_side: sqrt(height * width) in pixels.
+
+    Raises:
+        UnreadableImage: the pixels cannot be decoded.
+    """
+    height, width = upright_size(image)
+    scale = min(1.0, max_side / math.sqrt(height * width))
+    size = np.rint([[height * scale, width * scale]]).clip(1, LONGEST).astype(np.int64)
+    return decode_views(image, np.array([[0, 0, height, width]]), size)[0]
 
 
 def patchify(pixels: NDArray[np.uint8], patch_size: int) -> NDArray[np.uint8]:

@@ -227,6 +227,8 @@ def open_source(spec: str, part: str = "train") -> Source:
     place, columns = _split_columns(spec)
     if place.startswith("hf://"):
         return open_hub(place, part, columns)
+    if is_remote(place):
+        raise SourceError(f"{place} is not on this machine: copy it by ijepa prepare {place} FOLDER, and take FOLDER.")
     path = Path(place).expanduser()
     if path.is_dir():
         if is_saved(path):
@@ -244,6 +246,11 @@ def open_source(spec: str, part: str = "train") -> Source:
             return ListSource(files[0])
         case _:
             return TarSource(files, spec)
+
+
+def is_remote(spec: str) -> bool:
+    """Whether a source is to be copied before it is opened: `PROTOCOL://...`, but for the Hub's."""
+    return re.match(r"[a-z0-9]+://", spec) is not None and not spec.startswith("hf://")
 
 
 def _split_columns(spec: str) -> tuple[str, Columns]:
@@ -271,7 +278,7 @@ def _files_of(part: str, files: list[Path], folder: str) -> list[Path]:
 
 def _existing_files(pattern: str, spec: str) -> list[Path]:
     """The files of a pattern with braces and asterisks."""
-    files = [Path(name) for expanded in _expand(pattern) for name in sorted(glob(expanded)) or [expanded]]
+    files = [Path(name) for expanded in expand(pattern) for name in sorted(glob(expanded)) or [expanded]]
     missing = [str(file) for file in files if not file.is_file()]
     if len(files) > 1 and missing:
         raise SourceError(
@@ -290,7 +297,7 @@ def _cannot_list(error: OSError) -> None:
     raise SourceError(f"The folder {error.filename} cannot be listed: {error.strerror}.")
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """The names of a pattern with {a,b} and {000..012} as a shell expands them."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]

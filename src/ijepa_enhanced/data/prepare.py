@@ -1,0 +1,230 @@
+"""Images re-encoded into tar shards, once, so that training reads small files out of few large ones.
+
+The result depends on the source and the settings alone: neither the number of workers nor where a run was stopped and
+went on changes a byte of it. `manifest.json` is the record of what is done, rewritten whenever a shard is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ijepa_enhanced.data.images import UnreadableImage, decode_whole
+from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.loader import leave_signals_to_the_parent
+from ijepa_enhanced.data.source import Source, SourceError
+from ijepa_enhanced.files import replacing
+
+FORMAT = 1
+"""Raised when a manifest means something else than before."""
+MANIFEST = "manifest.json"
+CLASSES = "classes.txt"
+MEGABYTE = 10**6
+
+Manifest = dict[str, Any]
+"""Of `manifest.json`: `format`; `source`, its name; `settings`, with the index's hash; `classes`, the SHA-256 of
+`classes.txt`, or None; `shards`, a list of name, images, bytes and sha256; `dropped`, a list of key and reason;
+`complete`."""
+
+
+def prepare(
+    source: Source,
+    folder: Path,
+    max_side: int = 256,
+    quality: int = 90,
+    workers: int = 0,
+    shard_size: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Write a source's images as JPEG files into `images-000000.tar` and so on, or go on where that was stopped.
+
+    A sample is `ROW.jpg`, `ROW.cls` with the label's number where there are labels, and `ROW.json` with the `key`,
+    `height` and `width` of the image it was made of. What cannot be read is left out and listed in the manifest.
+
+    Args:
+        source: the images.
+        folder: made where there is none.
+        max_side: larger images are shrunk to it; sqrt(height * width) in pixels.
+        quality: of JPEG, 1 to 100.
+        workers: processes that decode and encode; 0 does it in this one.
+        shard_size: a shard is closed when it has as many megabytes.
+        progress: called with how many images are done, and how many there are, after every one.
+
+    Raises:
+        SourceError: no image can be read, or the folder holds something else, or images prepared in another way.
+    """
+    index = build_index(source)
+    if not len(index.rows):
+        raise SourceError(f"None of the {len(index.unreadable)} images of {source.name} can be read.")
+    settings = {
+        "images": index.hash,
+        "max_side": max_side,
+        "quality": quality,
+        "shard_size": shard_size,
+        "pillow": PIL.__version__,
+    }
+    manifest = _begin(source, index, folder, settings)
+    shards, dropped = manifest["shards"], manifest["dropped"]
+    done = sum(shard["images"] for shard in shards) + len(dropped) - len(index.unreadable)
+    images: Iterator[torch.Tensor | str] = iter(
+        DataLoader(
+            _Encoded(source, index, max_side, quality),
+            sampler=range(done, 0 if manifest["complete"] else len(index.rows)),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+    )
+
+    def kept() -> Iterator[tuple[int, bytes]]:
+        """The images that can be read, with their position in the index; the others are noted."""
+        for position, image in enumerate(images, start=done):
+            if isinstance(image, str):
+                dropped.append({"key": index.keys[position], "reason": image})
+            else:
+                yield position, image.numpy().tobytes()
+            if progress:
+                progress(position + 1, len(index.rows))
+
+    encoded = kept()
+    for first in encoded:
+        path = folder / f"images-{len(shards):06d}.tar"
+        with replacing(path) as partial:
+            count = _write_shard(partial, index, itertools.chain([first], encoded), shard_size * MEGABYTE)
+            shards.append(
+                {"name": path.name, "images": count, "bytes": partial.stat().st_size, "sha256": _hash(partial)}
+            )
+        _save(manifest, folder)
+    if not manifest["complete"]:
+        manifest["complete"] = True
+        _save(manifest, folder)
+    return manifest
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong with a folder that `prepare` made, a sentence each; every byte of it is read.
+
+    Raises:
+        SourceError: `prepare` did not make it.
+    """
+    manifest = _load(folder)
+    problems = [] if manifest["complete"] else ["It is not finished: run ijepa prepare again."]
+    hashes = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    if manifest["classes"] is not None:
+        hashes[CLASSES] = manifest["classes"]
+    for name, expected in hashes.items():
+        try:
+            if _hash(folder / name) != expected:
+                problems.append(f"{name} is not what was written.")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}.")
+    return problems
+
+
+class _Encoded(Dataset[torch.Tensor | str]):
+    """The images of an index as JPEG files, uint8 [bytes], or the reason why there is none.
+
+    Tensors lie in shared memory. Bytes would go through a pipe, and a worker that finds it full never ends when its
+    parent is killed.
+    """
+
+    def __init__(self, source: Source, index: Index, max_side: int, quality: int) -> None:
+        self.source = source
+        self.rows = index.rows
+        self.max_side = max_side
+        self.quality = quality
+
+    def __getitem__(self, position: int) -> torch.Tensor | str:
+        try:
+            pixels = decode_whole(self.source.open(int(self.rows[position])), self.max_side)
+        except UnreadableImage as error:
+            return str(error)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=self.quality)
+        return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+def _begin(source: Source, index: Index, folder: Path, settings: dict[str, Any]) -> Manifest:
+    """The manifest of what is done already, and a folder without what a killed run left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
+    names = None if index.classes is None else "".join(f"{name}\n" for name in index.classes).encode()
+    if (folder / MANIFEST).exists():
+        manifest = _load(folder)
+        for name, value in settings.items():
+            before = manifest["settings"].get(name)
+            if before != value:
+                how = "from other images" if name == "images" else f"with {name} {before}, not {value}"
+                raise SourceError(f"{folder} was prepared {how}. Name another folder, or delete this one.")
+    elif found := next((path for path in folder.iterdir() if not path.name.startswith(".")), None):
+        raise SourceError(f"{folder} holds {found.name}, and no {MANIFEST}. Name an empty folder, or a new one.")
+    else:
+        manifest = {
+            "format": FORMAT,
+            "source": source.name,
+            "settings": settings,
+            "classes": None if names is None else hashlib.sha256(names).hexdigest(),
+            "shards": [],
+            "dropped": [{"key": key, "reason": reason} for key, reason in index.unreadable],
+            "complete": False,
+        }
+        _save(manifest, folder)
+    if names is not None and not (folder / CLASSES).exists():
+        with replacing(folder / CLASSES) as partial:
+            partial.write_bytes(names)
+    return manifest
+
+
+def _write_shard(path: Path, index: Index, images: Iterator[tuple[int, bytes]], limit: int) -> int:
+    """Write images until there are `limit` bytes, or no more of them; their number."""
+    count = 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for position, image in images:
+            sample = f"{index.rows[position]:09d}"
+            height, width = index.heights[position].item(), index.widths[position].item()
+            origin = {"key": index.keys[position], "height": height, "width": width}
+            members = {f"{sample}.jpg": image, f"{sample}.json": json.dumps(origin).encode()}
+            if index.labels is not None:
+                members[f"{sample}.cls"] = str(index.labels[position]).encode()
+            for name, data in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            count += 1
+            if tar.offset >= limit:
+                break
+    return count
+
+
+def _load(folder: Path) -> Manifest:
+    try:
+        manifest: Manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] == FORMAT:
+            return manifest
+    except FileNotFoundError as error:
+        raise SourceError(f"{folder} was not made by ijepa prepare: it has no {MANIFEST}.") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SourceError(f"{folder / MANIFEST} is damaged. Delete {folder} and prepare the images anew.") from error
+    raise SourceError(f"{folder} was prepared by another version. Delete it and prepare the images anew.")
+
+
+def _save(manifest: Manifest, folder: Path) -> None:
+    with replacing(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,116 @@
+"""Copies of remote sources, by `fsspec`: `https://`, `s3://`, `gs://` and whatever else it has a package for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ijepa_enhanced.data.source import EXTENSIONS, SourceError
+from ijepa_enhanced.data.sources import HEIC, expand
+from ijepa_enhanced.files import replacing
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+TRIES = 4
+"""Of each file."""
+FIRST_WAIT = 1.0
+"""Seconds after the first try; twice as many after each one that follows."""
+SHARDS = (".tar", ".parquet")
+CLASSES = "classes.txt"
+
+
+def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None = None) -> str:
+    """Copy a remote source, whole files only; those that an earlier call copied are kept.
+
+    Args:
+        spec: a folder, or tar or Parquet files with braces and asterisks as `open_source` takes them. `classes.txt`
+            beside tar shards comes along.
+        folder: for the copies.
+        progress: called with how many files there are here, and how many in all, after every one.
+
+    Returns:
+        What `open_source` takes for the copies.
+
+    Raises:
+        SourceError: there is no such source, or a file cannot be had after `TRIES`; the message says what is missing.
+    """
+    try:
+        import fsspec
+
+        system, path = fsspec.url_to_fs(spec)
+    except (ImportError, ValueError) as error:
+        raise SourceError(
+            f"{spec} cannot be reached: {error}. For https, pip install 'ijepa_enhanced[data]'; for others, "
+            "the package that it names."
+        ) from error
+    files = _tried(lambda: _list(system, path), spec)
+    if not files:
+        raise SourceError(f"No images in {spec}. It must be a folder of images, or tar or Parquet files.")
+    parents = [file.rpartition("/")[0] + "/" for file in files]
+    # Not `commonpath`, which makes one slash of the two in https://.
+    common = os.path.commonprefix(parents).rpartition("/")[0]  # noqa: RUF071
+    root = f"{path.rstrip('/') if _is_folder(path) else common}/"
+    names = [file[len(root) :] for file in files]
+    for number, (file, name) in enumerate(zip(files, names, strict=True)):
+        try:
+            _copy(system, file, folder / name)
+        except SourceError as error:
+            raise SourceError(
+                f"{error} {len(files) - number} of the {len(files)} files of {spec} are missing: give the same command "
+                "again to go on."
+            ) from error
+        if progress:
+            progress(number + 1, len(files))
+    if files[0].endswith(".tar") and f"{root}{CLASSES}" not in files and system.exists(f"{root}{CLASSES}"):
+        _copy(system, f"{root}{CLASSES}", folder / CLASSES)
+    if _is_folder(path):
+        return str(folder)
+    return f"{folder}/{{{','.join(names)}}}"
+
+
+def _is_folder(path: str) -> bool:
+    return not path.endswith(SHARDS)
+
+
+def _list(system: Any, path: str) -> list[str]:
+    """The files of a folder that hold images, or those of a pattern."""
+    if _is_folder(path):
+        wanted = (*EXTENSIONS, *HEIC, *SHARDS, CLASSES)
+        return sorted(file for file in system.find(path) if file.lower().endswith(wanted))
+    return [
+        file
+        for expanded in expand(path)
+        for file in (sorted(system.glob(expanded)) if "*" in expanded or "?" in expanded else [expanded])
+    ]
+
+
+def _copy(system: Any, file: str, path: Path) -> None:
+    def copied() -> None:
+        size = system.info(file).get("size")
+        if path.exists() and size in (None, path.stat().st_size):
+            return
+        with replacing(path) as partial:
+            system.get_file(file, str(partial))
+            if size not in (None, partial.stat().st_size):
+                raise OSError(f"{partial.stat().st_size:,} of its {size:,} bytes came")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _tried(copied, file)
+
+
+def _tried(action: Callable[[], _T], what: str, number: int = 1) -> _T:
+    try:
+        return action()
+    except Exception as error:  # each of fsspec's packages has its own
+        reason = "not found" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        if number == TRIES:
+            raise SourceError(f"{what} cannot be copied, {TRIES} times tried: {reason}.") from error
+        wait = FIRST_WAIT * 2 ** (number - 1)
+        logger.warning("%s: %s; tried again in %g s.", what, reason, wait)
+        time.sleep(wait)
+    return _tried(action, what, number + 1)

@@ -1,0 +1,179 @@
+"""Copies of remote sources: in memory, on disk, and from a web server of the test's own, also when it breaks off."""
+
+import functools
+import http.server
+import io
+import tarfile
+import threading
+
+import fsspec
+import pytest
+from PIL import Image
+
+from ijepa_enhanced.data import remote
+from ijepa_enhanced.data.remote import TRIES, fetch
+from ijepa_enhanced.data.sources import SourceError, open_source
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Nobody waits long for the next try."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+
+
+def shard(path, *labels, first=0):
+    """A tar file of an image and a label for each label; image n is n + 1 pixels high."""
+    with tarfile.open(path, "w") as tar:
+        for number, label in enumerate(labels, start=first):
+            buffer = io.BytesIO()
+            Image.new("RGB", (6, number + 1)).save(buffer, "PNG")
+            for name, data in ((f"{number}.png", buffer.getvalue()), (f"{number}.cls", label.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two training shards, one validation shard and the names of the classes."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    shard(folder / "train-0.tar", "1", "0")
+    shard(folder / "train-1.tar", "1", first=2)
+    shard(folder / "val-0.tar", "0", first=5)
+    (folder / "classes.txt").write_text("ant\nbee\n")
+    return folder
+
+
+@pytest.fixture
+def server(shards):
+    """The folder of shards by HTTP; `breaks[name]` is how often that file ends half-way, `asked` what was asked for."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def copyfile(self, source, outputfile):
+            name = self.path.rpartition("/")[2]
+            Handler.asked.append(name)
+            data = source.read()
+            if Handler.breaks.get(name, 0):
+                Handler.breaks[name] -= 1
+                data = data[: len(data) // 2]
+                self.close_connection = True
+            outputfile.write(data)
+
+    Handler.breaks, Handler.asked = {}, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(shards))) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield Handler, f"http://127.0.0.1:{served.server_address[1]}"
+        served.shutdown()
+        thread.join()
+
+
+def heights(source):
+    return [source.size(row)[0] for row in range(len(source.keys))]
+
+
+PATTERNS = {
+    "train-{1,0}.tar": ([3, 1, 2], [1, 1, 0]),
+    "train-0.tar": ([1, 2], [1, 0]),
+    "val-0.tar": ([6], [0]),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_shards_by_http(server, tmp_path, pattern):
+    _, address = server
+    source = open_source(fetch(f"{address}/{pattern}", tmp_path / "here"))
+    assert (heights(source), source.labels.tolist()) == PATTERNS[pattern]
+    assert source.classes == ["ant", "bee"]
+
+
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+def test_shards_by_asterisk(shards, tmp_path, protocol):
+    address = f"file://{shards}"
+    if protocol == "memory":
+        address = f"memory://{tmp_path.name}"
+        fsspec.filesystem("memory").put(str(shards), f"/{tmp_path.name}", recursive=True)
+    here = tmp_path / "here"
+    source = open_source(fetch(f"{address}/train-*.tar", here))
+    assert (heights(source), source.classes) == ([1, 2, 3], ["ant", "bee"])
+    assert sorted(path.name for path in here.iterdir()) == ["classes.txt", "train-0.tar", "train-1.tar"]
+
+
+def test_a_folder_of_images(pictures, tmp_path):
+    (tmp_path / "here").mkdir()
+    source = open_source(fetch(f"file://{pictures}", tmp_path / "here"))
+    here = open_source(str(pictures))
+    assert (source.keys, source.classes, heights(source)) == (here.keys, here.classes, heights(here))
+
+
+def test_a_folder_of_shards_has_its_parts(shards, tmp_path):
+    spec = fetch(f"file://{shards}/", tmp_path / "here")
+    assert heights(open_source(spec)) == [1, 2, 3]
+    assert heights(open_source(spec, "val")) == [6]
+
+
+def test_what_breaks_off_is_tried_again(server, tmp_path, caplog):
+    handler, address = server
+    handler.breaks = {"train-1.tar": TRIES - 1}
+    done = []
+    source = open_source(fetch(f"{address}/train-{{0..1}}.tar", tmp_path, lambda *counts: done.append(counts)))
+    assert heights(source) == [1, 2, 3]
+    assert done == [(1, 2), (2, 2)]
+    assert [record.getMessage()[: len(address) + 13] for record in caplog.records] == [f"{address}/train-1.tar:"] * 3
+
+
+def test_what_always_breaks_off_is_named_and_gone_on_with(server, tmp_path):
+    handler, address = server
+    handler.breaks = {"train-1.tar": TRIES}
+    with pytest.raises(SourceError) as error:
+        fetch(f"{address}/{{train-0,train-1,val-0}}.tar", tmp_path)
+    said = str(error.value)
+    assert said.startswith(f"{address}/train-1.tar cannot be copied, 4 times tried: ClientPayloadError: ")
+    assert said.endswith(
+        f" 2 of the 3 files of {address}/{{train-0,train-1,val-0}}.tar are missing: "
+        "give the same command again to go on."
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["train-0.tar"], "nothing is half there"
+    handler.asked.clear()
+    assert heights(open_source(fetch(f"{address}/{{train-0,train-1,val-0}}.tar", tmp_path))) == [1, 2, 3, 6]
+    assert handler.asked.count("train-0.tar") == 0, "what is there is kept"
+
+
+def test_a_file_that_is_not_there(server, tmp_path):
+    _, address = server
+    with pytest.raises(SourceError) as error:
+        fetch(f"{address}/nope.tar", tmp_path)
+    assert str(error.value) == (
+        f"{address}/nope.tar cannot be copied, 4 times tried: not found. "
+        f"1 of the 1 files of {address}/nope.tar are missing: give the same command again to go on."
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("memory://empty", "No images in memory://empty. It must be a folder of images, or tar or Parquet files."),
+        (
+            "nope://x/a.tar",
+            "nope://x/a.tar cannot be reached: Protocol not known: nope. For https, "
+            "pip install 'ijepa_enhanced[data]'; for others, the package that it names.",
+        ),
+    ],
+)
+def test_what_is_no_source(tmp_path, spec, message):
+    with pytest.raises(SourceError) as error:
+        fetch(spec, tmp_path)
+    assert str(error.value) == message
+
+
+def test_remote_sources_are_prepared_first():
+    with pytest.raises(SourceError) as error:
+        open_source("https://example.org/a.tar")
+    assert str(error.value) == (
+        "https://example.org/a.tar is not on this machine: copy it by "
+        "ijepa prepare https://example.org/a.tar FOLDER, and take FOLDER."
+    )

@@ -1,0 +1,105 @@
+"""`ijepa prepare` as a user meets it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ijepa_enhanced.cli import main
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.sources import TarSource, open_source
+
+
+@pytest.fixture
+def place(pictures, tmp_path, monkeypatch):
+    """The folder that commands run in: ten good images in `photos`, and what was prepared of them in `done`."""
+    shutil.copytree(pictures, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "photos", "done", "--workers", "0"]) == 0
+    return tmp_path
+
+
+def ijepa(capsys, command):
+    capsys.readouterr()
+    code = main(command.split())
+    said = capsys.readouterr()
+    return code, said.out.splitlines(), said.err.splitlines()
+
+
+def test_counts_and_what_is_dropped(place, capsys):
+    Path("photos/dark/0.png").write_bytes(b"")
+    path = Path("photos/light/2.png")
+    path.write_bytes(path.read_bytes()[:-2000])
+    code, out, err = ijepa(capsys, "prepare photos new --max-side 32 --workers 1 --json")
+    size = Path("new/images-000000.tar").stat().st_size
+    assert (code, out[:-1]) == (0, ["      images  8", "     dropped  2", "      shards  1", f"       bytes  {size}"])
+    assert json.loads(out[-1]) == {"images": 8, "dropped": 2, "shards": 1, "bytes": size}
+    assert err == [
+        "Dropped: dark/0.png: empty file",
+        "Dropped: light/2.png: cannot be decoded: image file is truncated",
+    ]
+    code, out, _ = ijepa(capsys, "index new --json")
+    assert json.loads(out[-1])["images"] == 8
+    assert json.loads(out[-1])["labels"] == 2
+
+
+def test_the_index_is_there_already(place, monkeypatch):
+    monkeypatch.setattr(TarSource, "size", pytest.fail)
+    assert len(build_index(open_source("done")).rows) == 10
+
+
+def test_check(place, capsys):
+    assert ijepa(capsys, "prepare done --check") == (0, ["done: as it was prepared"], [])
+    Path("done/images-000000.tar").write_bytes(b"words")
+    Path("done/classes.txt").unlink()
+    assert ijepa(capsys, "prepare done --check") == (
+        1,
+        [],
+        [
+            "ijepa: done is damaged:",
+            "  images-000000.tar is not what was written.",
+            "  classes.txt cannot be read: No such file or directory.",
+        ],
+    )
+
+
+REFUSED = {
+    "prepare photos": "Missing: out.",
+    "prepare": "Missing: source.",
+    "prepare done new --check": "--check takes one folder, the one that was prepared.",
+    "prepare photos --check": "photos was not made by ijepa prepare: it has no manifest.json.",
+    "prepare nope --check": "nope was not made by ijepa prepare: it has no manifest.json.",
+    "prepare photos photos": "photos holds {}, and no manifest.json. Name an empty folder, or a new one.",
+    "prepare photos done --quality 80": (
+        "done was prepared with quality 90, not 80. Name another folder, or delete this one."
+    ),
+    "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
+    "prepare photos new --max-side 0": "--max-side must be at least 1, not 0.",
+    "prepare photos new --workers -1": "--workers must be at least 0, not -1.",
+    "prepare photos new --shard-size 0": "--shard-size must be at least 1, not 0.",
+    "prepare photos new --sharts 3": "Unknown option '--sharts'. Did you mean '--shard-size'?",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_wrong_requests(place, capsys, command):
+    message = REFUSED[command].format(next(Path("photos").iterdir()).name)
+    assert ijepa(capsys, command) == (2, [], [f"ijepa: {message}"])
+    assert not Path("new").exists()
+
+
+def test_nothing_that_can_be_decoded(place, capsys):
+    for path in Path("photos").rglob("*.*"):
+        path.write_bytes(path.read_bytes()[:-900])
+    code, out, err = ijepa(capsys, "prepare photos new")
+    assert (code, out, err[-1]) == (1, [], "ijepa: None of the 10 images of photos can be decoded.")
+
+
+def test_remote_images_give_the_same(place, capsys):
+    assert ijepa(capsys, f"prepare file://{place}/photos far --workers 0")[0] == 0
+    near, far = ({path.name: path.read_bytes() for path in Path(name).iterdir()} for name in ("done", "far"))
+    assert near.keys() == far.keys(), "the copies are gone"
+    assert json.loads(far.pop("manifest.json"))["source"] == f"file://{place}/photos"
+    near.pop("manifest.json")
+    assert far == near
