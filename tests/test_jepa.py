@@ -15,7 +15,7 @@ from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, Encode
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
-from ijepa_enhanced.regularizers import variance_covariance
+from ijepa_enhanced.regularizers import variance_covariance, views_agree
 
 MakeBatch = Callable[..., MaskedBatch]
 
@@ -249,6 +249,35 @@ def test_weight_zero_is_the_plain_method(make_batch: MakeBatch) -> None:
     assert plain.stabilizer == 0
     assert torch.equal(plain.prediction, stabilized.prediction)
     assert stabilized.stabilizer > 0
+
+
+def test_invariance_is_of_an_images_own_views_and_a_mean_over_the_packs(make_batch: MakeBatch) -> None:
+    """Views 0 and 1, 2 and 3 of a pack belong together."""
+    torch.manual_seed(0)
+    encoder = EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID)
+    model = JEPA(encoder, PredictorConfig(32, 1, 2), ObjectiveConfig(0.0, 0.5), views=2)
+    assert model.projector is not None
+    grids = [(5, 4), (2, 9), (7, 7), (4, 4)]
+    packs = [make_batch(grids, seed) for seed in (3, 4)]
+    tokens = sum(len(pack.targets.index) for pack in packs)
+    by_hand = []
+    for pack in packs:
+        context = model.student(pack.packed.select(pack.context)).split(pack.context.segments.lengths)
+        z = model.projector(torch.stack([view.mean(dim=0) for view in context]))
+        by_hand.append(views_agree(torch.stack([z[:2], z[2:]])))
+    losses = [model(pack, tokens, 2) for pack in packs]
+    assert distance(sum(part.invariance for part in losses), sum(by_hand) / 2) < BOUND
+    for part in losses:
+        assert distance(part.total, part.prediction + 0.5 * part.invariance) < BOUND
+    sum(part.total for part in losses).backward()
+    assert all(value.grad is not None and value.grad.any() for value in model.projector.parameters())
+
+
+def test_views_of_one_image_alone_have_no_invariance(make_batch: MakeBatch) -> None:
+    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig(0.1, 1.0), views=2)
+    losses = model(make_batch([(4, 4), (3, 5)], 0), 10, 1)
+    assert losses.invariance == 0
+    assert losses.stabilizer > 0
 
 
 def test_a_pack_of_one_view_has_no_stabilizer(make_batch: MakeBatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ijepa_enhanced.regularizers import variance_covariance
+from ijepa_enhanced.regularizers import variance_covariance, views_agree
 
 
 def vicreg(z: NDArray[np.float64]) -> float:
@@ -70,3 +70,26 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_too_few_views_are_an_error(views: int) -> None:
     with pytest.raises(ValueError, match=rf"^Variance needs at least 2 views in a pack, not {views}\.$"):
         variance_covariance(torch.ones(views, 4))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(images=st.integers(2, 6), views=st.integers(2, 4), seed=st.integers(0))
+def test_views_agree_by_their_differences_and_keep_variance_and_covariance(images: int, views: int, seed: int) -> None:
+    z = np.random.default_rng(seed).normal(size=(images, views, 5))
+    pairs = [(a, b) for a in range(views) for b in range(views) if a != b]
+    invariance = np.mean([(z[:, a] - z[:, b]) ** 2 for a, b in pairs]) / 2
+    expected = invariance + np.mean([vicreg(z[:, view]) for view in range(views)])
+    # As for the stabilizer, at a scale of 1.
+    assert views_agree(torch.from_numpy(z).float()).item() == pytest.approx(expected, rel=2e-5)
+
+
+def test_views_that_agree_cost_what_one_of_them_does() -> None:
+    z = torch.randn(6, 1, 4, generator=torch.Generator().manual_seed(0))
+    assert views_agree(z.expand(-1, 3, -1)).item() == pytest.approx(variance_covariance(z[:, 0]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 1, 4)])
+def test_one_image_or_one_view_is_an_error(shape: tuple[int, ...]) -> None:
+    message = f"^Views agree or not from 2 images and 2 views on, not {shape[0]} and {shape[1]}\\.$"
+    with pytest.raises(ValueError, match=message):
+        views_agree(torch.zeros(shape))

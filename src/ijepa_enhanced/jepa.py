@@ -13,7 +13,10 @@ from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import MaskedBatch
-from ijepa_enhanced.regularizers import variance_covariance
+from ijepa_enhanced.regularizers import variance_covariance, views_agree
+
+PROJECTOR_HIDDEN, PROJECTED = 512, 64
+"""Widths of the projector's hidden layer and of its result."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,14 @@ class ObjectiveConfig:
     """Weight of VICReg's variance and covariance on the mean of the student's context tokens. 0 is plain I-JEPA,
     under which the rank of small runs' features falls by more than half (docs/evaluation.md)."""
 
+    invariance: float = 0.0
+    """Weight of the agreement of an image's views (`regularizers.views_agree`) on a projection of the mean of each
+    one's context tokens; needs data.views of 2 or more."""
+
     def __post_init__(self) -> None:
-        if self.stabilizer < 0:
-            raise ValueError(f"objective.stabilizer must be at least 0, not {self.stabilizer}.")
+        for name in ("stabilizer", "invariance"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objective.{name} must be at least 0, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Losses:
     total: Tensor
     prediction: Tensor
     stabilizer: Tensor
+    invariance: Tensor
 
 
 class JEPA(nn.Module):
@@ -45,20 +54,25 @@ class JEPA(nn.Module):
         encoder: the architecture of student and teacher.
         predictor: the predictor's size.
         objective: the loss.
+        views: of each image, side by side in a pack.
     """
 
-    def __init__(self, encoder: EncoderConfig, predictor: PredictorConfig, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self, encoder: EncoderConfig, predictor: PredictorConfig, objective: ObjectiveConfig, views: int = 1
+    ) -> None:
         super().__init__()
         self.objective = objective
+        self.views = views
         self.student = Encoder(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = Predictor(predictor, self.student.width, encoder.max_grid)
+        self.projector = projector(self.student.width) if objective.invariance else None
 
     def forward(self, batch: MaskedBatch, step_target_tokens: int, step_packs: int) -> Losses:
         """The share of one pack in the loss of a step; the shares of all its packs add up to the step's loss.
 
-        The prediction loss is a mean over the target tokens of the whole step, the stabilizer a mean over its packs,
-        so that ranks and accumulation agree by construction.
+        The prediction loss is a mean over the target tokens of the whole step, the other terms over its packs, so that
+        ranks and accumulation agree by construction.
 
         Args:
             batch: one pack.
@@ -79,9 +93,27 @@ class JEPA(nn.Module):
         stabilizer = prediction.new_zeros(())
         if self.objective.stabilizer and len(pooled) > 1:
             stabilizer = variance_covariance(pooled) / step_packs
-        return Losses(prediction + self.objective.stabilizer * stabilizer, prediction.detach(), stabilizer.detach())
+        invariance = prediction.new_zeros(())
+        if self.projector is not None and len(pooled) > self.views:
+            projected = self.projector(pooled).unflatten(0, (-1, self.views))
+            invariance = views_agree(projected) / step_packs
+        total = prediction + self.objective.stabilizer * stabilizer + self.objective.invariance * invariance
+        return Losses(total, prediction.detach(), stabilizer.detach(), invariance.detach())
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student."""
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
+
+
+def projector(width: int) -> nn.Sequential:
+    """[V, D] -> [V, K]: where views are made alike, so that the encoder need not forget all that tells them apart.
+
+    SimCLR (arXiv 2002.05709, section 4.2) showed why, and with one hidden layer. Its norm's statistics are a pack's.
+    """
+    return nn.Sequential(
+        nn.Linear(width, PROJECTOR_HIDDEN),
+        nn.BatchNorm1d(PROJECTOR_HIDDEN),
+        nn.GELU(),
+        nn.Linear(PROJECTOR_HIDDEN, PROJECTED),
+    )

@@ -1,4 +1,4 @@
-"""Terms that keep the representation from collapsing."""
+"""Terms on one vector a view: what keeps the representation from collapsing, and what makes views of an image alike."""
 
 import torch
 from torch import Tensor
@@ -25,3 +25,23 @@ def variance_covariance(z: Tensor) -> Tensor:
     variance = torch.relu(1.0 - (covariance.diagonal() + 1e-4).sqrt()).mean()
     off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
     return variance + off_diagonal / width / 25.0
+
+
+def views_agree(z: Tensor) -> Tensor:
+    """Invariance of the views of an image, and variance and covariance of each of them: float32 scalar.
+
+    The mean squared difference between two views of one image, by half, which is VICReg's invariance (arXiv 2105.04906,
+    equation 5) for any number of views, plus `variance_covariance` of the first views of all images, of the second, and
+    so on, in their mean.
+
+    Args:
+        z: [N, M, K], N at least 2: M views, at least 2, of N images.
+
+    Raises:
+        ValueError: one image or one view.
+    """
+    images, views, _ = z.shape
+    if images < 2 or views < 2:
+        raise ValueError(f"Views agree or not from 2 images and 2 views on, not {images} and {views}.")
+    spread = z.float().var(dim=1).mean()
+    return spread + torch.stack([variance_covariance(z[:, view]) for view in range(views)]).mean()

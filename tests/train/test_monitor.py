@@ -63,7 +63,7 @@ def without_stop_gradient(model: JEPA, batch: MaskedBatch, step_target_tokens: i
     visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
     predicted = model.predictor(model.student(visible), visible, hidden).float()
     loss = F.smooth_l1_loss(predicted, targets, reduction="sum") / targets.shape[1] / step_target_tokens
-    return Losses(loss, loss.detach(), torch.zeros(()))
+    return Losses(loss, loss.detach(), torch.zeros(()), torch.zeros(()))
 
 
 def test_the_alarm_fires_when_a_run_collapses(

@@ -38,6 +38,8 @@ from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step
 
 logger = logging.getLogger(__name__)
 
+PARTS = ("prediction", "stabilizer", "invariance")
+"""Of the loss, as they are logged: before their weights."""
 LISTED = 20
 """Unreadable images named when there are too many."""
 
@@ -76,6 +78,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}.")
+        if self.objective.invariance and self.data.views < 2:
+            raise ValueError("objective.invariance compares views of one image: set data.views to 2 or more.")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
         if not 0 <= self.seed < 2**63:
@@ -145,7 +149,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
             temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     torch.manual_seed(config.seed)
-    model = JEPA(config.encoder, config.predictor, config.objective).to(device)
+    model = JEPA(config.encoder, config.predictor, config.objective, config.data.views).to(device)
     optimizer = make_optimizer(model)
     learned = [value for value in model.parameters() if value.requires_grad]
     done, images_shown, log_bytes, cursor = 0, 0, 0, Cursor(0, 0)
@@ -350,7 +354,7 @@ class Meter:
 
     def add(self, losses: Losses, batch: Batch) -> None:
         """Count one pack."""
-        self.losses.append(torch.stack([losses.total.detach(), losses.prediction, losses.stabilizer]))
+        self.losses.append(torch.stack([losses.total.detach(), *(getattr(losses, name) for name in PARTS)]))
         self.tokens.append(batch.packed.segments.total)
         self.views += len(batch.packed.segments)
 
@@ -364,11 +368,8 @@ class Meter:
         if not self.losses:
             raise RunError(f"No image of the last {self.steps} steps could be read.")
         total = torch.stack([losses.to(self.losses[-1].device) for losses in self.losses]).sum(dim=0)
-        loss, prediction, stabilizer = (total / self.steps).tolist()
         values = {
-            "loss": loss,
-            "prediction": prediction,
-            "stabilizer": stabilizer,
+            **dict(zip(("loss", *PARTS), (total / self.steps).tolist(), strict=True)),
             "views_per_second": self.views / seconds,
             "tokens_per_second": sum(self.tokens[self.earlier :]) / seconds,
             "fill": sum(self.tokens) / (len(self.tokens) * tokens_per_pack),

@@ -49,6 +49,7 @@ CURVES = {
         "loss": Curve("Loss"),
         "prediction": Curve("Prediction loss", "smooth L1"),
         "stabilizer": Curve("Stabilizer", "before its weight"),
+        "invariance": Curve("Invariance of views", "before its weight"),
         "grad_norm": Curve("Gradient norm", "before clipping"),
     },
     "Features on the fixed probe images": {
@@ -78,8 +79,10 @@ OTHER = "Other"
 NOTHING = "\N{EN DASH}"
 """In a table, what is not there."""
 
-FRACTIONS = ("knn", "linear", "attentive", "finetune", "dense")
+FRACTIONS = ("knn", "linear", "lowshot", "attentive", "finetune", "dense")
 """Beginnings of the names of scores that are fractions of 1."""
+DETAILS = ("_mean_per_class", "_low", "_high", "_top5")
+"""Ends of the names of what stands beside another score, or only in evaluation.json."""
 
 
 def write_report(runs: Sequence[Path], path: Path, defaults: Mapping[str, Any]) -> None:
@@ -285,18 +288,30 @@ def _curves(runs: Sequence[Run]) -> str:
 
 def _evaluation(runs: Sequence[Run]) -> str:
     scored = [(run, subject, scores) for run in runs for subject, scores in run.evaluation.items()]
-    names = list(dict.fromkeys(name for _, _, scores in scored for name in scores))
+    if not scored:
+        return ""
+    names = list(dict.fromkeys(name for _, _, scores in scored for name in scores if not name.endswith(DETAILS)))
     rows = [
-        (subject if len(runs) == 1 else f"{run.name}: {subject}", *(_score(name, scores.get(name)) for name in names))
+        (subject if len(runs) == 1 else f"{run.name}: {subject}", *(_score(name, scores) for name in names))
         for run, subject, scores in scored
     ]
-    return table(["", *(name.replace("_", " ") for name in names)], rows) if rows else ""
+    legend = note("Fractions are top-1 accuracies (mean per class) [95% interval], but for dense miou.")
+    return table(["", *(name.replace("_", " ") for name in names)], rows) + legend
 
 
-def _score(name: str, value: float | None) -> str:
+def _score(name: str, scores: Mapping[str, float]) -> str:
+    value = scores.get(name)
     if value is None:
         return NOTHING
-    return f"{value:.1%}" if name.startswith(FRACTIONS) else f"{value:,.4g}"
+    if not name.startswith(FRACTIONS):
+        return f"{value:,.4g}"
+    per_class, low, high = (scores.get(name + end) for end in ("_mean_per_class", "_low", "_high"))
+    shown = [f"{value:.1%}"]
+    if per_class is not None:
+        shown.append(f"({per_class:.1%})")
+    if low is not None and high is not None:
+        shown.append(f"[{low:.1%}, {high:.1%}]")
+    return " ".join(shown)
 
 
 def _masks(run: Run) -> str:
