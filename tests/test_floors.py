@@ -26,6 +26,7 @@ FLOORS = {
     "visualize": 4,
     "benchmarks": 4,
     "config": 5,
+    "study": 5,
     "commands": 5,
     "cli": 5,
     "__main__": 5,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from ijepa_enhanced.commands import Command, benchmark, evaluate, index, inspect, prepare, report, train
+from ijepa_enhanced.commands import Command, benchmark, evaluate, index, inspect, prepare, report, study, train
 from ijepa_enhanced.config import RequestError, config_of_run, find_config, nearest
 from ijepa_enhanced.data.images import UnreadableImage
 from ijepa_enhanced.data.plan import PlanError
@@ -93,8 +93,11 @@ COMMANDS: dict[str, Command | Group] = {
     "index": index.COMMAND,
     "prepare": prepare.COMMAND,
     "inspect": Group(
-        "Draw what is in a source, masks, how a pack is filled, what merges, or what features see.", inspect.COMMANDS, "picture"
+        "Draw what is in a source, masks, how a pack is filled, what merges, or what features see.",
+        inspect.COMMANDS,
+        "picture",
     ),
+    "study": study.COMMAND,
     "benchmark": benchmark.COMMAND,
 }
 PURPOSE = "Train image encoders on images of any size by self-supervision (I-JEPA), and measure them."

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,13 +21,13 @@ from ijepa_enhanced.commands.setup import (
     add_encoder,
     best_device,
     check_setting,
-    labelled,
+    labelled_images,
     load_encoder,
     print_json,
+    random_start,
     share_cores,
 )
-from ijepa_enhanced.config import RequestError, load_config, nearest
-from ijepa_enhanced.data.index import Index
+from ijepa_enhanced.config import RequestError, nearest
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.dense import dense, open_maps
 from ijepa_enhanced.evaluate.features import extract, thumbnails
@@ -106,7 +104,7 @@ def run(options: Namespace) -> int:
     dtype = autocast_dtype("auto", best_device())
     specs = ((options.train, "train"), (options.val, "val"))
     maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
-    train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options)
+    train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
     if settings:
         return sweep(options, settings, encoder, train, val, dtype)
     subjects: dict[str, Encoder | None] = {}
@@ -134,25 +132,6 @@ def run(options: Namespace) -> int:
         keep(evaluation, run / "evaluation.json")
     print_json(options, scores)
     return 0
-
-
-def labelled_images(options: Namespace) -> list[Images]:
-    """The images of training and validation, the latter's classes numbered as the former's.
-
-    Raises:
-        RequestError: images lack labels, there is one class only, or a class of validation is missing in training.
-    """
-    train, val = (Images(*labelled(*spec)) for spec in ((options.train, "train"), (options.val, "val")))
-    assert train.index.labels is not None
-    assert val.index.labels is not None
-    only = np.unique(train.index.labels)
-    if len(only) < 2:
-        raise RequestError(
-            f"{options.train} has images of one class only, '{class_name(train.index, only[0])}'; "
-            "scoring needs two or more."
-        )
-    renumber = class_numbers(train.index, val.index, options)
-    return [train, Images(val.source, dataclasses.replace(val.index, labels=renumber[val.index.labels]))]
 
 
 def scores_of_features(
@@ -185,13 +164,6 @@ def scores_of_features(
                     cache=True,
                 )
         warn_of_unreadable(source, found.unreadable)
-        wrong = ~found.values.isfinite().all(dim=1)
-        if wrong.any():
-            key = source.keys[int(found.image_ids[wrong][0])]
-            raise RunError(
-                f"The features of {int(wrong.sum())} of {len(wrong)} images of {source.name} are not finite, the first "
-                f"of {key}: the encoder in {options.run} cannot be used."
-            )
         both.append(found)
     known, asked = both
     most = max(NEIGHBOURS)
@@ -331,39 +303,6 @@ def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.update(task, completed=done)
-
-
-def class_numbers(train: Index, val: Index, options: Namespace) -> NDArray[np.int64]:
-    """The training source's number of each of the validation source's classes: int64 [classes of val].
-
-    Raises:
-        RequestError: a class that has images in the validation source has none in the training source.
-    """
-    assert train.labels is not None
-    assert val.labels is not None
-    numbers = np.arange(1 + int(val.labels.max()))
-    if train.classes is not None and val.classes is not None:
-        places = {name: number for number, name in enumerate(train.classes)}
-        numbers = np.array([places.get(name, -1) for name in val.classes])
-    for label in np.unique(val.labels).tolist():
-        if numbers[label] not in train.labels:
-            name = class_name(val, label)
-            listed = train.classes is not None and name in train.classes
-            lacks = f"of which {options.train} has no readable image" if listed else f"that {options.train} has not"
-            raise RequestError(f"{options.val} has a class '{name}' {lacks}.")
-    return numbers
-
-
-def class_name(index: Index, label: int) -> str:
-    """What users call a class."""
-    return str(label) if index.classes is None else index.classes[label]
-
-
-def random_start(encoder: Encoder, run: Path) -> Encoder:
-    """The encoder as it was before the first step: the same architecture and seed."""
-    seed = load_config(run).seed if (run / "config.yaml").is_file() else 0
-    torch.manual_seed(seed)
-    return Encoder(encoder.config).eval().to(encoder.pixel_scale.device)
 
 
 COMMAND = Command("Score an encoder on labelled images.", add_options, run)

@@ -6,14 +6,18 @@ import argparse
 import dataclasses
 import json
 import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from numpy.typing import NDArray
 
-from ijepa_enhanced.config import RequestError
+from ijepa_enhanced.config import RequestError, load_config
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
-from ijepa_enhanced.data.sources import Source, open_source
+from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.evaluate.tokens import Images
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.loop import RunError, TrainConfig
 
@@ -90,7 +94,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def labelled(spec: str, part: str) -> tuple[Source, Index]:
+def labelled(spec: str, part: str) -> Images:
     """A source and its index.
 
     Raises:
@@ -107,4 +111,58 @@ def labelled(spec: str, part: str) -> tuple[Source, Index]:
     report_unreadable(index, f"Left out of {spec}")
     if not len(index.rows):
         raise RunError(f"None of the {len(index.unreadable)} images of {spec} can be read.")
-    return source, index
+    return Images(source, index)
+
+
+def labelled_images(train_spec: str, val_spec: str) -> list[Images]:
+    """The images of training and validation, the latter's classes numbered as the former's.
+
+    Raises:
+        RequestError: images lack labels, there is one class only, or a class of validation is missing in training.
+    """
+    train, val = (labelled(*spec) for spec in ((train_spec, "train"), (val_spec, "val")))
+    assert train.index.labels is not None
+    assert val.index.labels is not None
+    only = np.unique(train.index.labels)
+    if len(only) < 2:
+        raise RequestError(
+            f"{train_spec} has images of one class only, '{class_name(train.index, only[0])}'; "
+            "scoring needs two or more."
+        )
+    renumber = class_numbers(train, val)
+    return [train, Images(val.source, dataclasses.replace(val.index, labels=renumber[val.index.labels]))]
+
+
+def class_numbers(train: Images, val: Images) -> NDArray[np.int64]:
+    """The training source's number of each of the validation source's classes: int64 [classes of val].
+
+    Raises:
+        RequestError: a class that has images in the validation source has none in the training source.
+    """
+    assert train.index.labels is not None
+    assert val.index.labels is not None
+    numbers = np.arange(1 + int(val.index.labels.max()))
+    if train.index.classes is not None and val.index.classes is not None:
+        places = {name: number for number, name in enumerate(train.index.classes)}
+        numbers = np.array([places.get(name, -1) for name in val.index.classes])
+    for label in np.unique(val.index.labels).tolist():
+        if numbers[label] not in train.index.labels:
+            name = class_name(val.index, label)
+            listed = train.index.classes is not None and name in train.index.classes
+            lacks = (
+                f"of which {train.source.name} has no readable image" if listed else f"that {train.source.name} has not"
+            )
+            raise RequestError(f"{val.source.name} has a class '{name}' {lacks}.")
+    return numbers
+
+
+def class_name(index: Index, label: int) -> str:
+    """What users call a class."""
+    return str(label) if index.classes is None else index.classes[label]
+
+
+def random_start(encoder: Encoder, run: Path) -> Encoder:
+    """The encoder as it was before the first step: the same architecture and seed."""
+    seed = load_config(run).seed if (run / "config.yaml").is_file() else 0
+    torch.manual_seed(seed)
+    return Encoder(encoder.config).eval().to(encoder.pixel_scale.device)

@@ -1,0 +1,202 @@
+"""A study runs every arm with every seed, once, says what became of each, and starts nothing when a key is wrong."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from ijepa_enhanced import study
+from ijepa_enhanced.cli import main
+from ijepa_enhanced.commands.study import configure
+from ijepa_enhanced.config import RequestError
+from ijepa_enhanced.jepa import JEPA
+from ijepa_enhanced.study import (
+    PACE_STEPS,
+    Row,
+    StudyConfig,
+    load_study,
+    read_rows,
+    run_study,
+    seconds_per_step,
+    summary,
+    write_rows,
+)
+
+TINY = (
+    "--data.tokens_per_pack 512 --data.min_side 32 --data.max_side 48 --data.workers 0 --encoder.variant Ti "
+    "--encoder.patch_size 8 --encoder.depth 1 --predictor.width 32 --predictor.depth 1 --predictor.heads 2 "
+    "--steps 4 --log_every 1 --monitor.every 2 --monitor.images 16"
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 noisy images, half of them dark."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = folder / ("dark", "light")[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 128, (40, 40 + number, 3)) + 127 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def plan(photos: Path) -> StudyConfig:
+    arms = {"jepa": "", "plain": "--objective.stabilizer 0"}
+    common = f"{TINY} --data.source {photos}"
+    return StudyConfig(arms, str(photos), common, side=32, seeds=(0, 1))
+
+
+def test_every_arm_is_run_with_every_seed_and_scored(plan: StudyConfig, tmp_path: Path) -> None:
+    rows = run_study(plan, tmp_path / "out", configure)
+    assert [(row.arm, row.seed) for row in rows] == [("jepa", 0), ("plain", 0), ("jepa", 1), ("plain", 1)]
+    for row in rows:
+        assert (row.outcome, row.steps) == ("finished", 4)
+        assert None not in row
+        assert row.fall is not None
+        assert row.fall >= 0
+        config = yaml.safe_load((tmp_path / "out" / f"{row.arm}-{row.seed}" / "config.yaml").read_text())
+        assert config["seed"] == row.seed
+        assert config["objective"]["stabilizer"] == (0.1 if row.arm == "jepa" else 0.0)
+    # Arms of one seed and architecture start from the same weights.
+    assert rows[0].start_linear == rows[1].start_linear
+    with (tmp_path / "out" / "study.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [float(line["linear"]) for line in written] == [row.linear for row in rows]
+
+
+def test_an_interrupted_study_goes_on_in_the_middle_of_its_run(
+    plan: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_study(plan, tmp_path / "whole", configure)
+    updates, original = itertools.count(1), JEPA.update_teacher
+
+    def stop_in_the_second_run(model: JEPA, momentum: float) -> None:
+        original(model, momentum)
+        if next(updates) == 4 + 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(JEPA, "update_teacher", stop_in_the_second_run)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(plan, tmp_path / "out", configure)
+    assert [row.arm for row in read_rows(tmp_path / "out" / "study.csv")] == ["jepa"]
+    found = run_study(plan, tmp_path / "out", configure)
+    assert next(updates) == 4 * 4 + 1, "no step was done twice"
+    assert [row._replace(seconds=0.0) for row in found] == [row._replace(seconds=0.0) for row in whole]
+    assert read_rows(tmp_path / "out" / "study.csv") == found
+    assert run_study(plan, tmp_path / "out", configure) == found
+    assert next(updates) == 4 * 4 + 2, "and none again"
+
+
+def test_a_run_that_fails_is_a_line_and_the_others_go_on(
+    plan: StudyConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arms = {"wild": "--optim.lr 1e30 --optim.warmup 0", "jepa": ""}
+    rows = run_study(dataclasses.replace(plan, arms=arms, seeds=(0,)), tmp_path / "out", configure)
+    assert [row.arm for row in rows] == ["wild", "jepa"]
+    assert rows[0].outcome.startswith("The loss is not finite at step ")
+    assert rows[0].knn20 is rows[0].linear is None
+    assert rows[1].outcome == "finished"
+    assert "wild, seed 0: The loss is not finite" in caplog.text
+    assert [(line["arm"], line["failed"]) for line in summary(rows)] == [("wild", 1), ("jepa", 0)]
+
+
+def test_seconds_give_as_many_steps_as_they_pay_for(
+    plan: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "seconds_per_step", lambda config: 0.5)
+    rows = run_study(dataclasses.replace(plan, seconds=3.0, seeds=(0,)), tmp_path / "out", configure)
+    assert [row.steps for row in rows] == [6, 6]
+
+
+def test_a_trial_times_a_step(plan: StudyConfig) -> None:
+    start = time.perf_counter()
+    found = seconds_per_step(configure(shlex.split(plan.common)))
+    assert 0 < found < (time.perf_counter() - start) / (PACE_STEPS / 2)
+
+
+ROWS = [
+    Row("a", 0, "finished", 10, 1.0, 0.5, 0.6, 20.0, 0.25, 0.5, 0.5, 0.0),
+    Row("a", 1, "collapsed", 10, 1.0, 0.25, 0.2, 10.0, 0.25, 0.5, 0.5, 0.25),
+    Row("b", 0, "The loss is not finite.", 0, 1.0),
+]
+
+
+def test_a_summary_has_means_and_sample_deviations() -> None:
+    first, second = summary(ROWS)
+    assert (first["runs"], first["failed"], first["collapsed"], first["steps"]) == (2, 0, 1, 10)
+    assert first["knn20"] == 0.375
+    assert first["knn20_gain"] == 0.125
+    assert first["linear_gain"] == pytest.approx(-0.1)
+    # Of two values: their distance by the square root of 2.
+    assert first["knn20_spread"] == pytest.approx(0.25 / 2**0.5)
+    assert first["fall_spread"] == pytest.approx(0.25 / 2**0.5)
+    assert (second["runs"], second["failed"], second["knn20"], second["knn20_spread"]) == (1, 1, None, None)
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "study.csv") == []
+    write_rows(ROWS, tmp_path / "study.csv")
+    assert read_rows(tmp_path / "study.csv") == ROWS
+
+
+WRONG = {
+    "a misspelt key": ("arms: {a: ''}\nval: x\nseed: [1]", "unknown key 'seed'. Did you mean 'seeds'?"),
+    "no arms": ("val: x", "must hold arms, val and may hold common, train, side, seeds, seconds."),
+    "no val": ("arms: {a: ''}", "val is missing, the source that encoders are scored on."),
+    "seeds that are none": ("arms: {a: ''}\nval: x\nseeds: [a]", "seeds must be a list of whole numbers."),
+    "no YAML": ("arms: {a", "is not valid YAML: while parsing a flow mapping"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_said_to_be(tmp_path: Path, name: str) -> None:
+    content, message = WRONG[name]
+    path = tmp_path / "study.yaml"
+    path.write_text(content)
+    with pytest.raises(RequestError) as error:
+        load_study(path)
+    assert str(error.value).startswith(str(path))
+    assert str(error.value).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optim.lrr 1", "Unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
+        ("--optim.lr fast", "optim.lr takes a number, not 'fast'."),
+        ("--seed 3", "A study sets --seed itself: leave it out of its arms."),
+    ],
+)
+def test_a_wrong_arm_starts_nothing(plan: StudyConfig, tmp_path: Path, flags: str, message: str) -> None:
+    arms = {"jepa": "", "wrong": flags}
+    with pytest.raises(RequestError) as error:
+        run_study(dataclasses.replace(plan, arms=arms), tmp_path / "out", configure)
+    assert str(error.value) == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_a_table_and_writes_a_page(
+    plan: StudyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(plan, seeds=[0]))))
+    assert main(["study", str(file), "--out", str(tmp_path / "out"), "--json"]) == 0
+    out = capsys.readouterr().out
+    for arm in ("jepa", "plain"):
+        assert arm in out
+        assert f"{arm}-0" in (tmp_path / "out" / "report.html").read_text()
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["arm"] for row in rows] == ["jepa", "plain"]
+    assert str(tmp_path / "out" / "study.csv") in out
