@@ -7,6 +7,8 @@ import tarfile
 import threading
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -114,6 +116,14 @@ def test_a_folder_of_shards_has_its_parts(shards, tmp_path):
     spec = fetch(f"file://{shards}/", tmp_path / "here")
     assert heights(open_source(spec)) == [1, 2, 3]
     assert heights(open_source(spec, "val")) == [6]
+
+
+def test_a_column_of_parquet(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 7)).save(buffer, "PNG")
+    pq.write_table(pa.table({"front": [buffer.getvalue()], "back": [b""]}), tmp_path / "a.parquet")
+    source = open_source(fetch(f"file://{tmp_path}/*.parquet#image=front", tmp_path / "here"))
+    assert heights(source) == [7]
 
 
 def test_what_breaks_off_is_tried_again(server, tmp_path, caplog):

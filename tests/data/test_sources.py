@@ -507,3 +507,12 @@ def test_shards_that_may_not_be_read(tmp_path, monkeypatch, name):
     with pytest.raises(SourceError) as error:
         open_source(str(path))
     assert str(error.value) == f"{path} cannot be read: Permission denied."
+
+
+@pytest.mark.parametrize("name", ["a.tar", "folder"])
+def test_columns_of_what_has_none(tmp_path, name):
+    write(tmp_path / "folder", **{"a.png": png()})
+    shard(tmp_path / "a.tar", samples("0"))
+    with pytest.raises(SourceError) as error:
+        open_source(f"{tmp_path}/{name}#image=a")
+    assert str(error.value) == f"{tmp_path}/{name} is no table: leave out what follows #."

@@ -326,10 +326,31 @@ def test_a_split_that_a_data_set_lacks(splits, tmp_path):
     where = tmp_path / "pair"
     assert str(error.value) == (f"{where} has the splits train, test, and none for val: name one, as {where}/train.")
     with pytest.raises(SourceError) as error:
+        open_source(f"hf://{splits}", "test")
+    assert str(error.value) == (
+        f"hf://{splits} has the splits train, validation, and none for test: name one, as hf://{splits}:train."
+    )
+    with pytest.raises(SourceError) as error:
         open_source(f"hf://{splits}:dev")
     assert str(error.value) == (
         f"hf://{splits}:dev cannot be loaded: Unknown split \"dev\". Should be one of ['train', 'validation']."
     )
+
+
+def test_a_slice_without_rows(splits):
+    with pytest.raises(SourceError) as error:
+        open_source(f"hf://{splits}:train[:0]")
+    assert str(error.value).startswith(f"hf://{splits}:train[:0] cannot be loaded: ")
+
+
+def test_saved_data_sets_that_are_empty_or_damaged(tmp_path):
+    dataset(labels=()).save_to_disk(tmp_path / "empty")
+    with pytest.raises(SourceError, match=rf"^{tmp_path}/empty cannot be loaded: "):
+        open_source(str(tmp_path / "empty"))
+    dataset().save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(SourceError, match=rf"^{tmp_path}/saved cannot be loaded: .*data-00000-of-00001\.arrow"):
+        open_source(str(tmp_path / "saved"))
 
 
 def test_a_data_set_that_the_hub_lacks_or_that_cannot_be_reached():

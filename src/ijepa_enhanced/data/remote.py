@@ -28,8 +28,8 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
     """Copy a remote source, whole files only; those that an earlier call copied are kept.
 
     Args:
-        spec: a folder, or tar or Parquet files with braces and asterisks as `open_source` takes them. `classes.txt`
-            beside tar shards comes along.
+        spec: a folder, or tar or Parquet files with braces and asterisks, and columns, as `open_source` takes them.
+            `classes.txt` beside tar shards comes along.
         folder: for the copies.
         progress: called with how many files there are here, and how many in all, after every one.
 
@@ -39,6 +39,7 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
     Raises:
         SourceError: there is no such source, or a file cannot be had after `TRIES`; the message says what is missing.
     """
+    spec, hash_sign, columns = spec.partition("#")
     try:
         import fsspec
 
@@ -68,9 +69,8 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
             progress(number + 1, len(files))
     if files[0].endswith(".tar") and f"{root}{CLASSES}" not in files and system.exists(f"{root}{CLASSES}"):
         _copy(system, f"{root}{CLASSES}", folder / CLASSES)
-    if _is_folder(path):
-        return str(folder)
-    return f"{folder}/{{{','.join(names)}}}"
+    copies = str(folder) if _is_folder(path) else f"{folder}/{{{','.join(names)}}}"
+    return f"{copies}{hash_sign}{columns}"
 
 
 def _is_folder(path: str) -> bool:

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 PARTS = ("train", "val", "test")
 """What files of a folder may be named after."""
 
+LISTS = (".csv", ".jsonl")
+
 HEIC = (".heic", ".heif")
 """Not read, but not passed over either: a folder of a phone's photos must not look empty."""
 
@@ -234,18 +236,17 @@ def open_source(spec: str, part: str = "train") -> Source:
         if is_saved(path):
             return open_saved(path, place, part, columns)
         files = sorted(path.glob("*.tar")) or sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-        if not files:
-            return FolderSource(path)
         files = _files_of(part, files, place)
     else:
         files = _existing_files(str(path), spec)
-    match files[0].suffix:
-        case ".parquet":
-            return open_parquet(files, place, columns)
-        case ".csv" | ".jsonl" if len(files) == 1:
-            return ListSource(files[0])
-        case _:
-            return TarSource(files, spec)
+    kind = files[0].suffix if files else ""
+    if kind == ".parquet":
+        return open_parquet(files, place, columns)
+    if columns:
+        raise SourceError(f"{place} is no table: leave out what follows #.")
+    if not files:
+        return FolderSource(path)
+    return ListSource(files[0]) if kind in LISTS and len(files) == 1 else TarSource(files, spec)
 
 
 def is_remote(spec: str) -> bool:

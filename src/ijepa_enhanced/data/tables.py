@@ -6,7 +6,8 @@ in microseconds, where a row of Parquet costs the decompression of its row group
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,18 +31,16 @@ class TableSource(FileSource):
     is missing or below 0 is none.
 
     Args:
-        dataset: a `datasets.Dataset`.
+        dataset: a `datasets.Dataset` of one row or more.
         name: what the user called it.
         columns: which to take, instead.
         keys: names of the rows; by default their split and number.
 
     Raises:
-        SourceError: there is no image column, or several and none is chosen, or no row.
+        SourceError: there is no image column, or several and none is chosen.
     """
 
     def __init__(self, dataset: Any, name: str, columns: Columns, keys: list[str] | None = None) -> None:
-        if not len(dataset):
-            raise SourceError(f"No images in {name}: it has no row.")
         self.name = name
         self.split = str(dataset.split or "row")
         self.keys = [f"{self.split}:{row}" for row in range(len(dataset))] if keys is None else keys
@@ -83,7 +82,8 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
     """The rows of Parquet files, in the order of the files.
 
     Raises:
-        SourceError: see `TableSource`; or a file cannot be read, their columns differ, or `datasets` is not installed.
+        SourceError: see `TableSource`; or a file cannot be read, their columns differ, there is no row, or `datasets`
+            is not installed.
     """
     import pyarrow.parquet as pq
 
@@ -107,10 +107,8 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
         keys += [f"{file.name}:{row}" for row in range(metadata.num_rows)]
     if not keys:
         raise SourceError(f"No images in {name}: it has no row.")
-    try:
+    with _loading(name):
         dataset = datasets.Dataset.from_parquet([str(file) for file in files])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise SourceError(f"{name} cannot be loaded: {_first_line(error.__cause__ or error)}") from error
     return TableSource(dataset, name, columns, keys)
 
 
@@ -127,13 +125,12 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     """
     datasets = _datasets()
     repository, _, split = name.removeprefix("hf://").partition(":")
-    try:
-        split = split or _split_of(datasets.get_dataset_split_names(repository), part, name, f"hf://{repository}:")
+    if not split:
+        with _loading(name):
+            splits = datasets.get_dataset_split_names(repository)
+        split = _split_of(splits, part, name, f"{name}:")
+    with _loading(name):
         dataset = datasets.load_dataset(repository, split=split)
-    except SourceError:
-        raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise SourceError(f"{name} cannot be loaded: {_first_line(error)}") from error
     return TableSource(dataset, name, columns)
 
 
@@ -149,10 +146,8 @@ def open_saved(folder: Path, name: str, part: str, columns: Columns) -> TableSou
         SourceError: see `TableSource`; or it cannot be loaded, or `datasets` is not installed.
     """
     datasets = _datasets()
-    try:
+    with _loading(name):
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{name} cannot be loaded: {_first_line(error)}") from error
     if isinstance(dataset, datasets.DatasetDict):
         dataset = dataset[_split_of(list(dataset), part, name, f"{name}/")]
     return TableSource(dataset, name, columns)
@@ -167,6 +162,16 @@ def _datasets() -> ModuleType:
             'pip install "ijepa_enhanced[data]"'
         ) from error
     return datasets
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Makes a SourceError of what `datasets` raises."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, _datasets().exceptions.DatasetsError) as error:
+        first, *_ = [*str(error.__cause__ or error).splitlines(), type(error).__name__]
+        raise SourceError(f"{name} cannot be loaded: {first}") from error
 
 
 def _split_of(splits: list[str], part: str, name: str, prefix: str) -> str:
@@ -215,7 +220,3 @@ def _labels(
         return number_labels(written, None, name)
     labels = np.array([-1 if label is None or label < 0 else label for label in written], dtype=np.int64)
     return (None, None) if (labels < 0).all() else (labels, classes)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
