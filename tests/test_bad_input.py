@@ -398,7 +398,7 @@ WRONG_REQUESTS = {
     "an option before the command": (
         nothing,
         "--debug-me index photos",
-        "Options come after the command: train, evaluate, report, index, inspect, benchmark.",
+        "Options come after the command: train, evaluate, report, index, prepare, inspect, study, benchmark.",
     ),
     "an unknown recipe": (
         nothing,
@@ -487,7 +487,7 @@ WRONG_REQUESTS = {
     "an option before the picture": (
         nothing,
         "inspect --out new masks photos",
-        "Options come after the picture: masks, packing, features, merges.",
+        "Options come after the picture: data, masks, packing, features, merges.",
     ),
     "merges of no run": (
         nothing,
@@ -658,13 +658,19 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         ["ijepa: None of the 10 images of photos can be decoded."],
         set(),
     ),
-    "features that are not finite": (
-        spoilt_encoder,
-        EVALUATE,
-        [
-            "ijepa: The features of 10 of 10 images of photos are not finite, the first of dark/0.png: the encoder in "
-            "run cannot be used."
-        ],
+    **{
+        f"features that are not finite, {protocol}": (
+            spoilt_encoder,
+            f"{EVALUATE} --protocols {protocol}",
+            ["ijepa: The features of dark/0.png of photos are not finite: this encoder cannot be used."],
+            set(),
+        )
+        for protocol in ("knn", "attentive")
+    },
+    "fine-tuning that diverges": (
+        nothing,
+        f"{EVALUATE} --protocols finetune --finetune.epochs 9 --finetune.lr 1e30",
+        ["ijepa: Fine-tuning diverged at step 1: lower finetune.lr."],
         set(),
     ),
     "no header to evaluate": (

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.synthetic import CLASSES, IMAGES, Sample, header, render
+from ijepa_enhanced.data.synthetic import CLASSES, IMAGES, Sample, header, label_map, render
 
 TRAIN, VAL = 1000, 500
 
@@ -46,6 +46,17 @@ def test_the_images_are_frozen():
             pixels, _, mask = content(render(part, row))
             digest.update(pixels + mask)
     assert digest.hexdigest() == "abd3075065489bdf88481b9275fee395270ec80344a4baa305a7e10e9e46bb35"
+
+
+def test_the_label_maps_are_frozen():
+    digest = hashlib.sha256()
+    for part in IMAGES:
+        for row in range(10):
+            labels, sample = label_map(part, row), render(part, row)
+            assert labels.dtype == np.uint8
+            assert (labels == np.where(sample.mask, 1 + sample.label, 0)).all()
+            digest.update(labels.tobytes())
+    assert digest.hexdigest() == "5733f9b4ee57728abe208747b94f65e17a9ffa790563112d4f801cf7144d6b47"
 
 
 @pytest.mark.parametrize(("part", "seed"), [("train", 0), ("val", 0), ("train", 2**64 - 1)])

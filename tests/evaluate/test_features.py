@@ -14,6 +14,7 @@ from ijepa_enhanced.data.index import Index, build_index
 from ijepa_enhanced.data.sources import FolderSource, open_source
 from ijepa_enhanced.evaluate import features
 from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
+from ijepa_enhanced.evaluate.tokens import NotFiniteError
 from ijepa_enhanced.models.encoder import EncoderConfig
 
 # Norm of the difference by the norm, as in test_encoder.py: float32 rounding in other sizes of pack.
@@ -264,3 +265,13 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "file"))
     assert len(cached(encoder, source, index).values) == 10
     assert "The features cannot be cached in " in caplog.text
+
+
+def test_what_is_no_number_is_an_error_and_not_cached(encoder: Encoder, pictures: Path, cache: Path) -> None:
+    spoilt = copy.deepcopy(encoder)
+    with torch.no_grad():
+        spoilt.patch_embed.bias[0] = torch.inf
+    source = open_source(str(pictures))
+    with pytest.raises(NotFiniteError, match=f"The features of dark/0.png of {pictures} are not finite"):
+        cached(spoilt, source, build_index(source))
+    assert not list(cache.glob("*/*"))

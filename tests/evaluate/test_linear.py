@@ -75,9 +75,9 @@ def test_the_chosen_strength_minimises_the_held_out_loss(monkeypatch, best):
     trained, losses = [], iter([1.0 if number == best else 9.0 for number in range(len(linear.STRENGTHS))])
     fit = linear.softmax_regression
 
-    def spy(x, targets, strengths):
+    def spy(x, targets, strengths, start=None):
         trained.append((len(x), strengths))
-        return fit(x, targets, strengths)
+        return fit(x, targets, strengths, start)
 
     def loss(logits, y):
         assert logits.shape == (60, 3)
@@ -86,7 +86,7 @@ def test_the_chosen_strength_minimises_the_held_out_loss(monkeypatch, best):
     monkeypatch.setattr(linear, "softmax_regression", spy)
     monkeypatch.setattr(linear, "calibrated_loss", loss)
     linear_probe(train, train_labels, queries)
-    assert trained == [(240, linear.STRENGTHS), (300, linear.STRENGTHS[: best + 1])]
+    assert trained == [(240, linear.STRENGTHS), (300, linear.STRENGTHS[best : best + 1])]
 
 
 def test_same_seed_same_answer_and_no_other_state():
@@ -169,6 +169,18 @@ def test_the_weights_are_scikit_learns():
         # One number for all classes makes no difference.
         bias, other = weights[-1].double(), torch.from_numpy(model.intercept_).double()
         torch.testing.assert_close(bias - bias.mean(), other - other.mean(), rtol=0.01, atol=1e-3)
+
+
+def test_the_start_makes_no_difference():
+    x, y, _, _ = clouds(300, 7, 4, 1.0)
+    targets = F.one_hot(y, 4).float()
+    start = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    before = start.clone()
+    found = softmax_regression(x, targets, [0.01], start)
+    # Probabilities: the same number added to the last weight of all classes changes none.
+    expected = softmax_regression(x, targets, [0.01])
+    torch.testing.assert_close((x @ found[0]).softmax(1), (x @ expected[0]).softmax(1), rtol=1e-2, atol=1e-3)
+    assert torch.equal(start, before)
 
 
 def test_targets_may_be_shares_of_classes():

@@ -312,13 +312,15 @@ def test_a_collapse_is_said_first(run: Path, tmp_path: Path, alarms: list[float]
 
 
 def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:
-    scores = {"random start": {"knn20": 0.109}, "trained": {"knn20": 0.1693, "rankme": 51.234}}
+    details = {"knn20_mean_per_class": 0.162, "linear_mean_per_class": 0.2, "linear_low": 0.19, "linear_high": 0.223}
+    trained = {"knn20": 0.1693, "linear": 0.21, "linear_top5": 0.6, "rankme": 51.234, "lowshot1": 0.5, **details}
+    scores = {"random start": {"knn20": 0.109}, "trained": trained}
     (run / "evaluation.json").write_text(json.dumps(scores))
     page = report(tmp_path / "report.html", run)
     assert page.rows("evaluation") == [
-        ["", "knn20", "rankme"],
-        ["random start", "10.9%", "–"],  # noqa: RUF001
-        ["trained", "16.9%", "51.23"],
+        ["", "knn20", "linear", "rankme", "lowshot1"],
+        ["random start", "10.9%", "–", "–", "–"],  # noqa: RUF001
+        ["trained", "16.9% (16.2%)", "21.0% (20.0%) [19.0%, 22.3%]", "51.23", "50.0%"],
     ]
 
 

@@ -42,7 +42,7 @@ from ijepa_enhanced.evaluate.sweep import (
     setting_name,
     write_points,
 )
-from ijepa_enhanced.evaluate.tokens import Images, Setting, warn_of_unreadable
+from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting, warn_of_unreadable
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.loop import RunError, autocast_dtype
@@ -90,7 +90,19 @@ def add_options(command: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Score an encoder, or a table of settings of one."""
+    """Score an encoder, or a table of settings of one.
+
+    Raises:
+        RunError: what the encoder computes is not finite.
+    """
+    try:
+        return evaluate(options)
+    except NotFiniteError as error:
+        raise RunError(str(error)) from error
+
+
+def evaluate(options: Namespace) -> int:
+    """Score, print what was found, and keep it in the run."""
     for name in ("seed", "workers"):
         if options[name] < 0:
             raise RequestError(f"{name} must be at least 0, not {options[name]}.")
@@ -137,11 +149,7 @@ def run(options: Namespace) -> int:
 def scores_of_features(
     options: Namespace, encoder: Encoder | None, train: Images, val: Images, setting: Setting
 ) -> dict[str, float]:
-    """What the protocols that share features say, of an encoder or of raw pixels; nothing if none of them is wanted.
-
-    Raises:
-        RunError: some features are not finite.
-    """
+    """What the protocols that share features say, of an encoder or of raw pixels; nothing if none of them is wanted."""
     protocols = [protocol for protocol in options.protocols if protocol in FEATURE_PROTOCOLS]
     if not protocols:
         return {}

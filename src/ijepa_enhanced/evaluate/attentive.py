@@ -101,6 +101,7 @@ def attentive(
 
     Raises:
         UnreadableImage: no image of a source can be decoded.
+        NotFiniteError: a feature is not finite.
     """
     with (
         stored_tokens(encoder, train, setting, counting) as known,

@@ -98,6 +98,7 @@ def dense(
         UnreadableImage: no image of a source can be decoded, or a label map cannot be read or is not of its image's
             size.
         SourceError: `val` has a label that `train` has not.
+        NotFiniteError: a feature is not finite.
     """
     rng = generator(seed, Purpose.PROTOCOL)
     index = train.index
@@ -121,7 +122,8 @@ def dense(
     held_out = torch.from_numpy(rng.permutation(int(image_of.max()) + 1) % 5 == 4)[image_of]
     layers = softmax_regression(x[~held_out], targets[~held_out], STRENGTHS)
     losses = torch.stack([F.cross_entropy(x[held_out] @ layer, targets[held_out]) for layer in layers])
-    head = softmax_regression(x, targets, STRENGTHS[: int(losses.argmin()) + 1])[-1]
+    best = int(losses.argmin())
+    head = softmax_regression(x, targets, STRENGTHS[best : best + 1], layers[best])[0]
 
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     with stored_tokens(encoder, val, setting, counting) as tokens:

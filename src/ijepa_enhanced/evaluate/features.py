@@ -89,6 +89,7 @@ def extract(
 
     Raises:
         UnreadableImage: none of the images can be decoded.
+        NotFiniteError: a feature is not finite; nothing of its part is cached.
         ValueError: a merge rate out of range.
     """
     packs = inference_packs(index, side, encoder.config.patch_size, tokens_per_pack)

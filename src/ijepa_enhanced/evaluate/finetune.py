@@ -20,6 +20,7 @@ from ijepa_enhanced.evaluate.scores import classification
 from ijepa_enhanced.evaluate.tokens import (
     Counting,
     Images,
+    NotFiniteError,
     Setting,
     need_images,
     token_batches,
@@ -146,6 +147,7 @@ def finetune(
     Raises:
         UnreadableImage: no image of a source can be decoded.
         PlanError: fewer than two training images are large enough.
+        NotFiniteError: gradients or features are not finite.
     """
     config = config or FinetuneConfig()
     assert train.index.labels is not None
@@ -211,7 +213,8 @@ def _train(
                 group["lr"] = rate * group["share"]
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+                raise NotFiniteError(f"Fine-tuning diverged at step {step}: lower finetune.lr.")
             optimizer.step()
             progress(step + 1)
     warn_of_unreadable(source, unreadable)

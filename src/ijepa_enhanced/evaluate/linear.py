@@ -15,8 +15,8 @@ from ijepa_enhanced.randomness import Purpose, generator
 STRENGTHS = tuple(10 ** (-power / 2) for power in range(2, 11))
 """Half decades of L2 regularisation from 0.1 to 1e-5, the strongest first. Measured best: 1e-3 to 1e-4."""
 ITERATIONS = 100
-"""Of L-BFGS at each strength. SGD, with momentum and a grid of learning rates and weight decays, took twice as long and
-came 0.7 points less far on Imagenette: standardised features are ill conditioned (docs/evaluation.md)."""
+"""Of L-BFGS at each strength. SGD with momentum and a grid of learning rates and weight decays took as long, and was
+0.7 points worse on Imagenette: its features are ill conditioned (docs/evaluation.md)."""
 TEMPERATURES = tuple(2 ** (power / 2) for power in range(-8, 17))
 """Half octaves from 1/16, for layers that were held near zero, to 256, for those that know their images by heart."""
 
@@ -49,7 +49,8 @@ def linear_probe(train: Tensor, train_labels: Tensor, queries: Tensor, seed: int
     fitted, held_out = stratified_split(numbers, generator(seed, Purpose.HOLDOUT))
     layers = softmax_regression(train[fitted], targets[fitted], STRENGTHS)
     losses = torch.stack([calibrated_loss(train[held_out] @ layer, numbers[held_out]) for layer in layers])
-    return queries @ softmax_regression(train, targets, STRENGTHS[: int(losses.argmin()) + 1])[-1], classes
+    best = int(losses.argmin())
+    return queries @ softmax_regression(train, targets, STRENGTHS[best : best + 1], layers[best])[0], classes
 
 
 def stratified_split(numbers: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ def stratified_split(numbers: Tensor, rng: np.random.Generator) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def softmax_regression(x: Tensor, targets: Tensor, strengths: Sequence[float]) -> Tensor:
+def softmax_regression(x: Tensor, targets: Tensor, strengths: Sequence[float], start: Tensor | None = None) -> Tensor:
     """Weights [S, D, C] of S linear layers, each of which minimises, by L-BFGS from where the one before it ended,
 
         mean over images of the cross-entropy + strength / 2 * sum of squared weights
@@ -70,8 +71,9 @@ def softmax_regression(x: Tensor, targets: Tensor, strengths: Sequence[float]) -
         x: float32 [N, D]. The weights of its last column, which should be ones, are not regularised.
         targets: float32 [N, C], the probability of each of C classes.
         strengths: S of them, best the strongest first.
+        start: [D, C], where the first begins; None is at 0.
     """
-    weights = x.new_zeros(x.shape[1], targets.shape[1])
+    weights = x.new_zeros(x.shape[1], targets.shape[1]) if start is None else start.clone()
     found = []
     for strength in strengths:
         optimizer = torch.optim.LBFGS([weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")

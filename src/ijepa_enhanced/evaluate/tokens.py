@@ -21,12 +21,17 @@ from ijepa_enhanced.data.sources import Source
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.merging import chain, unmerge
-from ijepa_enhanced.packed import Batch, Packed
+from ijepa_enhanced.packed import Batch, Packed, segment_ids
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_PACK = 16384
 """Tokens that an encoder sees at once."""
+
+
+class NotFiniteError(ValueError):
+    """An encoder computes what is no number; the message says where."""
+
 
 Counting = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar of a title and a total; what it gives is called with how many are done."""
@@ -77,6 +82,9 @@ def token_batches(
 
     Of all layers the output is as the encoder's own: after the last LayerNorm, and with merging, for each patch that of
     the token that holds it. A pack of which no image can be decoded has an empty list.
+
+    Raises:
+        NotFiniteError: a feature of the last layer is not finite.
     """
     device, config = encoder.pixel_scale.device, encoder.config
     dataset = PackDataset(source, index, config.patch_size, depth=config.shape.depth, merge_rate=merge_rate)
@@ -86,6 +94,13 @@ def token_batches(
         if len(batch.image_ids):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 outputs = last_layers(encoder, moved.packed, moved.merge_plan, layers)
+            finite = outputs[-1].isfinite().all(dim=1)
+            if not finite.all():
+                view = segment_ids(moved.packed.segments.cu_seqlens, len(finite))[~finite][0]
+                key = source.keys[int(batch.image_ids[int(view)])]
+                raise NotFiniteError(
+                    f"The features of {key} of {source.name} are not finite: this encoder cannot be used."
+                )
         yield moved, outputs
 
 
