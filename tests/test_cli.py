@@ -180,6 +180,15 @@ def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
         assert [row[place] for row in rows[2:]] == cells
     # Programs get the scores of what was asked about.
     assert scores(answer) == trained
+    assert scores(evaluate(run.folder, pictures, pictures, "--baselines", "--random-init")) == start
+
+
+def test_class_numbers_may_be_any(run: Run, pictures: Path, tmp_path: Path) -> None:
+    numbers = {"dark": 7, "light": 10**12}
+    lines = [{"path": str(path), "label": numbers[path.parent.name]} for path in sorted(pictures.glob("*/*.*"))]
+    images = tmp_path / "list.jsonl"
+    images.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert scores(evaluate(run.folder, images, images)) == scores(evaluate(run.folder, pictures, pictures))
 
 
 def test_merging_changes_the_features_that_are_scored(run: Run, pictures: Path) -> None:

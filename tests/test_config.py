@@ -152,6 +152,7 @@ def test_resuming_allows_what_does_not_touch_the_result() -> None:
         "data.source": "/elsewhere",
         "data.max_unreadable": 0.5,
         "data.workers": 7,
+        "data.cache": "memory",
         "compile": True,
         "checkpoint_every": 3,
         "log_every": 4,

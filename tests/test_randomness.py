@@ -32,6 +32,7 @@ def test_purposes_are_never_renumbered() -> None:
         "LOWSHOT": 5,
         "PROTOCOL": 6,
         "AUGMENT": 7,
+        "MIX": 8,
     }
 
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,14 @@ def test_a_run_that_fails_is_a_line_and_the_others_go_on(
     assert [(line["arm"], line["failed"]) for line in summary(rows)] == [("wild", 1), ("jepa", 0)]
 
 
+def test_what_failed_before_it_began_is_tried_again(plan: StudyConfig, tmp_path: Path) -> None:
+    small = dataclasses.replace(plan, seeds=(0,), arms={"jepa": "--data.min_side 8 --data.max_side 8"})
+    (row,) = run_study(small, tmp_path / "out", configure)
+    assert row.outcome.startswith("Training needs at least 2 images")
+    (row,) = run_study(dataclasses.replace(small, arms={"jepa": ""}), tmp_path / "out", configure)
+    assert row.outcome == "finished"
+
+
 def test_seconds_give_as_many_steps_as_they_pay_for(
     plan: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +165,15 @@ WRONG = {
     "no arms": ("val: x", "must hold arms, val and may hold common, train, side, seeds, seconds."),
     "no val": ("arms: {a: ''}", "val is missing, the source that encoders are scored on."),
     "seeds that are none": ("arms: {a: ''}\nval: x\nseeds: [a]", "seeds must be a list of whole numbers."),
+    "a seed below 0": ("arms: {a: ''}\nval: x\nseeds: [-1]", "seeds must be a list of whole numbers."),
+    "a side that is none": ("arms: {a: ''}\nval: x\nside: wide", "side cannot be 'wide'."),
+    "a side of 0": ("arms: {a: ''}\nval: x\nside: 0", "side must be above 0, not 0."),
+    "no time at all": ("arms: {a: ''}\nval: x\nseconds: -1.5", "seconds must be above 0, not -1.5."),
+    "a val that is none": ("arms: {a: ''}\nval:", "val cannot be None."),
+    "an arm that is no folder": (
+        "arms: {../a: ''}\nval: x",
+        "'../a' cannot be an arm's name, which is that of a folder too.",
+    ),
     "no YAML": ("arms: {a", "is not valid YAML: while parsing a flow mapping"),
 }
 
@@ -175,6 +193,7 @@ def test_a_wrong_file_is_said_to_be(tmp_path: Path, name: str) -> None:
     ("flags", "message"),
     [
         ("--optim.lrr 1", "Unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
+        ("--optim.lr '1", "--optim.lr '1: No closing quotation."),
         ("--optim.lr fast", "optim.lr takes a number, not 'fast'."),
         ("--seed 3", "A study sets --seed itself: leave it out of its arms."),
     ],
@@ -183,8 +202,31 @@ def test_a_wrong_arm_starts_nothing(plan: StudyConfig, tmp_path: Path, flags: st
     arms = {"jepa": "", "wrong": flags}
     with pytest.raises(RequestError) as error:
         run_study(dataclasses.replace(plan, arms=arms), tmp_path / "out", configure)
-    assert str(error.value) == message
+    assert str(error.value).endswith(message)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_study_is_not_taken_for_the_one_that_was_run(plan: StudyConfig, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = dataclasses.replace(plan, seeds=(0,), arms={"jepa": ""})
+    rows = run_study(plan, out, configure)
+
+    def refused(**changes: Any) -> str:
+        with pytest.raises(RequestError) as error:
+            run_study(dataclasses.replace(plan, **changes), out, configure)
+        assert read_rows(out / "study.csv") == rows
+        return str(error.value)
+
+    assert refused(side=40) == (
+        f"{out} holds runs of a study with side = 32, so it cannot go on with 40. "
+        "Change it back, or name another --out."
+    )
+    assert refused(train=str(photos)).startswith(f"{out} holds runs of a study with train = None,")
+    for changes in ({"arms": {"jepa": "--optim.lr 0.5"}}, {"common": f"{plan.common} --optim.lr 0.5"}):
+        assert refused(**changes).startswith(f"{out}/jepa-0 was started with optim.lr = ")
+    more = run_study(dataclasses.replace(plan, arms={"other": "", "jepa": ""}), out, configure)
+    assert more[:1] == rows
+    assert [row.arm for row in more] == ["jepa", "other"]
 
 
 def test_the_command_prints_a_table_and_writes_a_page(

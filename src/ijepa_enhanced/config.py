@@ -15,7 +15,15 @@ import yaml
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, read_progress
 from ijepa_enhanced.train.loop import TrainConfig
 
-FREE_ON_RESUME = ("data.source", "data.max_unreadable", "data.workers", "compile", "checkpoint_every", "log_every")
+FREE_ON_RESUME = (
+    "data.source",
+    "data.max_unreadable",
+    "data.workers",
+    "data.cache",
+    "compile",
+    "checkpoint_every",
+    "log_every",
+)
 """What may change when a run is resumed: where the images lie now, and what does not touch the result."""
 
 

@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     LOWSHOT = 5
     PROTOCOL = 6
     AUGMENT = 7
+    MIX = 8
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view: int = 0) -> np.random.Generator:

@@ -30,9 +30,9 @@ def variance_covariance(z: Tensor) -> Tensor:
 def views_agree(z: Tensor) -> Tensor:
     """Invariance of the views of an image, and variance and covariance of each of them: float32 scalar.
 
-    The mean squared difference between two views of one image, by half, which is VICReg's invariance (arXiv 2105.04906,
-    equation 5) for any number of views, plus `variance_covariance` of the first views of all images, of the second, and
-    so on, in their mean.
+    The mean squared difference between two views of one image, by half: VICReg's invariance (arXiv 2105.04906, equation
+    5, but a mean over the K dimensions too, as in the paper's code) for any number of views. Plus `variance_covariance`
+    of the first views of all images, of the second, and so on, in their mean: half of the paper's sum over two views.
 
     Args:
         z: [N, M, K], N at least 2: M views, at least 2, of N images.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import logging
 import shlex
 import statistics
@@ -17,10 +18,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from ijepa_enhanced.commands.setup import best_device, labelled_images, load_encoder, random_start
-from ijepa_enhanced.config import RequestError, check_unchanged, load_config, nearest
+from ijepa_enhanced.config import RequestError, check_resumable, check_unchanged, load_config, nearest
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
-from ijepa_enhanced.evaluate.tokens import Images
+from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.logging import read_log
@@ -48,8 +49,20 @@ class StudyConfig:
     """sqrt(height * width) in pixels that images are scored at; null: native size."""
     seeds: tuple[int, ...] = (0, 1, 2)
     seconds: float | None = None
-    """Training time of every run on this machine, instead of the steps that it would be given: each arm is timed first,
+    """Training time of every run on this machine, instead of the steps that it would be given: each run is timed first,
     and gets as many steps as it does in that time."""
+
+
+KINDS: dict[str, Any] = {
+    "common": str,
+    "val": str,
+    "train": str | None,
+    "side": int | None,
+    "seconds": int | float | None,
+}
+"""Of values in a study file."""
+SCORING = ("val", "train", "side", "seconds")
+"""What every row of a study must have had alike, and no run's configuration tells."""
 
 
 class Row(NamedTuple):
@@ -61,7 +74,7 @@ class Row(NamedTuple):
     """`finished`, `collapsed` (the watch raised its alarm), or what went wrong."""
     steps: int
     seconds: float
-    """Of training, this machine's."""
+    """Of training, this machine's; of an interrupted run, since it went on."""
     knn20: float | None = None
     linear: float | None = None
     rankme: float | None = None
@@ -84,7 +97,7 @@ def load_study(path: Path) -> StudyConfig:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     known = [field.name for field in dataclasses.fields(StudyConfig)]
     if not isinstance(content, dict) or not content.get("arms") or not isinstance(content["arms"], dict):
@@ -94,11 +107,20 @@ def load_study(path: Path) -> StudyConfig:
             raise RequestError(f"{path}: unknown key '{key}'.{nearest(key, known)}")
     if "val" not in content:
         raise RequestError(f"{path}: val is missing, the source that encoders are scored on.")
+    for key, kind in KINDS.items():
+        value = content.get(key, "" if key == "common" else None)
+        if key in content and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise RequestError(f"{path}: {key} cannot be {value!r}.")
+        if isinstance(value, int | float) and not value > 0:
+            raise RequestError(f"{path}: {key} must be above 0, not {value}.")
     seeds = content.get("seeds", StudyConfig.seeds)
-    if not isinstance(seeds, Sequence) or not all(isinstance(seed, int) for seed in seeds) or not seeds:
+    if not isinstance(seeds, Sequence) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise RequestError(f"{path}: seeds must be a list of whole numbers.")
     arms = {str(name): str(flags or "") for name, flags in content["arms"].items()}
-    return StudyConfig(**content | {"arms": arms, "seeds": tuple(seeds)})
+    for arm in arms:
+        if "/" in arm or arm.startswith("."):
+            raise RequestError(f"{path}: '{arm}' cannot be an arm's name, which is that of a folder too.")
+    return StudyConfig(**content | {"arms": arms, "seeds": tuple(dict.fromkeys(seeds))})
 
 
 def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]], TrainConfig]) -> list[Row]:
@@ -112,14 +134,19 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
         configure: the configuration that flags of `ijepa train` stand for.
 
     Raises:
-        RequestError: an arm's flags are wrong, or a source cannot be scored on; nothing has been started.
+        RequestError: an arm's flags are wrong, a source cannot be scored on, or `folder` holds runs of another study;
+            nothing has been started.
         RunError: none of a source's images can be read.
     """
-    configs = {arm: configure(shlex.split(f"{study.common} {flags}")) for arm, flags in study.arms.items()}
+    configs = {arm: configure(_split(f"{study.common} {flags}")) for arm, flags in study.arms.items()}
     train_source = study.train or next(iter(configs.values())).data.source
     images = labelled_images(train_source, study.val)
+    _check_same(study, configs, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(folder / "study.csv")
+    with replacing(folder / "study.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(dataclasses.asdict(study), sort_keys=False))
+    # What failed before it began costs nothing to try again, maybe with other flags.
+    rows = [row for row in read_rows(folder / "study.csv") if (folder / f"{row.arm}-{row.seed}").is_dir()]
     done = {(row.arm, row.seed) for row in rows}
     for seed in study.seeds:
         for arm, config in configs.items():
@@ -128,10 +155,43 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
             logger.info("Study: %s, seed %d", arm, seed)
             row = _run(dataclasses.replace(config, seed=seed), study, folder / f"{arm}-{seed}", arm)
             if row.outcome in ("finished", "collapsed"):
-                row = row._replace(**_scores(folder / f"{arm}-{seed}", study.side, images))
+                try:
+                    row = row._replace(**_scores(folder / f"{arm}-{seed}", study.side, images))
+                except NotFiniteError as error:
+                    row = row._replace(outcome=str(error))
             rows.append(row)
             write_rows(rows, folder / "study.csv")
     return rows
+
+
+def _split(flags: str) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise RequestError(f"{flags.strip()}: {error}.") from error
+
+
+def _check_same(study: StudyConfig, configs: dict[str, TrainConfig], folder: Path) -> None:
+    """Raise RequestError where `folder` holds what another study did: its rows would pass for this one's.
+
+    More seeds and more arms make no other study.
+    """
+    if (folder / "study.yaml").is_file():
+        before = load_study(folder / "study.yaml")
+        for name in SCORING:
+            was, asked = getattr(before, name), getattr(study, name)
+            if was != asked:
+                raise RequestError(
+                    f"{folder} holds runs of a study with {name} = {was}, so it cannot go on with {asked}. "
+                    "Change it back, or name another --out."
+                )
+    for (arm, config), seed in itertools.product(configs.items(), study.seeds):
+        run = folder / f"{arm}-{seed}"
+        if (run / "config.yaml").is_file():
+            saved = load_config(run)
+            steps = config.steps if study.seconds is None else saved.steps
+            check_resumable(saved, dataclasses.replace(config, seed=seed, steps=steps), run)
+            check_unchanged(run)
 
 
 def _run(config: TrainConfig, study: StudyConfig, folder: Path, arm: str) -> Row:
@@ -140,7 +200,6 @@ def _run(config: TrainConfig, study: StudyConfig, folder: Path, arm: str) -> Row
     try:
         if resume:
             config = load_config(folder)
-            check_unchanged(folder)
         elif study.seconds is not None:
             config = dataclasses.replace(config, steps=max(1, round(study.seconds / seconds_per_step(config))))
             start = time.perf_counter()

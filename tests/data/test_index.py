@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_enhanced.data import synthetic
 from ijepa_enhanced.data.index import build_index, cache_folder, summary
 from ijepa_enhanced.data.sources import FolderSource, open_source
 
@@ -130,6 +129,15 @@ def test_a_file_replaced_by_one_of_the_same_length_is_scanned_again(folder, cach
     assert (before.heights[0], after.heights[0]) == (10, 11)
 
 
+def test_a_file_that_may_be_read_now_is_scanned_again(folder, cache, scanned, monkeypatch):
+    with monkeypatch.context() as closed:
+        closed.setattr("os.access", lambda path, mode: False)
+        build_index(FolderSource(folder))
+    scanned.clear()
+    build_index(FolderSource(folder))
+    assert scanned
+
+
 def test_the_hash_does_not_know_where_the_images_lie(folder, tmp_path, cache):
     moved = shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
     assert build_index(FolderSource(moved), cache=False).hash == build_index(FolderSource(folder)).hash
@@ -237,13 +245,6 @@ def test_summary_by_hand(folder):
         "side": {"5%": 20.0, "25%": 20.0, "50%": 20.0, "75%": 25.0, "95%": 29.0},
         "aspect": {"5%": 0.2, "25%": 0.556, "50%": 1.0, "75%": 2.5, "95%": 3.7},
     }
-
-
-def test_synthetic_is_not_cached(cache):
-    index = build_index(open_source("synthetic", "val"))
-    assert not cache.exists()
-    assert index.rows.tolist() == list(range(synthetic.IMAGES["val"]))
-    assert (index.heights[3], index.widths[3], index.labels[3]) == synthetic.header("val", 3)
 
 
 @pytest.mark.skipif(not (DATA / "caltech-101").is_dir(), reason=f"no caltech-101 in {DATA} (set IJEPA_DATA)")

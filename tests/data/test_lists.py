@@ -65,6 +65,11 @@ def test_what_is_missing_is_unreadable(folder):
     )
 
 
+def test_what_cannot_be_a_path_is_unreadable(folder):
+    source = opened(folder, "list.jsonl", '{"path": "a\\u0000.png"}\n{"path": "3.png"}\n')
+    assert build_index(source).unreadable == (("a\0.png", "cannot be read: embedded null byte"),)
+
+
 def test_a_list_or_an_image_that_changed_is_indexed_anew(folder):
     assert build_index(opened(folder, "list.csv", "path,label\n3.png,\na/1.png,0\n")).keys == ["a/1.png"]
     source = opened(folder, "list.csv", "path,label\n3.png,0\na/1.png,0\n")
@@ -91,6 +96,11 @@ REFUSED = {
         "Line 2 of {} is not JSON: Extra data: line 1 column 2 (char 1).",
     ),
     "not an object": ("l.jsonl", b'["3.png"]\n', 'Line 1 of {} is not of the form {{"path": ..., "label": ...}}.'),
+    "a label beyond int64": (
+        "l.csv",
+        b"path,label\n3.png,99999999999999999999\n",
+        "{} has the label 99999999999999999999, which is too large a number.",
+    ),
     "an object without a path": ("l.jsonl", b'{"file": "3.png"}\n', "Image 1 of {} has no 'path', but file."),
 }
 

@@ -442,6 +442,7 @@ FREE: dict[str, dict[str, Any]] = {
     "source": {"source": "/elsewhere"},
     "max_unreadable": {"max_unreadable": 0.5},
     "workers": {"workers": 7},
+    "cache": {"cache": "memory"},
 }
 
 

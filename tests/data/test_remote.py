@@ -5,6 +5,7 @@ import http.server
 import io
 import tarfile
 import threading
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -124,6 +125,42 @@ def test_a_column_of_parquet(tmp_path):
     pq.write_table(pa.table({"front": [buffer.getvalue()], "back": [b""]}), tmp_path / "a.parquet")
     source = open_source(fetch(f"file://{tmp_path}/*.parquet#image=front", tmp_path / "here"))
     assert heights(source) == [7]
+
+
+@pytest.mark.parametrize("name", ["../out.png", "a/../../out.png", "/out.png"])
+def test_nothing_is_written_outside_of_the_folder(tmp_path, monkeypatch, name):
+    class Server(fsspec.AbstractFileSystem):
+        def find(self, path, **options):
+            return [f"{path}/in.png", f"{path}/{name}"]
+
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda spec: (Server(), spec))
+    with pytest.raises(SourceError) as error:
+        fetch("https://evil.org/d", tmp_path)
+    assert str(error.value) == (
+        f"https://evil.org/d names https://evil.org/d/{name}, which is not in it. Nothing was copied."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("path", "listed"), [("", ["a.png", "b/c.png"]), ("a.tar", ["a.tar"])])
+def test_paths_that_are_relative(tmp_path, monkeypatch, path, listed):
+    class Server(fsspec.AbstractFileSystem):
+        def find(self, path, **options):
+            return listed
+
+        def info(self, path, **options):
+            return {"size": 5}
+
+        def get_file(self, file, to, **options):
+            Path(to).write_bytes(file[:5].encode())
+
+        def exists(self, path, **options):
+            return False
+
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda spec: (Server(), path))
+    fetch(f"github://who:what@main/{path}", tmp_path)
+    found = {file.relative_to(tmp_path).as_posix(): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {name: name[:5] for name in listed}
 
 
 def test_what_breaks_off_is_tried_again(server, tmp_path, caplog):

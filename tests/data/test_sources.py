@@ -113,6 +113,13 @@ def test_links_are_followed(tmp_path):
     assert FolderSource(tmp_path / "set").keys == ["class/a.png"]
 
 
+def test_links_to_folders_above_are_not_followed(tmp_path):
+    write(tmp_path / "set", **{"a.png": png(), "class/b.png": png()})
+    for place in ("set/up", "set/class/up", "set/class/top"):
+        (tmp_path / place).symlink_to(tmp_path / ("set" if place.endswith("up") else ""), target_is_directory=True)
+    assert FolderSource(tmp_path / "set").keys == ["a.png", "class/b.png"]
+
+
 def test_unreadable_files_of_a_folder(tmp_path):
     write(tmp_path, **{"a.png": b"", "b.png": b"text that is no image", "d.png": png()})
     (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
@@ -281,11 +288,79 @@ def test_labels_beyond_classes_txt(tmp_path, label):
     assert str(error.value) == f"{tmp_path}/a.tar has the label '{label}', which is none of the 2 in classes.txt."
 
 
+def test_a_classes_txt_that_is_no_text(tmp_path):
+    shard(tmp_path / "a.tar", samples("0"))
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xd8")
+    with pytest.raises(SourceError) as error:
+        open_source(f"{tmp_path}/a.tar")
+    assert str(error.value) == f"{tmp_path}/classes.txt is not text in UTF-8."
+
+
+def test_an_empty_label_is_none(tmp_path):
+    shard(tmp_path / "a.tar", samples("dog", ""))
+    assert open_source(f"{tmp_path}/a.tar").labels.tolist() == [0, -1]
+    shard(tmp_path / "b.tar", samples("", " "))
+    assert open_source(f"{tmp_path}/b.tar").labels is None
+
+
 def test_shards_without_labels(tmp_path):
     path = shard(tmp_path / "a.tar", [("x.png", png()), ("x.txt", b"a caption"), ("sub/y.JPEG", noise_jpeg(8, 8))])
     source = TarSource([path], "a.tar")
     assert (source.keys, source.labels, source.classes) == (["a.tar:x.png", "a.tar:sub/y.JPEG"], None, None)
     assert source.size(1) == (8, 8)
+
+
+def described(*metadata):
+    """Members of one image and its metadata, for every one."""
+    members = []
+    for number, data in enumerate(metadata):
+        members += [(f"{number:04d}.png", png()), (f"{number:04d}.json", data)]
+    return members
+
+
+@pytest.mark.parametrize(
+    ("metadata", "labels", "classes"),
+    [
+        ([b'{"label": 7, "width": 3}', b'{"label": "2"}'], [7, 2], None),
+        ([b'{"cls": "dog"}', b'{"cls": "ant", "caption": "\xc3\xbc"}', b'{"cls": " dog "}'], [1, 0, 1], ["ant", "dog"]),
+        ([b'{"label": "other", "cls": 3}', b'{"label": 4, "cls": null}'], [3, 4], None),
+        # Nothing that could be a class.
+        (
+            [b'{"label": 0}', b'{"label": [1]}', b'{"label": -1}', b'{"label": true}', b'{"label": ""}'],
+            [0] + 4 * [-1],
+            None,
+        ),
+        ([b'{"label": 0}', b"{", b"[1]", b"\xff", b"", b"[" * 100_000], [0] + 5 * [-1], None),
+        ([b'{"key": "a", "height": 4}', b"{}"], None, None),
+    ],
+)
+def test_labels_in_metadata(tmp_path, metadata, labels, classes):
+    source = TarSource([shard(tmp_path / "a.tar", described(*metadata))], "a.tar")
+    assert source.keys == [f"a.tar:{number:04d}.png" for number in range(len(metadata))]
+    assert (None if source.labels is None else source.labels.tolist(), source.classes) == (labels, classes)
+
+
+def test_names_in_metadata_are_numbered_by_classes_txt(tmp_path):
+    path = shard(tmp_path / "a.tar", described(b'{"label": "dog"}', b'{"label": "ant"}'))
+    (tmp_path / "classes.txt").write_text("dog\nant\n")
+    source = TarSource([path], "a.tar")
+    assert (source.classes, source.labels.tolist()) == (["dog", "ant"], [0, 1])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_metadata_say_nothing_where_any_shard_has_labels(tmp_path, first):
+    paths = [
+        shard(tmp_path / "a.tar", [*described(b'{"label": "dog"}', b'{"cls": 9}'), ("0001.cls", b"5")]),
+        shard(tmp_path / "b.tar", described(b'{"label": 6}')),
+    ]
+    source = TarSource(paths[::-1] if first else paths, "both")
+    assert (source.labels.tolist(), source.classes) == ([-1, -1, 5] if first else [-1, 5, -1], None)
+
+
+def test_metadata_that_are_cut_off_are_no_label(tmp_path):
+    path = shard(tmp_path / "a.tar", described(b'{"label": 1}', b'{"label": 2}' + b" " * 5000))
+    os.truncate(path, 4 * 1024 + 100)
+    assert TarSource([path], "a.tar").labels.tolist() == [1, -1]
 
 
 def test_an_image_without_the_label_that_others_have(tmp_path):
@@ -448,7 +523,7 @@ def test_synthetic():
     assert source.labels[7] == sample.label
     assert source.size(7) == sample.pixels.shape[:2]
     np.testing.assert_array_equal(np.asarray(source.open(7)), sample.pixels)
-    assert source.fingerprint() is None
+    assert source.fingerprint() != open_source("synthetic").fingerprint()
     assert len(open_source("synthetic").keys) == synthetic.IMAGES["train"]
 
 

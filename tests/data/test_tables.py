@@ -337,6 +337,33 @@ def test_a_split_that_a_data_set_lacks(splits, tmp_path):
     )
 
 
+def test_a_data_set_of_one_split_does_not_stand_for_another_part(splits):
+    (splits / "data" / "validation-00000-of-00001.parquet").unlink()
+    assert heights(open_source(f"hf://{splits}")) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(SourceError) as error:
+        open_source(f"hf://{splits}", "val")
+    assert str(error.value) == (
+        f"hf://{splits} has the splits train, and none for val: name one, as hf://{splits}:train."
+    )
+
+
+def test_an_empty_string_is_no_label(tmp_path):
+    pq.write_table(pa.table({"image": [b"x"] * 3, "label": ["b", "", "a"]}), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert (source.labels.tolist(), source.classes) == ([1, -1, 0], ["a", "b"])
+
+
+def test_labels_that_have_no_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    dataset().to_parquet(path)
+    table = pq.read_table(path)
+    numbers = pa.array([0, 1, len(SPECIES)], table.schema.field("label").type)
+    pq.write_table(table.set_column(1, table.schema.field("label"), numbers), path)
+    with pytest.raises(SourceError) as error:
+        open_source(str(path))
+    assert str(error.value) == f"{path} has the label 3, but names for 3 classes only."
+
+
 def test_a_slice_without_rows(splits):
     with pytest.raises(SourceError) as error:
         open_source(f"hf://{splits}:train[:0]")

@@ -78,9 +78,10 @@ def test_stored_tokens_are_those_of_the_maps(encoder: Encoder, images: Images, r
 
 
 def test_stored_tokens_leave_no_file(encoder: Encoder, images: Images, index_cache: Path) -> None:
+    before = set(index_cache.iterdir())
     with stored_tokens(encoder, images, Setting(32, workers=0), uncounted):
-        assert list(index_cache.glob("tokens-*"))
-    assert not list(index_cache.glob("tokens-*"))
+        assert set(index_cache.iterdir()) == before, "nor does a process that is killed"
+    assert set(index_cache.iterdir()) == before
 
 
 def test_it_finds_one_patch_in_many_that_the_mean_hides(monkeypatch: pytest.MonkeyPatch) -> None:

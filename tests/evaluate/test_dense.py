@@ -113,8 +113,46 @@ def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: P
     )
     Image.fromarray(labels).convert("RGB").save(path)
     fails(UnreadableImage, f"{path} is no label map: it has the mode RGB, not L or P.")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnreadableImage, match=f"^The label map {path} cannot be read: "):
+        list(dense(encoder, known, open_maps(str(halves), "val"), SETTING))
+    path.write_bytes(b"no image")
+    fails(
+        UnreadableImage,
+        f"The label map {path} cannot be read: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image.",
+    )
     path.unlink()
     fails(UnreadableImage, f"The label map {path} cannot be read: No such file or directory.")
+
+
+def test_maps_that_label_nothing_are_an_error(encoder: Encoder, halves: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for name in ("images", "labels"):
+        (other / name).mkdir(parents=True)
+    (other / "images" / "0.jpg").write_bytes((halves / "images" / "0.jpg").read_bytes())
+    Image.new("L", (48, 48), 255).save(other / "labels" / "0.png")
+    some, none = open_maps(str(halves), "train"), open_maps(str(other), "train")
+    for train, val in ((some, none), (none, some)):
+        with pytest.raises(SourceError) as caught:
+            list(dense(encoder, train, val, SETTING))
+        assert str(caught.value) == f"The label maps of {other}/images label nothing: every pixel is 255."
+
+
+def test_the_strength_is_chosen_by_one_image_of_two(
+    encoder: Encoder, halves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, seen = dense_module.softmax_regression, []
+
+    def spy(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        seen.append(len(x))
+        return fit(x, *arguments)
+
+    monkeypatch.setattr(dense_module, "softmax_regression", spy)
+    monkeypatch.setattr(dense_module, "MOST_PATCHES", 80)
+    maps = open_maps(str(halves), "train")
+    list(dense(encoder, maps, maps, SETTING))
+    assert 25 < seen[0] < seen[1]
 
 
 def test_a_label_that_training_lacks_is_an_error(encoder: Encoder, halves: Path, tmp_path: Path) -> None:

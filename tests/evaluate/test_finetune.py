@@ -1,6 +1,8 @@
 """Fine-tuning learns with labels, each layer at its own rate, and leaves the encoder that it was given alone."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,10 @@ import torch
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.loader import PackDataset
+from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.evaluate import finetune as finetune_module
 from ijepa_enhanced.evaluate.finetune import Classifier, FinetuneConfig, finetune, mixed, parameter_groups
 from ijepa_enhanced.evaluate.tokens import Images, Setting
 from ijepa_enhanced.models.encoder import EncoderConfig
@@ -34,6 +39,26 @@ def test_it_learns_and_repeats(encoder: Encoder, pictures: Path, rate: float, mi
     assert first == again
     assert first["finetune"] == 1.0  # the classes differ in brightness
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_views_are_as_large_as_those_that_are_scored(
+    encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    original = finetune_module.make_loader
+
+    def spy(dataset: PackDataset, packs: Iterable[Pack], *arguments: Any, **options: Any) -> Any:
+        seen = list(packs)
+        tokens.extend(int(count) for pack in seen for count in pack.grids.prod(axis=1))
+        return original(dataset, seen, *arguments, **options)
+
+    monkeypatch.setattr(finetune_module, "make_loader", spy)
+    source = open_source(str(pictures))
+    images = Images(source, build_index(source))
+    list(finetune(encoder, images, images, Setting(48, workers=0, tokens_per_pack=64), config=FinetuneConfig(epochs=1)))
+    # 48 x 48 px are 36 patches; at other aspect ratios that is rounded.
+    assert len(tokens) == 10
+    assert 30 <= min(tokens) <= max(tokens) <= 42
 
 
 def test_a_view_skips_a_half_block_as_a_whole(encoder: Encoder) -> None:

@@ -156,6 +156,12 @@ def test_a_fifth_of_every_class_is_held_out():
     assert set(held_out.tolist()) != set(stratified_split(numbers, generator(1, Purpose.HOLDOUT))[1].tolist())
 
 
+@pytest.mark.parametrize(("images", "held"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 1), (9, 1), (10, 2)])
+def test_of_two_images_or_more_one_is_held_out(images, held):
+    fitted, held_out = stratified_split(torch.arange(images), generator(0, Purpose.HOLDOUT))
+    assert (len(fitted), len(held_out)) == (images - held, held)
+
+
 def test_the_weights_are_scikit_learns():
     x, y, _, _ = clouds(600, 7, 4, 1.0)
     x = F.pad(x, (0, 1), value=1.0)

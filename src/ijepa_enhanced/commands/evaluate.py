@@ -142,7 +142,7 @@ def evaluate(options: Namespace) -> int:
     show(evaluation)
     if (run := Path(options.run)).joinpath("config.yaml").is_file():
         keep(evaluation, run / "evaluation.json")
-    print_json(options, scores)
+    print_json(options, evaluation["random start" if options.random_init else "trained"])
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jsonargparse import ArgumentParser, Namespace
 
 from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import print_json
+from ijepa_enhanced.commands.setup import print_counts, print_json
 from ijepa_enhanced.data.index import build_index, summary
 from ijepa_enhanced.data.sources import open_source
 
@@ -19,9 +19,7 @@ def run(options: Namespace) -> int:
     """Scan a source and print what is in it."""
     index = build_index(open_source(options.source), progress=None)
     counts = summary(index)
-    for name, value in counts.items():
-        shown = "  ".join(f"{part} {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
-        print(f"{name:>12}  {shown}")
+    print_counts(counts)
     for key, reason in index.unreadable:
         print(f"  unreadable  {key}: {reason}")
     print_json(options, counts)

@@ -16,6 +16,7 @@ from ijepa_enhanced.commands.setup import (
     best_device,
     check_setting,
     load_encoder,
+    print_counts,
     print_json,
     train_config,
 )
@@ -97,9 +98,7 @@ def inspect_data(options: Namespace) -> int:
         "identical": len(seen.identical),
         "near": len(seen.near),
     }
-    for name, value in counts.items():
-        shown = "  ".join(f"{part} {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
-        print(f"{name:>12}  {shown}")
+    print_counts(counts)
     for name, size in list(sizes.items())[:LISTED]:
         print(f"       class  {name}: {size}")
     if len(sizes) > LISTED:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import print_json
+from ijepa_enhanced.commands.setup import print_counts, print_json
 from ijepa_enhanced.config import RequestError
 from ijepa_enhanced.data.index import LISTED, build_index
 from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
@@ -87,8 +87,7 @@ def _prepare(options: Namespace) -> int:
         "shards": len(manifest["shards"]),
         "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
     }
-    for name, value in counts.items():
-        print(f"{name:>12}  {value}")
+    print_counts(counts)
     print_json(options, counts)
     return 0
 

@@ -58,6 +58,13 @@ def print_json(options: Namespace, values: dict[str, Any]) -> None:
         print(json.dumps(values))
 
 
+def print_counts(counts: dict[str, Any]) -> None:
+    """Names and numbers, a line each; a dictionary of numbers is one line."""
+    for name, value in counts.items():
+        shown = "  ".join(f"{part} {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
+        print(f"{name:>12}  {shown}")
+
+
 def check_setting(side: int | None, merge_rate: float) -> None:
     """Raise RequestError where an encoder cannot be run with them."""
     if side is not None and side < 1:
@@ -129,31 +136,31 @@ def labelled_images(train_spec: str, val_spec: str) -> list[Images]:
             f"{train_spec} has images of one class only, '{class_name(train.index, only[0])}'; "
             "scoring needs two or more."
         )
-    renumber = class_numbers(train, val)
-    return [train, Images(val.source, dataclasses.replace(val.index, labels=renumber[val.index.labels]))]
+    return [train, Images(val.source, dataclasses.replace(val.index, labels=class_numbers(train, val)))]
 
 
 def class_numbers(train: Images, val: Images) -> NDArray[np.int64]:
-    """The training source's number of each of the validation source's classes: int64 [classes of val].
+    """The labels of the validation source as the training source numbers their classes: int64 [N].
 
     Raises:
         RequestError: a class that has images in the validation source has none in the training source.
     """
     assert train.index.labels is not None
     assert val.index.labels is not None
-    numbers = np.arange(1 + int(val.index.labels.max()))
+    found, inverse = np.unique(val.index.labels, return_inverse=True)
+    numbers = found
     if train.index.classes is not None and val.index.classes is not None:
         places = {name: number for number, name in enumerate(train.index.classes)}
-        numbers = np.array([places.get(name, -1) for name in val.index.classes])
-    for label in np.unique(val.index.labels).tolist():
-        if numbers[label] not in train.index.labels:
+        numbers = np.array([places.get(class_name(val.index, label), -1) for label in found.tolist()])
+    for label, number in zip(found.tolist(), numbers.tolist(), strict=True):
+        if number not in train.index.labels:
             name = class_name(val.index, label)
             listed = train.index.classes is not None and name in train.index.classes
             lacks = (
                 f"of which {train.source.name} has no readable image" if listed else f"that {train.source.name} has not"
             )
             raise RequestError(f"{val.source.name} has a class '{name}' {lacks}.")
-    return numbers
+    return numbers[inverse]
 
 
 def class_name(index: Index, label: int) -> str:

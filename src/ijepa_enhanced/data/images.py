@@ -42,8 +42,7 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"MM\0*": TiffImagePlugin.TiffImageFile,
 }
 
-# What 100,000 randomly damaged files made Pillow raise, then what its readers themselves take for damage.
-_FAILURES = (
+FAILURES = (
     OSError,
     SyntaxError,
     ValueError,
@@ -55,6 +54,7 @@ _FAILURES = (
     ArithmeticError,
     struct.error,
 )
+"""What 100,000 randomly damaged files made Pillow raise, then what its readers themselves take for damage."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -85,7 +85,7 @@ def open_image(data: bytes) -> Image.Image:
         raise UnreadableImage("not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image")
     try:
         image = reader(io.BytesIO(data))
-    except _FAILURES as error:
+    except FAILURES as error:
         raise UnreadableImage(f"damaged header: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.width} x {image.height} px is above the limit of {MAX_PIXELS:,} px")
@@ -117,7 +117,7 @@ def decode_views(
     try:
         pixels, scale = _reduced(image, float((boxes[:, 2:] / sizes).min()))
         pixels = _rgb(pixels)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise UnreadableImage(f"cannot be decoded: {error}") from error
     if turn is not None:
         pixels = pixels.transpose(turn)

@@ -20,7 +20,7 @@ from ijepa_enhanced.files import replacing
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a cached file means something else than before."""
 
 LISTED = 20
@@ -49,10 +49,13 @@ class Index:
     unreadable: tuple[tuple[str, str], ...]
     """(key, reason) of every image whose header cannot be read."""
     hash: str
-    """SHA-256 of rows, sizes, labels and keys: equal wherever the images lie. A part of an index keeps the whole's."""
+    """SHA-256 of rows, sizes, labels, shares and keys: equal wherever the images lie. A part of an index keeps the
+    whole's."""
+    shares: NDArray[np.float64] | None = None
+    """[N] the fraction of the epochs that show each image, or None where that is all of them."""
 
     def select(self, images: NDArray[np.integer]) -> Index:
-        """Some of the images, by position, in that order."""
+        """Some of the images, by position, in that order; every epoch shows all of them."""
         return dataclasses.replace(
             self,
             heights=self.heights[images],
@@ -60,6 +63,7 @@ class Index:
             rows=self.rows[images],
             labels=None if self.labels is None else self.labels[images],
             keys=[self.keys[image] for image in images.tolist()],
+            shares=None,
         )
 
 
@@ -72,24 +76,24 @@ def build_index(source: Source, cache: bool = True, progress: Callable[[int], No
             `~/.cache`). A cache that cannot be read is made anew; one that cannot be written is a warning.
         progress: called with the number of images scanned, now and then.
     """
-    fingerprint = source.fingerprint() if cache else None
-    path = cache_folder() / f"index-{FORMAT}-{fingerprint}.parquet"
-    scan = None if fingerprint is None else _load(path)
+    path = cache_folder() / f"index-{FORMAT}-{source.fingerprint()}.parquet"
+    scan = _load(path) if cache else None
     if scan is None:
         scan = _scan(source, progress)
-        if fingerprint is not None:
+        if cache:
             _save(path, scan)
     heights, widths, reasons = scan
     readable = np.array([reason is None for reason in reasons], dtype=np.bool_)
     rows = np.flatnonzero(readable)
     labels = None if source.labels is None else source.labels[rows]
+    shares = None if source.shares is None else source.shares[rows]
     keys = [source.keys[row] for row in rows.tolist()]
     unreadable = [(key, reason) for key, reason in zip(source.keys, reasons, strict=True) if reason is not None]
     heights, widths = heights[rows], widths[rows]
     digest = hashlib.sha256(os.fsencode("\0".join(keys)))
-    for values in (rows, heights, widths, labels):
+    for values in (rows, heights, widths, labels, shares):
         digest.update(b"" if values is None else values.tobytes())
-    return Index(heights, widths, rows, labels, source.classes, keys, tuple(unreadable), digest.hexdigest())
+    return Index(heights, widths, rows, labels, source.classes, keys, tuple(unreadable), digest.hexdigest(), shares)
 
 
 def report_unreadable(index: Index, heading: str = "Left out") -> None:

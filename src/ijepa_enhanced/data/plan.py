@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class DataConfig:
 
     source: str = "synthetic"
     """A folder of images, tar shards (`train-{000000..000002}.tar`), Parquet (`train-*.parquet`), `hf://NAME`, a list
-    (`.csv`, `.jsonl`), or `synthetic`; see docs/data.md."""
+    (`.csv`, `.jsonl`), or `synthetic`; or several with weights, `photos@2 + train-*.tar@1`; see docs/data.md."""
     tokens_per_pack: int = 16384
     """Most tokens that one device sees at once: what bounds memory."""
     packs_per_step: int = 1
@@ -60,6 +60,9 @@ class DataConfig:
     """Fraction of the source's images that may be unreadable before the run stops."""
     workers: int = 1
     """Processes that decode images; 0 decodes in the training process."""
+    cache: Literal["none", "memory"] = "none"
+    """Memory: all image files, or what `synthetic` draws, are read before training into memory that the workers share.
+    It takes their bytes (`synthetic`: 241 MB), and is refused when they do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "packs_per_step", "views"):
@@ -289,7 +292,7 @@ class Plan:
     def hash(self) -> str:
         """What the sequence of packs depends on, as a SHA-256: equal hashes, equal plans."""
         settings = dataclasses.asdict(self.config)
-        for free in ("source", "max_unreadable", "workers"):
+        for free in ("source", "max_unreadable", "workers", "cache"):
             del settings[free]
         settings |= {"patch_size": self.patch_size, "seed": self.seed, "index": self.index.hash}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -316,13 +319,16 @@ class Plan:
             wanted = side**2
         grids = fit_grids(heights, widths, side, self.patch_size, config.view_limit)
         enough = (grids.prod(axis=2) >= MIN_TOKENS).all(axis=1)
-        if enough.sum() < MIN_IMAGES:
+        shown = np.ones_like(enough)
+        if index.shares is not None:
+            shown = generator(self.seed, Purpose.MIX, epoch).random(len(shown)) < index.shares
+        if (enough & shown).sum() < MIN_IMAGES:
             raise PlanError(
                 f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} patches of "
-                f"{self.patch_size} px or more, and {enough.sum()} of {len(enough)} have. Add images, raise "
+                f"{self.patch_size} px or more, and {(enough & shown).sum()} of {shown.sum()} have. Add images, raise "
                 "data.min_side, or take a smaller encoder.patch_size."
             )
-        images = np.flatnonzero(enough)
+        images = np.flatnonzero(enough & shown)
         tokens = grids[images].prod(axis=2).sum(axis=1)
         packs = balance(tokens, config.tokens_per_pack, generator(self.seed, Purpose.ORDER, epoch))
         images = images[np.argsort(packs, kind="stable")]
@@ -334,8 +340,8 @@ class Plan:
             boxes[images],
             grids[images],
             config.tokens_per_pack,
-            too_small=int((~enough).sum()),
-            limited=int((wanted[enough] / self.patch_size**2 > config.view_limit).sum()),
+            too_small=int((~enough & shown).sum()),
+            limited=int((wanted[images] / self.patch_size**2 > config.view_limit).sum()),
         )
 
     def packs(self, cursor: Cursor, rank: int = 0, world: int = 1) -> Iterator[Pack]:

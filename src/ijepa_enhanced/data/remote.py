@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ijepa_enhanced.data.source import EXTENSIONS, SourceError
@@ -37,7 +37,8 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
         What `open_source` takes for the copies.
 
     Raises:
-        SourceError: there is no such source, or a file cannot be had after `TRIES`; the message says what is missing.
+        SourceError: there is no such source, it names a file outside of itself, or a file cannot be had after `TRIES`;
+            the message says what is missing.
     """
     spec, hash_sign, columns = spec.partition("#")
     try:
@@ -52,11 +53,17 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
     files = _tried(lambda: _list(system, path), spec)
     if not files:
         raise SourceError(f"No images in {spec}. It must be a folder of images, or tar or Parquet files.")
-    parents = [file.rpartition("/")[0] + "/" for file in files]
-    # Not `commonpath`, which makes one slash of the two in https://.
-    common = os.path.commonprefix(parents).rpartition("/")[0]  # noqa: RUF071
-    root = f"{path.rstrip('/') if _is_folder(path) else common}/"
-    names = [file[len(root) :] for file in files]
+    if _is_folder(path):
+        root = f"{path.rstrip('/')}/" if path.strip("/") else path
+    else:
+        # Not `commonpath`, which makes one slash of the two in https://.
+        common = os.path.commonprefix([file[: file.rfind("/") + 1] for file in files])  # noqa: RUF071
+        root = common[: common.rfind("/") + 1]  # of protocols whose paths are relative, it may be empty
+    names = [file.removeprefix(root) for file in files]
+    for file, name in zip(files, names, strict=True):
+        # What a server lists is not to be trusted: `..` would have the copy written anywhere.
+        if not file.startswith(root) or name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise SourceError(f"{spec} names {file}, which is not in it. Nothing was copied.")
     for number, (file, name) in enumerate(zip(files, names, strict=True)):
         try:
             _copy(system, file, folder / name)
@@ -67,8 +74,9 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
             ) from error
         if progress:
             progress(number + 1, len(files))
-    if files[0].endswith(".tar") and f"{root}{CLASSES}" not in files and system.exists(f"{root}{CLASSES}"):
-        _copy(system, f"{root}{CLASSES}", folder / CLASSES)
+    classes = f"{root}{CLASSES}"
+    if files[0].endswith(".tar") and classes not in files and _tried(lambda: system.exists(classes), classes):
+        _copy(system, classes, folder / CLASSES)
     copies = str(folder) if _is_folder(path) else f"{folder}/{{{','.join(names)}}}"
     return f"{copies}{hash_sign}{columns}"
 

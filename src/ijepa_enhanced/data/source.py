@@ -20,6 +20,9 @@ from ijepa_enhanced.data.images import UnreadableImage, open_image, upright_size
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 """Of files and members that are taken for images, in small or capital letters."""
 
+PARTS = ("train", "val", "test")
+"""What files of a folder and splits of a data set may be named after."""
+
 HEAD = 64 * 1024
 """Bytes in which nearly every header ends: all that is read of an image to learn its size."""
 
@@ -39,14 +42,32 @@ class Source(ABC):
     """int64 [N], or None; -1 where an image lacks the label that others have, which makes it unreadable."""
     classes: list[str] | None = None
     """The name of each label, or None."""
+    shares: NDArray[np.float64] | None = None
+    """float64 [N] in (0, 1]: the fraction of the epochs of training that show an image; None is all of them."""
 
-    @abstractmethod
     def open(self, row: int) -> Image.Image:
         """An image with its header read, to be decoded later.
 
         Raises:
             UnreadableImage: it cannot be read.
         """
+        return self.restore(row, self.read(row))
+
+    @abstractmethod
+    def read(self, row: int) -> bytes:
+        """What an image is made of: its file, or where there is none, its pixels.
+
+        Raises:
+            UnreadableImage: it cannot be read.
+        """
+
+    @abstractmethod
+    def length(self, row: int) -> int:
+        """How many bytes `read` gives, without reading them; 0 where that is not known."""
+
+    @abstractmethod
+    def restore(self, row: int, data: bytes) -> Image.Image:
+        """The image that `open` gives, from what `read` gave."""
 
     @abstractmethod
     def size(self, row: int) -> tuple[int, int]:
@@ -57,8 +78,8 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def fingerprint(self) -> str | None:
-        """Changes when a file's name, size or time does; None where `size` is as fast as any cache of it."""
+    def fingerprint(self) -> str:
+        """Changes when a file's name, size or time does, or what is drawn."""
 
 
 class FileSource(Source):
@@ -68,9 +89,24 @@ class FileSource(Source):
     def _read(self, row: int, limit: int = -1) -> bytes:
         """The first `limit` bytes of an image file, or all of it."""
 
-    def open(self, row: int) -> Image.Image:
+    @abstractmethod
+    def _length(self, row: int) -> int:
+        """Bytes of an image file."""
+
+    def read(self, row: int) -> bytes:
         """See `Source`."""
-        return open_image(self._bytes(row))
+        return self._bytes(row)
+
+    def length(self, row: int) -> int:
+        """See `Source`."""
+        try:
+            return self._length(row)
+        except (OSError, ValueError):
+            return 0
+
+    def restore(self, row: int, data: bytes) -> Image.Image:
+        """See `Source`."""
+        return open_image(data)
 
     def size(self, row: int) -> tuple[int, int]:
         """See `Source`."""
@@ -85,21 +121,26 @@ class FileSource(Source):
     def _bytes(self, row: int, limit: int = -1) -> bytes:
         try:
             data = self._read(row, limit)
-        except OSError as error:
-            raise UnreadableImage(f"cannot be read: {error.strerror}") from error
+        except UnreadableImage:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: of what cannot be a path
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UnreadableImage(f"cannot be read: {reason}") from error
         if self.labels is not None and self.labels[row] < 0:
             raise UnreadableImage("no label, which others have")
         return data
 
 
 def fingerprint_of(files: Iterable[tuple[str, Path]]) -> str:
-    """SHA-256 of the names, sizes and times of files."""
+    """SHA-256 of the names, sizes and times of files, and of which cannot be read by this user."""
     digest = hashlib.sha256()
     for name, path in files:
         try:
             status = os.stat(path)
             state = f"{status.st_size}\0{status.st_mtime_ns}"
-        except OSError:
+            if not os.access(path, os.R_OK):
+                state += "\0closed"  # neither size nor time changes when it is opened
+        except (OSError, ValueError):
             state = "missing"
         digest.update(os.fsencode(f"{name}\0{state}\n"))
     return digest.hexdigest()
@@ -114,7 +155,7 @@ def number_labels(
     in the order of the alphabet.
 
     Raises:
-        SourceError: a label is beyond `classes`.
+        SourceError: a label is beyond `classes`, or no number that int64 has.
     """
     found = sorted({label for label in written if label is not None})
     if all(label.isdecimal() for label in found):
@@ -125,4 +166,7 @@ def number_labels(
     for label in found:
         if classes is not None and numbers.get(label, len(classes)) >= len(classes):
             raise SourceError(f"{source} has the label '{label}', which is none of the {len(classes)} in classes.txt.")
-    return np.array([-1 if label is None else numbers[label] for label in written], dtype=np.int64), classes
+    try:
+        return np.array([-1 if label is None else numbers[label] for label in written], dtype=np.int64), classes
+    except OverflowError as error:
+        raise SourceError(f"{source} has the label {max(numbers.values())}, which is too large a number.") from error

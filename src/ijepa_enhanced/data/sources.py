@@ -20,9 +20,11 @@ from PIL import Image
 
 from ijepa_enhanced.data import synthetic
 from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.mixed import MixedSource
 from ijepa_enhanced.data.source import (
     EXTENSIONS,
     HEAD,
+    PARTS,
     FileSource,
     Source,
     SourceError,
@@ -34,9 +36,6 @@ from ijepa_enhanced.data.tables import Columns, is_saved, open_hub, open_parquet
 __all__ = ["HEAD", "FolderSource", "Source", "SourceError", "SyntheticSource", "TarSource", "open_source"]
 
 logger = logging.getLogger(__name__)
-
-PARTS = ("train", "val", "test")
-"""What files of a folder may be named after."""
 
 LISTS = (".csv", ".jsonl")
 
@@ -52,6 +51,9 @@ class _PathSource(FileSource):
     def _read(self, row: int, limit: int = -1) -> bytes:
         with open(self.root / self.keys[row], "rb") as file:
             return file.read(limit)
+
+    def _length(self, row: int) -> int:
+        return os.stat(self.root / self.keys[row]).st_size
 
     def fingerprint(self) -> str:
         """See `Source`."""
@@ -81,7 +83,13 @@ class FolderSource(_PathSource):
 
     def _scan(self) -> Iterable[str]:
         for folder, subfolders, files in os.walk(self.root, onerror=_cannot_list, followlinks=True):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            here = os.path.realpath(folder)
+            subfolders[:] = [
+                name
+                for name in subfolders
+                # A link to a folder above would be followed for ever.
+                if not name.startswith(".") and not _holds(os.path.realpath(Path(folder, name)), here)
+            ]
             for name in files:
                 if name.lower().endswith((*EXTENSIONS, *HEIC)) and not name.startswith("."):
                     yield Path(folder, name).relative_to(self.root).as_posix()
@@ -130,8 +138,9 @@ class ListSource(_PathSource):
 class TarSource(FileSource):
     """The images of WebDataset shards: uncompressed tar files whose members belong together up to the first dot.
 
-    Labels are the members `KEY.cls`, each a class number from 0 or a class name. The names are the lines of
-    `classes.txt` beside the shards; without it, class names are numbered in the order of the alphabet.
+    Labels are the members `KEY.cls`, each a class number from 0 or a class name, or where no shard has any, `cls` or
+    else `label` in the members `KEY.json`. The names are the lines of `classes.txt` beside the shards; without it,
+    class names are numbered in the order of the alphabet.
 
     Args:
         shards: the tar files.
@@ -149,18 +158,23 @@ class TarSource(FileSource):
         self.shard_names = [shard.relative_to(root).as_posix() for shard in shards]
         extents: list[tuple[int, int, int]] = []
         written: list[str | None] = []
-        for number, shard in enumerate(shards):
-            images, labels = _scan_tar(shard)
+        found = [_scan_tar(shard) for shard in shards]
+        # Of one kind for all images: the two may not mean the same.
+        kind = ".cls" if any(labels[".cls"] for _, labels in found) else ".json"
+        for number, (images, labels) in enumerate(found):
             for member, offset, size in images:
                 self.keys.append(f"{self.shard_names[number]}:{member}")
                 extents.append((number, offset, size))
-                written.append(labels.get(_sample(member)))
+                written.append(labels[kind].get(_sample(member)) or None)
         if not extents:
             raise SourceError(f"No images in {name}. Members must end in {', '.join(EXTENSIONS)}.")
         self.extents = np.array(extents, dtype=np.int64)
         if any(label is not None for label in written):
             listed = Path(root, "classes.txt")
-            names = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else None
+            try:
+                names = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else None
+            except UnicodeDecodeError as error:
+                raise SourceError(f"{listed} is not text in UTF-8.") from error
             self.labels, self.classes = number_labels(written, names, name)
 
     def _read(self, row: int, limit: int = -1) -> bytes:
@@ -171,6 +185,9 @@ class TarSource(FileSource):
                 raise UnreadableImage(f"cut off: its shard ends after {present:,} of its {size:,} bytes")
             file.seek(offset)
             return file.read(size if limit < 0 else min(size, limit))
+
+    def _length(self, row: int) -> int:
+        return int(self.extents[row, 2])
 
     def fingerprint(self) -> str:
         """See `Source`."""
@@ -195,17 +212,27 @@ class SyntheticSource(Source):
         self.labels = self.headers[:, 2].copy()
         self.classes = list(synthetic.CLASSES)
 
-    def open(self, row: int) -> Image.Image:
+    def read(self, row: int) -> bytes:
         """See `Source`."""
-        return Image.fromarray(synthetic.render(self.part, row).pixels)
+        return synthetic.render(self.part, row).pixels.tobytes()
+
+    def length(self, row: int) -> int:
+        """See `Source`."""
+        height, width = self.size(row)
+        return height * width * 3
+
+    def restore(self, row: int, data: bytes) -> Image.Image:
+        """See `Source`."""
+        return Image.frombytes("RGB", self.size(row)[::-1], data)
 
     def size(self, row: int) -> tuple[int, int]:
         """See `Source`."""
         height, width, _ = self.headers[row].tolist()
         return height, width
 
-    def fingerprint(self) -> None:
+    def fingerprint(self) -> str:
         """See `Source`."""
+        return f"synthetic-{synthetic.VERSION}-{self.part}"
 
 
 def open_source(spec: str, part: str = "train") -> Source:
@@ -215,13 +242,17 @@ def open_source(spec: str, part: str = "train") -> Source:
         spec: `synthetic`; a folder of images, of tar shards, of Parquet files or of a data set that was saved with
             `save_to_disk`; tar or Parquet files, several as `train-{000..003}.tar` or `train-*.parquet`; a list of
             images, `.csv` or `.jsonl`; `hf://NAME` or `hf://NAME:SPLIT`. After Parquet and data sets
-            `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns.
+            `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns. Several of these with ` + `
+            between are mixed, see `MixedSource`, by the weights that follow them: `photos@2 + train-*.tar@1`.
         part: of the synthetic images; of a folder of files or a data set, the files or the split whose names begin
             with it.
 
     Raises:
         SourceError: there is no such source, or no image in it.
     """
+    if " + " in spec and not Path(spec).expanduser().exists():
+        mixed = [_split_weight(one.strip()) for one in spec.split(" + ")]
+        return MixedSource([open_source(place, part) for place, _ in mixed], [weight for _, weight in mixed], spec)
     if spec == "synthetic":
         return SyntheticSource(part)
     if not spec:
@@ -252,6 +283,17 @@ def open_source(spec: str, part: str = "train") -> Source:
 def is_remote(spec: str) -> bool:
     """Whether a source is to be copied before it is opened: `PROTOCOL://...`, but for the Hub's."""
     return re.match(r"[a-z0-9]+://", spec) is not None and not spec.startswith("hf://")
+
+
+def _split_weight(spec: str) -> tuple[str, float]:
+    """What stands before the `@` of a weight, which the names of files may have too, and the weight, or 1."""
+    weighted = re.fullmatch(r"(.+)@(\d+\.?\d*|\.\d+)", spec)
+    if weighted is None or Path(spec).expanduser().exists():
+        return spec, 1.0
+    place, weight = weighted.groups()
+    if not float(weight):
+        raise SourceError(f"The weight of {place} is 0: give it another, or leave {place} out.")
+    return place, float(weight)
 
 
 def _split_columns(spec: str) -> tuple[str, Columns]:
@@ -294,6 +336,10 @@ def _existing_files(pattern: str, spec: str) -> list[Path]:
     return files
 
 
+def _holds(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
 def _cannot_list(error: OSError) -> None:
     raise SourceError(f"The folder {error.filename} cannot be listed: {error.strerror}.")
 
@@ -330,10 +376,25 @@ def _sample(member: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
-    """Name, offset and size of every image, and the text of every label by its sample."""
+def _json_label(data: bytes) -> str | None:
+    """The class number or name in the metadata of a sample."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    for label in (values.get("cls"), values.get("label")) if isinstance(values, dict) else ():
+        if (type(label) is int and label >= 0) or (isinstance(label, str) and label.strip()):
+            return str(label).strip()
+    return None
+
+
+def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, dict[str, str]]]:
+    """Name, offset and size of every image, and by the extension of its member, the text of every label by sample.
+
+    Metadata are passed over from the first `.cls` on.
+    """
     images: list[tuple[str, int, int]] = []
-    labels: dict[str, str] = {}
+    labels: dict[str, dict[str, str]] = {".cls": {}, ".json": {}}
     names: set[str] = set()
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -345,10 +406,11 @@ def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, str]]:
                     names.add(member.name)
                     if extension in (*EXTENSIONS, *HEIC):
                         images.append((member.name, member.offset_data, member.size))
-                    elif extension == ".cls":
+                    elif extension == ".cls" or (extension == ".json" and not labels[".cls"]):
                         data = os.pread(file.fileno(), member.size, member.offset_data)
-                        if len(data) == member.size:
-                            labels[_sample(member.name)] = data.decode(errors="replace").strip()
+                        label = _json_label(data) if extension == ".json" else data.decode(errors="replace").strip()
+                        if len(data) == member.size and label is not None:
+                            labels[extension][_sample(member.name)] = label
             # tarfile takes a damaged header for the end of the archive, which really is a block of zeros.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
                 logger.warning("%s is cut off or damaged after %d images; any that follow are lost.", path, len(images))

@@ -6,6 +6,7 @@ in microseconds, where a row of Parquet costs the decompression of its row group
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.source import FileSource, SourceError, fingerprint_of, number_labels
+from ijepa_enhanced.data.source import PARTS, FileSource, SourceError, fingerprint_of, number_labels
 
 Columns = Mapping[str, str]
 """The names of the `image` and `label` columns, as far as the user gave them."""
@@ -28,7 +29,7 @@ class TableSource(FileSource):
     Images are the one column of type Image, of structs with a field `bytes`, or of bytes; labels are the one column of
     type ClassLabel, or else whole numbers or strings in a column `label`. Among several the one that is named `image`
     or `label` is meant. Strings are numbered in the order of the alphabet, unless all are whole numbers; a label that
-    is missing or below 0 is none.
+    is missing, empty or below 0 is none.
 
     Args:
         dataset: a `datasets.Dataset` of one row or more.
@@ -60,16 +61,25 @@ class TableSource(FileSource):
             self.labels, self.classes = _labels(column.to_pylist(), getattr(features[label], "names", None), name)
 
     def _read(self, row: int, limit: int = -1) -> bytes:
-        cell = self.images[row].column(0)[0]
-        data = cell["bytes"] if cell.is_valid and not hasattr(cell, "as_buffer") else cell
-        if data.is_valid:
-            buffer = data.as_buffer()
-            return buffer.slice(0, buffer.size if limit < 0 else min(limit, buffer.size)).to_pybytes()
-        path = (cell.as_py() or {}).get("path")
+        buffer, path = self._cell(row)
+        if buffer is not None:
+            return bytes(buffer.slice(0, buffer.size if limit < 0 else min(limit, buffer.size)).to_pybytes())
         if path is None:
             raise UnreadableImage("no image in this row")
         with open(path, "rb") as file:
             return file.read(limit)
+
+    def _length(self, row: int) -> int:
+        buffer, path = self._cell(row)
+        return buffer.size if buffer is not None else os.stat(path).st_size if path is not None else 0
+
+    def _cell(self, row: int) -> tuple[Any, str | None]:
+        """The bytes of an image in Arrow's memory, or None, and else the path of its file, or None."""
+        cell = self.images[row].column(0)[0]
+        data = cell["bytes"] if cell.is_valid and not hasattr(cell, "as_buffer") else cell
+        if data.is_valid:
+            return data.as_buffer(), None
+        return None, (cell.as_py() or {}).get("path")
 
     def fingerprint(self) -> str:
         """See `Source`."""
@@ -130,7 +140,7 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
             splits = datasets.get_dataset_split_names(repository)
         split = _split_of(splits, part, name, f"{name}:")
     with _loading(name):
-        dataset = datasets.load_dataset(repository, split=split)
+        dataset = datasets.load_dataset(repository, split=split, keep_in_memory=False)
     return TableSource(dataset, name, columns)
 
 
@@ -147,7 +157,7 @@ def open_saved(folder: Path, name: str, part: str, columns: Columns) -> TableSou
     """
     datasets = _datasets()
     with _loading(name):
-        dataset = datasets.load_from_disk(str(folder))
+        dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
     if isinstance(dataset, datasets.DatasetDict):
         dataset = dataset[_split_of(list(dataset), part, name, f"{name}/")]
     return TableSource(dataset, name, columns)
@@ -175,9 +185,9 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _split_of(splits: list[str], part: str, name: str, prefix: str) -> str:
-    """The split of a part; `prefix` and a split is what names it."""
+    """The split of a part, or the only one, unless it is another part; `prefix` and a split is what names it."""
     for split in splits:
-        if split.startswith(part) or len(splits) == 1:
+        if split.startswith(part) or (len(splits) == 1 and not split.startswith(PARTS)):
             return split
     listed = ", ".join(splits)
     raise SourceError(f"{name} has the splits {listed}, and none for {part}: name one, as {prefix}{splits[0]}.")
@@ -216,7 +226,10 @@ def _holds_labels(feature: Any) -> bool:
 def _labels(
     written: list[Any], classes: list[str] | None, name: str
 ) -> tuple[NDArray[np.int64] | None, list[str] | None]:
+    written = [None if label == "" else label for label in written]
     if any(isinstance(label, str) for label in written):
         return number_labels(written, None, name)
     labels = np.array([-1 if label is None or label < 0 else label for label in written], dtype=np.int64)
+    if classes is not None and labels.max() >= len(classes):
+        raise SourceError(f"{name} has the label {labels.max()}, but names for {len(classes)} classes only.")
     return (None, None) if (labels < 0).all() else (labels, classes)

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.images import FAILURES, UnreadableImage, open_image
 from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.plan import fit_grids
 from ijepa_enhanced.data.sources import SourceError, open_source
@@ -65,12 +64,14 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
 
 def _read_map(path: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise UnreadableImage(f"{path} is no label map: it has the mode {image.mode}, not L or P.")
-            return np.array(image)
-    except OSError as error:
-        raise UnreadableImage(f"The label map {path} cannot be read: {error.strerror or error}.") from error
+        image = open_image(path.read_bytes())
+        labels = np.array(image)
+    except FAILURES as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UnreadableImage(f"The label map {path} cannot be read: {reason}.") from error
+    if image.mode not in ("L", "P"):
+        raise UnreadableImage(f"{path} is no label map: it has the mode {image.mode}, not L or P.")
+    return labels
 
 
 def dense(
@@ -97,7 +98,7 @@ def dense(
     Raises:
         UnreadableImage: no image of a source can be decoded, or a label map cannot be read or is not of its image's
             size.
-        SourceError: `val` has a label that `train` has not.
+        SourceError: `val` has a label that `train` has not, or the label maps of one of them label nothing.
         NotFiniteError: a feature is not finite.
     """
     rng = generator(seed, Purpose.PROTOCOL)
@@ -110,6 +111,7 @@ def dense(
         maps = [_map_of(train, row) for row in tokens.image_ids.tolist()]
         classes = np.unique(np.concatenate([np.unique(labels) for labels in maps]))
         classes = classes[classes != IGNORED]
+        _need_labels(len(classes), train)
         counts = torch.cat(
             [patch_labels(labels, grid, classes) for labels, grid in zip(maps, tokens.grids.tolist(), strict=True)]
         )
@@ -119,7 +121,9 @@ def dense(
     labelled = counts.sum(dim=1) > 0
     x, image_of = F.pad((x[labelled] - mean) / std, (0, 1), value=1.0), image_of[labelled]
     targets = counts[labelled] / counts[labelled].sum(dim=1, keepdim=True)
-    held_out = torch.from_numpy(rng.permutation(int(image_of.max()) + 1) % 5 == 4)[image_of]
+    images = int(image_of.max()) + 1
+    # Of fewer than five images too one is held out, or there would be nothing to choose by.
+    held_out = torch.from_numpy(rng.permutation(images) % 5 == min(4, max(1, images - 1)))[image_of]
     layers = softmax_regression(x[~held_out], targets[~held_out], STRENGTHS)
     losses = torch.stack([F.cross_entropy(x[held_out] @ layer, targets[held_out]) for layer in layers])
     best = int(losses.argmin())
@@ -142,7 +146,13 @@ def dense(
                 )
             places = np.searchsorted(classes, labels[counted]) * len(classes) + predicted.numpy()[counted]
             confusion += np.bincount(places, minlength=confusion.size).reshape(confusion.shape)
+    _need_labels(confusion.sum(), val)
     yield "dense_miou", mean_iou(confusion)
+
+
+def _need_labels(labels: int, maps: LabelledMaps) -> None:
+    if not labels:
+        raise SourceError(f"The label maps of {maps.source.name} label nothing: every pixel is {IGNORED}.")
 
 
 def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:

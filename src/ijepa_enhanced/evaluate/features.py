@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ijepa_enhanced.data import synthetic
 from ijepa_enhanced.data.images import UnreadableImage, decode_views
 from ijepa_enhanced.data.index import Index, cache_folder
 from ijepa_enhanced.data.plan import inference_packs
@@ -185,7 +184,7 @@ class _Part(NamedTuple):
 
 def _digest(encoder: Encoder, source: Source, index: Index, settings: tuple[object, ...]) -> str:
     """The name of all that features depend on."""
-    format_of = (FORMAT, LAYERS, PACKS_PER_PART, synthetic.VERSION)
+    format_of = (FORMAT, LAYERS, PACKS_PER_PART)
     where = (encoder.config, encoder.pixel_scale.device.type, source.fingerprint(), index.hash)
     digest = hashlib.sha256(repr((*format_of, *where, *settings)).encode())
     digest.update(index.rows.tobytes())

@@ -37,7 +37,7 @@ from ijepa_enhanced.schedules import warmup_cosine
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tuning. The defaults but for the rate are MAE's for ViT-B (arXiv 2111.06377, table 9)."""
+    """Fine-tuning. Epochs, decays, warm-up and drop path are MAE's for ViT-B (arXiv 2111.06377, table 9)."""
 
     epochs: int = 100
     """Passes over the training images."""
@@ -176,6 +176,7 @@ def _train(
         min_side=setting.side,
         max_side=setting.side,
         min_crop=config.min_crop,
+        max_view_tokens=setting.tokens_per_pack,
     )
     plan = Plan(index, views, encoder.config.patch_size, seed)
     steps = config.epochs * len(plan.epoch(0))

@@ -54,10 +54,13 @@ def linear_probe(train: Tensor, train_labels: Tensor, queries: Tensor, seed: int
 
 
 def stratified_split(numbers: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows to hold out, int64: of each class in `numbers` [N] a fifth is held out, up or down."""
+    """Rows to fit on and rows to hold out, int64: of each class in `numbers` [N] a fifth is held out, up or down.
+
+    Of two to four images in all it is one, the last class's: there must be something to choose by.
+    """
     order = torch.from_numpy(rng.permutation(len(numbers))).to(numbers.device)
     order = order[numbers[order].argsort(stable=True)]
-    held_out = torch.arange(len(order), device=order.device) % 5 == 4
+    held_out = torch.arange(len(order), device=order.device) % 5 == min(4, max(1, len(order) - 1))
     return order[~held_out], order[held_out]
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,7 +146,8 @@ class Tokens(NamedTuple):
 def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: Counting) -> Iterator[Tokens]:
     """The tokens of all images after the last LayerNorm, for as long as the context lasts.
 
-    They take 2 * D bytes each, in a file in the user's cache folder that has no name there.
+    They take 2 * D bytes each, in a file in the user's cache folder that has no name there: it is gone
+    when the process is, whatever ends it.
 
     Raises:
         UnreadableImage: none of the images can be decoded.
@@ -158,7 +160,7 @@ def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: 
     unreadable: dict[int, str] = {}
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="tokens-") as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         with counting(source.name, len(index.rows)) as progress:
             for batch, layers in batches:
                 unreadable |= dict(batch.unreadable)
@@ -170,10 +172,11 @@ def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: 
         warn_of_unreadable(source, unreadable)
         need_images(len(parts), source)
         lengths = torch.tensor([length for part in parts for length in part.packed.segments.lengths])
-        size = int(lengths.sum()) * encoder.width
+        # Copied on writing, which torch wants to be possible.
+        values = torch.from_numpy(np.memmap(file, np.int16, "c")).view(torch.bfloat16)
         labels = [part.labels for part in parts if part.labels is not None]
         yield Tokens(
-            torch.from_file(file.name, size=size, dtype=torch.bfloat16).view(-1, encoder.width),
+            values.view(-1, encoder.width),
             lengths,
             torch.cat([part.packed.grids for part in parts]),
             torch.cat([part.image_ids for part in parts]),

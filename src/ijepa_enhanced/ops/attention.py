@@ -39,14 +39,15 @@ def attention(
         max_seqlen: tokens of their longest (or any larger number).
         sizes: float32 [S], patches that each key stands for; None where all are single ones. No gradient flows to it.
         cu_keys: int32 [V + 1], the segments of keys and values, each at least one token; None: those of the queries.
-        max_keys: tokens of their longest.
+        max_keys: tokens of their longest; goes with `cu_keys`.
 
     Returns:
         [T, H, K].
     """
     bias = None if sizes is None else sizes.log()
-    if cu_keys is None or max_keys is None:
+    if cu_keys is None:
         cu_keys, max_keys = cu_seqlens, max_seqlen
+    assert max_keys is not None
     if q.device.type == "cpu":
         out, _ = cpu_attention(q, k, v, cu_seqlens, cu_keys, bias)
         return out

@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from ijepa_enhanced.data.augment import AugmentConfig
+from ijepa_enhanced.data.cache import InMemory
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
@@ -126,7 +127,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     what follows is bit for bit what would have followed had the run not stopped, at the same thread count and versions.
 
     Raises:
-        SourceError: the images cannot be found.
+        SourceError: the images cannot be found, or `data.cache` cannot hold them.
         PlanError: too few images are large enough to train on.
         FileExistsError: without `resume`, `folder` is already there.
         ResumeError: the checkpoint is of another plan or architecture.
@@ -140,6 +141,8 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
     first_epoch = plan.epoch(0)
     say_what_is_left_out(first_epoch, config)
+    if config.data.cache == "memory":
+        source = InMemory(source)
     packs = config.data.packs_per_step
     total = config.steps or max(1, round(config.epochs * len(first_epoch) / packs))
 

@@ -323,7 +323,7 @@ def _masks(run: Run) -> str:
         pack, images=pack.images[first], views=pack.views[first], boxes=pack.boxes[first], grids=pack.grids[first]
     )
     patch_size = run.config["encoder"]["patch_size"]
-    changes = AugmentConfig(**run.config["augment"])
+    changes = AugmentConfig(**run.config.get("augment", {}))
     dataset = PackDataset(images.source, images.index, patch_size, seed=run.config["seed"], changes=changes)
     batch = dataset[pack]
     if not len(batch.image_ids):

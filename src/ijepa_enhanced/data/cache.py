@@ -1,0 +1,104 @@
+"""A source whose images are read once, into memory that all processes share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.source import Source, SourceError
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.8
+"""Of what is free that may be taken; the rest is for the run itself."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps it."""
+MEGABYTE = 10**6
+
+
+class InMemory(Source):
+    """Another source with its images in shared memory: the bytes of their files, or drawn pixels; never decoded ones.
+
+    Processes that are forked or spawned share the one copy. It takes the bytes of all images of the source, and 16
+    more for each. Its file has no name from the start, so the system frees it with the last process, however that
+    ends. What cannot be read, or is not as long as it was said to be, is left to the source.
+
+    Args:
+        source: all of it is read here.
+
+    Raises:
+        SourceError: it takes more than `SHARE` of the memory that is free.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.name, self.keys, self.shares = source.name, source.keys, source.shares
+        self.labels, self.classes = source.labels, source.classes
+        rows = range(len(source.keys))
+        self.lengths = np.array([source.length(row) for row in rows], dtype=np.int64)
+        self.ends = np.cumsum(self.lengths)
+        total = int(self.ends[-1])
+        for place, free in free_memory().items():
+            if total > SHARE * free:
+                raise SourceError(
+                    f"The images of {source.name} take {total / MEGABYTE:,.0f} MB, and only {SHARE:.0%} of the "
+                    f"{free / MEGABYTE:,.0f} MB that are free in {place} may be taken: set data.cache to none, or make "
+                    "them smaller with ijepa prepare."
+                )
+        logger.info("Reading %d images into memory: %.0f MB.", len(rows), total / MEGABYTE)
+        self.memory = torch.empty(total, dtype=torch.uint8).share_memory_()
+        for row in rows:
+            try:
+                data = source.read(row)
+            except UnreadableImage:
+                data = b""
+            if len(data) == self.lengths[row]:
+                self._place(row).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+            else:
+                self.lengths[row] = 0
+
+    def _place(self, row: int) -> torch.Tensor:
+        end = int(self.ends[row])
+        return self.memory[end - int(self.lengths[row]) : end]
+
+    def read(self, row: int) -> bytes:
+        """See `Source`."""
+        return self._place(row).numpy().tobytes() if self.lengths[row] else self.source.read(row)
+
+    def length(self, row: int) -> int:
+        """See `Source`."""
+        return self.source.length(row)
+
+    def restore(self, row: int, data: bytes) -> Image.Image:
+        """See `Source`."""
+        return self.source.restore(row, data)
+
+    def size(self, row: int) -> tuple[int, int]:
+        """See `Source`."""
+        return self.source.size(row)
+
+    def fingerprint(self) -> str:
+        """See `Source`."""
+        return self.source.fingerprint()
+
+
+def free_memory() -> dict[str, int]:
+    """Bytes that are free, by place: the machine's memory, and the part of it that may be shared where that is limited.
+
+    What a container may use of the machine is not known here.
+    """
+    try:
+        (available,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+        free = {"memory": int(available.split()[1]) * 1024}
+    except (OSError, ValueError):
+        free = {"memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    if SHARED_MEMORY.is_dir():
+        free[str(SHARED_MEMORY)] = shutil.disk_usage(SHARED_MEMORY).free
+    return free
