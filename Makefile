@@ -24,7 +24,10 @@ lint: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/ijepa benchmark packing --csv
 	$(BIN)/ijepa benchmark loader --csv
+	$(BIN)/ijepa benchmark attention --csv
 	$(BIN)/ijepa benchmark merging --csv
+	$(BIN)/ijepa benchmark step --csv
+	$(BIN)/ijepa benchmark embed --csv
 
 clean:
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

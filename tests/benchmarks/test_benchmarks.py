@@ -5,14 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from ijepa_enhanced.benchmarks import loader, merging, packing, table
+from ijepa_enhanced.benchmarks import attention, embed, loader, merging, packing, step, table
 from ijepa_enhanced.cli import main
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ImageNet's 1.28 million images and seven turns are too slow for a test."""
+    """ImageNet's 1.28 million images and seven turns are too slow for a test, which is of the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(packing, "IMAGENET_IMAGES", 3000)
     monkeypatch.setattr(packing, "SAMPLE", 2000)
     monkeypatch.setattr(loader, "TURNS", 1)
@@ -29,6 +31,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "MEMORY_TOKENS": 8192,
     }.items():
         monkeypatch.setattr(merging, name, value)
+    for module in (attention, step, embed):
+        monkeypatch.setattr(module, "TURNS", 1)
+    monkeypatch.setattr(attention, "TOKENS", {"cpu": 64})
+    monkeypatch.setattr(attention, "GROWTH_TOKENS", (256, 512))
+    monkeypatch.setattr(step, "TOKENS", {"cpu": 256})
+    monkeypatch.setattr(step, "PEAK_SIDE", {"cpu": 64})
+    monkeypatch.setattr(step, "GROWTH_TOKENS", {"cpu": (256, 512)})
+    monkeypatch.setattr(embed, "IMAGES", {"cpu": 2})
+    monkeypatch.setattr(embed, "PEERS", {})
 
 
 def test_packing_counts_no_padding_in_packs_within_the_budget(
@@ -99,7 +110,20 @@ def test_the_last_rate_halves_the_mean_tokens() -> None:
     [
         ("packing", ["budget_use", "padding_tokens"]),
         ("loader", ["images_per_second", "ratio", "ratio_with_masks"]),
+        ("attention", ["dense_over_ours", "time_exponent", "memory_exponent"]),
         ("merging", ["cost", "speedup", "bytes_per_token"]),
+        (
+            "step",
+            [
+                "images_per_second",
+                "tokens_per_second",
+                "mfu",
+                "over_original",
+                "time_exponent",
+                "memory_exponent",
+            ],
+        ),
+        ("embed", ["images_per_second", "over_best_peer", "bfloat16_gain"]),
     ],
 )
 def test_the_last_line_is_json_for_programs(

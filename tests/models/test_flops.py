@@ -1,20 +1,25 @@
 """Operations counted from lengths are those that PyTorch's counter sees when a single image runs through dense code."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models import blocks
 from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
-from ijepa_enhanced.models.flops import encoder_flops
+from ijepa_enhanced.models.flops import encoder_flops, predictor_flops, step_flops
+from ijepa_enhanced.models.predictor import PredictorConfig
 from ijepa_enhanced.ops import merging
-from ijepa_enhanced.packed import Packed
+from ijepa_enhanced.packed import MaskedBatch, Packed
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, sizes: Tensor | None = None) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, *segments: Any, **keys: Any) -> Tensor:
     """Attention of one view, in products that the counter knows."""
     logits = q.transpose(0, 1) @ k.permute(1, 2, 0)
     return (logits.softmax(dim=2) @ v.transpose(0, 1)).transpose(0, 1)
@@ -46,6 +51,55 @@ def test_the_count_is_that_of_pytorchs_counter(
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         Encoder(config)(packed, plan)
     assert encoder_flops(config, packed.segments.lengths, rate).tolist() == [counter.get_total_flops()]
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize(
+    ("encoder", "predictor"),
+    [
+        (EncoderConfig("Ti", 8, 3, max_grid=7), PredictorConfig(width=64, depth=2, heads=2)),
+        (EncoderConfig("S", 8, 2, "sincos"), PredictorConfig(width=32, depth=3, heads=4)),
+    ],
+    ids=["factorized", "sincos"],
+)
+def test_a_step_is_that_of_pytorchs_counter(
+    make_batch: Callable[..., MaskedBatch],
+    encoder: EncoderConfig,
+    predictor: PredictorConfig,
+    rates: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "attention", dense)
+    monkeypatch.setattr(merging, "best_matches", dense_matches)
+    batch = make_batch([(5, 7)], depth=encoder.shape.depth, rates=rates)
+    jepa = JEPA(encoder, predictor, ObjectiveConfig())
+    with FlopCounterMode(display=False) as counter:
+        jepa(batch, len(batch.targets.index), 1).total.backward()
+    lengths = [segments.lengths for segments in (batch.packed.segments, batch.context.segments, batch.targets.segments)]
+    assert step_flops(encoder, predictor, *lengths, *rates).tolist() == [counter.get_total_flops()]
+
+    visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        jepa.predictor(torch.zeros(len(visible.values), jepa.student.width), visible, hidden)
+    assert predictor_flops(predictor, encoder, *lengths[1:]).tolist() == [counter.get_total_flops()]
+
+
+def test_a_small_predictor_by_hand() -> None:
+    """One layer of width 8 for a Ti: two context tokens, one target."""
+    encoder = EncoderConfig("Ti", 8, 1)
+    ends = 3 * 2 * 192 * 8 + 3 * 2 * 2 * 32 * 8
+    layer = 2 * 2 * 2 * 8 * 8 + 2 * 2 * 8 * 8 + 2 * 2 * 2 * 8 + 2 * 2 * 8 * 32
+    assert predictor_flops(PredictorConfig(width=8, depth=1), encoder, [2], [1]).tolist() == [ends + layer]
+
+
+def test_a_step_without_merging_is_nearly_a_teacher_and_three_times_the_rest() -> None:
+    """Up to the products with pixels and places, which have one in the backward pass instead of two."""
+    encoder, predictor = EncoderConfig("S"), PredictorConfig()
+    contexts, targets = [70, 20], [90, 30]
+    forward = encoder_flops(encoder, contexts) + predictor_flops(predictor, encoder, contexts, targets)
+    found = step_flops(encoder, predictor, [196, 64], contexts, targets) - encoder_flops(encoder, [196, 64])
+    assert (0.97 * 3 * forward < found).all()
+    assert (found < 3 * forward).all()
 
 
 def test_a_small_network_by_hand() -> None:

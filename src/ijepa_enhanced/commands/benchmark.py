@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ijepa_enhanced.benchmarks import loader, merging, packing
+from ijepa_enhanced.benchmarks import attention, embed, loader, merging, packing, step
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import print_json
 
-THEMES = {"packing": packing, "loader": loader, "merging": merging}
+THEMES = {
+    "packing": packing,
+    "loader": loader,
+    "attention": attention,
+    "merging": merging,
+    "step": step,
+    "embed": embed,
+}
 
 
 def add_options(command: ArgumentParser) -> None:

@@ -1,0 +1,207 @@
+"""What attention within the segments of a packed stream costs: `python -m ijepa_enhanced.benchmarks.attention`.
+
+Streams of equal tokens in views of different lengths, and streams of ever more tokens. Heads are those of ViT-S.
+Precision is bfloat16 on CUDA, and float32 on the CPU, whose kernel computes in it whatever it is given.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ijepa_enhanced.benchmarks.table import print_table, write_csv
+from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.ops.attention import attention, dense_attention
+from ijepa_enhanced.packed import Segments, segment_ids
+
+TURNS = 3
+HEADS, HEAD_WIDTH = 6, 64
+TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Of a stream: what one dense product has time and room for."""
+VIEWS = (16, 64, 256, 1024, 4096)
+"""Tokens of each view, where a stream has that many."""
+MIXED = (49, 576)
+"""Shortest and longest view of a stream of all lengths: sides of 112 to 384 px in patches of 16."""
+CASES = ("within a view", "with sizes", "to half as many keys")
+GROWTH_TOKENS = tuple(1024 << power for power in range(8))
+GROWTH_SHARE = 4
+"""Growth is tried up to so many times the tokens that are asked for, where any are."""
+GROWTH_VIEW = 256
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run(source: str = "synthetic", csv: bool = False, tokens: int | None = None) -> dict[str, Any]:
+    """Print two tables and return how many times as long a dense product takes at least, and how cost grows.
+
+    Args:
+        source: not read, since time and memory depend on lengths alone.
+        csv: write the tables.
+        tokens: of a stream of the first table, a power of two; None: those of `TOKENS`.
+
+    Returns:
+        `dense_over_ours`, forward and backward, where it is least; `time_exponent` and `memory_exponent` of the number
+        of tokens, so that 1 is linear. With few tokens a GPU's time is that of starting kernels, which does not grow.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = growth_tokens(GROWTH_TOKENS, tokens)
+    tokens = tokens or TOKENS[device.type]
+    streams = {f"{view:,}": [view] * (tokens // view) for view in VIEWS if view <= tokens}
+    streams["{}-{}".format(*MIXED)] = mixed_lengths(tokens)
+    costs = []
+    for case in CASES:
+        torch.compiler.reset()  # or FlexAttention would run uncompiled after a few shapes
+        costs += [row for views, lengths in streams.items() for row in compare(case, views, lengths, device)]
+    print(f"{HEADS} heads of {HEAD_WIDTH}, {tokens:,} tokens a stream, milliseconds and MB of {device.type}")
+    print_table(costs)
+    growth = [grown(count, device) for count in counts]
+    print(f"Views of {GROWTH_VIEW} tokens, forward and backward")
+    print_table(growth)
+    time, memory = (exponent(growth, cost) for cost in ("ms", "peak_MB"))
+    print(f"Time grows as tokens ** {time:.2f}, memory as tokens ** {memory:.2f}.")
+    if csv:
+        print(write_csv("attention-kernels", costs))
+        print(write_csv("attention-growth", growth))
+    dense = min(row["over_ours"] for row in costs if row["kernel"] == "dense")
+    return {"dense_over_ours": dense, "time_exponent": time, "memory_exponent": memory}
+
+
+def growth_tokens(counts: Sequence[int], tokens: int | None) -> list[int]:
+    """Those of `counts`, ascending and two at least, that are tried where a stream or a pack is to have `tokens`."""
+    return [count for count in counts if tokens is None or count <= max(GROWTH_SHARE * tokens, counts[1])]
+
+
+def mixed_lengths(tokens: int) -> list[int]:
+    """Lengths drawn uniformly from `MIXED`, of `tokens` in all; the last is what is left."""
+    drawn = np.random.default_rng(0).integers(MIXED[0], MIXED[1], tokens // MIXED[0] + 1, endpoint=True)
+    ends = np.minimum(np.cumsum(drawn), tokens)
+    lengths = np.diff(ends, prepend=0)
+    return lengths[lengths > 0].tolist()
+
+
+def compare(case: str, views: str, lengths: list[int], device: torch.device) -> list[dict[str, Any]]:
+    """A row for each kernel: one of `CASES` on views of these lengths."""
+    queries = Segments.of(lengths).to(device)
+    keys, sizes = queries, None
+    if case == "with sizes":
+        sizes = torch.randint(1, 9, (queries.total,), device=device).float()
+    elif case == "to half as many keys":
+        keys = Segments.of([max(1, length // 2) for length in lengths]).to(device)
+    x = inputs(queries, keys)
+    named = kernels(queries, keys, sizes)
+    forward = seconds_by_turns([partial(forwards, kernel, x) for kernel in named.values()], device, TURNS)
+    both = seconds_by_turns([partial(backwards, kernel, x) for kernel in named.values()], device, TURNS)
+    return [
+        {
+            "attention": case,
+            "tokens_per_view": views,
+            "kernel": name,
+            "forward_ms": 1e3 * there,
+            "forward_backward_ms": 1e3 * there_and_back,
+            "over_ours": there_and_back / both[0],
+            "peak_MB": peak_bytes(partial(backwards, kernel, x), device) / 1e6,
+        }
+        for (name, kernel), there, there_and_back in zip(named.items(), forward, both, strict=True)
+    ]
+
+
+def inputs(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q [T, H, K], and k and v [S, H, K]."""
+    device = queries.cu_seqlens.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (
+        torch.randn(segments.total, HEADS, HEAD_WIDTH, device=device, dtype=dtype, requires_grad=True)
+        for segments in (queries, keys, keys)
+    )
+    return q, k, v
+
+
+@torch.no_grad()
+def forwards(kernel: Kernel, x: tuple[Tensor, Tensor, Tensor]) -> None:
+    """As the teacher runs it."""
+    kernel(*x)
+
+
+def backwards(kernel: Kernel, x: tuple[Tensor, Tensor, Tensor]) -> None:
+    """As the student runs it."""
+    out = kernel(*x)
+    torch.autograd.grad(out, x, torch.ones_like(out))
+
+
+def kernels(queries: Segments, keys: Segments, sizes: Tensor | None) -> dict[str, Kernel]:
+    """What there is to compare on this device, ours first."""
+    bias = None if sizes is None else sizes.log()
+    named: dict[str, Kernel] = {
+        "ours": partial(
+            attention,
+            cu_seqlens=queries.cu_seqlens,
+            max_seqlen=queries.max_seqlen,
+            sizes=sizes,
+            cu_keys=keys.cu_seqlens,
+            max_keys=keys.max_seqlen,
+        ),
+        "dense": partial(dense_attention, cu_seqlens=queries.cu_seqlens, cu_keys=keys.cu_seqlens, bias=bias),
+    }
+    if queries.cu_seqlens.device.type == "cuda":
+        named["FlexAttention"] = flex_attention(queries, keys, bias, compiled=True)
+    return named
+
+
+def flex_attention(queries: Segments, keys: Segments, bias: Tensor | None, compiled: bool) -> Kernel:
+    """FlexAttention (arXiv 2412.05496) with its block mask made beforehand, which is not in its time."""
+    from torch.nn.attention import flex_attention as flex
+
+    of_query, of_key = (segment_ids(segments.cu_seqlens, segments.total) for segments in (queries, keys))
+
+    def same_view(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return of_query[query] == of_key[key]
+
+    def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert bias is not None
+        return score + bias[key]
+
+    mask = flex.create_block_mask(same_view, None, None, queries.total, keys.total, device=of_query.device)
+    call = torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out: Tensor = call(q, k, v, score_mod=None if bias is None else biased, block_mask=mask)
+        return out[0].transpose(0, 1)
+
+    return kernel
+
+
+def grown(tokens: int, device: torch.device) -> dict[str, Any]:
+    """Ours on a stream of so many tokens."""
+    segments = Segments.of([GROWTH_VIEW] * (tokens // GROWTH_VIEW)).to(device)
+    call = partial(backwards, kernels(segments, segments, None)["ours"], inputs(segments, segments))
+    (seconds,) = seconds_by_turns([call], device, TURNS)
+    return {
+        "tokens": tokens,
+        "ms": 1e3 * seconds,
+        "peak_MB": peak_bytes(call, device) / 1e6,
+        "ns_per_token": 1e9 * seconds / tokens,
+    }
+
+
+def exponent(rows: list[dict[str, Any]], cost: str) -> float:
+    """The slope of a cost over tokens, both as logarithms: a straight line fitted by least squares.
+
+    Not a number where all rows have equally many tokens, as packs of a few images have.
+    """
+    tokens, costs = (np.log([row[name] for row in rows]) for name in ("tokens", cost))
+    if tokens.min() == tokens.max():
+        return math.nan
+    return float(np.polyfit(tokens, costs, 1)[0])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--csv", action="store_true")
+    parser.add_argument("--tokens", type=int, help="of a stream, a power of two")
+    run(**vars(parser.parse_args()))
