@@ -213,7 +213,7 @@ def test_every_protocol_scores(run: Run, pictures: Path, monkeypatch: pytest.Mon
     assert found["linear_low"] == found["linear_high"] == found["linear_top5"] == 1.0
     assert sum(line.startswith("│") for line in answer.out) == 11
     kept = json.loads((run.folder / "evaluation.json").read_text())
-    assert kept["trained"]["finetune"] == 1.0
+    assert kept["scores"]["trained"]["finetune"] == 1.0
 
 
 def test_a_protocol_alone_gives_its_own_scores(run: Run, pictures: Path) -> None:
@@ -395,12 +395,19 @@ def test_inspecting_features_draws_a_picture_and_says_how_patches_are_counted(
 def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path, tmp_path: Path) -> None:
     found = evaluate(run.folder, pictures, pictures, "--baselines")
     kept = json.loads((run.folder / "evaluation.json").read_text())
-    assert list(kept) == ["random start", "raw 16x16 pixels", "trained"]
-    assert kept["trained"]["linear"] == found.json["linear"]
-    # The scores of what is not scored again stay.
-    start = evaluate(run.folder, pictures, pictures, "--random-init", "--protocols", "knn")
+    assert {"random start", "raw 16x16 pixels", "trained"} <= kept["scores"].keys()
+    assert kept["scores"]["trained"]["linear"] == found.json["linear"]
+    assert kept["settings"]["train"] == str(pictures)
+    # What is not scored again stays, by subject and by protocol.
+    few = evaluate(run.folder, pictures, pictures, "--random-init", "--protocols", "lowshot")
     now = json.loads((run.folder / "evaluation.json").read_text())
-    assert now == kept | {"random start": start.json}
+    assert now["scores"].pop("random start") == kept["scores"].pop("random start") | few.json
+    assert now == kept
+    # But not beside scores of other settings.
+    other = evaluate(run.folder, pictures, pictures, "--side", "24")
+    now = json.loads((run.folder / "evaluation.json").read_text())
+    assert now["settings"]["side"] == 24
+    assert now["scores"] == {"trained": other.json}
     assert evaluate(run.folder, pictures, pictures, "--baselines").code == 0
     page = tmp_path / "page.html"
     answer = ijepa("report", run.folder, "--out", page, "--json")

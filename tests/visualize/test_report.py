@@ -315,7 +315,7 @@ def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:
     details = {"knn20_mean_per_class": 0.162, "linear_mean_per_class": 0.2, "linear_low": 0.19, "linear_high": 0.223}
     trained = {"knn20": 0.1693, "linear": 0.21, "linear_top5": 0.6, "rankme": 51.234, "lowshot1": 0.5, **details}
     scores = {"random start": {"knn20": 0.109}, "trained": trained}
-    (run / "evaluation.json").write_text(json.dumps(scores))
+    (run / "evaluation.json").write_text(json.dumps({"scores": scores}))
     page = report(tmp_path / "report.html", run)
     assert page.rows("evaluation") == [
         ["", "knn20", "linear", "rankme", "lowshot1"],
@@ -362,7 +362,7 @@ def damage(path: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named_and_the_rest_is_shown(run: Path, tmp_path: Path, file: str, sentence: str) -> None:
-    (run / "evaluation.json").write_text('{"trained": {"knn20": 0.5}}')
+    (run / "evaluation.json").write_text('{"scores": {"trained": {"knn20": 0.5}}}')
     damage(run / file)
     page = report(tmp_path / "report.html", run)
     assert sentence in page.said()
@@ -370,7 +370,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(run: Path, tmp_path: Path
     assert ("feature-maps" in page.sections) == (not file.startswith("encoder"))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '{"trained": 3}', '{"trained": {"knn20": "much"}}'])
+@pytest.mark.parametrize("text", ["[1, 2]", '{"scores": {"trained": 3}}', '{"scores": {"trained": {"knn20": "much"}}}'])
 def test_an_evaluation_of_another_form_is_not_shown(run: Path, tmp_path: Path, text: str) -> None:
     (run / "evaluation.json").write_text(text)
     page = report(tmp_path / "report.html", run)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -109,7 +110,7 @@ def evaluate(options: Namespace) -> int:
     for protocol in options.protocols:
         if protocol not in PROTOCOLS:
             raise RequestError(f"No protocol '{protocol}'.{nearest(protocol, list(PROTOCOLS))}")
-    settings = sweep_settings(options) if options.sweep else []
+    combinations = sweep_settings(options) if options.sweep else []
     check_setting(options.side, options.merge_rate)
     share_cores(options.workers)
     encoder = load_encoder(options.run).to(best_device())
@@ -117,8 +118,8 @@ def evaluate(options: Namespace) -> int:
     specs = ((options.train, "train"), (options.val, "val"))
     maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
     train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
-    if settings:
-        return sweep(options, settings, encoder, train, val, dtype)
+    if combinations:
+        return sweep(options, combinations, encoder, train, val, dtype)
     subjects: dict[str, Encoder | None] = {}
     if options.baselines or options.random_init:
         subjects["random start"] = random_start(encoder, Path(options.run))
@@ -141,7 +142,8 @@ def evaluate(options: Namespace) -> int:
             scores |= dense(network, maps[0], maps[1], setting, options.seed, counting)
     show(evaluation)
     if (run := Path(options.run)).joinpath("config.yaml").is_file():
-        keep(evaluation, run / "evaluation.json")
+        settings = {name: options[name] for name in ("train", "val", "side", "merge_rate", "seed")}
+        keep(evaluation, settings, run / "evaluation.json")
     print_json(options, evaluation["random start" if options.random_init else "trained"])
     return 0
 
@@ -207,16 +209,18 @@ def show(evaluation: dict[str, dict[str, float]]) -> None:
     Console().print(table)
 
 
-def keep(evaluation: dict[str, dict[str, float]], path: Path) -> None:
-    """Write the scores of some subjects into a file that keeps those of the others."""
-    known: dict[str, dict[str, float]] = {}
+def keep(evaluation: dict[str, dict[str, float]], settings: dict[str, Any], path: Path) -> None:
+    """Write the scores of some subjects into a file that keeps all others that were found with the same settings."""
+    scores: dict[str, dict[str, float]] = {}
     # What is no evaluation, such as a file that was cut off, is replaced.
-    with suppress(FileNotFoundError, ValueError, TypeError):
-        known = dict(json.loads(path.read_text()))
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        known = json.loads(path.read_text())
+        if known["settings"] == settings:
+            scores = dict(known["scores"])
+    for subject, found in evaluation.items():
+        scores[subject] = scores.get(subject, {}) | found
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(evaluation | {key: known[key] for key in known if key not in evaluation}, indent=2) + "\n"
-        )
+        temporary.write_text(json.dumps({"settings": settings, "scores": scores}, indent=2) + "\n")
 
 
 def sweep(

@@ -128,7 +128,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_evaluation(path: Path) -> dict[str, dict[str, float]]:
-    subjects = dict(json.loads(path.read_text()))
+    subjects = dict(json.loads(path.read_text())["scores"])
     return {
         subject: {name: float(value) for name, value in dict(scores).items()} for subject, scores in subjects.items()
     }
