@@ -57,6 +57,24 @@ def splits(tmp_path):
     return folder
 
 
+def test_a_configuration_of_the_hub_is_named_after_the_data_set(tmp_path):
+    folder = tmp_path / "several"
+    folder.mkdir()
+    lines = ["configs:"]
+    for name, first in (("small", 0), ("large", 3)):
+        dataset(first).to_parquet(folder / f"{name}.parquet")
+        lines += [f"- config_name: {name}", f"  data_files: {name}.parquet"]
+    (folder / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
+    assert heights(open_source(f"hf://{folder}#config=large")) == [4, 5, 6]
+    assert heights(open_source(f"hf://{folder}#config=small,label=label")) == [1, 2, 3]
+    with pytest.raises(SourceError) as error:
+        open_source(f"hf://{folder}")
+    named = f"hf://{folder}"
+    assert str(error.value) == f"{named} has the configurations small, large: name one, as {named}#config=small."
+    with pytest.raises(SourceError, match=r"after # come image=COLUMN"):
+        open_source(f"{folder}/small.parquet#config=small")
+
+
 def heights(source):
     return [source.size(row)[0] for row in range(len(source.keys))]
 
@@ -257,7 +275,8 @@ REFUSED = {
     "another word": (
         {"image": cells(0, 1)},
         "#picture=image",
-        "{0}#picture=image: after # come image=COLUMN and label=COLUMN, either or both, with a comma between.",
+        "{0}#picture=image: after # come image=COLUMN and label=COLUMN, either or both, with a comma between; "
+        "of the Hub's data sets, config=NAME too.",
     ),
     "no rows": ({"image": pa.array([], pa.binary())}, "", "No images in {0}: it has no row."),
 }

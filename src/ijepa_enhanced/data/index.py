@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.data.source import UNREAD, Source
 from ijepa_enhanced.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def build_index(source: Source, cache: bool = True, progress: Callable[[int], No
     scan = _load(path) if cache else None
     if scan is None:
         scan = _scan(source, progress)
-        if cache:
+        # What could not be read for a moment, as over a network, may be there the next time.
+        if cache and not any(reason is not None and reason.startswith(UNREAD) for reason in scan[2]):
             _save(path, scan)
     heights, widths, reasons = scan
     readable = np.array([reason is None for reason in reasons], dtype=np.bool_)

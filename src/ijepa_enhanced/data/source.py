@@ -23,6 +23,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 PARTS = ("train", "val", "test")
 """What files of a folder and splits of a data set may be named after."""
 
+UNREAD = "cannot be read"
+"""How the reason begins where the fault is not the image's but the disk's or the network's."""
 HEAD = 64 * 1024
 """Bytes in which nearly every header ends: all that is read of an image to learn its size."""
 
@@ -125,7 +127,7 @@ class FileSource(Source):
             raise
         except (OSError, ValueError) as error:  # ValueError: of what cannot be a path
             reason = error.strerror if isinstance(error, OSError) else error
-            raise UnreadableImage(f"cannot be read: {reason}") from error
+            raise UnreadableImage(f"{UNREAD}: {reason}") from error
         if self.labels is not None and self.labels[row] < 0:
             raise UnreadableImage("no label, which others have")
         return data

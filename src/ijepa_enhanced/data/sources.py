@@ -242,8 +242,9 @@ def open_source(spec: str, part: str = "train") -> Source:
         spec: `synthetic`; a folder of images, of tar shards, of Parquet files or of a data set that was saved with
             `save_to_disk`; tar or Parquet files, several as `train-{000..003}.tar` or `train-*.parquet`; a list of
             images, `.csv` or `.jsonl`; `hf://NAME` or `hf://NAME:SPLIT`. After Parquet and data sets
-            `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns. Several of these with ` + `
-            between are mixed, see `MixedSource`, by the weights that follow them: `photos@2 + train-*.tar@1`.
+            `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns, and `#config=NAME` after a data
+            set of the Hub which of its configurations is meant. Several of these with ` + ` between are mixed, see
+            `MixedSource`, by the weights that follow them: `photos@2 + train-*.tar@1`.
         part: of the synthetic images; of a folder of files or a data set, the files or the split whose names begin
             with it.
 
@@ -302,8 +303,12 @@ def _split_columns(spec: str) -> tuple[str, Columns]:
     if not hash_sign or Path(spec).expanduser().exists():
         return spec, {}
     columns = dict(column.partition("=")[::2] for column in chosen.split(","))
-    if not columns.keys() <= {"image", "label"}:
-        raise SourceError(f"{spec}: after # come image=COLUMN and label=COLUMN, either or both, with a comma between.")
+    allowed = {"image", "label"} | ({"config"} if place.startswith("hf://") else set())
+    if not columns.keys() <= allowed:
+        raise SourceError(
+            f"{spec}: after # come image=COLUMN and label=COLUMN, either or both, with a comma between; "
+            "of the Hub's data sets, config=NAME too."
+        )
     return place, columns
 
 

@@ -20,7 +20,7 @@ from ijepa_enhanced.data.images import UnreadableImage
 from ijepa_enhanced.data.source import PARTS, FileSource, SourceError, fingerprint_of, number_labels
 
 Columns = Mapping[str, str]
-"""The names of the `image` and `label` columns, as far as the user gave them."""
+"""The names of the `image` and `label` columns, and of the Hub's `config`, as far as the user gave them."""
 
 
 class TableSource(FileSource):
@@ -128,19 +128,25 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     Args:
         name: with the split where it is not to be found by `part`; a slice such as `train[:1000]` will do.
         part: of the splits, the one whose name begins with it.
-        columns: see `TableSource`.
+        columns: see `TableSource`; `config` is the configuration of a data set that has several.
 
     Raises:
         SourceError: see `TableSource`; or it cannot be loaded, or `datasets` is not installed.
     """
     datasets = _datasets()
     repository, _, split = name.removeprefix("hf://").partition(":")
+    config = columns.get("config")
+    with _loading(name):
+        configs = datasets.get_dataset_config_names(repository)
+    if config is None and len(configs) > 1:
+        listed = ", ".join(configs)
+        raise SourceError(f"{name} has the configurations {listed}: name one, as {name}#config={configs[0]}.")
     if not split:
         with _loading(name):
-            splits = datasets.get_dataset_split_names(repository)
+            splits = datasets.get_dataset_split_names(repository, config)
         split = _split_of(splits, part, name, f"{name}:")
     with _loading(name):
-        dataset = datasets.load_dataset(repository, split=split, keep_in_memory=False)
+        dataset = datasets.load_dataset(repository, config, split=split, keep_in_memory=False)
     return TableSource(dataset, name, columns)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ijepa_enhanced.data.images import UnreadableImage, decode_views
 from ijepa_enhanced.data.index import Index, cache_folder
 from ijepa_enhanced.data.plan import inference_packs
-from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.data.source import UNREAD, Source
 from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK, need_images, token_batches
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
@@ -104,7 +104,8 @@ def extract(
     for number, (cut, part) in enumerate(zip(cuts, found, strict=True)):
         if part is None:
             part = _Part.of(itertools.islice(batches, len(cut)), done, progress)
-            if cache:
+            # What could not be read for a moment, as over a network, may be there the next time.
+            if cache and not any(reason.startswith(UNREAD) for reason in part.unreadable.values()):
                 part.save(folder / f"{number:05d}.safetensors")
         elif progress:
             progress(done + len(part.image_ids))
