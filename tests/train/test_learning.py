@@ -20,7 +20,7 @@ MARGIN = 0.03
 
 @pytest.mark.slow
 def test_half_a_quickstart_beats_its_random_start(tmp_path: Path) -> None:
-    config = train_config(parse(["train", "--config", "quickstart", "--steps", "300"])[1])
+    config = train_config(parse(["train", "--config", "quickstart", "--steps", "500"])[1])
     train(config, tmp_path / "run")
     torch.manual_seed(config.seed)
     start = Encoder(config.encoder).eval()
