@@ -88,7 +88,8 @@ def test_merged_patches_share_a_feature_and_the_mean_weighs_it_by_their_number(
         patches = one.flatten(0, 1)
         # After two layers of a quarter each, 9/16 of the tokens are left, rounded up.
         assert len(patches.unique(dim=0)) == -(-len(patches) * 9 // 16)
-        torch.testing.assert_close(patches.mean(dim=0), pooled, rtol=0, atol=1e-6)  # sums of ~150 numbers around 1
+        # Two sums of some 150 numbers of size up to 3, whose roundings of 6e-8 each add up like a random walk.
+        torch.testing.assert_close(patches.mean(dim=0), pooled, rtol=0, atol=3e-6)
 
 
 def test_merging_happens_after_attention_and_before_the_mlp(

@@ -34,10 +34,9 @@ def test_each_network_merges_at_its_own_rate(
 
     monkeypatch.setattr(Blocks, "forward", forward)
     train(dataclasses.replace(merging, steps=1, monitor=dataclasses.replace(merging.monitor, every=0)), tmp_path / "r")
-    # Of each of two packs: the teacher without gradients, the student, and the predictor, which merges nothing.
-    for (teaches, teacher), (studies, student), (predicts, predictor) in (plans[:3], plans[3:6]):
-        assert (teaches, studies, predicts) == (False, True, True)
-        assert predictor is None
+    # Of each of two packs: the teacher without gradients, and the student.
+    for (teaches, teacher), (studies, student) in (plans[:2], plans[2:4]):
+        assert (teaches, studies) == (False, True)
         for plan, quarters in ((teacher, 3), (student, 2)):
             assert plan is not None
             before, after = (segments.lengths for segments in plan.segments)

@@ -417,7 +417,7 @@ def test_features_that_are_not_finite_are_said(run: Path, tmp_path: Path) -> Non
     weights = load_file(run / "encoder/model.safetensors")
     save_file({name: value * torch.nan for name, value in weights.items()}, run / "encoder/model.safetensors")
     page = report(tmp_path / "report.html", run)
-    assert "There are no feature maps and no neighbours: Some features are not finite." in page.said("feature-maps")
+    assert "There are no feature maps and no neighbours: The features of left/00.jpg" in page.said("feature-maps")
     assert "nearest-neighbours" not in page.sections
 
 

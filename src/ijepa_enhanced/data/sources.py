@@ -232,7 +232,7 @@ class SyntheticSource(Source):
 
     def fingerprint(self) -> str:
         """See `Source`."""
-        return f"synthetic-{synthetic.VERSION}-{self.part}"
+        return f"synthetic-{synthetic.VERSION}-{self.part}-{len(self.keys)}"
 
 
 def open_source(spec: str, part: str = "train") -> Source:
