@@ -8,13 +8,14 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.index import Index, build_index
 from ijepa_enhanced.data.plan import DataConfig, Plan
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.evaluate.knn import knn_classify
@@ -34,6 +35,7 @@ from ijepa_enhanced.train.monitor import (
     History,
     MonitorConfig,
     Probe,
+    default_images,
     steps_between_looks,
 )
 from ijepa_enhanced.train.optimizer import OptimConfig
@@ -172,7 +174,9 @@ def test_a_resumed_run_remembers_what_was_seen(
 def probe_of(config: TrainConfig) -> Probe:
     source = open_source(config.data.source)
     plan = Plan(build_index(source), config.data, config.encoder.patch_size, config.seed)
-    return Probe(source, plan, plan.epoch(0).images, config.monitor.images, config.encoder, config.merging.teacher_rate)
+    return Probe(
+        source, plan, plan.epoch(0).images, config.monitor.images or 512, config.encoder, config.merging.teacher_rate
+    )
 
 
 def shown(batches: list[Batch]) -> list[tuple[int, bytes]]:
@@ -379,3 +383,13 @@ def test_what_is_remembered_survives_a_checkpoint() -> None:
 def test_values_out_of_range_are_refused(values: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         MonitorConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("classes", "images"), [(None, 512), (2, 512), (25, 512), (26, 520), (101, 2020), (1000, 4096)]
+)
+def test_many_classes_are_looked_at_in_more_images(classes: int | None, images: int) -> None:
+    labels = None if classes is None else np.arange(3000) % classes
+    sizes = np.full(3000, 64)
+    index = Index(sizes, sizes, np.arange(3000), labels, None, [""] * 3000, (), "")
+    assert default_images(index) == images

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.loader import PackDataset
 from ijepa_enhanced.data.plan import EpochPlan, Pack, Plan, PlanError
 from ijepa_enhanced.data.sources import Source
@@ -43,6 +44,8 @@ MOST_LOOKS = 100
 FALL, FALLEN, PATIENCE = 1 / 4, 2, 2
 """The alarm: at two looks in a row, two signs or more are below a quarter of their peak. What it was tried on stands in
 docs/evaluation.md."""
+FEWEST, MOST, A_CLASS = 512, 4096, 20
+"""Images that are looked at, where the configuration does not say."""
 VIEWS = 8
 """q of LiDAR: crops of each object, drawn as in training."""
 OBJECT_SHARE = 4
@@ -56,14 +59,15 @@ class MonitorConfig:
     every: int | None = None
     """Steps between looks at the teacher; there is one after the last step too. 0: never. Null: as often as 3% of the
     run's computing pays for, at most 100 times."""
-    images: int = 512
+    images: int | None = None
     """Images of the training source that are looked at. The accuracy of their nearest neighbours has a standard error
-    of at most 0.5 / sqrt(images), here 2.2 points; many classes want more images."""
+    of at most 0.5 / sqrt(images). Null: 512, or 20 of each class, as many as the neighbours that vote, where that is
+    more, and 4,096 at most: with 5 of each of 101 classes it did not see what a run learned (docs/log.md)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
             raise ValueError(f"monitor.every must be null or at least 0, not {self.every}.")
-        if self.images < 2:
+        if self.images is not None and self.images < 2:
             raise ValueError(f"monitor.images must be at least 2, not {self.images}.")
 
 
@@ -199,6 +203,12 @@ def steps_between_looks(config: MonitorConfig, look_tokens: int, steps: int, ste
     return math.ceil(math.ceil(steps / looks) / log_every) * log_every if looks > 0 else 0
 
 
+def default_images(index: Index) -> int:
+    """How many images are looked at, see `MonitorConfig.images`."""
+    classes = 0 if index.labels is None else len(np.unique(index.labels))
+    return min(MOST, max(FEWEST, A_CLASS * classes))
+
+
 @dataclass
 class History:
     """What the looks so far amount to: whether the run collapses, and which teacher was the best."""
@@ -303,7 +313,8 @@ def start_watch(
     if config.every == 0:
         return None
     try:
-        probe = Probe(source, plan, first_epoch.images, config.images, encoder, merge_rate)
+        images = config.images or default_images(plan.index)
+        probe = Probe(source, plan, first_epoch.images, images, encoder, merge_rate)
     except PlanError:
         logger.warning("No collapse watch: too few images are large enough to crop.")
         return None
