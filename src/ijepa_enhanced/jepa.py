@@ -16,7 +16,7 @@ from ijepa_enhanced.packed import MaskedBatch
 from ijepa_enhanced.regularizers import variance_covariance, views_agree
 
 PROJECTOR_HIDDEN, PROJECTED = 512, 64
-"""Widths of the projector's hidden layer and of its result."""
+"""Widths of the projector's hidden layer and of its result, the only ones measured (docs/log.md)."""
 
 
 @dataclass(frozen=True)

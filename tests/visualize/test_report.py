@@ -165,7 +165,7 @@ def test_every_link_of_the_menu_leads_somewhere(page: Page) -> None:
 def test_every_curve_has_the_values_of_the_log(page: Page, trained: Path) -> None:
     log = read_log(trained)
     titles = {name: curve.title for group in CURVES.values() for name, curve in group.items()}
-    logged = [name for name in log[0] if name not in NOT_CURVES]
+    logged = [name for name in log[0] if name not in (*NOT_CURVES, "invariance")]  # which this run does without
     assert set(page.charts) == {titles[name] for name in logged}
     assert len(log) == 8
     for name in logged:
@@ -309,6 +309,13 @@ def test_a_collapse_is_said_first(run: Path, tmp_path: Path, alarms: list[float]
     assert "Best by the watch step 2" in page.said()
     assert page.points("A look of the watch") == [(2, 0.5), (4, 0.5), (6, 0.5)]
     assert not {"alarm", "best"} & set(page.charts)
+
+
+def test_a_term_that_a_run_does_without_has_no_curve(run: Path, tmp_path: Path) -> None:
+    assert {line["invariance"] for line in read_log(run)} == {0.0}
+    titles = report(tmp_path / "report.html", run).charts
+    assert any(title.startswith("Stabilizer") for title in titles)
+    assert not any(title.startswith("Invariance") for title in titles)
 
 
 def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ NOTHING = "\N{EN DASH}"
 
 FRACTIONS = ("knn", "linear", "lowshot", "attentive", "finetune", "dense")
 """Beginnings of the names of scores that are fractions of 1."""
+TERMS = ("stabilizer", "invariance")
+"""Of the loss, that a run may do without."""
 DETAILS = ("_mean_per_class", "_low", "_high", "_top5")
 """Ends of the names of what stands beside another score, or only in evaluation.json."""
 
@@ -279,7 +281,9 @@ def _curves(runs: Sequence[Run]) -> str:
         charts = []
         for name, curve in curves.items():
             lines = [Line(run.name, place, run.logged(name)) for place, run in enumerate(runs)]
-            if any(math.isfinite(value) for line in lines for _, value in line.points):
+            values = [value for line in lines for _, value in line.points if math.isfinite(value)]
+            # A term of weight 0 is not computed, and logged as 0.
+            if values and (name not in TERMS or any(values)):
                 charts.append(chart(curve.title, curve.unit, lines, curve.percent, curve.from_zero))
         if charts:
             parts.append(f'<h3>{group}</h3><div class="charts">{"".join(charts)}</div>')
