@@ -281,6 +281,7 @@ EDITED = "run/config.yaml says {}. Change it back, or start a new run."
 OTHER_PLAN = "run was trained on other images or with another plan; start a new run instead."
 TRAIN = "train --data.source photos --run new"
 FEW = "photos has {} images, fewer than the 20 neighbours of knn20: all of them vote."
+SAME = "photos: the same images for training and validation, so scores say nothing of others."
 EVALUATE = "evaluate run --train photos --val photos --side 32 --workers 0"
 
 WRONG_REQUESTS = {
@@ -762,14 +763,14 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         damaged_headers_and_body,
         f"{EVALUATE} --baselines --json",
         [f"Left out of photos: {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
-        + ["Scoring: random start", "Scoring: raw 16x16 pixels", "Scoring: trained", FEW.format(6)],
+        + ["Scoring: random start", "Scoring: raw 16x16 pixels", "Scoring: trained", FEW.format(6), SAME],
         {},
     ),
     "evaluate beside many that are not readable": (
         many_damaged_headers,
         f"{EVALUATE} --json",
         [f"Left out of photos: dark/x{number:02}.png: empty file" for number in range(20)]
-        + ["Left out of photos: 5 more, which `ijepa index` lists.", "Scoring: trained", FEW.format(10)],
+        + ["Left out of photos: 5 more, which `ijepa index` lists.", "Scoring: trained", FEW.format(10), SAME],
         {},
     ),
     "evaluate what a cut shard holds": (
@@ -807,11 +808,11 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     "evaluate what is smaller than a patch": (
         smaller_than_a_patch,
         f"{EVALUATE} --side null --json",
-        ["Scoring: trained", FEW.format(13)],
+        ["Scoring: trained", FEW.format(13), SAME],
         {},
     ),
     "train on 1 x 4000 px": (only_long, f"{TRAIN} --json", [], {"images_seen": 4 * 2}),
-    "evaluate 1 x 4000 px": (only_long, f"{EVALUATE} --json", ["Scoring: trained", FEW.format(2)], {}),
+    "evaluate 1 x 4000 px": (only_long, f"{EVALUATE} --json", ["Scoring: trained", FEW.format(2), SAME], {}),
 }
 
 

@@ -113,6 +113,14 @@ def test_a_run_that_fails_is_a_line_and_the_others_go_on(
     assert [(line["arm"], line["failed"]) for line in summary(rows)] == [("wild", 1), ("jepa", 0)]
 
 
+def test_a_study_without_a_score_fails(plan: StudyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "study.yaml"
+    too_small = {"small": "--data.min_side 8 --data.max_side 8"}
+    file.write_text(yaml.safe_dump({"arms": too_small, "common": plan.common, "val": plan.val, "seeds": [0]}))
+    assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 1
+    assert "1 failed" in capsys.readouterr().out
+
+
 def test_what_failed_before_it_began_is_tried_again(plan: StudyConfig, tmp_path: Path) -> None:
     small = dataclasses.replace(plan, seeds=(0,), arms={"jepa": "--data.min_side 8 --data.max_side 8"})
     (row,) = run_study(small, tmp_path / "out", configure)

@@ -227,6 +227,16 @@ def no_manifest(folder):
         path.unlink()
 
 
+def lacking(name):
+    def leave_out(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for part in (manifest, *manifest["shards"]):
+            part.pop(name, None)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return leave_out
+
+
 def nothing(folder):
     pass
 
@@ -243,6 +253,16 @@ REFUSED = {
         "{} holds classes.txt, and no manifest.json. Name an empty folder, or a new one.",
     ),
     "a damaged manifest": (damage, {}, "{0}/manifest.json is damaged. Delete {0} and prepare the images anew."),
+    "a manifest that lacks a key": (
+        lacking("dropped"),
+        {},
+        "{0}/manifest.json is damaged. Delete {0} and prepare the images anew.",
+    ),
+    "a shard that lacks a key": (
+        lacking("sha256"),
+        {},
+        "{0}/manifest.json is damaged. Delete {0} and prepare the images anew.",
+    ),
     "another version": (
         another_version,
         {},

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ijepa_enhanced.commands import Command
@@ -22,6 +21,7 @@ from ijepa_enhanced.commands.setup import (
     add_encoder,
     best_device,
     check_setting,
+    counting_bars,
     labelled_images,
     load_encoder,
     print_json,
@@ -310,9 +310,7 @@ def show_sweep(points: list[Point], folder: Path) -> None:
 @contextmanager
 def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, where that is a terminal; what it yields is called with how many of `total` are done."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with counting_bars() as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.update(task, completed=done)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import print_counts, print_json
+from ijepa_enhanced.commands.setup import counting_bars, print_counts, print_json
 from ijepa_enhanced.config import RequestError
 from ijepa_enhanced.data.index import LISTED, build_index
 from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
@@ -55,8 +52,7 @@ def _prepare(options: Namespace) -> int:
             raise RequestError(f"{flag} must be at least {least}{f' and at most {most}' if most else ''}, not {value}.")
     spec, folder = options.source, Path(options.out)
     copies = folder / ".remote"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with counting_bars() as bar:
         if is_remote(spec):
             copied = bar.add_task("files", total=None)
             spec = fetch(spec, copies, lambda done, total: bar.update(copied, completed=done, total=total))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ijepa_enhanced.config import RequestError, load_config
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
@@ -20,6 +23,8 @@ from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.evaluate.tokens import Images
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.loop import RunError, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def add_configuration(command: ArgumentParser) -> None:
@@ -56,6 +61,13 @@ def print_json(options: Namespace, values: dict[str, Any]) -> None:
     """The last line of stdout, for programs, where it is asked for."""
     if options.json:
         print(json.dumps(values))
+
+
+def counting_bars() -> Progress:
+    """Bars on stderr that count what is done, for as long as it is entered; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_counts(counts: dict[str, Any]) -> None:
@@ -136,7 +148,10 @@ def labelled_images(train_spec: str, val_spec: str) -> list[Images]:
             f"{train_spec} has images of one class only, '{class_name(train.index, only[0])}'; "
             "scoring needs two or more."
         )
-    return [train, Images(val.source, dataclasses.replace(val.index, labels=class_numbers(train, val)))]
+    numbers = class_numbers(train, val)
+    if train.source.fingerprint() == val.source.fingerprint():
+        logger.warning("%s: the same images for training and validation, so scores say nothing of others.", val_spec)
+    return [train, Images(val.source, dataclasses.replace(val.index, labels=numbers))]
 
 
 def class_numbers(train: Images, val: Images) -> NDArray[np.int64]:

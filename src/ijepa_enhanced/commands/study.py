@@ -27,7 +27,7 @@ def add_options(command: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Run a study, or the rest of one, print its table and write a page that compares its runs."""
+    """Run a study, or the rest of one, print its table and compare its runs on a page; 1 where none was scored."""
     study, folder = load_study(Path(options.file)), Path(options.out)
     rows = run_study(study, folder, configure)
     table = Table("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "fall")
@@ -52,7 +52,7 @@ def run(options: Namespace) -> int:
         write_report(scored, folder / "report.html", dataclasses.asdict(TrainConfig()))
         print(folder / "report.html")
     print_json(options, {"rows": [row._asdict() for row in rows]})
-    return 0
+    return 0 if scored else 1
 
 
 def configure(flags: list[str]) -> TrainConfig:

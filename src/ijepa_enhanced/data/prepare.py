@@ -13,7 +13,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import PIL
 import torch
@@ -32,10 +32,30 @@ MANIFEST = "manifest.json"
 CLASSES = "classes.txt"
 MEGABYTE = 10**6
 
-Manifest = dict[str, Any]
-"""Of `manifest.json`: `format`; `source`, its name; `settings`, with the index's hash; `classes`, the SHA-256 of
-`classes.txt`, or None; `shards`, a list of name, images, bytes and sha256; `dropped`, a list of key and reason;
-`complete`."""
+
+class Shard(TypedDict):
+    """A shard in the manifest."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """The content of `manifest.json`."""
+
+    format: int
+    source: str
+    """Its name."""
+    settings: dict[str, Any]
+    """With the index's hash."""
+    classes: str | None
+    """SHA-256 of `classes.txt`, or None where there is none."""
+    shards: list[Shard]
+    dropped: list[dict[str, str]]
+    """Key and reason of each image that cannot be read."""
+    complete: bool
 
 
 def prepare(
@@ -212,10 +232,15 @@ def _load(folder: Path) -> Manifest:
     try:
         manifest: Manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] == FORMAT:
+            missing = Manifest.__required_keys__ - manifest.keys()
+            for shard in manifest.get("shards", []):
+                missing |= Shard.__required_keys__ - shard.keys()
+            if missing:
+                raise LookupError(*missing)
             return manifest
     except FileNotFoundError as error:
         raise SourceError(f"{folder} was not made by ijepa prepare: it has no {MANIFEST}.") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SourceError(f"{folder / MANIFEST} is damaged. Delete {folder} and prepare the images anew.") from error
     raise SourceError(f"{folder} was prepared by another version. Delete it and prepare the images anew.")
 
