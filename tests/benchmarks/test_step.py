@@ -25,7 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "TURNS": 1,
         "PEAK_SIDE": {"cpu": 64},
-        "GROWTH_TOKENS": {"cpu": (256, 512)},
+        "GROWTH_TOKENS": (256, 512),
     }.items():
         monkeypatch.setattr(step, name, value)
 
@@ -152,6 +152,7 @@ def test_the_tables(tables: list[list[dict[str, Any]]], tmp_path: Path, monkeypa
     images = [row["images_per_second"] * row["ms"] for row in parts]
     assert images == pytest.approx([images[0]] * len(images))
     assert all(row["ms"] > 0 for row in parts)
+    assert [row[""].count("█") for row in parts] == [round(40 * row["over_step"]) for row in parts]
 
     ours, original = methods
     assert (ours["encoder"], ours["method"], original["method"]) == ("Ti/16", "ours", "the original's")

@@ -203,5 +203,5 @@ def test_without_matplotlib_there_are_no_curves_but_a_word_about_it(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert not draw_curves(LOG, tmp_path / "curves.png")
-    assert caplog.messages == ["No curves: they need matplotlib (pip install 'ijepa-enhanced[plots]')."]
+    assert caplog.messages == ["curves.png is not drawn: it needs matplotlib (pip install 'ijepa-enhanced[plots]')."]
     assert not (tmp_path / "curves.png").exists()

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_enhanced.benchmarks.attention import exponent, growth_tokens
-from ijepa_enhanced.benchmarks.table import print_table, write_csv
+from ijepa_enhanced.benchmarks.table import bar, print_table, write_csv
 from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import DataConfig, Plan
@@ -47,10 +47,7 @@ VARIANTS = {"cpu": ("Ti",), "cuda": ("S", "B", "L", "H")}
 PATCH = {"cpu": 16, "cuda": 14}
 TOKENS = {"cpu": 2048, "cuda": 32768}
 """Of a pack."""
-GROWTH_TOKENS = {
-    "cpu": (1024, 2048, 4096, 8192),
-    "cuda": (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072),
-}
+GROWTH_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PREDICTORS = {
     "B": PredictorConfig(384, 6, 12),
     "L": PredictorConfig(384, 12, 16),
@@ -112,12 +109,12 @@ def run(
         parts += found[0]
         methods += found[1]
     print("Parts of a step, the device waited for after each; decoding is one process's, beside the step")
-    print_table(parts)
+    print_table([row | {"": bar(row["over_step"])} for row in parts])
     print(f"Whole steps on packs of {source}, by turns")
     print_table(methods)
     growth = []
     training = our_training(configs[0], device, compiled)
-    for count in growth_tokens(GROWTH_TOKENS[device.type], tokens):
+    for count in growth_tokens(GROWTH_TOKENS, tokens):
         try:
             growth.append(grown(training, configs[0], images, count))
         except torch.OutOfMemoryError:

@@ -15,6 +15,8 @@ from ijepa_enhanced.files import replacing
 
 RESULTS = Path("benchmarks/results")
 """Where a checkout keeps its CSVs, from its root."""
+BAR = 40
+"""Characters of a bar that stands for 1."""
 
 
 def hardware() -> str:
@@ -30,6 +32,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def bar(share: float) -> str:
+    """A share of 1 as a bar, in a column of its own."""
+    return ("█" * round(BAR * share)).ljust(BAR)
 
 
 def write_csv(theme: str, rows: list[dict[str, Any]]) -> Path:

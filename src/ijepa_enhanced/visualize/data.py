@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,8 @@ from PIL import Image
 from ijepa_enhanced.data.images import UnreadableImage, decode_whole
 from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.sources import Source
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.visualize.plot import plot
 from ijepa_enhanced.visualize.views import save_png, sheet_of
-
-logger = logging.getLogger(__name__)
 
 MOST = 10_000
 """Images that are decoded; of a larger source these are chosen at random."""
@@ -132,31 +129,24 @@ def _side_by_side(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[
 
 
 def _draw_sizes(index: Index, path: Path) -> bool:
-    """Histograms of sides, aspect ratios and classes; False, and a word about it, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("No histograms: they need matplotlib (pip install 'ijepa-enhanced[plots]').")
-        return False
+    """Histograms of sides, aspect ratios and classes; False without matplotlib."""
     heights, widths = index.heights.astype(np.float64), index.widths.astype(np.float64)
     sizes = list(class_sizes(index).values())
-    figure = Figure(figsize=(12, 3), layout="constrained")
-    panels = figure.subplots(1, 3 if sizes else 2)
-    for axes, values, title in (
-        (panels[0], np.sqrt(heights * widths), "sqrt(height * width), pixels"),
-        (panels[1], widths / heights, "width / height"),
-    ):
-        low, high = values.min(), values.max()
-        axes.hist(values, bins=np.geomspace(low / 1.02, high * 1.02, 41))
-        axes.set(xscale="log", xlabel=title, ylabel="images")
-        ticks = np.geomspace(low, high, 5) if high > low else [low]
-        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-        axes.minorticks_off()
-    if sizes:
-        panels[2].bar(range(1, len(sizes) + 1), sizes, width=1)
-        panels[2].set(xlabel="classes, the largest first", ylabel="images")
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    with plot(path, 12, 3) as figure:
+        if figure is None:
+            return False
+        panels = figure.subplots(1, 3 if sizes else 2)
+        for axes, values, title in (
+            (panels[0], np.sqrt(heights * widths), "sqrt(height * width), pixels"),
+            (panels[1], widths / heights, "width / height"),
+        ):
+            low, high = values.min(), values.max()
+            axes.hist(values, bins=np.geomspace(low / 1.02, high * 1.02, 41))
+            axes.set(xscale="log", xlabel=title, ylabel="images")
+            ticks = np.geomspace(low, high, 5) if high > low else [low]
+            axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            axes.minorticks_off()
+        if sizes:
+            panels[2].bar(range(1, len(sizes) + 1), sizes, width=1)
+            panels[2].set(xlabel="classes, the largest first", ylabel="images")
     return True

@@ -1,13 +1,10 @@
 """Accuracy against speed, setting by setting."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ijepa_enhanced.evaluate.sweep import Point, choose, frontier
-from ijepa_enhanced.files import replacing
-
-logger = logging.getLogger(__name__)
+from ijepa_enhanced.visualize.plot import plot
 
 SCORES = {"knn20": "kNN-20", "linear": "linear"}
 
@@ -16,36 +13,35 @@ def draw_frontier(points: Sequence[Point], path: Path) -> bool:
     """Write a PNG of a sweep: a line for each side, its points named by their merge rates.
 
     The points that no other beats in accuracy and speed at once are filled and joined by a step line; a ring is around
-    the one to take (`choose`). False, and a word about it, where matplotlib is missing.
+    the one to take (`choose`). False without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("No plot: it needs matplotlib (pip install 'ijepa-enhanced[plots]').")
-        return False
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    chosen = choose(points)
-    for axes, (score, title) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
-        best = frontier(points, score)[::-1]
-        steps = [(point.network_images_per_second, 100 * getattr(point, score)) for point in best]
-        axes.step(*zip(*steps, strict=True), where="pre", color="0.8", zorder=0)
-        for side in dict.fromkeys(point.side for point in points):
-            group = sorted((point for point in points if point.side == side), key=lambda point: point.merge_rate)
-            at = [(point.network_images_per_second, 100 * getattr(point, score)) for point in group]
-            (line,) = axes.plot(*zip(*at, strict=True), label=f"side {'native' if side is None else side}")
-            for point, place in zip(group, at, strict=True):
-                inside = line.get_color() if point in best else "white"
-                axes.plot(*place, "o", color=line.get_color(), markerfacecolor=inside)
-                axes.annotate(f"{point.merge_rate:g}", place, (4, 5), textcoords="offset points", fontsize=8)
-        axes.plot(
-            chosen.network_images_per_second, 100 * getattr(chosen, score), "o", color="black", fillstyle="none", ms=13
-        )
-        axes.set(title=title, xlabel="images / s in the network", ylabel="top-1, %", xscale="log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(which="minor", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    with plot(path, 12, 4.5) as figure:
+        if figure is None:
+            return False
+        chosen = choose(points)
+        for axes, (score, title) in zip(figure.subplots(1, len(SCORES)), SCORES.items(), strict=True):
+            best = frontier(points, score)[::-1]
+            steps = [(point.network_images_per_second, 100 * getattr(point, score)) for point in best]
+            axes.step(*zip(*steps, strict=True), where="pre", color="0.8", zorder=0)
+            for side in dict.fromkeys(point.side for point in points):
+                group = sorted((point for point in points if point.side == side), key=lambda point: point.merge_rate)
+                at = [(point.network_images_per_second, 100 * getattr(point, score)) for point in group]
+                (line,) = axes.plot(*zip(*at, strict=True), label=f"side {'native' if side is None else side}")
+                for point, place in zip(group, at, strict=True):
+                    inside = line.get_color() if point in best else "white"
+                    axes.plot(*place, "o", color=line.get_color(), markerfacecolor=inside)
+                    axes.annotate(f"{point.merge_rate:g}", place, (4, 5), textcoords="offset points", fontsize=8)
+            axes.plot(
+                chosen.network_images_per_second,
+                100 * getattr(chosen, score),
+                "o",
+                color="black",
+                fillstyle="none",
+                ms=13,
+            )
+            axes.set(title=title, xlabel="images / s in the network", ylabel="top-1, %", xscale="log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(which="minor", labelsize=8)
+            axes.legend(frameon=False)
     return True

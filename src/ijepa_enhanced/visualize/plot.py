@@ -1,0 +1,33 @@
+"""Where plots begin and end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ijepa_enhanced.files import replacing
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def plot(path: Path, width: float, height: float) -> Iterator[Figure | None]:
+    """A figure, in inches, to draw on, which becomes the PNG `path`; None, and a word about it, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("%s is not drawn: it needs matplotlib (pip install 'ijepa-enhanced[plots]').", path.name)
+        yield None
+        return
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
