@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 from collections.abc import Iterable, Sequence
 
@@ -12,14 +13,20 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ijepa_enhanced.data.augment import AugmentConfig, augment
+from ijepa_enhanced.data.cache import MEGABYTE, SHARED_MEMORY, free_memory
 from ijepa_enhanced.data.images import UnreadableImage, decode_views, patchify
 from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.plan import Pack
-from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.data.source import Source, SourceError
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
 from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Segments, Selection
 from ijepa_enhanced.randomness import Purpose, generator
+
+PREFETCH = 2
+"""Packs that each worker makes ahead; PyTorch's default."""
+REST = 32
+"""Bytes a token of a batch beside its patch, rounded up: 16, or 24 with both networks merging at 0.1 in 12 layers."""
 
 
 class PackDataset(Dataset[Batch]):
@@ -154,9 +161,29 @@ def make_loader(
         sampler=_Packs(packs),
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_parent,
     )
+
+
+def check_shared_memory(workers: int, tokens_per_pack: int, patch_size: int) -> None:
+    """Whether the packs that so many processes hand over fit where the system keeps shared memory.
+
+    Each worker has up to `PREFETCH` of them there, of P * P * C bytes a token for its patch and `REST` for all else. In
+    a container that is often no more than 64 MB, and a process that finds it full is killed without a word.
+
+    Raises:
+        SourceError: they do not fit; the message says what to set.
+    """
+    one = PREFETCH * tokens_per_pack * (patch_size**2 * 3 + REST)
+    free = free_memory().get(str(SHARED_MEMORY))
+    if free is not None and workers * one > free:
+        raise SourceError(
+            f"{workers} workers keep up to {workers * one / MEGABYTE:,.0f} MB of packs in {SHARED_MEMORY}, and "
+            f"{free / MEGABYTE:,.0f} MB are free there: set data.workers to {free // one}, or give it more (to a "
+            f"container with --shm-size={math.ceil(workers * one / MEGABYTE)}m)."
+        )
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ijepa_enhanced.data.augment import AugmentConfig
 from ijepa_enhanced.data.cache import InMemory
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
-from ijepa_enhanced.data.loader import PackDataset, make_loader
+from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.files import replacing
@@ -108,12 +108,18 @@ class Outcome:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The precision of matrix products on `device`; `auto` takes bfloat16 where the hardware multiplies it."""
+    """The precision of matrix products on `device`; `auto` takes bfloat16 where the hardware multiplies it.
+
+    A GPU without it gets float32 whatever is asked for: it has no flash attention for half precision either.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not has_bf16 and precision != "fp32":
+            logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and dense attention instead.")
+            precision = "fp32"
+    else:
+        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if precision == "auto":
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         precision = "bf16" if has_bf16 else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
@@ -127,11 +133,11 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     what follows is bit for bit what would have followed had the run not stopped, at the same thread count and versions.
 
     Raises:
-        SourceError: the images cannot be found, or `data.cache` cannot hold them.
+        SourceError: the images cannot be found, or there is too little memory for `data.cache` or `data.workers`.
         PlanError: too few images are large enough to train on.
         FileExistsError: without `resume`, `folder` is already there.
         ResumeError: the checkpoint is of another plan or architecture.
-        RunError: too many images are unreadable, or the loss is not finite.
+        RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
         CheckpointError: a checkpoint could not be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -143,6 +149,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     say_what_is_left_out(first_epoch, config)
     if config.data.cache == "memory":
         source = InMemory(source)
+    check_shared_memory(config.data.workers, config.data.tokens_per_pack, config.encoder.patch_size)
     packs = config.data.packs_per_step
     total = config.steps or max(1, round(config.epochs * len(first_epoch) / packs))
 
@@ -230,15 +237,16 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
 
             settings = step_settings(config.optim, done, total)
             set_step(optimizer, settings)
-            for batch in shown:
-                with autocast:
-                    losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
-                losses.total.backward()
-                meter.add(losses, batch)
-            grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            model.update_teacher(settings.ema)
+            with explaining_memory(config.data):
+                for batch in shown:
+                    with autocast:
+                        losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
+                    losses.total.backward()
+                    meter.add(losses, batch)
+                grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                model.update_teacher(settings.ema)
 
             done += 1
             images_shown += sum(len(batch.image_ids) for batch in shown) // config.data.views
@@ -262,6 +270,23 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         if done < total:
             save()
     return Outcome(done, images_shown, finished=done == total)
+
+
+@contextmanager
+def explaining_memory(config: DataConfig) -> Iterator[None]:
+    """Say what to set where the GPU's memory is too small for a pack.
+
+    Raises:
+        RunError: it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"The GPU's memory does not hold what a pack of {config.tokens_per_pack} tokens needs. In a new run, set "
+            f"data.tokens_per_pack to {config.tokens_per_pack // 2} and data.packs_per_step to "
+            f"{2 * config.packs_per_step}: half as much at once, and as much in a step."
+        ) from error
 
 
 def say_what_is_left_out(plan: EpochPlan, config: TrainConfig) -> None:
