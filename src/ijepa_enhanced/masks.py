@@ -2,7 +2,8 @@
 
 Departures from the paper's code, each with its reason:
 
-- Masks are drawn per view, not once a batch, and never cut to a common length: the stream is ragged.
+- Every block has a size of its own, not one for a whole batch's targets and one for its contexts, and masks are never
+  cut to a common length: the stream is ragged.
 - A block's aspect ratio is relative to the view's own, so a wide image gets wide blocks and a wide context.
 - Scale and aspect ratio are drawn independently.
 - Every position can be drawn: the last row and column too.

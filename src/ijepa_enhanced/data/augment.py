@@ -83,7 +83,7 @@ def color_map(
 
     Brightness scales; contrast scales distances from the view's mean luma, saturation those from a pixel's own luma;
     hue turns colours about the grey axis (Rodrigues' rotation). In this order, and cut off at the end alone: the code
-    of SimCLR and BYOL draws the order and cuts off after each.
+    of SimCLR and BYOL draws the order and cuts off after each, and BYOL's adds to brightness instead of scaling.
 
     Args:
         brightness, contrast, saturation: factors; 1 changes nothing.

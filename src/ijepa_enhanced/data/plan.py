@@ -48,7 +48,7 @@ class DataConfig:
     min_side: int | None = 112
     """Smallest sqrt(height * width) of a view in pixels, after resizing with its aspect ratio kept."""
     max_side: int | None = 224
-    """Largest. The side is drawn uniformly: side, not area, as NaViT found (arXiv 2307.06304, section 2.2).
+    """Largest. The side is drawn uniformly: side, not area, as NaViT found (arXiv 2307.06304, section 3.2).
     Both null: the crop's native size, never enlarged."""
     min_crop: float = 0.3
     """Smallest area of the random crop, at the image's own aspect ratio, as a fraction of the image."""

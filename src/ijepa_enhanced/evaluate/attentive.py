@@ -22,11 +22,11 @@ from ijepa_enhanced.schedules import cosine
 RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates to choose from."""
 EPOCHS, LEAST_STEPS, BATCH, WEIGHT_DECAY = 20, 500, 256, 0.01
-"""V-JEPA's number of epochs (arXiv 2404.08471, appendix), and more where those are only few steps."""
+"""V-JEPA's epochs and weight decay (arXiv 2404.08471, appendix D.1), and more epochs where those are only few steps."""
 
 
 class AttentiveClassifier(nn.Module):
-    """One cross-attention block with a learned query, and a linear layer (V-JEPA, arXiv 2404.08471, section 4.2).
+    """One cross-attention block with a learned query, and a linear layer (V-JEPA, arXiv 2404.08471, section 4.3).
 
     Args:
         width: D of the tokens.

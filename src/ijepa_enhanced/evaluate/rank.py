@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-7
-"""Added to every share of a spectrum: RankMe's number (arXiv 2210.02885, equation 1)."""
+"""Added to every share of a spectrum: RankMe's number for float32 (arXiv 2210.02885)."""
 DELTA = 1e-4
 """Added to the diagonal of LiDAR's scatter within objects, so that it can be inverted: the number of the public
 implementation in stable-pretraining. The paper's own is not known to us."""
@@ -15,10 +15,10 @@ implementation in stable-pretraining. The paper's own is not known to us."""
 
 @torch.no_grad()
 def rankme(z: Tensor) -> float:
-    """RankMe, the smooth rank of a feature matrix (arXiv 2210.02885, equation 1): from 1 (collapsed) to min(N, D).
+    """RankMe, the smooth rank of a feature matrix (arXiv 2210.02885): from 1 (collapsed) to min(N, D).
 
     exp(-sum_k p_k log p_k) with p_k = s_k / sum(s) + 1e-7 over the singular values s of `z`, which is not centred. The
-    paper takes the epsilon from float32's precision; here it is the paper's number, with singular values in float64.
+    epsilon is that of float32's precision, as in public implementations; here singular values are in float64.
 
     Args:
         z: [N, D], any float type. The paper takes 25600 images.

@@ -5,7 +5,7 @@
   sees a single node of dynamic length and no Python loop.
 - Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of float32 on CUDA.
 
-After merging (ToMe, arXiv 2210.09461, section 3.2) a key that stands for s patches counts s times: log(s) is added to
+After merging (ToMe, arXiv 2210.09461, section 3) a key that stands for s patches counts s times: log(s) is added to
 its logits. CPU and dense kernels add it as a mask; varlen has none, so there it travels in additional head channels.
 """
 

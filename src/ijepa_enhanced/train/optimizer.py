@@ -24,7 +24,8 @@ class OptimConfig:
     weight_decay: float = 0.04
     """Decoupled weight decay at the first step, on matrices only."""
     final_weight_decay: float = 0.4
-    """Weight decay at the last step, reached on half a cosine (arXiv 2301.08243, appendix A.1)."""
+    """Weight decay at the last step (arXiv 2301.08243, appendix A.1), reached on half a cosine as in the paper's code;
+    its text has a straight line."""
     ema: float = 0.996
     """Teacher's momentum at the first step."""
     final_ema: float = 1.0
