@@ -1,7 +1,10 @@
 """What all tests share."""
 
 import os
+import resource
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[2] / "shared" / 
 
 MakeStream = Callable[[Sequence[tuple[int, int]], int], Packed]
 MakeBatch = Callable[..., MaskedBatch]
+DiskOf = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +43,24 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no images in {DATA}: set IJEPA_DATA to the folder that holds caltech-101 and imagenette-224")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def disk_of() -> DiskOf:
+    """With `disk_of(size)`, no file can grow beyond `size` bytes, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

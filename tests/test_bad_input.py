@@ -5,13 +5,11 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -848,19 +846,6 @@ def test_a_run_counts_what_it_leaves_out(place: Path) -> None:
     assert [json.loads(line)["unreadable"] for line in Path("new/log.jsonl").read_text().splitlines()] == [4, 4]
 
 
-@contextlib.contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
@@ -876,7 +861,9 @@ def disk_of(size: int) -> Iterator[None]:
     ],
     ids=["the second checkpoint", "the first checkpoint"],
 )
-def test_a_full_disk_leaves_a_run_that_can_go_on(saved: list[str], message: str, place: Path) -> None:
+def test_a_full_disk_leaves_a_run_that_can_go_on(
+    saved: list[str], message: str, disk_of: Callable[[int], contextlib.AbstractContextManager[None]], place: Path
+) -> None:
     checkpoints = Path("run/checkpoints")
     for checkpoint in checkpoints.iterdir():
         if checkpoint.name not in saved:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ijepa_enhanced.data import synthetic
 from ijepa_enhanced.data.images import UnreadableImage
+from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.sources import HEAD, FolderSource, SourceError, SyntheticSource, TarSource, open_source
 
 DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -363,6 +364,62 @@ def test_metadata_that_are_cut_off_are_no_label(tmp_path):
     assert TarSource([path], "a.tar").labels.tolist() == [1, -1]
 
 
+@pytest.mark.parametrize("place", ["a.tar", "*.tar", "."])
+def test_labels_by_another_key_of_the_metadata(tmp_path, place):
+    """Those of `.cls`, `cls` and `label` say nothing then, before the metadata or behind them."""
+    metadata = (b'{"class": "dog", "cls": 7}', b'{"label": 8}', b'{"class": " ant "}')
+    shard(tmp_path / "a.tar", [("0000.cls", b"5"), *described(*metadata), ("0001.cls", b"6")])
+    source = open_source(f"{tmp_path}/{place}#label=class")
+    assert (source.labels.tolist(), source.classes) == ([1, -1, 0], ["ant", "dog"])
+
+
+def test_names_under_another_key_are_numbered_by_classes_txt(tmp_path):
+    shard(tmp_path / "a.tar", described(b'{"class": "dog"}', b'{"class": "ant"}'))
+    (tmp_path / "classes.txt").write_text("dog\nant\n")
+    source = open_source(f"{tmp_path}/a.tar#label=class")
+    assert (source.labels.tolist(), source.classes) == ([0, 1], ["dog", "ant"])
+
+
+def test_labels_of_mixed_shards_by_different_keys(tmp_path):
+    shard(tmp_path / "a.tar", described(b'{"class": "dog"}'))
+    shard(tmp_path / "b.tar", described(b'{"kind": "ant"}'))
+    source = open_source(f"{tmp_path}/a.tar#label=class@2 + {tmp_path}/b.tar#label=kind")
+    assert (source.labels.tolist(), source.classes, source.shares.tolist()) == ([0, 1], ["dog", "ant"], [1, 0.5])
+
+
+def test_an_index_is_not_that_of_another_key(tmp_path):
+    """Which images lack a label is in the cache, and another key may have it."""
+    shard(tmp_path / "a.tar", described(b'{"class": 0, "kind": 1}', b'{"kind": 2}'))
+    spec = f"{tmp_path}/a.tar#label="
+    found = [build_index(open_source(f"{spec}{key}")).labels.tolist() for key in ("class", "kind", "class")]
+    assert found == [[0], [1, 2], [0]]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            described(b'{"width": 6, "class": null, "label": 4}', b'{"class": [1], "a": 0}'),
+            "no image has a class, a whole number from 0 or a name, under 'class' of its member KEY.json. "
+            "The keys of the first of these are: class, label, width.",
+        ),
+        (
+            [*described(b"{"), ("other.json", b'{"class": 1}')],
+            "no image has a class, a whole number from 0 or a name, under 'class' of its member KEY.json. "
+            "The keys of the first of these are: none.",
+        ),
+        (samples("0"), "there are no members KEY.json to take labels from."),
+    ],
+    ids=["other keys", "damaged", "no metadata"],
+)
+def test_keys_that_no_metadata_have(tmp_path, members, message):
+    shard(tmp_path / "a.tar", [("0.png", png())])
+    shard(tmp_path / "b.tar", members)
+    with pytest.raises(SourceError) as error:
+        open_source(f"{tmp_path}/*.tar#label=class")
+    assert str(error.value) == f"{tmp_path}/*.tar#label=class: {message}"
+
+
 def test_an_image_without_the_label_that_others_have(tmp_path):
     path = shard(tmp_path / "a.tar", [*samples("0"), ("new.png", png())])
     source = TarSource([path], "a.tar")
@@ -584,10 +641,23 @@ def test_shards_that_may_not_be_read(tmp_path, monkeypatch, name):
     assert str(error.value) == f"{path} cannot be read: Permission denied."
 
 
-@pytest.mark.parametrize("name", ["a.tar", "folder"])
-def test_columns_of_what_has_none(tmp_path, name):
-    write(tmp_path / "folder", **{"a.png": png()})
-    shard(tmp_path / "a.tar", samples("0"))
+NO_COLUMNS = "{} has no columns of images: after # comes label=NAME alone for tar shards."
+NO_CHOICE = "There is nothing to choose in {}: leave out what follows #."
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "message"),
+    [
+        ("a.tar", "image=a", NO_COLUMNS),
+        ("a.tar", "image=a,label=label", NO_COLUMNS),
+        ("folder", "image=a", NO_CHOICE),
+        ("folder", "label=label", NO_CHOICE),
+        ("list.jsonl", "label=label", NO_CHOICE),
+    ],
+)
+def test_columns_of_what_has_none(tmp_path, name, chosen, message):
+    write(tmp_path, **{"folder/a.png": png(), "list.jsonl": b'{"path": "folder/a.png", "label": 0}\n'})
+    shard(tmp_path / "a.tar", described(b'{"label": 0}'))
     with pytest.raises(SourceError) as error:
-        open_source(f"{tmp_path}/{name}#image=a")
-    assert str(error.value) == f"{tmp_path}/{name} is no table: leave out what follows #."
+        open_source(f"{tmp_path}/{name}#{chosen}")
+    assert str(error.value) == message.format(f"{tmp_path}/{name}")

@@ -276,7 +276,7 @@ REFUSED = {
         {"image": cells(0, 1)},
         "#picture=image",
         "{0}#picture=image: after # come image=COLUMN and label=COLUMN, either or both, with a comma between; "
-        "of the Hub's data sets, config=NAME too.",
+        "for the Hub's data sets config=NAME too, for tar shards label=NAME alone.",
     ),
     "no rows": ({"image": pa.array([], pa.binary())}, "", "No images in {0}: it has no row."),
 }

@@ -4,6 +4,7 @@ All pictures are the same four colours, so that a file that is read wrongly show
 """
 
 import io
+import itertools
 import struct
 import zipfile
 import zlib
@@ -120,9 +121,50 @@ def swapped_profile():
     return profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
 
 
+def ink_profile():
+    """An ICC profile of a printer whose cyan and yellow inks are in each other's place; it cannot be printed with.
+
+    Without black ink, light is a sum of the primaries of sRGB, so two grid points an ink behind the curve of sRGB give
+    naive CMYK, to within a grey level for 140,608 colours. That takes XYZ, and so 'mft2': in Lab, colours between the
+    grid points would be others.
+    """
+
+    def fixed(*numbers):
+        return struct.pack(f">{len(numbers)}i", *(round(number * 65536) for number in numbers))
+
+    white = (0.9642, 1.0, 0.8249)  # D50, by ICC.1:2001-04, 6.1.4
+    # The columns are the primaries of sRGB adapted to D50, as every profile of sRGB has them.
+    to_xyz = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+    value = 1 - np.arange(256) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
+    paper = 1 - np.array(list(itertools.product((0, 1), repeat=4)))
+    # Naive CMYK would not reverse the first three: cyan takes away red.
+    xyz = paper[:, 3:] * (paper[:, 2::-1] @ to_xyz.T)
+    table = b"mft2" + struct.pack(">IBBBx", 0, 4, 3, 2) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + struct.pack(">HH", 256, 2)
+    for scale, numbers in ((65535, np.tile(1 - linear, (4, 1))), (32768, xyz), (65535, np.tile([0, 1], (3, 1)))):
+        table += np.rint(numbers * scale).astype(">u2").tobytes()
+
+    tags = {
+        # After the name, which ends in a zero, none in Unicode and none for the Macintosh.
+        b"desc": b"desc" + struct.pack(">II", 0, 5) + b"inks\0" + bytes(4 + 4 + 2 + 1 + 67),
+        b"cprt": b"text" + struct.pack(">I", 0) + b"none\0",
+        b"wtpt": b"XYZ " + struct.pack(">I", 0) + fixed(*white),
+        b"A2B0": table,
+    }
+    entries, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        entries += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = 128 + len(entries) + len(body)
+    header = struct.pack(">I4xI", size, 0x02400000) + b"prtrCMYKXYZ " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0)
+    return (header + b"acsp").ljust(68, b"\0") + fixed(*white).ljust(60, b"\0") + entries + body
+
+
 SWAPPED = swapped_profile()
+INKS = ink_profile()
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 mirrored = Image.fromarray(np.ascontiguousarray(RGB[..., ::-1]))
+"""Red and blue, and so cyan and yellow, in each other's place."""
 
 
 def half_transparent():
@@ -149,13 +191,14 @@ def zip_behind(data):
 
 
 EXACT, LOSSY, PRINT = 0, 4, 12
-"""Most grey levels by which any pixel is off: none, JPEG's, and those of colours for print."""
+"""Most grey levels by which any pixel is off: none, JPEG's or a profile's, and those of colours for print."""
 
 SHOWN = {
     "plain.jpg": (jpeg(), RGB, LOSSY),
     "progressive.jpg": (jpeg(progressive=True), RGB, LOSSY),
     "grey.jpg": (jpeg(grey), GREY, LOSSY),
     "cmyk.jpg": (jpeg(picture.convert("CMYK")), RGB, PRINT),
+    "CMYK with a profile.jpg": (jpeg(mirrored.convert("CMYK"), icc_profile=INKS), RGB, LOSSY),
     "ycck.jpg": (ycck(), RGB, PRINT),
     "profile.jpg": (jpeg(mirrored, icc_profile=SWAPPED), RGB, LOSSY),
     "srgb profile.jpg": (jpeg(icc_profile=SRGB), RGB, LOSSY),
@@ -202,6 +245,7 @@ SHOWN = {
         EXACT,
     ),
     "cmyk.tif": (encode(picture.convert("CMYK"), "TIFF"), RGB, EXACT),
+    "CMYK with a profile.tif": (encode(mirrored.convert("CMYK"), "TIFF", icc_profile=INKS), RGB, LOSSY),
     "lab.tif": (
         encode(
             ImageCms.profileToProfile(

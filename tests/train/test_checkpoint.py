@@ -1,8 +1,6 @@
 import json
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -32,19 +30,6 @@ def trained(seed: int) -> tuple[JEPA, torch.optim.Optimizer]:
             value.grad = torch.randn_like(value)
     optimizer.step()
     return model, optimizer
-
-
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -81,7 +66,9 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint(tmp_path: Path) ->
     assert not partial.exists()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    disk_of: Callable[[int], AbstractContextManager[None]], tmp_path: Path
+) -> None:
     model, optimizer = trained(seed=1)
     previous = save_checkpoint(tmp_path, 3, model, optimizer, {"step": 3})
     with disk_of(100_000), pytest.raises(CheckpointError) as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -145,30 +145,41 @@ class TarSource(FileSource):
     Args:
         shards: the tar files.
         name: what the user called them.
+        label: the key of the members `KEY.json` that holds the labels, instead of all these.
 
     Raises:
-        SourceError: a shard is no tar file, there is no image in any, or a label is not a class.
+        SourceError: a shard is no tar file, there is no image in any, a label is not a class, or no image has a class
+            under the key `label`.
     """
 
-    def __init__(self, shards: list[Path], name: str) -> None:
+    def __init__(self, shards: list[Path], name: str, label: str | None = None) -> None:
         self.name = name
         self.shards = shards
+        self.label = label
         self.keys = []
         root = os.path.commonpath([shard.parent for shard in shards])
         self.shard_names = [shard.relative_to(root).as_posix() for shard in shards]
         extents: list[tuple[int, int, int]] = []
         written: list[str | None] = []
-        found = [_scan_tar(shard) for shard in shards]
+        found = [_scan_tar(shard, label) for shard in shards]
         # Of one kind for all images: the two may not mean the same.
-        kind = ".cls" if any(labels[".cls"] for _, labels in found) else ".json"
-        for number, (images, labels) in enumerate(found):
-            for member, offset, size in images:
+        kind = ".cls" if any(shard.labels[".cls"] for shard in found) else ".json"
+        for number, shard in enumerate(found):
+            for member, offset, size in shard.images:
                 self.keys.append(f"{self.shard_names[number]}:{member}")
                 extents.append((number, offset, size))
-                written.append(labels[kind].get(_sample(member)) or None)
+                written.append(shard.labels[kind].get(_sample(member)) or None)
         if not extents:
             raise SourceError(f"No images in {name}. Members must end in {', '.join(EXTENSIONS)}.")
         self.extents = np.array(extents, dtype=np.int64)
+        if label is not None and not any(written):
+            first = next((shard.first_json for shard in found if shard.first_json is not None), None)
+            if first is None:
+                raise SourceError(f"{name}: there are no members KEY.json to take labels from.")
+            raise SourceError(
+                f"{name}: no image has a class, a whole number from 0 or a name, under '{label}' of its member "
+                f"KEY.json. The keys of the first of these are: {', '.join(sorted(first)) or 'none'}."
+            )
         if any(label is not None for label in written):
             listed = Path(root, "classes.txt")
             try:
@@ -191,7 +202,11 @@ class TarSource(FileSource):
 
     def fingerprint(self) -> str:
         """See `Source`."""
-        return fingerprint_of(zip(self.shard_names, self.shards, strict=True))
+        # Which images lack a label depends on the key.
+        key = "" if self.label is None else f"\0{self.label}"
+        return fingerprint_of(
+            (f"{name}{key}", shard) for name, shard in zip(self.shard_names, self.shards, strict=True)
+        )
 
 
 class SyntheticSource(Source):
@@ -243,7 +258,8 @@ def open_source(spec: str, part: str = "train") -> Source:
             `save_to_disk`; tar or Parquet files, several as `train-{000..003}.tar` or `train-*.parquet`; a list of
             images, `.csv` or `.jsonl`; `hf://NAME` or `hf://NAME:SPLIT`. After Parquet and data sets
             `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns, and `#config=NAME` after a data
-            set of the Hub which of its configurations is meant. Several of these with ` + ` between are mixed, see
+            set of the Hub which of its configurations is meant; after tar shards, `#label=NAME` says which key of
+            their members `KEY.json` holds the labels. Several of these with ` + ` between are mixed, see
             `MixedSource`, by the weights that follow them: `photos@2 + train-*.tar@1`.
         part: of the synthetic images; of a folder of files or a data set, the files or the split whose names begin
             with it.
@@ -274,11 +290,13 @@ def open_source(spec: str, part: str = "train") -> Source:
     kind = files[0].suffix if files else ""
     if kind == ".parquet":
         return open_parquet(files, place, columns)
+    if files and not (kind in LISTS and len(files) == 1):
+        if "image" in columns:
+            raise SourceError(f"{place} has no columns of images: after # comes label=NAME alone for tar shards.")
+        return TarSource(files, spec, columns.get("label"))
     if columns:
-        raise SourceError(f"{place} is no table: leave out what follows #.")
-    if not files:
-        return FolderSource(path)
-    return ListSource(files[0]) if kind in LISTS and len(files) == 1 else TarSource(files, spec)
+        raise SourceError(f"There is nothing to choose in {place}: leave out what follows #.")
+    return ListSource(files[0]) if files else FolderSource(path)
 
 
 def is_remote(spec: str) -> bool:
@@ -298,7 +316,7 @@ def _split_weight(spec: str) -> tuple[str, float]:
 
 
 def _split_columns(spec: str) -> tuple[str, Columns]:
-    """What stands before and after the `#` of a table's columns, which the names of files may have too."""
+    """What stands before and after the `#` of columns or a key, which the names of files may have too."""
     place, hash_sign, chosen = spec.partition("#")
     if not hash_sign or Path(spec).expanduser().exists():
         return spec, {}
@@ -307,7 +325,7 @@ def _split_columns(spec: str) -> tuple[str, Columns]:
     if not columns.keys() <= allowed:
         raise SourceError(
             f"{spec}: after # come image=COLUMN and label=COLUMN, either or both, with a comma between; "
-            "of the Hub's data sets, config=NAME too."
+            "for the Hub's data sets config=NAME too, for tar shards label=NAME alone."
         )
     return place, columns
 
@@ -381,25 +399,39 @@ def _sample(member: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _json_label(data: bytes) -> str | None:
-    """The class number or name in the metadata of a sample."""
+def _json_values(data: bytes) -> dict[str, Any]:
+    """The metadata of a sample."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
-        return None
-    for label in (values.get("cls"), values.get("label")) if isinstance(values, dict) else ():
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _json_label(values: dict[str, Any], keys: Iterable[str]) -> str | None:
+    """The class number or name under the first of the keys that has one."""
+    for label in map(values.get, keys):
         if (type(label) is int and label >= 0) or (isinstance(label, str) and label.strip()):
             return str(label).strip()
     return None
 
 
-def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, dict[str, str]]]:
-    """Name, offset and size of every image, and by the extension of its member, the text of every label by sample.
+class _Shard(NamedTuple):
+    """What lies in a tar file."""
 
-    Metadata are passed over from the first `.cls` on.
-    """
+    images: list[tuple[str, int, int]]
+    """Name, offset and size of every image."""
+    labels: dict[str, dict[str, str]]
+    """By the extension of its member, the text of every label by sample."""
+    first_json: list[str] | None
+    """The keys of the first metadata, or None where no metadata were read."""
+
+
+def _scan_tar(path: Path, label_key: str | None) -> _Shard:
+    """Metadata are passed over from the first `.cls` on; with a `label_key` of theirs, every `.cls` is."""
     images: list[tuple[str, int, int]] = []
     labels: dict[str, dict[str, str]] = {".cls": {}, ".json": {}}
+    first_json: list[str] | None = None
     names: set[str] = set()
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -411,11 +443,17 @@ def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, dict[st
                     names.add(member.name)
                     if extension in (*EXTENSIONS, *HEIC):
                         images.append((member.name, member.offset_data, member.size))
-                    elif extension == ".cls" or (extension == ".json" and not labels[".cls"]):
+                    elif extension == ".json" and not labels[".cls"]:
                         data = os.pread(file.fileno(), member.size, member.offset_data)
-                        label = _json_label(data) if extension == ".json" else data.decode(errors="replace").strip()
+                        values = _json_values(data)
+                        first_json = list(values) if first_json is None else first_json
+                        label = _json_label(values, ("cls", "label") if label_key is None else (label_key,))
                         if len(data) == member.size and label is not None:
                             labels[extension][_sample(member.name)] = label
+                    elif extension == ".cls" and label_key is None:
+                        data = os.pread(file.fileno(), member.size, member.offset_data)
+                        if len(data) == member.size:
+                            labels[extension][_sample(member.name)] = data.decode(errors="replace").strip()
             # tarfile takes a damaged header for the end of the archive, which really is a block of zeros.
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
                 logger.warning("%s is cut off or damaged after %d images; any that follow are lost.", path, len(images))
@@ -423,4 +461,4 @@ def _scan_tar(path: Path) -> tuple[list[tuple[str, int, int]], dict[str, dict[st
         raise SourceError(f"{path} is not an uncompressed tar file: {error}.") from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
-    return images, labels
+    return _Shard(images, labels, first_json)
