@@ -18,6 +18,7 @@ from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.packed import Batch
+from ijepa_enhanced.train.distributed import is_main
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import TrainConfig, train
 from ijepa_enhanced.visualize.curves import draw_curves
@@ -49,10 +50,14 @@ def run(options: Namespace) -> int:
         check_unchanged(folder)
     else:
         folder = Path(options.run or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-        if folder.exists():
+        if folder.exists() and is_main():
             raise RequestError(f"{folder} already exists. Go on with it by --resume {folder}, or name another --run.")
     share_cores(config.data.workers)
+    if not is_main():
+        logging.getLogger("ijepa_enhanced").setLevel(logging.ERROR)  # the main rank says it all
     outcome = train(config, folder, resume=bool(options.resume))
+    if not is_main():
+        return 0
     if not outcome.finished:
         logger.warning("Stopped after step %d. Go on with: ijepa train --resume %s", outcome.steps, folder)
     pictures = [folder / "masks.png", folder / "curves.png"]

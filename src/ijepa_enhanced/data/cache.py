@@ -32,12 +32,13 @@ class InMemory(Source):
 
     Args:
         source: all of it is read here.
+        copies: processes on this machine that each make one.
 
     Raises:
         SourceError: it takes more than `SHARE` of the memory that is free.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, copies: int = 1) -> None:
         self.source = source
         self.name, self.keys, self.shares = source.name, source.keys, source.shares
         self.labels, self.classes = source.labels, source.classes
@@ -46,11 +47,11 @@ class InMemory(Source):
         self.ends = np.cumsum(self.lengths)
         total = int(self.ends[-1])
         for place, free in free_memory().items():
-            if total > SHARE * free:
+            if copies * total > SHARE * free:
                 raise SourceError(
-                    f"The images of {source.name} take {total / MEGABYTE:,.0f} MB, and only {SHARE:.0%} of the "
-                    f"{free / MEGABYTE:,.0f} MB that are free in {place} may be taken: set data.cache to none, or make "
-                    "them smaller with ijepa prepare."
+                    f"The images of {source.name} take {copies * total / MEGABYTE:,.0f} MB, and only {SHARE:.0%} of "
+                    f"the {free / MEGABYTE:,.0f} MB that are free in {place} may be taken: set data.cache to none, or "
+                    "make them smaller with ijepa prepare."
                 )
         logger.info("Reading %d images into memory: %.0f MB.", len(rows), total / MEGABYTE)
         self.memory = torch.empty(total, dtype=torch.uint8).share_memory_()

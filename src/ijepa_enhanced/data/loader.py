@@ -167,8 +167,8 @@ def make_loader(
     )
 
 
-def check_shared_memory(workers: int, tokens_per_pack: int, patch_size: int) -> None:
-    """Whether the packs that so many processes hand over fit where the system keeps shared memory.
+def check_shared_memory(workers: int, tokens_per_pack: int, patch_size: int, ranks: int = 1) -> None:
+    """Whether the packs that so many processes, of each rank, hand over fit where the system keeps shared memory.
 
     Each worker has up to `PREFETCH` of them there, of P * P * C bytes a token for its patch and `REST` for all else. In
     a container that is often no more than 64 MB, and a process that finds it full is killed without a word.
@@ -176,11 +176,11 @@ def check_shared_memory(workers: int, tokens_per_pack: int, patch_size: int) -> 
     Raises:
         SourceError: they do not fit; the message says what to set.
     """
-    one = PREFETCH * tokens_per_pack * (patch_size**2 * 3 + REST)
+    one = ranks * PREFETCH * tokens_per_pack * (patch_size**2 * 3 + REST)
     free = free_memory().get(str(SHARED_MEMORY))
     if free is not None and workers * one > free:
         raise SourceError(
-            f"{workers} workers keep up to {workers * one / MEGABYTE:,.0f} MB of packs in {SHARED_MEMORY}, and "
+            f"{workers * ranks} workers keep up to {workers * one / MEGABYTE:,.0f} MB of packs in {SHARED_MEMORY}, and "
             f"{free / MEGABYTE:,.0f} MB are free there: set data.workers to {free // one}, or give it more (to a "
             f"container with --shm-size={math.ceil(workers * one / MEGABYTE)}m)."
         )

@@ -7,8 +7,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from ijepa_enhanced.data.augment import AugmentConfig
 from ijepa_enhanced.data.cache import InMemory
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
-from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
+from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan, PlanError
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
@@ -33,6 +33,7 @@ from ijepa_enhanced.models.encoder import EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
 from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
+from ijepa_enhanced.train.distributed import Ranks, joined
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
 from ijepa_enhanced.train.monitor import History, MonitorConfig, start_watch
 from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings
@@ -132,28 +133,38 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     With `resume` it goes on from the newest checkpoint in `folder`, or from the start where there is none. On the CPU
     what follows is bit for bit what would have followed had the run not stopped, at the same thread count and versions.
 
+    Started by `torchrun`, the ranks share the packs of every step; the main one writes.
+
     Raises:
         SourceError: the images cannot be found, or there is too little memory for `data.cache` or `data.workers`.
-        PlanError: too few images are large enough to train on.
+        PlanError: too few images are large enough to train on, or the ranks cannot share the packs of a step evenly.
         FileExistsError: without `resume`, `folder` is already there.
         ResumeError: the checkpoint is of another plan or architecture.
         RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
         CheckpointError: a checkpoint could not be written.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with joined() as ranks:
+        return _train(config, folder, resume, ranks)
+
+
+def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Outcome:
+    device = ranks.device
     source = open_source(config.data.source)
-    index = build_index(source)
+    with ranks.main_first():
+        index = build_index(source)
     unreadable = Unreadable(index, config.data.max_unreadable)
     plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
+    packs = config.data.packs_per_step
+    if packs % ranks.world:
+        raise PlanError(f"data.packs_per_step ({packs}) must be a multiple of the {ranks.world} ranks.")
     first_epoch = plan.epoch(0)
     say_what_is_left_out(first_epoch, config)
     if config.data.cache == "memory":
-        source = InMemory(source)
-    check_shared_memory(config.data.workers, config.data.tokens_per_pack, config.encoder.patch_size)
-    packs = config.data.packs_per_step
+        source = InMemory(source, ranks.local)
+    check_shared_memory(config.data.workers, config.data.tokens_per_pack, config.encoder.patch_size, ranks.local)
     total = config.steps or max(1, round(config.epochs * len(first_epoch) / packs))
 
-    if not resume:
+    if not resume and ranks.main:
         folder.mkdir(parents=True)
         with replacing(folder / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -172,7 +183,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         load_checkpoint(checkpoint, model, optimizer)
         done, images_shown, log_bytes = progress["step"], progress["images"], progress["log_bytes"]
         cursor = Cursor(*progress["cursor"])
-        meter.restore(progress["meter"])
+        meter.restore(progress["meter"], ranks)
         seen = History(**progress["watch"])
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
     watch = start_watch(
@@ -203,19 +214,31 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         config.merging.student_rate,
         config.augment,
     )
-    loader = make_loader(dataset, plan.packs(cursor), config.data.workers, pin_memory=device.type == "cuda")
+    loader = make_loader(
+        dataset, plan.packs(cursor, ranks.rank, ranks.world), config.data.workers, pin_memory=device.type == "cuda"
+    )
     stream = iter(loader)
-    with RunLog(folder, done, log_bytes) as log, ProgressBar(total, done) as bar, StopSignals() as stop:
+    with (
+        RunLog(folder, done, log_bytes) if ranks.main else nullcontext() as log,
+        ProgressBar(total, done) if ranks.main else nullcontext() as bar,
+        StopSignals() as stop,
+    ):
 
         def save() -> None:
+            states = ranks.gather(meter.state())
+            *_, (last_cursor, _) = found = ranks.gather((cursor, unreadable.found))
+            for _, reasons in found:
+                unreadable.found |= reasons
+            if log is None:
+                return
             progress = {
                 "step": done,
                 "images": images_shown,
-                "cursor": cursor,
+                "cursor": last_cursor,
                 "plan": plan.hash,
                 "config": dataclasses.asdict(config),
                 "log_bytes": log.sync(),
-                "meter": meter.state(),
+                "meter": Meter.merged(states),
                 "watch": dataclasses.asdict(seen),
                 "unreadable": unreadable.found,
                 "threads": torch.get_num_threads(),
@@ -224,16 +247,18 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
             save_checkpoint(checkpoints, done, model, optimizer, progress)
             model.teacher.save_pretrained(folder / "encoder")
 
-        if watch and not done:
+        if watch and ranks.main and not done:
             watch.look(0, model.teacher, autocast)  # for comparison; there is no line of the log yet
         meter.restart_clock()
-        while done < total and not stop.requested:
+        while done < total and not ranks.any(stop.requested):
             with meter.waiting():
-                batches = [next(stream) for _ in range(packs)]
+                batches = [next(stream) for _ in range(packs // ranks.world)]
             for batch in batches:
                 unreadable.add(batch)
             shown = [batch for batch in batches if isinstance(batch, MaskedBatch) and len(batch.image_ids)]
-            step_target_tokens = sum(len(batch.targets.index) for batch in shown)
+            targets = sum(len(batch.targets.index) for batch in shown)
+            views = sum(len(batch.image_ids) for batch in shown)
+            step_target_tokens, step_views = map(int, ranks.sums([targets, views]))
 
             settings = step_settings(config.optim, done, total)
             set_step(optimizer, settings)
@@ -243,28 +268,33 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
                         losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
                     losses.total.backward()
                     meter.add(losses, batch)
+                if step_target_tokens:
+                    ranks.sum_gradients(learned)
                 grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 model.update_teacher(settings.ema)
 
             done += 1
-            images_shown += sum(len(batch.image_ids) for batch in shown) // config.data.views
+            images_shown += step_views // config.data.views
             epoch, pack = batches[-1].cursor
             cursor = Cursor(epoch, pack + 1)
             looking = watch is not None and watch.due(done)
             if done % config.log_every == 0 or done == total or looking:
-                values = meter.read(config.data.tokens_per_pack) | settings._asdict()
+                values = meter.read(config.data.tokens_per_pack, ranks) | settings._asdict()
                 values |= {"grad_norm": grad_norm.item(), "epoch": epoch, "unreadable": len(unreadable)}
                 if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
                     raise RunError(f"The loss is not finite at step {done}: lower optim.lr or raise optim.warmup.")
-                bar.update(done, describe(values))
+                if bar:
+                    bar.update(done, describe(values))
                 if watch and looking:
-                    values |= watch.look(done, model.teacher, autocast)
-                    if seen.best_step == done:
-                        model.teacher.save_pretrained(folder / "best")
+                    if ranks.main:
+                        values |= watch.look(done, model.teacher, autocast)
+                        if seen.best_step == done:
+                            model.teacher.save_pretrained(folder / "best")
                     meter.restart_clock()
-                log.write(done, values)
+                if log:
+                    log.write(done, values)
             if done % config.checkpoint_every == 0 or done == total:
                 save()
         if done < total:
@@ -365,11 +395,18 @@ class Meter:
         losses = [losses.tolist() for losses in self.losses]
         return {"steps": self.steps, "losses": losses, "tokens": self.tokens}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+    @staticmethod
+    def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The states of all ranks as one."""
+        joint = {name: [one for state in states for one in state[name]] for name in ("losses", "tokens")}
+        return {"steps": states[0]["steps"], **joint}
+
+    def restore(self, state: dict[str, Any], ranks: Ranks) -> None:
+        """Go on from a `state` of all ranks, which the main one takes over."""
         self.steps = state["steps"]
-        self.losses = [torch.tensor(losses) for losses in state["losses"]]
-        self.tokens = state["tokens"]
+        if ranks.main:
+            self.losses = [torch.tensor(losses) for losses in state["losses"]]
+            self.tokens = state["tokens"]
         self.restart_clock()
 
     @contextmanager
@@ -386,21 +423,26 @@ class Meter:
         self.tokens.append(batch.packed.segments.total)
         self.views += len(batch.packed.segments)
 
-    def read(self, tokens_per_pack: int) -> dict[str, float]:
-        """Means over the steps since the last reading, and begin anew.
+    def read(self, tokens_per_pack: int, ranks: Ranks) -> dict[str, float]:
+        """Means over the steps since the last reading, of all ranks together, and begin anew.
 
         Raises:
             RunError: there was nothing to train on.
         """
         seconds = time.perf_counter() - self.start
-        if not self.losses:
+        names = ("loss", *PARTS)
+        total = torch.zeros(len(names))
+        if self.losses:
+            total = torch.stack([losses.to(self.losses[-1].device) for losses in self.losses]).sum(dim=0)
+        shown = [self.views, sum(self.tokens[self.earlier :]), sum(self.tokens), len(self.tokens)]
+        *parts, views, new_tokens, tokens, packs = ranks.sums([*total.tolist(), *shown])
+        if not packs:
             raise RunError(f"No image of the last {self.steps} steps could be read.")
-        total = torch.stack([losses.to(self.losses[-1].device) for losses in self.losses]).sum(dim=0)
         values = {
-            **dict(zip(("loss", *PARTS), (total / self.steps).tolist(), strict=True)),
-            "views_per_second": self.views / seconds,
-            "tokens_per_second": sum(self.tokens[self.earlier :]) / seconds,
-            "fill": sum(self.tokens) / (len(self.tokens) * tokens_per_pack),
+            **{name: part / self.steps for name, part in zip(names, parts, strict=True)},
+            "views_per_second": views / seconds,
+            "tokens_per_second": new_tokens / seconds,
+            "fill": tokens / (packs * tokens_per_pack),
             "data_wait": self.waited / seconds,
         }
         self.steps, self.losses, self.tokens = 0, [], []
