@@ -360,6 +360,16 @@ WRONG_REQUESTS = {
         "data.tokens_per_pack (512) cannot hold the views of one image (2 of up to 513 tokens). "
         "Raise it, or lower data.max_view_tokens.",
     ),
+    "one view to agree": (
+        nothing,
+        f"{TRAIN} --objective.invariance 1",
+        "objective.invariance compares views of one image: set data.views to 2 or more.",
+    ),
+    "local views for nothing": (
+        nothing,
+        f"{TRAIN} --data.local_views 2",
+        "data.local_views serve objective.invariance alone: set that above 0, or them to 0.",
+    ),
     "a pack too small for any view": (
         nothing,
         f"{TRAIN} --data.tokens_per_pack 31",

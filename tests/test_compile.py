@@ -58,7 +58,7 @@ def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(
         with torch.no_grad():
             features = jepa.teacher(batch.packed, batch.merge_plan)
         visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
-        predicted = jepa.predictor(jepa.student(visible, batch.context_merge_plan), visible, hidden)
+        predicted = jepa.predictor(jepa.student(visible, batch.seen_merge_plan), visible, hidden)
         predicted.square().sum().backward()
         gradients = torch.cat([value.grad.flatten() for value in jepa.parameters() if value.grad is not None])
         jepa.zero_grad()

@@ -1,6 +1,7 @@
 """The packed objective equals a plain one: view by view, token by token, in float64, without packed code."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -13,11 +14,13 @@ from ijepa_enhanced.merge_plan import merged_lengths
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, FeedForward
 from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.regularizers import variance_covariance, views_agree
 
 MakeBatch = Callable[..., MaskedBatch]
+MakeStream = Callable[..., Packed]
 
 # Norm of the difference by the norm, packed float32 against plain float64: measured 2.2e-7 for the loss and 5.6e-7 for
 # the gradients, which is what float32 rounds (6e-8) in a network of some ten layers.
@@ -271,6 +274,52 @@ def test_invariance_is_of_an_images_own_views_and_a_mean_over_the_packs(make_bat
         assert distance(part.total, part.prediction + 0.5 * part.invariance) < BOUND
     sum(part.total for part in losses).backward()
     assert all(value.grad is not None and value.grad.any() for value in model.projector.parameters())
+
+
+def with_local(batch: MaskedBatch, local: Packed) -> MaskedBatch:
+    seen = Segments.of([*batch.context.segments.lengths, *local.segments.lengths])
+    return dataclasses.replace(batch, local=local, seen=seen)
+
+
+def test_local_views_count_in_the_invariance_and_nowhere_else(make_batch: MakeBatch, make_stream: MakeStream) -> None:
+    torch.manual_seed(0)
+    model = JEPA(
+        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID),
+        PredictorConfig(32, 1, 2),
+        ObjectiveConfig(0.1, invariance=1.0),
+        views=2,
+    )
+    batch = make_batch([(5, 4), (2, 9), (4, 4), (3, 6)])
+    grids = [(2, 3), (3, 3), (1, 2), (2, 2), (1, 1), (3, 1)]
+    local = make_stream(grids, seed=1)
+    tokens = len(batch.targets.index)
+    plain = model(batch, tokens, 1)
+    assert model.projector is not None
+    model.projector.eval()  # else what one view's projection is depends on which others there are
+    with torch.no_grad():
+        found = model(with_local(batch, local), tokens, 1)
+        means = [model.student(stream, None) for stream in (batch.packed.select(batch.context), local)]
+        contexts, small = (
+            model.projector(segment_mean(features, segments.cu_seqlens))
+            for features, segments in zip(means, (batch.context.segments, local.segments), strict=True)
+        )
+    # Of image 0 the views 0 and 1 and the local views 0, 1 and 2; of image 1 the others.
+    expected = views_agree(
+        torch.stack([torch.cat([contexts[2 * i : 2 * i + 2], small[3 * i : 3 * i + 3]]) for i in (0, 1)])
+    )
+    # The student's products round otherwise when both streams are one.
+    for ours, other in ((found.invariance, expected), (found.prediction, plain.prediction)):
+        assert distance(ours, other) < BOUND
+    assert distance(found.stabilizer, plain.stabilizer) < BOUND
+
+
+def test_a_single_view_and_its_local_ones_agree(make_batch: MakeBatch, make_stream: MakeStream) -> None:
+    torch.manual_seed(0)
+    model = JEPA(
+        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID), PredictorConfig(32, 1, 2), ObjectiveConfig(0.0, invariance=1.0)
+    )
+    batch = make_batch([(5, 4), (2, 9)])
+    assert model(with_local(batch, make_stream([(2, 3), (3, 3)], seed=1)), 10, 1).invariance > 0
 
 
 def test_views_of_one_image_alone_have_no_invariance(make_batch: MakeBatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.packed import MaskedBatch
+from ijepa_enhanced.packed import MaskedBatch, Packed
 from ijepa_enhanced.regularizers import variance_covariance, views_agree
 
 PROJECTOR_HIDDEN, PROJECTED = 512, 64
@@ -28,8 +28,8 @@ class ObjectiveConfig:
     under which the rank of small runs' features falls by more than half (docs/evaluation.md)."""
 
     invariance: float = 0.0
-    """Weight of the agreement of an image's views (`regularizers.views_agree`) on a projection of the mean of each
-    one's context tokens; needs data.views of 2 or more."""
+    """Weight of the agreement of an image's views (`regularizers.views_agree`) on a projection of the mean of what the
+    student sees of each, the context or a whole local view; needs two views, local ones included."""
 
     def __post_init__(self) -> None:
         for name in ("stabilizer", "invariance"):
@@ -54,7 +54,7 @@ class JEPA(nn.Module):
         encoder: the architecture of student and teacher.
         predictor: the predictor's size.
         objective: the loss.
-        views: of each image, side by side in a pack.
+        views: of each image, side by side in a pack, local ones not counted.
     """
 
     def __init__(
@@ -80,23 +80,30 @@ class JEPA(nn.Module):
             step_packs: packs of the step, over all ranks.
         """
         with torch.no_grad():
-            features = self.teacher(batch.packed, batch.merge_plan)
-            targets = F.layer_norm(features[batch.targets.index].float(), features.shape[-1:])
+            whole = self.teacher(batch.packed, batch.merge_plan)
+            targets = F.layer_norm(whole[batch.targets.index].float(), whole.shape[-1:])
         visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
-        context = self.student(visible, batch.context_merge_plan)
+        seen = visible
+        if batch.local is not None:
+            seen = Packed.concatenate([visible, batch.local], batch.seen)
+        features = self.student(seen, batch.seen_merge_plan)
+        context = features[: visible.segments.total]
         predicted = self.predictor(context, visible, hidden)
         prediction = (
             F.smooth_l1_loss(predicted.float(), targets, reduction="sum") / targets.shape[1] / step_target_tokens
         )
 
-        pooled = segment_mean(context, batch.context.segments.cu_seqlens)
+        pooled = segment_mean(features, batch.seen.cu_seqlens)
+        masked = len(batch.image_ids)
+        images = masked // self.views
         stabilizer = prediction.new_zeros(())
-        if self.objective.stabilizer and len(pooled) > 1:
-            stabilizer = variance_covariance(pooled) / step_packs
+        if self.objective.stabilizer and masked > 1:
+            stabilizer = variance_covariance(pooled[:masked]) / step_packs
         invariance = prediction.new_zeros(())
-        if self.projector is not None and len(pooled) > self.views:
-            projected = self.projector(pooled).unflatten(0, (-1, self.views))
-            invariance = views_agree(projected) / step_packs
+        if self.projector is not None and images > 1:
+            projected = self.projector(pooled)
+            views = [part.unflatten(0, (images, -1)) for part in projected.tensor_split([masked]) if len(part)]
+            invariance = views_agree(torch.cat(views, dim=1)) / step_packs
         total = prediction + self.objective.stabilizer * stabilizer + self.objective.invariance * invariance
         return Losses(total, prediction.detach(), stabilizer.detach(), invariance.detach())
 

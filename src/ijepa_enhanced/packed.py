@@ -136,15 +136,20 @@ class Packed(_Movable):
         )
 
     @staticmethod
-    def concatenate(streams: Sequence[Packed]) -> Packed:
-        """One stream of all views of `streams`, in order; all on the CPU or all on one device."""
-        lengths = [length for stream in streams for length in stream.segments.lengths]
+    def concatenate(streams: Sequence[Packed], segments: Segments | None = None) -> Packed:
+        """One stream of all views of `streams`, in order; all on the CPU or all on one device.
+
+        Its `segments` are made on the host, and brought there, where they are not given.
+        """
         values = torch.cat([stream.values for stream in streams])
+        if segments is None:
+            lengths = [length for stream in streams for length in stream.segments.lengths]
+            segments = Segments.of(lengths).to(values.device)
         return Packed(
             values,
             torch.cat([stream.positions for stream in streams]),
             torch.cat([stream.grids for stream in streams]),
-            Segments.of(lengths).to(values.device),
+            segments,
         )
 
 
@@ -162,17 +167,26 @@ class Batch(_Movable):
     """Epoch and number of the pack in the plan."""
     unreadable: tuple[tuple[int, str], ...]
     """(row, reason) of each image that the plan put in this pack and that could not be decoded."""
+    local: Packed | None = dataclasses.field(default=None, kw_only=True)
+    """uint8 patches of the local views of the same images, which the student alone sees; None where there are none."""
     merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
     """How the encoder, in training the teacher, merges the tokens of `packed`; None where it does not."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all views, local ones included."""
+        return self.packed.segments.total + (0 if self.local is None else self.local.segments.total)
 
 
 @dataclass(frozen=True)
 class MaskedBatch(Batch):
-    """A batch with the masks of I-JEPA drawn on every view."""
+    """A batch with the masks of I-JEPA drawn on every view but the local ones."""
 
     context: Selection
-    """The Tc tokens that the student sees."""
+    """The Tc tokens of `packed` that the student sees."""
     targets: Selection
     """The Tq tokens of the target blocks, each once, whose features are predicted."""
-    context_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
-    """How the student merges the tokens of the context; None where it does not."""
+    seen: Segments
+    """Of all that the student sees: the context of every view, then every local view, whole."""
+    seen_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
+    """How the student merges these tokens; None where it does not."""

@@ -1,5 +1,6 @@
 """From packs to batches: the right pixels and masks, whoever decodes them and whatever cannot be decoded."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -94,6 +95,8 @@ def assert_same(one: Batch, other: Batch) -> None:
             assert ours == theirs, name
 
 
+LOCAL = dataclasses.replace(CONFIG, tokens_per_pack=1024, views=2, local_views=3, min_crop=0.5)
+
 # --- pixels
 
 
@@ -179,18 +182,18 @@ def test_without_rates_nothing_is_planned(scene: Scene) -> None:
     batch = scene.dataset(MaskConfig(), depth=3)[scene.packs[0]]
     assert isinstance(batch, MaskedBatch)
     assert batch.merge_plan is None
-    assert batch.context_merge_plan is None
+    assert batch.seen_merge_plan is None
     assert scene.dataset()[scene.packs[0]].merge_plan is None
 
 
 def test_plans_are_of_the_views_and_of_their_contexts(scene: Scene) -> None:
     """The worker makes them, and they come with the batch to the device."""
-    dataset = scene.dataset(MaskConfig(), depth=3, merge_rate=0.1, context_merge_rate=0.3)
+    dataset = scene.dataset(MaskConfig(), depth=3, merge_rate=0.1, student_merge_rate=0.3)
     (batch,) = make_loader(dataset, scene.packs[:1], workers=1)
     assert isinstance(batch, MaskedBatch)
     for plan, segments, rate in (
         (batch.merge_plan, batch.packed.segments, 0.1),
-        (batch.context_merge_plan, batch.context.segments, 0.3),
+        (batch.seen_merge_plan, batch.context.segments, 0.3),
     ):
         assert plan is not None
         for (name, ours), (_, theirs) in zip(flat(plan), flat(MergePlan.of(segments.lengths, rate, 3)), strict=True):
@@ -202,15 +205,15 @@ def test_plans_are_of_the_views_and_of_their_contexts(scene: Scene) -> None:
                 assert ours == theirs, name
     moved = batch.to("meta")
     assert moved.merge_plan is not None
-    assert moved.context_merge_plan is not None
-    assert moved.merge_plan.tiles.device.type == moved.context_merge_plan.tiles.device.type == "meta"
+    assert moved.seen_merge_plan is not None
+    assert moved.merge_plan.tiles.device.type == moved.seen_merge_plan.tiles.device.type == "meta"
 
 
 def test_only_one_of_the_two_may_merge(scene: Scene) -> None:
     for rates in ((0.1, 0.0), (0.0, 0.1)):
-        batch = scene.dataset(MaskConfig(), depth=2, merge_rate=rates[0], context_merge_rate=rates[1])[scene.packs[0]]
+        batch = scene.dataset(MaskConfig(), depth=2, merge_rate=rates[0], student_merge_rate=rates[1])[scene.packs[0]]
         assert isinstance(batch, MaskedBatch)
-        assert [plan is not None for plan in (batch.merge_plan, batch.context_merge_plan)] == [r > 0 for r in rates]
+        assert [plan is not None for plan in (batch.merge_plan, batch.seen_merge_plan)] == [r > 0 for r in rates]
 
 
 def test_whole_views_may_merge_at_another_rate_in_each_layer(scene: Scene) -> None:
@@ -223,9 +226,10 @@ def test_masks_do_not_depend_on_the_pack_but_on_image_view_and_epoch(scene: Scen
     dataset = scene.dataset(MaskConfig())
     pack = scene.packs[0]
     chosen = slice(2, 4)
-    parts = (pack.images[chosen], pack.views[chosen], pack.boxes[chosen], pack.grids[chosen])
-    whole, alone = dataset[pack], dataset[Pack(Cursor(3, 9), *parts)]
-    later = dataset[Pack(Cursor(4, 9), *parts)]
+    few = pack.select(chosen)
+    whole, alone, later = (
+        dataset[one] for one in (pack, *(dataclasses.replace(few, cursor=Cursor(epoch, 9)) for epoch in (3, 4)))
+    )
     assert isinstance(whole, MaskedBatch)
     assert isinstance(alone, MaskedBatch)
     assert isinstance(later, MaskedBatch)
@@ -277,8 +281,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_named(scene: Scene, pla
     images = pack.images[:: CONFIG.views]
     image = images[{"first": 0, "middle": len(images) // 2, "last": -1}[place]]
     row = int(scene.index.rows[image])
-    others = pack.images != image
-    without = Pack(pack.cursor, *(x[others] for x in (pack.images, pack.views, pack.boxes, pack.grids)))
+    without = pack.select(pack.images != image)
     dataset = scene.dataset(MaskConfig())
     expected = dataset[without]
     damage(scene, row)
@@ -291,6 +294,50 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_named(scene: Scene, pla
         if name != "batch.unreadable":
             theirs = dict(flat(expected))[name]
             assert torch.equal(value, theirs) if isinstance(value, torch.Tensor) else value == theirs, name
+
+
+def test_local_views_lie_apart_whole_and_after_the_context_in_what_the_student_sees(folder: Path) -> None:
+    scene = Scene(folder, LOCAL)
+    pack = scene.packs[0]
+    batch = scene.dataset(MaskConfig(), depth=2, student_merge_rate=0.3)[pack]
+    assert isinstance(batch, MaskedBatch)
+    assert batch.local is not None
+    whole, small = pack.select(~pack.local), pack.select(pack.local)
+    assert_same_stream(batch.packed, whole.grids)
+    assert_same_stream(batch.local, small.grids)
+    assert batch.image_ids.tolist() == scene.index.rows[whole.images].tolist()
+    assert batch.tokens == pack.grids.prod(axis=1).sum()
+    # The others are what they would be without them, and every local view is the crop of its own box.
+    alone = scene.dataset(MaskConfig())[whole]
+    assert isinstance(alone, MaskedBatch)
+    assert torch.equal(alone.packed.values, batch.packed.values)
+    assert torch.equal(alone.context.index, batch.context.index)
+    assert torch.equal(
+        scene.dataset()[dataclasses.replace(small, local=~small.local)].packed.values, batch.local.values
+    )
+    assert batch.seen.lengths == batch.context.segments.lengths + batch.local.segments.lengths
+    assert alone.seen is alone.context.segments
+    assert alone.local is None
+    assert batch.seen_merge_plan is not None
+    assert batch.seen_merge_plan.segments[0].lengths == batch.seen.lengths
+
+
+def assert_same_stream(stream: Packed, grids: NDArray[np.int64]) -> None:
+    assert stream.grids.tolist() == grids.tolist()
+    assert stream.segments.lengths == tuple(grids.prod(axis=1).tolist())
+
+
+def test_an_image_that_cannot_be_decoded_takes_its_local_views_with_it(folder: Path) -> None:
+    scene = Scene(folder, LOCAL)
+    pack = scene.packs[0]
+    image = pack.images[5]
+    expected = scene.dataset()[pack.select(pack.images != image)]
+    damage(scene, int(scene.index.rows[image]))
+    batch = scene.dataset()[pack]
+    assert batch.local is not None
+    assert expected.local is not None
+    assert torch.equal(batch.local.values, expected.local.values)
+    assert torch.equal(batch.packed.values, expected.packed.values)
 
 
 @pytest.mark.parametrize("masks", [None, MaskConfig()])

@@ -270,6 +270,39 @@ def test_crops_lie_inside_their_image_with_the_area_asked_for_and_its_aspect(con
         assert place.max() > 0.9
 
 
+def test_local_views_are_small_crops_at_half_the_side_beside_their_images_others() -> None:
+    config = DataConfig(
+        tokens_per_pack=8192, views=2, local_views=3, min_side=160, max_side=320, min_crop=0.4, max_view_tokens=400
+    )
+    epoch = make_plan(config, [(1000, 1000)] * 200).epoch(0)
+    sides, areas = np.sqrt(epoch.grids.prod(axis=2)) * 16, epoch.boxes[..., 2:].prod(axis=2) / 1000**2
+    assert sides.shape == areas.shape == (200, 5)
+    # A grid rounds to 16 px. 600 uniform draws come within 5% of both ends but for a chance of 4 * 0.95 ** 600 = 2e-13.
+    assert 80 - 8 <= sides[:, 2:].min() < 80 + 0.05 * 80 + 8
+    assert 160 + 8 >= sides[:, 2:].max() > 160 - 0.05 * 80 - 8
+    assert sides[:, :2].min() >= 160 - 8
+    assert 0.05 <= areas[:, 2:].min() * (1 + 1e-6) < 0.05 + 0.05 * 0.35
+    assert 0.4 >= areas[:, 2:].max() * (1 - 1e-6) > 0.4 - 0.05 * 0.35
+    assert areas[:, :2].min() * (1 + 1e-6) >= 0.4
+    pack = epoch[0]
+    assert pack.local.tolist() == [False, False, True, True, True] * (len(pack.images) // 5)
+    assert pack.grids.prod(axis=1).sum() == epoch.pack_tokens[0] <= 8192, "they take their room in the pack"
+    whole, small = pack.select(~pack.local), pack.select(pack.local)
+    assert (whole.views.max(), small.views.min()) == (1, 2)
+    assert (whole.boxes == pack.boxes[~pack.local]).all()
+
+
+def test_local_views_need_not_be_large_enough_to_mask_and_have_a_quarter_of_the_limit() -> None:
+    config = DataConfig(tokens_per_pack=512, local_views=2, min_side=32, max_side=32, min_crop=1.0, max_view_tokens=20)
+    epoch = make_plan(config, [(64, 64)] * 4).epoch(0)
+    assert epoch.too_small == 0
+    assert epoch.grids.prod(axis=2).tolist() == [[4, 1, 1]] * 4
+    large = dataclasses.replace(config, min_side=320, max_side=320)
+    epoch = make_plan(large, [(64, 64)] * 4).epoch(0)
+    assert epoch.grids.prod(axis=2).tolist() == [[16, 4, 4]] * 4, "the largest squares within 20 and 5 tokens"
+    assert epoch.limited == 12
+
+
 def test_sides_and_crops_use_the_whole_of_their_ranges() -> None:
     config = DataConfig(min_side=160, max_side=640, min_crop=0.2, max_crop=0.8)
     epoch = make_plan(config, [(1000, 1000)] * 400).epoch(0)
@@ -342,7 +375,7 @@ def test_views_that_are_scaled_down_to_the_limit_are_counted() -> None:
 def test_fill_and_its_ceiling_by_hand() -> None:
     boxes = np.zeros((3, 1, 4), dtype=np.float32)
     grids = np.array([[[3, 3]], [[2, 3]], [[2, 4]]])
-    epoch = EpochPlan(0, np.arange(3), np.array([0, 2, 3]), boxes, grids, budget=20, too_small=0, limited=0)
+    epoch = EpochPlan(0, np.arange(3), np.array([0, 2, 3]), boxes, grids, full=1, budget=20, too_small=0, limited=0)
     assert epoch.pack_tokens.tolist() == [15, 8]
     assert epoch.budget_use == 11.5 / 15
     assert epoch.fill == 11.5 / 20
@@ -399,6 +432,12 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
             "data.tokens_per_pack (16384) cannot hold the views of one image (9 of up to 2048 tokens). "
             "Raise it, or lower data.max_view_tokens.",
         ),
+        ({"local_views": -1}, "data.local_views must be at least 0, not -1."),
+        (
+            {"tokens_per_pack": 1000, "views": 2, "local_views": 6, "max_view_tokens": 300},
+            "data.tokens_per_pack (1000) cannot hold the views of one image (2 of up to 300 tokens, 6 of up to 75). "
+            "Raise it, or lower data.max_view_tokens.",
+        ),
         (
             {"tokens_per_pack": 31},
             "Views of at most 3 tokens cannot be masked: 4 are needed. "
@@ -432,6 +471,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tokens_per_pack": {"tokens_per_pack": 520},
     "packs_per_step": {"packs_per_step": 3},
     "views": {"views": 2},
+    "local_views": {"local_views": 2},
     "min_side": {"min_side": 100},
     "max_side": {"max_side": 230},
     "min_crop": {"min_crop": 0.4},

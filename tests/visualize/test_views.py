@@ -1,5 +1,6 @@
 """The pictures show what the batch holds: context as it is, every target hatched in its colour."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,6 +169,17 @@ def test_a_pack_shows_every_patch_framed_in_its_views_colour(
         bar = (cell[:, :2] == 0).all()
         assert bar == (token in first), token
     assert (sheet[-1, (total % across) * box :] == 255).all()
+
+
+def test_local_views_are_drawn_after_the_others(
+    make_batch: Callable[..., MaskedBatch], make_stream: Callable[..., Packed], tmp_path: Path
+) -> None:
+    batch, local = make_batch([(9, 9), (8, 9)], 0), make_stream([(2, 3), (3, 3)], 1)
+    draw_pack(dataclasses.replace(batch, local=local), PATCH, tmp_path / "pack.png")
+    draw_pack(
+        dataclasses.replace(batch, packed=Packed.concatenate([batch.packed, local])), PATCH, tmp_path / "joined.png"
+    )
+    assert (picture(tmp_path / "pack.png") == picture(tmp_path / "joined.png")).all()
 
 
 LOG = [

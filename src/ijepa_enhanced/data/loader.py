@@ -40,7 +40,7 @@ class PackDataset(Dataset[Batch]):
         seed: of the masks and of what changes pixels.
         depth: layers of the encoder, for which merging is planned.
         merge_rate: of the whole views, see `merge_plan.merged_lengths`.
-        context_merge_rate: of their contexts.
+        student_merge_rate: of what the student sees of them.
         changes: how to change the pixels of views.
     """
 
@@ -53,7 +53,7 @@ class PackDataset(Dataset[Batch]):
         seed: int = 0,
         depth: int = 0,
         merge_rate: float | Sequence[float] = 0.0,
-        context_merge_rate: float = 0.0,
+        student_merge_rate: float = 0.0,
         changes: AugmentConfig | None = None,
     ) -> None:
         self.source = source
@@ -63,7 +63,7 @@ class PackDataset(Dataset[Batch]):
         self.seed = seed
         self.depth = depth
         self.merge_rate = merge_rate
-        self.context_merge_rate = context_merge_rate
+        self.student_merge_rate = student_merge_rate
         self.changes = None if changes == AugmentConfig() else changes  # drawing only to change nothing costs time too
 
     def __getitem__(self, pack: Pack) -> Batch:
@@ -72,10 +72,12 @@ class PackDataset(Dataset[Batch]):
         Images that cannot be decoded are left out and named.
         """
         tokens = pack.grids.prod(axis=1)
-        patches = np.empty((int(tokens.sum()), self.patch_size**2 * 3), dtype=np.uint8)
+        most = [int(tokens[own].sum()) for own in (~pack.local, pack.local)]
+        patches = [np.empty((count, self.patch_size**2 * 3), dtype=np.uint8) for count in most]
+        filled = [0, 0]
         kept = np.ones(len(pack.images), dtype=np.bool_)
         unreadable = []
-        first, filled = 0, 0
+        first = 0
         while first < len(pack.images):
             image = pack.images[first]
             last = first + 1
@@ -85,31 +87,36 @@ class PackDataset(Dataset[Batch]):
                 row = int(self.index.rows[image])
                 sizes = pack.grids[first:last] * self.patch_size
                 views = decode_views(self.source.open(row), pack.boxes[first:last], sizes)
-                for pixels, number in zip(views, pack.views[first:last], strict=True):
+                numbers, kinds = pack.views[first:last], pack.local[first:last].astype(np.int64)
+                for pixels, number, kind in zip(views, numbers, kinds, strict=True):
                     if self.changes is not None:
                         rng = generator(self.seed, Purpose.AUGMENT, pack.cursor.epoch, row, int(number))
                         pixels = augment(pixels, self.changes, rng)
                     view = patchify(pixels, self.patch_size)
-                    patches[filled : filled + len(view)] = view
-                    filled += len(view)
+                    patches[kind][filled[kind] : filled[kind] + len(view)] = view
+                    filled[kind] += len(view)
             except UnreadableImage as error:
                 unreadable.append((row, str(error)))
                 kept[first:last] = False
             first = last
-        images, grids = pack.images[kept], pack.grids[kept]
-        packed = Packed.of_grids(patches[:filled], grids)
+        shown, local = (pack.select(kept & own) for own in (~pack.local, pack.local))
+        packed, small = (
+            Packed.of_grids(own[:count], views.grids)
+            for own, count, views in zip(patches, filled, (shown, local), strict=True)
+        )
         batch = Batch(
             packed,
-            torch.from_numpy(self.index.rows[images]),
-            None if self.index.labels is None else torch.from_numpy(self.index.labels[images]),
+            torch.from_numpy(self.index.rows[shown.images]),
+            None if self.index.labels is None else torch.from_numpy(self.index.labels[shown.images]),
             pack.cursor,
             tuple(unreadable),
+            local=small if pack.local.any() else None,
             merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth),
         )
         if self.masks is None:
             return batch
         masks = masks_of(batch, self.masks, self.seed)
-        return masked(batch, masks, self.context_merge_rate, self.depth)
+        return masked(batch, masks, self.student_merge_rate, self.depth)
 
 
 def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:
@@ -123,14 +130,18 @@ def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:
     return masks
 
 
-def masked(batch: Batch, masks: Sequence[ViewMasks], context_merge_rate: float = 0.0, depth: int = 0) -> MaskedBatch:
-    """A batch with the masks of its V views."""
+def masked(batch: Batch, masks: Sequence[ViewMasks], student_merge_rate: float = 0.0, depth: int = 0) -> MaskedBatch:
+    """A batch with the masks of its V views, the local ones not counted."""
     context = _selection(batch.packed.segments, [view.context for view in masks])
+    seen = context.segments
+    if batch.local is not None:
+        seen = Segments.of([*seen.lengths, *batch.local.segments.lengths])
     return MaskedBatch(
         **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
         context=context,
         targets=_selection(batch.packed.segments, [view.hidden for view in masks]),
-        context_merge_plan=plan_merges(context.segments.lengths, context_merge_rate, depth),
+        seen=seen,
+        seen_merge_plan=plan_merges(seen.lengths, student_merge_rate, depth),
     )
 
 

@@ -27,7 +27,10 @@ FINE_ROUNDS = 16
 VIEW_SHARE = 8
 """A view may hold 1 / 8 of a pack by default: fewer, larger views leave the packer too little to balance with."""
 
-
+LOCAL_SCALE = 2
+"""How many times smaller the sides of local views are than of others; DINO has 224 / 96 (arXiv 2104.14294)."""
+LOCAL_CROP = 0.05
+"""Smallest area of a local view's crop; DINO's, in its code."""
 MIN_IMAGES = 2
 """One image has no other to differ from: its variance is nothing."""
 
@@ -45,6 +48,9 @@ class DataConfig:
     """Packs of one optimizer step, over all ranks and accumulated on each."""
     views: int = 1
     """Views drawn of each image; all of them lie in one pack."""
+    local_views: int = 0
+    """Small views drawn of each image besides, from 5% of it to `min_crop`, at half the side. The student sees them
+    whole, and they serve objective.invariance alone (multi-crop, SwAV, arXiv 2006.09882, section 3.2)."""
     min_side: int | None = 112
     """Smallest sqrt(height * width) of a view in pixels, after resizing with its aspect ratio kept."""
     max_side: int | None = 224
@@ -68,6 +74,8 @@ class DataConfig:
         for name in ("tokens_per_pack", "packs_per_step", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}.")
+        if self.local_views < 0:
+            raise ValueError(f"data.local_views must be at least 0, not {self.local_views}.")
         if self.max_view_tokens is not None and self.max_view_tokens < 1:
             raise ValueError(f"data.max_view_tokens must be null or at least 1, not {self.max_view_tokens}.")
         if self.workers < 0:
@@ -86,10 +94,11 @@ class DataConfig:
             )
         if not 0.0 <= self.max_unreadable <= 1.0:
             raise ValueError(f"data.max_unreadable must lie between 0 and 1, not {self.max_unreadable}.")
-        if self.view_limit * self.views > self.tokens_per_pack:
+        if self.view_limit * self.views + self.local_limit * self.local_views > self.tokens_per_pack:
+            local = f", {self.local_views} of up to {self.local_limit}" if self.local_views else ""
             raise ValueError(
                 f"data.tokens_per_pack ({self.tokens_per_pack}) cannot hold the views of one image "
-                f"({self.views} of up to {self.view_limit} tokens). Raise it, or lower data.max_view_tokens."
+                f"({self.views} of up to {self.view_limit} tokens{local}). Raise it, or lower data.max_view_tokens."
             )
         if self.view_limit < MIN_TOKENS:
             raise ValueError(
@@ -102,13 +111,18 @@ class DataConfig:
         """Most tokens of a view."""
         return self.max_view_tokens or self.tokens_per_pack // VIEW_SHARE
 
+    @property
+    def local_limit(self) -> int:
+        """Most tokens of a local view."""
+        return max(1, self.view_limit // LOCAL_SCALE**2)
+
 
 def fit_grids(
     heights: NDArray[np.number],
     widths: NDArray[np.number],
     side: NDArray[np.floating] | float | None,
     patch_size: int,
-    limit: int,
+    limit: NDArray[np.integer] | int,
 ) -> NDArray[np.int64]:
     """The patch grid of each view: int64 [..., 2] rows and columns, at least 1 x 1 and at most `limit` tokens.
 
@@ -116,7 +130,7 @@ def fit_grids(
         heights, widths: [...] pixels of what is shown.
         side: sqrt(height * width) after resizing, [...] or one for all; None is native size.
         patch_size: P.
-        limit: most tokens of a view.
+        limit: most tokens of a view, [...] or one for all.
 
     When one axis is clamped to a single patch the other is recomputed from the area: otherwise 1 x 4000 px
     at side 224 would have 885 tokens of 16 px instead of 196.
@@ -214,6 +228,19 @@ class Pack:
     """[V, 4] top, left, height, width of the crop in pixels of the upright image."""
     grids: NDArray[np.int64]
     """[V, 2] rows and columns of patches."""
+    local: NDArray[np.bool_]
+    """[V] whether it is a local view, which follow the others of their image."""
+
+    def select(self, views: NDArray[np.integer | np.bool_] | slice) -> Pack:
+        """Some of its views."""
+        return Pack(
+            self.cursor,
+            self.images[views],
+            self.views[views],
+            self.boxes[views],
+            self.grids[views],
+            self.local[views],
+        )
 
 
 @dataclass(frozen=True)
@@ -229,6 +256,8 @@ class EpochPlan:
     """[N, views, 4]"""
     grids: NDArray[np.int64]
     """[N, views, 2]"""
+    full: int
+    """How many of an image's views are no local ones."""
     budget: int
     """Most tokens of a pack."""
     too_small: int
@@ -248,6 +277,7 @@ class EpochPlan:
             np.tile(np.arange(views), len(images)),
             self.boxes[chosen].reshape(-1, 4),
             self.grids[chosen].reshape(-1, 2),
+            np.tile(np.arange(views) >= self.full, len(images)),
         )
 
     @property
@@ -304,10 +334,12 @@ class Plan:
             PlanError: fewer than `MIN_IMAGES` images are large enough to train on.
         """
         config, index = self.config, self.index
-        shape = (len(index.heights), config.views)
+        local = np.arange(config.views + config.local_views) >= config.views
         rng = generator(self.seed, Purpose.GEOMETRY, epoch)
-        draws = rng.random((4, *shape), dtype=np.float32)
-        crop = np.sqrt(config.min_crop + (config.max_crop - config.min_crop) * draws[0])
+        draws = rng.random((4, len(index.heights), len(local)), dtype=np.float32)
+        smallest = np.where(local, min(LOCAL_CROP, config.min_crop), config.min_crop)
+        largest = np.where(local, config.min_crop, config.max_crop)
+        crop = np.sqrt(smallest + (largest - smallest) * draws[0])
         heights = np.maximum(1, index.heights[:, None] * crop)
         widths = np.maximum(1, index.widths[:, None] * crop)
         tops = (index.heights[:, None] - heights) * draws[1]
@@ -315,10 +347,11 @@ class Plan:
         side = None
         wanted = heights * widths
         if config.min_side is not None and config.max_side is not None:
-            side = config.min_side + (config.max_side - config.min_side) * draws[3]
+            side = (config.min_side + (config.max_side - config.min_side) * draws[3]) / np.where(local, LOCAL_SCALE, 1)
             wanted = side**2
-        grids = fit_grids(heights, widths, side, self.patch_size, config.view_limit)
-        enough = (grids.prod(axis=2) >= MIN_TOKENS).all(axis=1)
+        limit = np.where(local, config.local_limit, config.view_limit)
+        grids = fit_grids(heights, widths, side, self.patch_size, limit)
+        enough = (grids.prod(axis=2) >= MIN_TOKENS)[:, ~local].all(axis=1)
         shown = np.ones_like(enough)
         if index.shares is not None:
             shown = generator(self.seed, Purpose.MIX, epoch).random(len(shown)) < index.shares
@@ -339,9 +372,10 @@ class Plan:
             np.concatenate([[0], np.cumsum(np.bincount(packs))]),
             boxes[images],
             grids[images],
+            config.views,
             config.tokens_per_pack,
             too_small=int((~enough & shown).sum()),
-            limited=int((wanted[images] / self.patch_size**2 > config.view_limit).sum()),
+            limited=int((wanted[images] / self.patch_size**2 > limit).sum()),
         )
 
     def packs(self, cursor: Cursor, rank: int = 0, world: int = 1) -> Iterator[Pack]:
@@ -387,6 +421,7 @@ def inference_packs(index: Index, side: int | None, patch_size: int, tokens_per_
             np.zeros(stop - start, np.int64),
             boxes[start:stop],
             grids[start:stop],
+            np.zeros(stop - start, np.bool_),
         )
         for number, (start, stop) in enumerate(runs)
     ]

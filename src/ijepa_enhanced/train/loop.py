@@ -80,8 +80,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}.")
-        if self.objective.invariance and self.data.views < 2:
+        if self.objective.invariance and self.data.views + self.data.local_views < 2:
             raise ValueError("objective.invariance compares views of one image: set data.views to 2 or more.")
+        if self.data.local_views and not self.objective.invariance:
+            raise ValueError("data.local_views serve objective.invariance alone: set that above 0, or them to 0.")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
         if not 0 <= self.seed < 2**63:
@@ -420,7 +422,7 @@ class Meter:
     def add(self, losses: Losses, batch: Batch) -> None:
         """Count one pack."""
         self.losses.append(torch.stack([losses.total.detach(), *(getattr(losses, name) for name in PARTS)]))
-        self.tokens.append(batch.packed.segments.total)
+        self.tokens.append(batch.tokens)
         self.views += len(batch.packed.segments)
 
     def read(self, tokens_per_pack: int, ranks: Ranks) -> dict[str, float]:

@@ -5,7 +5,6 @@ Everything is read from the run's folder, in which a run that died early may hav
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import platform
@@ -321,11 +320,8 @@ def _score(name: str, scores: Mapping[str, float]) -> str:
 def _masks(run: Run) -> str:
     if run.images is None:
         return ""
-    images, pack = run.images, run.images.plan[0]
-    first = slice(0, VIEWS_SHOWN)
-    pack = dataclasses.replace(
-        pack, images=pack.images[first], views=pack.views[first], boxes=pack.boxes[first], grids=pack.grids[first]
-    )
+    images, whole = run.images, run.images.plan[0]
+    pack = whole.select(np.flatnonzero(~whole.local)[:VIEWS_SHOWN])
     patch_size = run.config["encoder"]["patch_size"]
     changes = AugmentConfig(**run.config.get("augment", {}))
     dataset = PackDataset(images.source, images.index, patch_size, seed=run.config["seed"], changes=changes)

@@ -10,7 +10,7 @@ from PIL import Image
 from ijepa_enhanced.data.images import unpatchify
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.masks import ViewMasks
-from ijepa_enhanced.packed import Batch
+from ijepa_enhanced.packed import Batch, Packed
 
 COLOURS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 114, 178]],
@@ -51,17 +51,18 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
 
 
 def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
-    """Write a PNG of the whole pack: its patches in the order of the stream, line after line like text.
+    """Write a PNG of the whole pack: its patches in the order of the stream, line after line, local views last.
 
     A frame in the colour of its view is around every patch; a view's first patch is marked by a bar.
     """
     cell = max(6, min(16, patch_size))
     across = SHEET_WIDTH // (cell + 2)
-    total = batch.packed.segments.total
+    stream = batch.packed if batch.local is None else Packed.concatenate([batch.packed, batch.local])
+    total = stream.segments.total
     down = -(-total // across)
-    patches = batch.packed.values.numpy().reshape(total, patch_size, patch_size, 3)
+    patches = stream.values.numpy().reshape(total, patch_size, patch_size, 3)
     sheet = np.full((down * (cell + 2), across * (cell + 2), 3), 255, np.uint8)
-    bounds = batch.packed.segments.cu_seqlens.numpy()
+    bounds = stream.segments.cu_seqlens.numpy()
     view_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     pick = np.linspace(0, patch_size - 1, cell).round().astype(int)
     for token in range(total):
