@@ -20,6 +20,7 @@ from ijepa_enhanced.data.images import UnreadableImage
 from ijepa_enhanced.data.plan import PlanError
 from ijepa_enhanced.data.sources import SourceError
 from ijepa_enhanced.train.checkpoint import CheckpointError
+from ijepa_enhanced.train.distributed import RankError, is_one_of_many
 from ijepa_enhanced.train.loop import ResumeError, RunError
 
 logger = logging.getLogger("ijepa_enhanced")
@@ -51,12 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         command, options = parse(arguments)
+        if command is not train.COMMAND and is_one_of_many():
+            raise RequestError("torchrun shares out training alone: give this command without it.")
         return command.run(options)
     except SystemExit as finished:  # --help and --version end this way
         return int(finished.code or 0)
     except (RequestError, SourceError, PlanError, ResumeError) as error:
         return failure(error, str(error), 2, debug)
-    except (RunError, CheckpointError, UnreadableImage) as error:
+    except (RunError, RankError, CheckpointError, UnreadableImage) as error:
         return failure(error, str(error), 1, debug)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)

@@ -120,7 +120,7 @@ def projector(width: int) -> nn.Sequential:
     """
     return nn.Sequential(
         nn.Linear(width, PROJECTOR_HIDDEN),
-        nn.BatchNorm1d(PROJECTOR_HIDDEN),
+        nn.BatchNorm1d(PROJECTOR_HIDDEN, track_running_stats=False),
         nn.GELU(),
         nn.Linear(PROJECTOR_HIDDEN, PROJECTED),
     )

@@ -26,6 +26,7 @@ from ijepa_enhanced.data.plan import Cursor, DataConfig, Plan
 from ijepa_enhanced.data.sources import FolderSource, Source, SyntheticSource, open_source
 from ijepa_enhanced.data.tables import TableSource
 from ijepa_enhanced.masks import MaskConfig
+from ijepa_enhanced.train import loop
 
 CONFIG = DataConfig(tokens_per_pack=512, min_side=32, max_side=64)
 PATCH = 8
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     monkeypatch.setattr(cache, "SHARE", 0.5)
     monkeypatch.setattr(cache, "free_memory", lambda: free | {place: 2 * size})
     assert len(InMemory(FolderSource(pictures)).memory) == size
-    monkeypatch.setattr(cache, "free_memory", lambda: free | {place: 2 * size - 1})
+    monkeypatch.setattr(loop, "free_memory", lambda: free | {place: 2 * size - 1})
     monkeypatch.setattr(InMemory, "_place", lambda *_: pytest.fail("it was read"))
     options = "--data.tokens_per_pack 512 --data.min_side 32 --data.max_side 48 --data.workers 0 --encoder.patch_size 8"
     run = tmp_path / "run"

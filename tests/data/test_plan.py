@@ -565,4 +565,4 @@ def test_a_resumed_sequence_goes_on_where_it_stopped(steps: int, place: tuple[in
 def test_ranks_that_cannot_share_a_step_evenly_are_refused(world: int) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         next(make_plan().packs(Cursor(0, 0), 0, world))
-    assert str(error.value) == f"data.packs_per_step (6) must be a multiple of the {world} ranks."
+    assert str(error.value) == f"data.packs_per_step (6) must be a multiple of the {world} processes."

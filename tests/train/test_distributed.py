@@ -2,18 +2,24 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from ijepa_enhanced.cli import main
+from ijepa_enhanced.data.cache import InMemory
+from ijepa_enhanced.data.source import SourceError
+from ijepa_enhanced.data.sources import FolderSource
 from ijepa_enhanced.models.encoder import Encoder
-from ijepa_enhanced.train.distributed import Ranks, is_main
+from ijepa_enhanced.train.distributed import RankError, Ranks, is_main, ranks_of_run
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import Meter, TrainConfig, train
+from ijepa_enhanced.train.loop import Meter, RunError, TrainConfig, ranks_agree, train
 
 SAME = ("loss", "prediction", "stabilizer", "invariance", "fill", "grad_norm", "rankme", "knn", "best", "epoch")
 """What a log holds about the run, not about the machine."""
@@ -32,14 +38,24 @@ def whole(tiny: TrainConfig) -> TrainConfig:
     )
 
 
-def torchrun(config: TrainConfig, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def torchrun(config: TrainConfig, folder: Path, resume: bool = False) -> subprocess.Popen[str]:
     """`ijepa train` on two ranks."""
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
-    command = (*launcher, "ijepa_enhanced", "train", "--config", str(file), *(flags or ("--run", str(folder))))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    what = ("--resume", str(folder)) if resume else ("--config", str(file), "--run", str(folder))
+    return subprocess.Popen(
+        (*launcher, "ijepa_enhanced", "train", *what),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout, stderr
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -53,33 +69,76 @@ def assert_same_run(run: Path, other: Path) -> None:
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_two_ranks_are_as_one(whole: TrainConfig, tmp_path: Path) -> None:
-    done = torchrun(whole, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    train(whole, tmp_path / "one")
-    assert len(read_log(tmp_path / "one")) == 3
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-    assert done.stdout.splitlines().count(str(tmp_path / "two")) == 1, "one of them speaks"
-    assert done.stderr.count("Collapse watch: every") == 1
-    assert (tmp_path / "two" / "report.html").is_file()
+def without_last_checkpoint(run: Path) -> None:
+    (run / "checkpoints" / "step-00000006").rename(run.with_suffix(".gone"))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000005"]
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(whole: TrainConfig, tmp_path: Path) -> None:
+def test_two_ranks_are_as_one_and_each_goes_on_as_the_other(whole: TrainConfig, tmp_path: Path) -> None:
     # The checkpoint of step 5 lies in the middle of a reading of the log.
     config = dataclasses.replace(whole, checkpoint_every=1)
+    code, stdout, stderr = finish(torchrun(config, tmp_path / "two"))
+    assert code == 0, stderr
     train(config, tmp_path / "one")
-    assert torchrun(config, tmp_path / "two").returncode == 0
-    (tmp_path / "two" / "checkpoints" / "step-00000006").rename(tmp_path / "gone")
-    assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000005"]
-    train(config, tmp_path / "two", resume=True)
+    assert len(read_log(tmp_path / "one")) == 3
     assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert stdout.splitlines().count(str(tmp_path / "two")) == 1, "one of them speaks"
+    assert stderr.count("Collapse watch: every") == 1
+    assert (tmp_path / "two" / "report.html").is_file()
+
+    (tmp_path / "one").rename(tmp_path / "first")
+    train(config, tmp_path / "one")
+    without_last_checkpoint(tmp_path / "two")
+    without_last_checkpoint(tmp_path / "one")
+    train(config, tmp_path / "two", resume=True)
+    assert_same_run(tmp_path / "two", tmp_path / "first")
+    code, _, stderr = finish(torchrun(config, tmp_path / "one", resume=True))
+    assert code == 0, stderr
+    assert_same_run(tmp_path / "one", tmp_path / "first")
+
+
+def spoil(folder: Path, count: int) -> None:
+    """Leave the header of the first images, and cut off their pixels."""
+    for path in sorted(folder.rglob("*.png"))[:count]:
+        path.write_bytes(path.read_bytes()[:500])
+
+
+def test_what_cannot_be_read_is_counted_and_named_as_by_one(whole: TrainConfig, photos: Path, tmp_path: Path) -> None:
+    # Views fill a pack of which nothing is left on one rank where all of its images are cut off.
+    spoil(photos, 14)
+    tolerant = dataclasses.replace(whole, data=dataclasses.replace(whole.data, max_unreadable=0.9))
+    code, _, stderr = finish(torchrun(tolerant, tmp_path / "two"))
+    assert code == 0, stderr
+    train(tolerant, tmp_path / "one")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    counts = [read_log(tmp_path / run)[-1]["unreadable"] for run in ("one", "two")]
+    assert counts == [14, 14]
+    assert stderr.count("Left out: ") == 14
+    code, _, stderr = finish(torchrun(dataclasses.replace(whole, data=whole.data), tmp_path / "strict"))
+    assert code == 1
+    assert "images cannot be read, more than data.max_unreadable (1.00%) allows:" in stderr
+
+
+def test_a_signal_stops_all_ranks_after_the_same_step(whole: TrainConfig, tmp_path: Path) -> None:
+    data = dataclasses.replace(whole.data, workers=1)
+    long = dataclasses.replace(whole, data=data, steps=100_000, checkpoint_every=100_000, log_every=1)
+    process = torchrun(long, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, _, stderr = finish(process)
+    lines = read_log(tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{lines[-1]['step']:08d}"
+    assert "DataLoader worker" not in stderr
 
 
 def test_packs_that_ranks_cannot_share_evenly_are_refused(whole: TrainConfig, tmp_path: Path) -> None:
     odd = dataclasses.replace(whole, data=dataclasses.replace(whole.data, packs_per_step=3))
-    done = torchrun(odd, tmp_path / "odd")
-    assert done.returncode != 0
-    assert "ijepa: data.packs_per_step (3) must be a multiple of the 2 ranks." in done.stderr.splitlines()
+    code, _, stderr = finish(torchrun(odd, tmp_path / "odd"))
+    assert code != 0
+    assert "ijepa: data.packs_per_step (3) must be a multiple of the 2 processes." in stderr.splitlines()
     assert not (tmp_path / "odd").exists()
 
 
@@ -88,15 +147,61 @@ def test_states_of_meters_are_one_reading() -> None:
     assert Meter.merged(states) == {"steps": 2, "losses": [[1.0], [2.0], [3.0]], "tokens": [8, 9, 7]}
 
 
+class Others(Ranks):
+    """Two ranks, of which the other has what it is made with."""
+
+    other: object = None
+
+    def gather(self, value: object) -> list[object]:
+        return [value, self.other]
+
+
+def test_ranks_that_differ_are_told_in_what() -> None:
+    ranks = Others(torch.device("cpu"), world=2)
+    object.__setattr__(ranks, "other", {"plan": "abc", "checkpoint": 3})
+    ranks_agree(ranks, {"plan": "abc", "checkpoint": 3})
+    with pytest.raises(RunError, match=r"^The processes of this run differ in their checkpoint: all machines need"):
+        ranks_agree(ranks, {"plan": "abc", "checkpoint": 4})
+
+
 def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = Ranks(torch.device("cpu"))
+    monkeypatch.setenv("RANK", "1")  # as other launchers set it, which this does not follow
+    assert is_main()
+    with ranks_of_run() as alone:
+        assert (alone.rank, alone.world, alone.main) == (0, 1, True)
     parameter = torch.nn.Parameter(torch.zeros(2))
     alone.sum_gradients([parameter])
     assert parameter.grad is None
-    assert alone.sums([1, 2.5]) == [1, 2.5]
     assert alone.gather("mine") == ["mine"]
-    assert alone.any(True)
-    assert not alone.any(False)
-    assert is_main()
-    monkeypatch.setenv("RANK", "1")
+    assert alone.sums([1, 2.5]) == [1, 2.5]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun sets it, of the second of four processes."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name, value in {"TORCHELASTIC_RUN_ID": "run", **dict(zip(names, "1144", strict=True))}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("launched")
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_main()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RankError) as error, ranks_of_run():
+        pass
+    assert str(error.value) == "torchrun started 4 processes here, and there are 2 GPUs: one each is needed."
+
+
+@pytest.mark.usefixtures("launched")
+def test_torchrun_is_for_training_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["index", "synthetic"]) == 2
+    assert capsys.readouterr().err == "ijepa: torchrun shares out training alone: give this command without it.\n"
+
+
+def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> None:
+    source = FolderSource(photos)
+    total = sum(source.length(row) for row in range(len(source.keys)))
+    InMemory(source, {"memory": 4 * total}, copies=3)
+    with pytest.raises(SourceError, match=r"and only 80% of the .* that are free in memory may be taken"):
+        InMemory(source, {"memory": 3 * total}, copies=3)

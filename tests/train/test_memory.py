@@ -1,15 +1,17 @@
 """What a machine is too small or too old for is said before it fails, or in words that say what to set."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Never
 
 import pytest
 import torch
 
-from ijepa_enhanced.data import loader
+from ijepa_enhanced.data.loader import check_shared_memory
 from ijepa_enhanced.data.source import SourceError
 from ijepa_enhanced.jepa import JEPA
+from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.loop import RunError, TrainConfig, autocast_dtype, train
 
 CUDA = torch.device("cuda")
@@ -30,28 +32,45 @@ def test_a_gpu_that_is_too_small_says_which_settings_fit(
     with pytest.raises(RunError) as raised:
         train(config, tmp_path / "run")
     assert str(raised.value) == (
-        "The GPU's memory does not hold what a pack of 600 tokens needs. In a new run, set data.tokens_per_pack to 300 "
-        "and data.packs_per_step to 4: half as much at once, and as much in a step."
+        "The GPU's memory does not hold what a pack of 600 tokens needs. In a new run, set data.tokens_per_pack to 300"
+        ", data.packs_per_step to 4 and data.max_view_tokens to 75: half as much at once, and as much in a step."
     )
+    with pytest.raises(RunError, match=r"In a new run, take a smaller encoder, or smaller or fewer views\.$"):
+        train(with_data(config, views=2, max_view_tokens=200), tmp_path / "other")
 
 
 def test_workers_are_refused_what_shared_memory_cannot_hold(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 2 packs ahead x 65,536 tokens x (8 x 8 x 3 + 32) bytes are 29.4 MB a worker; 64 MiB is what Docker gives.
-    monkeypatch.setattr(loader, "free_memory", lambda: {"memory": 10**12, "/dev/shm": 64 * 2**20})
+    # A pack of 65,536 tokens x (8 x 8 x 3 + 32) bytes is 14.7 MB. 3 workers have 2 each, and the trainer, with 2 packs
+    # a step, has 4. 96 MiB are free, which is enough for 6 packs, so for one worker.
+    monkeypatch.setattr(loop, "free_memory", lambda: {"memory": 10**12, "/dev/shm": 96 * 2**20})
     config = with_data(tiny, tokens_per_pack=65536, workers=3)
-    assert config.encoder.patch_size == 8
+    assert (config.encoder.patch_size, config.data.packs_per_step) == (8, 2)
     with pytest.raises(SourceError) as raised:
         train(config, tmp_path / "run")
     assert str(raised.value) == (
-        "3 workers keep up to 88 MB of packs in /dev/shm, and 67 MB are free there: set data.workers to 2, or give it "
-        "more (to a container with --shm-size=89m)."
+        "With 3 workers, packs take up to 147 MB in /dev/shm, and 101 MB are free there: set data.workers to 1, or "
+        "give it more (to a container by --shm-size=147m)."
     )
     assert not (tmp_path / "run").exists()
-    loader.check_shared_memory(2, 65536, 8)
-    monkeypatch.setattr(loader, "free_memory", lambda: {"memory": 10**12})
-    loader.check_shared_memory(3, 65536, 8)  # no such limit is known here
+
+
+@pytest.mark.parametrize(
+    ("workers", "held", "ranks", "free", "fits"),
+    [
+        (3, 4, 1, 10 * 14680064, True),
+        (3, 4, 1, 10 * 14680064 - 1, False),
+        (3, 0, 1, 6 * 14680064, True),
+        (1, 0, 4, 8 * 14680064, True),
+        (1, 0, 4, 8 * 14680064 - 1, False),
+        (0, 4, 1, 0, True),
+        (3, 4, 1, None, True),
+    ],
+)
+def test_shared_memory_is_enough_or_not(workers: int, held: int, ranks: int, free: int | None, fits: bool) -> None:
+    with nullcontext() if fits else pytest.raises(SourceError):
+        check_shared_memory(workers, 65536, 8, held, free, ranks)
 
 
 def test_an_old_gpu_computes_in_float32_and_is_told_so(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,14 @@ class InMemory(Source):
 
     Args:
         source: all of it is read here.
+        free: what `free_memory` said when it is to count; None: now.
         copies: processes on this machine that each make one.
 
     Raises:
         SourceError: it takes more than `SHARE` of the memory that is free.
     """
 
-    def __init__(self, source: Source, copies: int = 1) -> None:
+    def __init__(self, source: Source, free: Mapping[str, int] | None = None, copies: int = 1) -> None:
         self.source = source
         self.name, self.keys, self.shares = source.name, source.keys, source.shares
         self.labels, self.classes = source.labels, source.classes
@@ -46,11 +48,11 @@ class InMemory(Source):
         self.lengths = np.array([source.length(row) for row in rows], dtype=np.int64)
         self.ends = np.cumsum(self.lengths)
         total = int(self.ends[-1])
-        for place, free in free_memory().items():
-            if copies * total > SHARE * free:
+        for place, room in (free or free_memory()).items():
+            if copies * total > SHARE * room:
                 raise SourceError(
                     f"The images of {source.name} take {copies * total / MEGABYTE:,.0f} MB, and only {SHARE:.0%} of "
-                    f"the {free / MEGABYTE:,.0f} MB that are free in {place} may be taken: set data.cache to none, or "
+                    f"the {room / MEGABYTE:,.0f} MB that are free in {place} may be taken: set data.cache to none, or "
                     "make them smaller with ijepa prepare."
                 )
         logger.info("Reading %d images into memory: %.0f MB.", len(rows), total / MEGABYTE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
+import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ijepa_enhanced.data.augment import AugmentConfig, augment
-from ijepa_enhanced.data.cache import MEGABYTE, SHARED_MEMORY, free_memory
+from ijepa_enhanced.data.cache import MEGABYTE, SHARED_MEMORY
 from ijepa_enhanced.data.images import UnreadableImage, decode_views, patchify
 from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.plan import Pack
@@ -25,7 +25,7 @@ from ijepa_enhanced.randomness import Purpose, generator
 
 PREFETCH = 2
 """Packs that each worker makes ahead; PyTorch's default."""
-REST = 32
+BESIDE_PATCH = 32
 """Bytes a token of a batch beside its patch, rounded up: 16, or 24 with both networks merging at 0.1 in 12 layers."""
 
 
@@ -178,25 +178,36 @@ def make_loader(
     )
 
 
-def check_shared_memory(workers: int, tokens_per_pack: int, patch_size: int, ranks: int = 1) -> None:
+def check_shared_memory(
+    workers: int, tokens_per_pack: int, patch_size: int, held: int, free: int | None, ranks: int = 1
+) -> None:
     """Whether the packs that so many processes, of each rank, hand over fit where the system keeps shared memory.
 
-    Each worker has up to `PREFETCH` of them there, of P * P * C bytes a token for its patch and `REST` for all else. In
-    a container that is often no more than 64 MB, and a process that finds it full is killed without a word.
+    Each worker has up to `PREFETCH` of them there, of P * P * C bytes a token for its patch and `BESIDE_PATCH` for all
+    else. In a container that is often no more than 64 MB, and a process that finds it full is killed without a word.
+
+    Args:
+        workers: of each rank.
+        tokens_per_pack: most tokens of a pack.
+        patch_size: P.
+        held: packs of each rank that stay there while they are computed with.
+        free: bytes there; None where there is no such limit.
+        ranks: on this machine.
 
     Raises:
         SourceError: they do not fit; the message says what to set.
     """
-    one = ranks * PREFETCH * tokens_per_pack * (patch_size**2 * 3 + REST)
-    free = free_memory().get(str(SHARED_MEMORY))
-    if free is not None and workers * one > free:
+    pack = ranks * tokens_per_pack * (patch_size**2 * 3 + BESIDE_PATCH)
+    needed = (held + workers * PREFETCH) * pack
+    if workers and free is not None and needed > free:
+        fit = max(0, (free // pack - held) // PREFETCH)
         raise SourceError(
-            f"{workers * ranks} workers keep up to {workers * one / MEGABYTE:,.0f} MB of packs in {SHARED_MEMORY}, and "
-            f"{free / MEGABYTE:,.0f} MB are free there: set data.workers to {free // one}, or give it more (to a "
-            f"container with --shm-size={math.ceil(workers * one / MEGABYTE)}m)."
+            f"With {workers} workers, packs take up to {needed / MEGABYTE:,.0f} MB in {SHARED_MEMORY}, and "
+            f"{free / MEGABYTE:,.0f} MB are free there: set data.workers to {fit}, or give it more (to a container by "
+            f"--shm-size={math.ceil(needed / MEGABYTE)}m)."
         )
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Started in a worker: an interrupt from the keyboard reaches all processes, and the parent is to handle it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Started in a worker: what a terminal, a scheduler or torchrun sends to all processes, the parent is to handle."""
+    os.setpgrp()

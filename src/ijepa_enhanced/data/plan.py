@@ -378,18 +378,28 @@ class Plan:
             limited=int((wanted[images] / self.patch_size**2 > limit).sum()),
         )
 
+    def share(self, world: int) -> int:
+        """Packs of a step that each of `world` ranks takes.
+
+        Raises:
+            PlanError: they cannot share them evenly.
+        """
+        share, rest = divmod(self.config.packs_per_step, world)
+        if rest:
+            raise PlanError(
+                f"data.packs_per_step ({self.config.packs_per_step}) must be a multiple of the {world} processes."
+            )
+        return share
+
     def packs(self, cursor: Cursor, rank: int = 0, world: int = 1) -> Iterator[Pack]:
         """The packs of one rank from `cursor`, the first pack of a step, on, without end.
 
         Of each step's `packs_per_step` packs, rank r takes the r-th, the (r + world)-th and so on.
 
         Raises:
-            ValueError: `world` does not divide `packs_per_step`.
+            PlanError: see `share`.
         """
-        if self.config.packs_per_step % world:
-            raise ValueError(
-                f"data.packs_per_step ({self.config.packs_per_step}) must be a multiple of the {world} ranks."
-            )
+        self.share(world)
         epoch, first = cursor
         number = 0
         while True:

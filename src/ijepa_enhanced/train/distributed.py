@@ -12,89 +12,121 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+PATIENCE = timedelta(hours=12)
+"""How long ranks wait for one that scans a large source, say; that one is gone they notice at once."""
+
+
+class RankError(RuntimeError):
+    """The ranks cannot work together."""
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run; alone by default, when all of these do nothing."""
+    """This process among those of the run; alone by default, when nothing here does anything."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
-    local: int = 1
-    """Ranks on this machine."""
+    on_machine: int = 1
+    """How many of them run on this machine."""
+    place: int = 0
+    """The number of this one among those."""
 
     @property
     def main(self) -> bool:
         """Whether this process writes what there is one of: logs, checkpoints, encoders."""
         return self.rank == 0
 
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """The sum of each number over all ranks, through the hosts: no device is waited for."""
-        if self.world == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def any(self, value: bool) -> bool:
-        """Whether it is true on one of them."""
-        return self.sums([value])[0] > 0
-
     def gather(self, value: Any) -> list[Any]:
-        """What each has, by rank, on all of them; small things that pickle."""
+        """What each rank has, by rank, on all of them: small things that pickle. They travel between the hosts.
+
+        Raises:
+            RankError: another rank is gone.
+        """
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
+        with _together():
+            dist.all_gather_object(found, value)
         return found
 
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over all ranks; see `gather`."""
+        return [sum(parts) for parts in zip(*self.gather(values), strict=True)]
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Make every gradient the sum over all ranks; none counts as 0."""
+        """Make every gradient the sum over all ranks; one that no rank has stays none.
+
+        Raises:
+            RankError: another rank is gone.
+        """
         if self.world == 1:
             return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])
+        owners = self.sums([parameter.grad is not None for parameter in parameters])
+        learned = [parameter for parameter, count in zip(parameters, owners, strict=True) if count]
+        if not learned:
+            return
+        parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in learned]
+        flat = torch.cat([part.flatten() for part in parts])
+        with _together():
+            dist.all_reduce(flat)
+        for parameter, total in zip(learned, flat.split([each.numel() for each in learned]), strict=True):
+            parameter.grad = total.view_as(parameter)
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main rank runs what is inside, then all others: they find in a cache what it has put there."""
-        if not self.main:
+    def one_first(self) -> Iterator[None]:
+        """One rank of each machine runs what is inside, then the others, which find in its cache what it put there."""
+        if self.place:
             self.gather(None)
         yield
-        if self.main:
+        if not self.place:
             self.gather(None)
+
+
+def is_one_of_many() -> bool:
+    """Whether `torchrun` started this process and others."""
+    return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
 
 
 def is_main() -> bool:
     """Whether this process is the main rank, before the ranks have met."""
-    return os.environ.get("RANK", "0") == "0"
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """Meet the other ranks where `torchrun` started this process, and part from them in the end."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+def ranks_of_run() -> Iterator[Ranks]:
+    """Meet the other ranks where `torchrun` started this process, and part from them in the end.
+
+    Raises:
+        RankError: there are more of them on this machine than GPUs.
+    """
+    gpus = torch.cuda.device_count()
     if not dist.is_torchelastic_launched():
-        yield Ranks(device)
+        yield Ranks(torch.device("cuda" if gpus else "cpu"))
         return
-    if on_gpu:
+    place, on_machine = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if 0 < gpus < on_machine:
+        raise RankError(f"torchrun started {on_machine} processes here, and there are {gpus} GPUs: one each is needed.")
+    device = torch.device("cuda", place) if gpus else torch.device("cpu")
+    if gpus:
         torch.cuda.set_device(device)
-    # Numbers of the host travel by gloo beside the devices' gradients.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    # What the hosts tell each other goes by gloo, beside the gradients of the devices.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    yield Ranks(device, dist.get_rank(), dist.get_world_size(), on_machine, place)
+    # Not after an error: the others may wait for this process, and only its end, which torchrun sees, frees them.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
     try:
-        yield Ranks(device, dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        raise RankError("Another process of this run is gone; what it said last says why.") from error

@@ -7,12 +7,12 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ import yaml
 from torch import Tensor, nn
 
 from ijepa_enhanced.data.augment import AugmentConfig
-from ijepa_enhanced.data.cache import InMemory
+from ijepa_enhanced.data.cache import SHARED_MEMORY, InMemory, free_memory
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
-from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan, PlanError
+from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
@@ -33,7 +33,7 @@ from ijepa_enhanced.models.encoder import EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
 from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
-from ijepa_enhanced.train.distributed import Ranks, joined
+from ijepa_enhanced.train.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
 from ijepa_enhanced.train.monitor import History, MonitorConfig, start_watch
 from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings
@@ -142,28 +142,39 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         PlanError: too few images are large enough to train on, or the ranks cannot share the packs of a step evenly.
         FileExistsError: without `resume`, `folder` is already there.
         ResumeError: the checkpoint is of another plan or architecture.
-        RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
+        RunError: too many images are unreadable, the loss is not finite, the GPU's memory is too small, or the ranks
+            are not about to do the same.
+        RankError: a rank is gone, or has no GPU.
         CheckpointError: a checkpoint could not be written.
     """
-    with joined() as ranks:
+    with ranks_of_run() as ranks:
         return _train(config, folder, resume, ranks)
 
 
 def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Outcome:
     device = ranks.device
     source = open_source(config.data.source)
-    with ranks.main_first():
+    with ranks.one_first():
         index = build_index(source)
     unreadable = Unreadable(index, config.data.max_unreadable)
     plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
-    packs = config.data.packs_per_step
-    if packs % ranks.world:
-        raise PlanError(f"data.packs_per_step ({packs}) must be a multiple of the {ranks.world} ranks.")
+    packs, own_packs = config.data.packs_per_step, plan.share(ranks.world)
     first_epoch = plan.epoch(0)
     say_what_is_left_out(first_epoch, config)
+    free = free_memory()
+    ranks.gather(None)  # all have looked before one of them takes its part
+    check_shared_memory(
+        config.data.workers,
+        config.data.tokens_per_pack,
+        config.encoder.patch_size,
+        0
+        if device.type == "cuda"
+        else 2 * own_packs,  # pinned, they are elsewhere; else those of this step and the last
+        free.get(str(SHARED_MEMORY)),
+        ranks.on_machine,
+    )
     if config.data.cache == "memory":
-        source = InMemory(source, ranks.local)
-    check_shared_memory(config.data.workers, config.data.tokens_per_pack, config.encoder.patch_size, ranks.local)
+        source = InMemory(source, free, ranks.on_machine)
     total = config.steps or max(1, round(config.epochs * len(first_epoch) / packs))
 
     if not resume and ranks.main:
@@ -188,6 +199,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         meter.restore(progress["meter"], ranks)
         seen = History(**progress["watch"])
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
+    ranks_agree(ranks, {"plan": plan.hash, "checkpoint": done, "PyTorch": torch.__version__})
     watch = start_watch(
         config.monitor,
         source,
@@ -228,15 +240,12 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
 
         def save() -> None:
             states = ranks.gather(meter.state())
-            *_, (last_cursor, _) = found = ranks.gather((cursor, unreadable.found))
-            for _, reasons in found:
-                unreadable.found |= reasons
             if log is None:
                 return
             progress = {
                 "step": done,
                 "images": images_shown,
-                "cursor": last_cursor,
+                "cursor": cursor,
                 "plan": plan.hash,
                 "config": dataclasses.asdict(config),
                 "log_bytes": log.sync(),
@@ -252,15 +261,16 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         if watch and ranks.main and not done:
             watch.look(0, model.teacher, autocast)  # for comparison; there is no line of the log yet
         meter.restart_clock()
-        while done < total and not ranks.any(stop.requested):
+        while done < total:
             with meter.waiting():
-                batches = [next(stream) for _ in range(packs // ranks.world)]
-            for batch in batches:
-                unreadable.add(batch)
+                batches = [next(stream) for _ in range(own_packs)]
             shown = [batch for batch in batches if isinstance(batch, MaskedBatch) and len(batch.image_ids)]
-            targets = sum(len(batch.targets.index) for batch in shown)
-            views = sum(len(batch.image_ids) for batch in shown)
-            step_target_tokens, step_views = map(int, ranks.sums([targets, views]))
+            shares = ranks.gather(Share.of(batches, shown, stop.requested))
+            if any(share.stop for share in shares):
+                break
+            for share in shares:
+                unreadable.add(share.unreadable)
+            step_target_tokens = sum(share.target_tokens for share in shares)
 
             settings = step_settings(config.optim, done, total)
             set_step(optimizer, settings)
@@ -270,16 +280,16 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
                         losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
                     losses.total.backward()
                     meter.add(losses, batch)
-                if step_target_tokens:
-                    ranks.sum_gradients(learned)
-                grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                model.update_teacher(settings.ema)
+            ranks.sum_gradients(learned)
+            grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_teacher(settings.ema)
 
             done += 1
-            images_shown += step_views // config.data.views
-            epoch, pack = batches[-1].cursor
+            meter.steps += 1
+            images_shown += sum(share.views for share in shares) // config.data.views
+            epoch, pack = max(share.last for share in shares)
             cursor = Cursor(epoch, pack + 1)
             looking = watch is not None and watch.due(done)
             if done % config.log_every == 0 or done == total or looking:
@@ -304,6 +314,44 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     return Outcome(done, images_shown, finished=done == total)
 
 
+class Share(NamedTuple):
+    """What the others must know of a rank's packs of a step."""
+
+    stop: bool
+    """A signal asked to stop before this step."""
+    target_tokens: int
+    views: int
+    unreadable: list[tuple[int, str]]
+    last: tuple[int, int]
+    """Epoch and number of its last pack."""
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], shown: Sequence[MaskedBatch], stop: bool) -> Self:
+        """Of a rank's batches, and of those among them that hold images."""
+        return cls(
+            stop,
+            sum(len(batch.targets.index) for batch in shown),
+            sum(len(batch.image_ids) for batch in shown),
+            [image for batch in batches for image in batch.unreadable],
+            batches[-1].cursor,
+        )
+
+
+def ranks_agree(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """Check that all ranks are about to do the same.
+
+    Raises:
+        RunError: they are not; the message says what differs.
+    """
+    every = ranks.gather(facts)
+    for name in facts:
+        if len({str(each[name]) for each in every}) > 1:
+            raise RunError(
+                f"The processes of this run differ in their {name}: all machines need the same images, the same "
+                "versions, and one folder of the run that they share."
+            )
+
+
 @contextmanager
 def explaining_memory(config: DataConfig) -> Iterator[None]:
     """Say what to set where the GPU's memory is too small for a pack.
@@ -314,10 +362,18 @@ def explaining_memory(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        half, twice = config.tokens_per_pack // 2, 2 * config.packs_per_step
+        try:
+            dataclasses.replace(config, tokens_per_pack=half, max_view_tokens=config.view_limit)
+            advice = (
+                f"set data.tokens_per_pack to {half}, data.packs_per_step to {twice} and data.max_view_tokens to "
+                f"{config.view_limit}: half as much at once, and as much in a step"
+            )
+        except ValueError:
+            advice = "take a smaller encoder, or smaller or fewer views"
         raise RunError(
-            f"The GPU's memory does not hold what a pack of {config.tokens_per_pack} tokens needs. In a new run, set "
-            f"data.tokens_per_pack to {config.tokens_per_pack // 2} and data.packs_per_step to "
-            f"{2 * config.packs_per_step}: half as much at once, and as much in a step."
+            f"The GPU's memory does not hold what a pack of {config.tokens_per_pack} tokens needs. "
+            f"In a new run, {advice}."
         ) from error
 
 
@@ -350,13 +406,13 @@ class Unreadable:
     def __len__(self) -> int:
         return len(self.headers) + len(self.found)
 
-    def add(self, batch: Batch) -> None:
-        """Count the images of a batch that could not be decoded.
+    def add(self, unreadable: Iterable[tuple[int, str]]) -> None:
+        """Count images that could not be decoded: row and reason of each.
 
         Raises:
             RunError: there are now more than the limit.
         """
-        for row, reason in batch.unreadable:
+        for row, reason in unreadable:
             if row not in self.found:
                 self.found[row] = reason
                 logger.warning("Left out: %s: %s", self._key(row), reason)
@@ -413,11 +469,10 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside is time spent waiting for data; each is one step."""
+        """Time spent inside is time spent waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
-        self.steps += 1
 
     def add(self, losses: Losses, batch: Batch) -> None:
         """Count one pack."""
