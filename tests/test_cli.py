@@ -126,6 +126,7 @@ def test_json_is_only_printed_when_asked_for(pictures: Path) -> None:
 
 
 FEW = "{} has 10 images, fewer than the 20 neighbours of knn20: all of them vote."
+SAME = "{}: the same images for training and validation, so scores say nothing of others."
 
 
 def evaluate(run: Path, train: Path | str, val: Path | str, *arguments: str) -> Answer:
@@ -148,7 +149,7 @@ def test_evaluating_prints_the_scores(run: Run, pictures: Path) -> None:
     assert (found["knn20"], found["linear"]) == (1.0, 1.0)
     # Between one direction and one for each image.
     assert 1 < found["rankme"] <= 10
-    assert answer.err == ["Scoring: trained", FEW.format(pictures)]
+    assert answer.err == [SAME.format(pictures), "Scoring: trained", FEW.format(pictures)]
 
 
 def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, 
 def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> None:
     trained, start = (evaluate(run.folder, pictures, pictures, *more) for more in ([], ["--random-init"]))
     assert start.json.keys() == trained.json.keys()
-    assert start.err == ["Scoring: random start", FEW.format(pictures)]
+    assert start.err == [SAME.format(pictures), "Scoring: random start", FEW.format(pictures)]
     # Rounding is 1e-6; four steps change it by 4e-3.
     assert scores(start)["rankme"] != pytest.approx(scores(trained)["rankme"], rel=0.001)
 
@@ -250,7 +251,8 @@ def test_a_sweep_scores_every_combination(run: Run, pictures: Path, swept: tuple
     points = answer.json["sweep"]
     assert [(point["side"], point["merge_rate"]) for point in points] == [(24, 0.0), (24, 0.5), (40, 0.0), (40, 0.5)]
     scoring = [f"Scoring: trained, side {side}, merge rate {rate}" for side in (24, 40) for rate in ("0", "0.5")]
-    assert answer.err == ["Timing the network at 4 settings", scoring[0], FEW.format(pictures), *scoring[1:]]
+    timing = "Timing the network at 4 settings"
+    assert answer.err == [SAME.format(pictures), timing, scoring[0], FEW.format(pictures), *scoring[1:]]
     single = scores(evaluate(run.folder, pictures, pictures, "--merge-rate", "0.5"))
     names = ("knn20", "knn20_mean_per_class", "linear", "linear_mean_per_class", "rankme")
     assert {name: points[3][name] for name in names} == {name: single[name] for name in names}
@@ -283,7 +285,7 @@ def test_a_sweep_of_one_thing_takes_the_other_from_its_option(run: Run, pictures
     assert answer.code == 0, answer.err
     points = answer.json["sweep"]
     assert [(point["side"], point["merge_rate"]) for point in points] == [(24, 0.25), (None, 0.25)]
-    assert answer.err[1] == "Scoring: random start, side 24, merge rate 0.25"
+    assert answer.err[2] == "Scoring: random start, side 24, merge rate 0.25"
     assert {path.name for path in (tmp_path / "encoder").iterdir()} >= {"sweep.csv", "sweep.png"}
 
 

@@ -154,6 +154,7 @@ def test_resuming_allows_what_does_not_touch_the_result() -> None:
         "data.workers": 7,
         "data.cache": "memory",
         "compile": True,
+        "activation_checkpointing": True,
         "checkpoint_every": 3,
         "log_every": 4,
     }

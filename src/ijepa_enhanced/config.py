@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.cache",
     "compile",
+    "activation_checkpointing",
     "checkpoint_every",
     "log_every",
 )

@@ -1,13 +1,15 @@
 """Positions by hand, a block's parts, and the start of the weights."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ijepa_enhanced.merge_plan import plan_merges
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
-from ijepa_enhanced.packed import Segments
+from ijepa_enhanced.packed import Packed, Segments
 
 
 def positions_of(rows: int, cols: int) -> torch.Tensor:
@@ -103,3 +105,37 @@ def test_learnable_positions_start_as_the_sine_cosine_ones() -> None:
 
 def test_the_epsilon_is_vits() -> None:
     assert {part.eps for part in Blocks(8, 2, 2, 4.0).modules() if isinstance(part, nn.LayerNorm)} == {1e-6}
+
+
+def test_activations_that_are_computed_again_take_less_memory_and_change_not_one_bit(
+    make_stream: Callable[..., Packed],
+) -> None:
+    torch.manual_seed(0)
+    stream = make_stream([(6, 5), (3, 8), (4, 4)])
+    plan = plan_merges(stream.segments.lengths, 0.2, depth=3)
+    blocks = Blocks(32, 3, 2, 4.0)
+    init_weights(blocks)
+    x = torch.randn(stream.segments.total, 32)
+
+    def gradients() -> tuple[list[Tensor], int]:
+        held: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features, _ = blocks(x, stream.segments, plan)
+        features.square().mean().backward()
+        found = [value.grad.clone() for value in blocks.parameters() if value.grad is not None]
+        blocks.zero_grad()
+        return found, sum(held.values())
+
+    expected, most = gradients()
+    blocks.recompute = True
+    found, fewer = gradients()
+    assert len(found) == len(expected) > 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    # Of about 16 numbers of width D that a block keeps for each token, two are left, and the weights.
+    assert fewer < most / 2

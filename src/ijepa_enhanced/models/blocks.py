@@ -1,11 +1,12 @@
 """What the encoder and the predictor are made of: pre-norm transformer blocks over packed streams, and positions."""
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.ops.attention import attention
@@ -108,6 +109,9 @@ class Blocks(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(width, heads, round(width * mlp_ratio)) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.recompute = False
+        """Whether the backward pass computes what is inside a block again, of which then only two [T, D] are kept
+        (activation checkpointing, arXiv 1604.06174)."""
 
     def forward(self, x: Tensor, segments: Segments, plan: MergePlan | None = None) -> tuple[Tensor, list[Merge]]:
         """[T, D] -> [T', D], normalised, and what was merged on the way, layer after layer.
@@ -117,14 +121,19 @@ class Blocks(nn.Module):
         """
         sizes, merges = None, []
         for number, layer in enumerate(cast(Iterable[Block], self.layers)):
-            x, keys = layer.attend(x, segments.cu_seqlens, segments.max_seqlen, sizes)
+            x, keys = self._run(layer.attend, x, segments.cu_seqlens, segments.max_seqlen, sizes)
             if plan is not None and plan.active[number]:
                 merging = match(keys.mean(dim=1, dtype=torch.float32), plan, number)
                 x, sizes = merge(x, x.new_ones(len(x), dtype=torch.float32) if sizes is None else sizes, merging)
                 merges.append(merging)
                 segments = plan.segments[number + 1]
-            x = layer.transform(x)
+            x = self._run(layer.transform, x)
         return self.norm(x), merges
+
+    def _run(self, half: Callable[..., Any], *args: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(half, *args, use_reentrant=False, preserve_rng_state=False)
+        return half(*args)
 
 
 class FactorizedPositions(nn.Module):

@@ -69,6 +69,8 @@ class TrainConfig:
     """Of the matrix products; weights and sums stay float32. Auto: bf16 where the device has it."""
     compile: bool = False
     """Compile student, teacher and predictor with `torch.compile`."""
+    activation_checkpointing: bool = False
+    """Compute what is inside the student's blocks again in the backward pass: less memory, more time (docs/log.md)."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
@@ -211,6 +213,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         config.log_every,
         seen,
     )
+    model.student.blocks.recompute = config.activation_checkpointing
     if config.compile:
         for network in (model.student, model.teacher, model.predictor):
             network.compile(dynamic=True)
