@@ -165,13 +165,13 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     say_what_is_left_out(first_epoch, config)
     free = free_memory()
     ranks.gather(None)  # all have looked before one of them takes its part
+    # The packs of this step and of the last; for a GPU they are pinned, which is elsewhere.
+    held = 0 if device.type == "cuda" else 2 * own_packs
     check_shared_memory(
         config.data.workers,
         config.data.tokens_per_pack,
         config.encoder.patch_size,
-        0
-        if device.type == "cuda"
-        else 2 * own_packs,  # pinned, they are elsewhere; else those of this step and the last
+        held,
         free.get(str(SHARED_MEMORY)),
         ranks.on_machine,
     )
