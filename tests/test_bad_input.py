@@ -363,7 +363,7 @@ WRONG_REQUESTS = {
     "one view to agree": (
         nothing,
         f"{TRAIN} --objective.invariance 1",
-        "objective.invariance compares views of one image: set data.views to 2 or more.",
+        "objective.invariance compares views of one image: set data.views to 2, or data.local_views above 0.",
     ),
     "local views for nothing": (
         nothing,
@@ -403,6 +403,16 @@ WRONG_REQUESTS = {
         "Unknown option '--optim'. It is a group: set what is in it, such as '--optim.lr'.",
     ),
     "an argument too many": (nothing, f"{TRAIN} photos", "Unknown argument 'photos'."),
+    "a pattern that the shell expanded": (
+        nothing,
+        "index train-0.tar train-1.tar",
+        "Unknown argument 'train-1.tar'. Put a name with spaces, asterisks or braces in quotes.",
+    ),
+    "a mixture in several words": (
+        nothing,
+        "index photos + photos",
+        "Unknown argument '+'. Put a name with spaces, asterisks or braces in quotes.",
+    ),
     "an unknown command": (nothing, "trian --run new", "No command 'trian'. Did you mean 'train'?"),
     "an option before the command": (
         nothing,
@@ -630,19 +640,23 @@ BEGUN = {"new/", "new/config.yaml", "new/log.jsonl"}
 """What is there of a run from its first step on: enough to resume it."""
 DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete it to go on from {}."
 
+TAKE_AWAY = "Take them away, or raise data.max_unreadable."
+
 FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "too many unreadable headers": (
         damaged_headers,
         TRAIN,
         ["ijepa: 3 of 10 images cannot be read, more than data.max_unreadable (1.00%) allows:"]
-        + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB)],
+        + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB)]
+        + [TAKE_AWAY],
         set(),
     ),
     "too many unreadable images": (
         damaged_headers_and_body,
         f"{TRAIN} --data.max_unreadable 0.3",
         ["ijepa: 4 of 10 images cannot be read, more than data.max_unreadable (30.00%) allows:"]
-        + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)],
+        + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
+        + [TAKE_AWAY],
         BEGUN,
     ),
     "a shard cut in the middle": (
@@ -652,6 +666,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
             CUT,
             "ijepa: 1 of 8 images cannot be read, more than data.max_unreadable (1.00%) allows:",
             f"  {CUT_IMAGE}",
+            TAKE_AWAY,
         ],
         set(),
     ),

@@ -365,6 +365,15 @@ def test_inspecting_draws(what: str, pictures: Path, tmp_path: Path) -> None:
         assert len(picture.getcolors(picture.width * picture.height) or []) > 100
 
 
+def test_a_runs_own_packs_can_be_drawn(run: Run, pictures: Path, tmp_path: Path) -> None:
+    options = ("--out", tmp_path / "run")
+    assert ijepa("inspect", "packing", run.folder, *options).code == 0
+    as_it_was = ("--config", run.folder / "config.yaml", "--out", tmp_path / "source")
+    assert ijepa("inspect", "packing", pictures, *as_it_was).code == 0
+    drawn, expected = (Image.open(tmp_path / place / "packing.png").tobytes() for place in ("run", "source"))
+    assert drawn == expected
+
+
 def test_inspecting_merges_draws_every_image(run: Run, pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     images = [pictures / "dark" / "0.png", pictures / "light" / "0.png", pictures / "light" / "1.jpg"]
@@ -436,7 +445,8 @@ def test_resuming_goes_on_from_the_newest_checkpoint(run: Run, pictures: Path, t
 def test_a_finished_run_is_left_as_it_is(run: Run) -> None:
     before = lines(run.folder / "log.jsonl")
     answer = ijepa("train", "--resume", run.folder, "--json")
-    assert (answer.code, answer.json, answer.err) == (0, run.answer.json, [])
+    said = [f"{run.folder} is finished: all 4 steps are done."]
+    assert (answer.code, answer.json, answer.err) == (0, run.answer.json, said)
     assert lines(run.folder / "log.jsonl") == before
 
 

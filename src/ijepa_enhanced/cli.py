@@ -197,7 +197,9 @@ def with_config_files(arguments: list[str]) -> list[str]:
 def plain_words(message: str, known: list[str]) -> str:
     """The parser's complaint as a sentence or two that a user can act on; `known` are the command's options."""
     if found := re.match(r"unrecognized arguments: (\S+)", message):
-        return f"Unknown argument '{found[1]}'."
+        by_shell = found[1] == "+" or found[1].endswith((".tar", ".parquet"))
+        hint = " Put a name with spaces, asterisks or braces in quotes." if by_shell else ""
+        return f"Unknown argument '{found[1]}'.{hint}"
     if found := re.match(r"the following arguments are required: (.*)", message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
         return f"Missing: {', '.join(f'--{name}' if f'--{name}' in known else name for name in names)}."

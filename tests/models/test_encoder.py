@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,28 @@ def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("notes")
     with pytest.raises(UnreadableImage, match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image$"):
         encoder.embed([tmp_path / "notes.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("photo.jpg", "One image alone: put it into a list."),
+        (Image.new("RGB", (9, 9)), "One image alone: put it into a list."),
+        ([np.zeros((9, 9, 3))], "An array must be uint8 [height, width, 3], not float64 [9, 9, 3]."),
+        ([np.zeros((3, 9, 9), np.uint8)], "An array must be uint8 [height, width, 3], not uint8 [3, 9, 9]."),
+        ([torch.zeros(3, 9, 9)], "An image is a PIL image, an array or a path, not Tensor."),
+    ],
+)
+def test_what_cannot_be_embedded_is_said(encoder: Encoder, images: Any, message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        encoder.embed(images)
+    assert str(error.value) == message
+
+
+def test_images_may_come_one_by_one_and_have_a_side(encoder: Encoder, images: list[Image.Image]) -> None:
+    assert torch.equal(encoder.embed((image for image in images), side=32), encoder.embed(images, side=32))
+    with pytest.raises(ValueError, match=r"^side must be at least 1, not 0\.$"):
+        encoder.embed(images, side=0)
 
 
 @pytest.mark.parametrize("config", [TINY, EncoderConfig("Ti", 14, 1, "sincos", 7)], ids=["factorized", "sincos"])

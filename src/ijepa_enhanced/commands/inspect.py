@@ -21,7 +21,7 @@ from ijepa_enhanced.commands.setup import (
     train_config,
 )
 from ijepa_enhanced.commands.train import first_batch
-from ijepa_enhanced.config import RequestError
+from ijepa_enhanced.config import RequestError, load_config
 from ijepa_enhanced.data.images import UnreadableImage
 from ijepa_enhanced.data.index import LISTED, build_index, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
@@ -42,7 +42,7 @@ def add_out(picture: ArgumentParser) -> None:
 
 def add_pack_options(picture: ArgumentParser) -> None:
     """The options of what draws the first pack of a run."""
-    picture.add_argument("source", type=str, help="a folder, tar shards, or synthetic")
+    picture.add_argument("source", type=str, help="a run, or images: a folder, tar shards, Parquet, a list, synthetic")
     add_configuration(picture)
     picture.add_argument("--run", help=argparse.SUPPRESS)  # a configuration file may have it
     add_out(picture)
@@ -111,8 +111,11 @@ def inspect_data(options: Namespace) -> int:
 
 def inspect_pack(name: str, options: Namespace) -> int:
     """Draw the first pack that a run would train on: its masks, or how it is filled."""
-    config = train_config(options)
-    batch = first_batch(config, options.source)
+    config, source = train_config(options), options.source
+    if (run := Path(source)).joinpath("config.yaml").is_file():
+        config = load_config(run)
+        source = config.data.source
+    batch = first_batch(config, source)
     if not len(batch.image_ids):
         raise RunError(f"None of the {len(batch.unreadable)} images of the first pack can be decoded.")
     picture = Path(options.out) / f"{name}.png"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ijepa_enhanced.config import RequestError, load_config
+from ijepa_enhanced.config import RequestError, load_config, recipe_names
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.evaluate.tokens import Images
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def add_configuration(command: ArgumentParser) -> None:
     """The options that make up a `TrainConfig`."""
-    command.add_argument("--config", action="config", help="a recipe's name, or a YAML file")
+    command.add_argument("--config", action="config", help=f"a recipe ({', '.join(recipe_names())}), or a YAML file")
     command.add_class_arguments(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         if dataclasses.is_dataclass(field.default_factory):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -33,7 +33,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet's statistics on [0, 1], the field's convention, so that imported weights see what they were trained on."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | str | Path
-"""A PIL image, an RGB array uint8 [height, width, 3], or a path."""
+"""A PIL image, an RGB array uint8 [height, width, 3], or the path of a file."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
     def embed(
         self,
-        images: Sequence[ImageLike],
+        images: Iterable[ImageLike],
         side: int | None = 224,
         merge_rate: float | Sequence[float] = 0.0,
         tokens_per_pack: int = 16384,
@@ -131,7 +131,9 @@ class Encoder(nn.Module):
 
         Raises:
             UnreadableImage: an image cannot be decoded; the message says which, where it is a path, and why.
-            ValueError: a merge rate out of range.
+            OSError: a file cannot be read.
+            TypeError: what is no image, or one alone and not in a list.
+            ValueError: a merge rate or a side out of range.
         """
         pooled = [
             segment_mean(features, packed.segments.cu_seqlens)
@@ -141,7 +143,7 @@ class Encoder(nn.Module):
 
     def feature_maps(
         self,
-        images: Sequence[ImageLike],
+        images: Iterable[ImageLike],
         side: int | None = 224,
         merge_rate: float | Sequence[float] = 0.0,
         tokens_per_pack: int = 16384,
@@ -156,7 +158,7 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def _features(
         self,
-        images: Sequence[ImageLike],
+        images: Iterable[ImageLike],
         side: int | None,
         merge_rate: float | Sequence[float],
         tokens_per_pack: int,
@@ -167,8 +169,13 @@ class Encoder(nn.Module):
             moved = packed.to(device)
             yield moved, self(moved, plan and plan.to(device)).float()
 
-    def packs(self, images: Sequence[ImageLike], side: int | None, tokens_per_pack: int = 16384) -> Iterator[Packed]:
+    def packs(self, images: Iterable[ImageLike], side: int | None, tokens_per_pack: int = 16384) -> Iterator[Packed]:
         """What `embed` shows the network: packs of uint8 patches, on the CPU; arguments and errors are its own."""
+        if isinstance(images, (str, Path, Image.Image)):
+            raise TypeError("One image alone: put it into a list.")
+        if side is not None and side < 1:
+            raise ValueError(f"side must be at least 1, not {side}.")
+        images = list(images)
         opened, upright = [], []
         for image in images:
             with _naming(image):
@@ -226,7 +233,11 @@ def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != CHANNELS:
+            raise TypeError(f"An array must be uint8 [height, width, 3], not {image.dtype} {[*image.shape]}.")
         return Image.fromarray(image)
+    if not isinstance(image, (str, Path)):
+        raise TypeError(f"An image is a PIL image, an array or a path, not {type(image).__name__}.")
     return open_image(Path(image).read_bytes())
 
 

@@ -83,7 +83,9 @@ class TrainConfig:
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}.")
         if self.objective.invariance and self.data.views + self.data.local_views < 2:
-            raise ValueError("objective.invariance compares views of one image: set data.views to 2 or more.")
+            raise ValueError(
+                "objective.invariance compares views of one image: set data.views to 2, or data.local_views above 0."
+            )
         if self.data.local_views and not self.objective.invariance:
             raise ValueError("data.local_views serve objective.invariance alone: set that above 0, or them to 0.")
         if not self.epochs > 0:
@@ -201,6 +203,8 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         meter.restore(progress["meter"], ranks)
         seen = History(**progress["watch"])
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
+    if done == total:
+        logger.warning("%s is finished: all %d steps are done.", folder, total)
     ranks_agree(ranks, {"plan": plan.hash, "checkpoint": done, "PyTorch": torch.__version__})
     watch = start_watch(
         config.monitor,
@@ -431,7 +435,7 @@ class Unreadable:
             more = f"\n  and {len(reasons) - LISTED} more" if len(reasons) > LISTED else ""
             raise RunError(
                 f"{len(reasons)} of {self.images} images cannot be read, more than data.max_unreadable "
-                f"({self.limit:.2%}) allows:\n{listed}{more}"
+                f"({self.limit:.2%}) allows:\n{listed}{more}\nTake them away, or raise data.max_unreadable."
             )
 
 

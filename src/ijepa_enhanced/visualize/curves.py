@@ -6,7 +6,7 @@ from typing import Any
 from ijepa_enhanced.visualize.plot import plot
 
 PANELS = {
-    "loss": ("loss", "prediction", "stabilizer"),
+    "loss": ("loss", "prediction", "stabilizer", "invariance"),
     "views / s": ("views_per_second",),
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),
@@ -19,9 +19,10 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> bool:
         if figure is None:
             return False
         for axes, (title, names) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-            for name in names:
+            shown = [name for name in names if any(line.get(name) for line in log)]  # terms of weight 0 are logged as 0
+            for name in shown:
                 axes.plot([line["step"] for line in log], [line[name] for line in log], label=name)
             axes.set(title=title, xlabel="step")
-            if len(names) > 1:
+            if len(shown) > 1:
                 axes.legend(frameon=False)
     return True
