@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "GROWTH_TOKENS", (256, 512))
     monkeypatch.setattr(step, "TOKENS", {"cpu": 256})
     monkeypatch.setattr(step, "PEAK_SIDE", {"cpu": 64})
-    monkeypatch.setattr(step, "GROWTH_TOKENS", {"cpu": (256, 512)})
+    monkeypatch.setattr(step, "GROWTH_TOKENS", (256, 512))
     monkeypatch.setattr(embed, "IMAGES", {"cpu": 2})
     monkeypatch.setattr(embed, "PEERS", {})
 
