@@ -102,6 +102,7 @@ class JEPA(nn.Module):
         invariance = prediction.new_zeros(())
         if self.projector is not None and images > 1:
             projected = self.projector(pooled)
+            # Of each image its masked views, then its local ones.
             views = [part.unflatten(0, (images, -1)) for part in projected.tensor_split([masked]) if len(part)]
             invariance = views_agree(torch.cat(views, dim=1)) / step_packs
         total = prediction + self.objective.stabilizer * stabilizer + self.objective.invariance * invariance

@@ -104,7 +104,6 @@ def spoil(folder: Path, count: int) -> None:
 
 
 def test_what_cannot_be_read_is_counted_and_named_as_by_one(whole: TrainConfig, photos: Path, tmp_path: Path) -> None:
-    # Views fill a pack of which nothing is left on one rank where all of its images are cut off.
     spoil(photos, 14)
     tolerant = dataclasses.replace(whole, data=dataclasses.replace(whole.data, max_unreadable=0.9))
     code, _, stderr = finish(torchrun(tolerant, tmp_path / "two"))
@@ -114,7 +113,7 @@ def test_what_cannot_be_read_is_counted_and_named_as_by_one(whole: TrainConfig, 
     counts = [read_log(tmp_path / run)[-1]["unreadable"] for run in ("one", "two")]
     assert counts == [14, 14]
     assert stderr.count("Left out: ") == 14
-    code, _, stderr = finish(torchrun(dataclasses.replace(whole, data=whole.data), tmp_path / "strict"))
+    code, _, stderr = finish(torchrun(whole, tmp_path / "strict"))
     assert code == 1
     assert "images cannot be read, more than data.max_unreadable (1.00%) allows:" in stderr
 
