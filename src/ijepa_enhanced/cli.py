@@ -19,8 +19,8 @@ from ijepa_enhanced.config import RequestError, config_of_run, find_config, near
 from ijepa_enhanced.data.images import UnreadableImage
 from ijepa_enhanced.data.plan import PlanError
 from ijepa_enhanced.data.sources import SourceError
+from ijepa_enhanced.distributed import RankError, is_one_of_many
 from ijepa_enhanced.train.checkpoint import CheckpointError
-from ijepa_enhanced.train.distributed import RankError, is_one_of_many
 from ijepa_enhanced.train.loop import ResumeError, RunError
 
 logger = logging.getLogger("ijepa_enhanced")
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         command, options = parse(arguments)
-        if command is not train.COMMAND and is_one_of_many():
-            raise RequestError("torchrun shares out training alone: give this command without it.")
+        if command not in (train.COMMAND, evaluate.COMMAND) and is_one_of_many():
+            raise RequestError("torchrun shares out training and evaluation alone: give this command without it.")
         return command.run(options)
     except SystemExit as finished:  # --help and --version end this way
         return int(finished.code or 0)

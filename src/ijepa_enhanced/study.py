@@ -21,7 +21,7 @@ from ijepa_enhanced.commands.setup import best_device, labelled_images, load_enc
 from ijepa_enhanced.config import RequestError, check_resumable, check_unchanged, load_config, nearest
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
-from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError
+from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.logging import read_log
@@ -229,10 +229,10 @@ def seconds_per_step(config: TrainConfig) -> float:
 def _scores(folder: Path, side: int | None, images: Sequence[Images]) -> dict[str, Any]:
     """The scores of a run's row, from the images of training and validation."""
     device = best_device()
-    dtype = autocast_dtype("auto", device)
+    setting = Setting(side, autocast_dtype("auto", device))
 
     def of(encoder: Encoder) -> dict[str, float]:
-        known, asked = (extract(encoder, part.source, part.index, side, dtype, cache=True) for part in images)
+        known, asked = (extract(encoder, part, setting, cache=True) for part in images)
         return dict(score(known, asked))
 
     encoder = load_encoder(str(folder)).to(device)

@@ -14,11 +14,13 @@ from ijepa_enhanced.data.index import Index, build_index
 from ijepa_enhanced.data.sources import FolderSource, open_source
 from ijepa_enhanced.evaluate import features
 from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
-from ijepa_enhanced.evaluate.tokens import NotFiniteError
+from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting
 from ijepa_enhanced.models.encoder import EncoderConfig
 
 # Norm of the difference by the norm, as in test_encoder.py: float32 rounding in other sizes of pack.
 BOUND = 2e-6
+SMALL = Setting(32, tokens_per_pack=64, workers=0)
+"""Several packs of few images."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def test_features_are_those_of_embed_in_the_order_of_the_source(
     encoder: Encoder, pictures: Path, side: int | None, tokens_per_pack: int
 ) -> None:
     source = open_source(str(pictures))
-    found = extract(encoder, source, build_index(source), side, tokens_per_pack=tokens_per_pack, workers=0)
+    found = extract(
+        encoder, Images(source, build_index(source)), Setting(side, tokens_per_pack=tokens_per_pack, workers=0)
+    )
     paths = [pictures / name / f"{n}.{'jpg' if n % 2 else 'png'}" for name in ("dark", "light") for n in range(5)]
     expected = encoder.embed(paths, side=side)
     assert found.values.shape == (10, 192)
@@ -61,7 +65,9 @@ def test_features_are_those_of_embed_in_the_order_of_the_source(
 def test_workers_change_nothing(encoder: Encoder, pictures: Path) -> None:
     source = open_source(str(pictures))
     index = build_index(source)
-    alone, beside = (extract(encoder, source, index, 32, tokens_per_pack=64, workers=workers) for workers in (0, 1))
+    alone, beside = (
+        extract(encoder, Images(source, index), dataclasses.replace(SMALL, workers=workers)) for workers in (0, 1)
+    )
     assert torch.equal(alone.values, beside.values)
     assert torch.equal(alone.image_ids, beside.image_ids)
 
@@ -69,7 +75,7 @@ def test_workers_change_nothing(encoder: Encoder, pictures: Path) -> None:
 def test_progress_counts_the_images(encoder: Encoder, pictures: Path) -> None:
     source = open_source(str(pictures))
     done: list[int] = []
-    extract(encoder, source, build_index(source), 32, tokens_per_pack=64, workers=0, progress=done.append)
+    extract(encoder, Images(source, build_index(source)), SMALL, progress=done.append)
     assert done == sorted(set(done))
     assert len(done) > 1
     assert done[-1] == 10
@@ -78,7 +84,10 @@ def test_progress_counts_the_images(encoder: Encoder, pictures: Path) -> None:
 def test_half_precision_is_close_and_stored_in_float32(encoder: Encoder, pictures: Path) -> None:
     source = open_source(str(pictures))
     index = build_index(source)
-    exact, half = (extract(encoder, source, index, 32, dtype, workers=0) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (
+        extract(encoder, Images(source, index), Setting(32, dtype, workers=0))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert half.values.dtype == torch.float32
     difference = (half.values - exact.values).norm() / exact.values.norm()
     # bfloat16 rounds at 4e-3, and means of 16 tokens and more average it; nothing at all would be float32 in disguise.
@@ -90,7 +99,7 @@ def test_unreadable_images_are_left_out_and_named(encoder: Encoder, damaged: Pat
     """With small packs the damaged image is a pack of its own, which is then empty."""
     source = open_source(str(damaged))
     index = build_index(source)
-    found = extract(encoder, source, index, 40, tokens_per_pack=tokens_per_pack, workers=0)
+    found = extract(encoder, Images(source, index), Setting(40, tokens_per_pack=tokens_per_pack, workers=0))
     assert found.image_ids.tolist() == [0, 1, 3, 5]
     assert found.labels is None
     expected = encoder.embed([damaged / f"{number}.png" for number in (0, 1, 3, 5)], side=40)
@@ -127,7 +136,7 @@ def test_a_layer_counts_as_if_it_were_the_last(pictures: Path, merge_rate: float
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(variant="Ti", depth=6, patch_size=8)).eval()
     source = open_source(str(pictures))
-    found = extract(encoder, source, build_index(source), 40, workers=0, merge_rate=merge_rate)
+    found = extract(encoder, Images(source, build_index(source)), Setting(40, workers=0, merge_rate=merge_rate))
     assert found.layers is not None
     assert found.layers.shape == (10, 4, 192)
     assert torch.equal(found.layers[:, -1], found.values)
@@ -158,7 +167,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cached(encoder: Encoder, source: FolderSource, index: Index, side: int = 32, rate: float = 0.0) -> Features:
-    return extract(encoder, source, index, side, tokens_per_pack=64, merge_rate=rate, workers=0, cache=True)
+    return extract(encoder, Images(source, index), dataclasses.replace(SMALL, side=side, merge_rate=rate), cache=True)
 
 
 def test_what_was_extracted_is_not_extracted_again(encoder: Encoder, damaged: Path, cache: Path) -> None:
@@ -197,10 +206,10 @@ def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pic
     ]
     for number, (network, some, side, rate) in enumerate(cases, start=2):
         found = cached(network, source, some, side, rate)
-        fresh = extract(network, source, some, side, tokens_per_pack=64, merge_rate=rate, workers=0)
+        fresh = extract(network, Images(source, some), dataclasses.replace(SMALL, side=side, merge_rate=rate))
         assert torch.equal(found.values, fresh.values)
         assert len(list(cache.iterdir())) == number
-    extract(encoder, source, index, 32, torch.bfloat16, tokens_per_pack=64, workers=0, cache=True)
+    extract(encoder, Images(source, index), dataclasses.replace(SMALL, dtype=torch.bfloat16), cache=True)
     assert len(list(cache.iterdir())) == len(cases) + 2
 
 
@@ -217,7 +226,7 @@ def test_an_image_that_changed_is_read_again(encoder: Encoder, damaged: Path, ca
 def test_an_interrupted_extraction_goes_on_where_it_stopped(encoder: Encoder, pictures: Path, cache: Path) -> None:
     source = CountedSource(pictures)
     index = build_index(source)
-    whole = extract(encoder, source, index, 32, tokens_per_pack=64, workers=0)
+    whole = extract(encoder, Images(source, index), SMALL)
     source.opened = 0
 
     def interrupt(images: int) -> None:
@@ -225,12 +234,12 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(encoder: Encoder, pi
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract(encoder, source, index, 32, tokens_per_pack=64, workers=0, progress=interrupt, cache=True)
+        extract(encoder, Images(source, index), SMALL, progress=interrupt, cache=True)
     files = list(cache.glob("*/*"))
     assert all(path.name.endswith(".safetensors") and not path.name.startswith(".") for path in files)
     before, source.opened = source.opened, 0
     done: list[int] = []
-    found = extract(encoder, source, index, 32, tokens_per_pack=64, workers=0, progress=done.append, cache=True)
+    found = extract(encoder, Images(source, index), SMALL, progress=done.append, cache=True)
     # Only the pack that was being counted is lost.
     assert 10 - before <= source.opened < 10
     assert done == sorted(set(done))

@@ -16,8 +16,8 @@ from ijepa_enhanced.cli import main
 from ijepa_enhanced.data.cache import InMemory
 from ijepa_enhanced.data.source import SourceError
 from ijepa_enhanced.data.sources import FolderSource
+from ijepa_enhanced.distributed import RankError, Ranks, is_main, ranks_of_run
 from ijepa_enhanced.models.encoder import Encoder
-from ijepa_enhanced.train.distributed import RankError, Ranks, is_main, ranks_of_run
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import Meter, RunError, TrainConfig, ranks_agree, train
 
@@ -193,9 +193,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("launched")
-def test_torchrun_is_for_training_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_torchrun_is_for_training_and_evaluation_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["index", "synthetic"]) == 2
-    assert capsys.readouterr().err == "ijepa: torchrun shares out training alone: give this command without it.\n"
+    assert capsys.readouterr().err == (
+        "ijepa: torchrun shares out training and evaluation alone: give this command without it.\n"
+    )
 
 
 def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> None:

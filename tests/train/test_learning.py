@@ -11,6 +11,7 @@ from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
+from ijepa_enhanced.evaluate.tokens import Images, Setting
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.loop import train
 
@@ -28,7 +29,7 @@ def test_half_a_quickstart_beats_its_random_start(tmp_path: Path) -> None:
     scores = []
     for encoder in (start, Encoder.from_pretrained(tmp_path / "run")):
         known, asked = (
-            extract(encoder, source, build_index(source), side=64, dtype=torch.bfloat16) for source in sources
+            extract(encoder, Images(source, build_index(source)), Setting(64, torch.bfloat16)) for source in sources
         )
         scores.append(dict(score(known, asked)))
     # Nearest neighbours gain too little in so short a run (docs/log.md).

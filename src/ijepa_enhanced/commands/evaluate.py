@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +18,9 @@ from rich.table import Table
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import (
     add_encoder,
-    best_device,
     check_setting,
     counting_bars,
+    hush_others,
     labelled_images,
     load_encoder,
     print_json,
@@ -29,6 +28,7 @@ from ijepa_enhanced.commands.setup import (
     share_cores,
 )
 from ijepa_enhanced.config import RequestError, nearest
+from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.dense import dense, open_maps
 from ijepa_enhanced.evaluate.features import extract, thumbnails
@@ -91,19 +91,21 @@ def add_options(command: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Score an encoder, or a table of settings of one.
+    """Score an encoder, or a table of settings of one; started by `torchrun`, the ranks share the work.
 
     Raises:
         RunError: what the encoder computes is not finite.
     """
     try:
-        return evaluate(options)
+        with ranks_of_run() as ranks:
+            return evaluate(options, ranks)
     except NotFiniteError as error:
         raise RunError(str(error)) from error
 
 
-def evaluate(options: Namespace) -> int:
+def evaluate(options: Namespace, ranks: Ranks) -> int:
     """Score, print what was found, and keep it in the run."""
+    hush_others()
     for name in ("seed", "workers"):
         if options[name] < 0:
             raise RequestError(f"{name} must be at least 0, not {options[name]}.")
@@ -113,13 +115,15 @@ def evaluate(options: Namespace) -> int:
     combinations = sweep_settings(options) if options.sweep else []
     check_setting(options.side, options.merge_rate)
     share_cores(options.workers)
-    encoder = load_encoder(options.run).to(best_device())
-    dtype = autocast_dtype("auto", best_device())
+    encoder = load_encoder(options.run).to(ranks.device)
+    dtype = autocast_dtype("auto", ranks.device)
     specs = ((options.train, "train"), (options.val, "val"))
-    maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
-    train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
+    with ranks.one_first():
+        maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
+        train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
+    setting = Setting(options.side, dtype, options.merge_rate, options.workers, ranks=ranks)
     if combinations:
-        return sweep(options, combinations, encoder, train, val, dtype)
+        return sweep(options, combinations, encoder, train, val, setting)
     subjects: dict[str, Encoder | None] = {}
     if options.baselines or options.random_init:
         subjects["random start"] = random_start(encoder, Path(options.run))
@@ -130,7 +134,6 @@ def evaluate(options: Namespace) -> int:
     evaluation: dict[str, dict[str, float]] = {}
     for name, network in subjects.items():
         logger.info("Scoring: %s", name)
-        setting = Setting(options.side, dtype, options.merge_rate, options.workers)
         scores = evaluation[name] = scores_of_features(options, network, train, val, setting)
         if network is None:
             continue
@@ -140,6 +143,8 @@ def evaluate(options: Namespace) -> int:
             scores |= finetune(network, train, val, setting, options.seed, counting, options.finetune)
         if "dense" in options.protocols:
             scores |= dense(network, maps[0], maps[1], setting, options.seed, counting)
+    if not ranks.main:
+        return 0
     show(evaluation)
     if (run := Path(options.run)).joinpath("config.yaml").is_file():
         settings = {name: options[name] for name in ("train", "val", "side", "merge_rate", "seed")}
@@ -157,24 +162,15 @@ def scores_of_features(
         return {}
     both = []
     for images in (train, val):
-        source, index = images.source, images.index
         if encoder is None:
-            found = thumbnails(source, index)
+            found = thumbnails(images.source, images.index)
         else:
-            with counting(source.name, len(index.rows)) as progress:
-                found = extract(
-                    encoder,
-                    source,
-                    index,
-                    setting.side,
-                    setting.dtype,
-                    merge_rate=setting.merge_rate,
-                    workers=setting.workers,
-                    progress=progress,
-                    cache=True,
-                )
-        warn_of_unreadable(source, found.unreadable)
+            with counting(images.source.name, len(images.index.rows)) as progress:
+                found = extract(encoder, images, setting, progress, cache=True)
+        warn_of_unreadable(images.source, found.unreadable)
         both.append(found)
+    if not setting.ranks.main:
+        return {}
     known, asked = both
     most = max(NEIGHBOURS)
     if "knn" in protocols and len(known.values) < most:
@@ -229,23 +225,28 @@ def sweep(
     encoder: Encoder,
     train: Images,
     val: Images,
-    dtype: torch.dtype,
+    setting: Setting,
 ) -> int:
     """Score a table of settings of one encoder."""
     name, network = "trained", encoder
     if options.random_init:
         name, network = "random start", random_start(encoder, Path(options.run))
     logger.info("Timing the network at %d settings", len(settings))
-    costs = network_costs(network, [train.index, val.index], settings, dtype)
+    main = setting.ranks.main
+    costs = network_costs(network, [train.index, val.index], settings if main else [], setting.dtype)
+    found = []
+    for side, rate in settings:
+        logger.info("Scoring: %s, %s", name, setting_name(side, rate))
+        shown = dataclasses.replace(setting, side=side, merge_rate=rate)
+        found.append(scores_of_features(options, network, train, val, shown))
+    if not main:
+        return 0
     fields = [field.name for field in dataclasses.fields(Point)]
     points = []
-    for (side, rate), cost in zip(settings, costs, strict=True):
-        logger.info("Scoring: %s, %s", name, setting_name(side, rate))
-        scores = scores_of_features(options, network, train, val, Setting(side, dtype, rate, options.workers))
+    for (side, rate), cost, scores in zip(settings, costs, found, strict=True):
         points.append(Point(side, rate, **{key: scores[key] for key in fields if key in scores}, **cost))
     show_sweep(points, Path(options.out or options.run))
-    found = [dataclasses.asdict(point) for point in points]
-    print_json(options, dataclasses.asdict(choose(points)) | {"sweep": found})
+    print_json(options, dataclasses.asdict(choose(points)) | {"sweep": [dataclasses.asdict(point) for point in points]})
     return 0
 
 

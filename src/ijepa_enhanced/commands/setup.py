@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ijepa_enhanced.config import RequestError, load_config, recipe_names
 from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.evaluate.tokens import Images
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.loop import RunError, TrainConfig
@@ -67,7 +68,13 @@ def counting_bars() -> Progress:
     """Bars on stderr that count what is done, for as long as it is entered; nothing where stderr is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and is_main()))
+
+
+def hush_others() -> None:
+    """Let the main rank alone say what all ranks have to say, but for errors."""
+    if not is_main():
+        logging.getLogger("ijepa_enhanced").setLevel(logging.ERROR)
 
 
 def print_counts(counts: dict[str, Any]) -> None:

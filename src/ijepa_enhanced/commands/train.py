@@ -11,14 +11,14 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import add_configuration, print_json, share_cores, train_config
+from ijepa_enhanced.commands.setup import add_configuration, hush_others, print_json, share_cores, train_config
 from ijepa_enhanced.config import RequestError, check_resumable, check_unchanged, load_config
 from ijepa_enhanced.data.index import build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.packed import Batch
-from ijepa_enhanced.train.distributed import is_main
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import TrainConfig, train
 from ijepa_enhanced.visualize.curves import draw_curves
@@ -53,8 +53,7 @@ def run(options: Namespace) -> int:
         if folder.exists() and is_main():
             raise RequestError(f"{folder} already exists. Go on with it by --resume {folder}, or name another --run.")
     share_cores(config.data.workers)
-    if not is_main():
-        logging.getLogger("ijepa_enhanced").setLevel(logging.ERROR)  # the main rank says it all
+    hush_others()
     outcome = train(config, folder, resume=bool(options.resume))
     if not is_main():
         return 0

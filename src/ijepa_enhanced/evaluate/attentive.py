@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.evaluate.linear import calibrated_loss, stratified_split
 from ijepa_enhanced.evaluate.scores import classification
-from ijepa_enhanced.evaluate.tokens import Counting, Images, Setting, Tokens, stored_tokens, uncounted
+from ijepa_enhanced.evaluate.tokens import Counting, Images, Setting, Tokens, help_store, stored_tokens, uncounted
 from ijepa_enhanced.models.blocks import LAYER_NORM_EPS
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.packed import Segments, segment_ids
@@ -89,8 +89,9 @@ def attentive(
 ) -> Iterator[tuple[str, float]]:
     """`attentive`, and what comes with it (see `scores.classification`).
 
-    The encoder is run once over each source; the probe then reads stored tokens. Of `RATES` the one is chosen whose
-    probe has the lowest `calibrated_loss` on a fifth of `train`, stratified; that probe is trained again on all of it.
+    The encoder is run once over each source, by all ranks; the probe then reads stored tokens, on the main one. Of
+    `RATES` the one is chosen whose probe has the lowest `calibrated_loss` on a fifth of `train`, stratified; that probe
+    is trained again on all of it.
 
     Args:
         encoder: in evaluation mode, on the device that the probe is trained on.
@@ -103,6 +104,9 @@ def attentive(
         UnreadableImage: no image of a source can be decoded.
         NotFiniteError: a feature is not finite.
     """
+    if not setting.ranks.main:
+        help_store(encoder, (train, val), setting)
+        return
     with (
         stored_tokens(encoder, train, setting, counting) as known,
         stored_tokens(encoder, val, setting, counting) as asked,

@@ -19,7 +19,7 @@ from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.plan import fit_grids
 from ijepa_enhanced.data.sources import SourceError, open_source
 from ijepa_enhanced.evaluate.linear import STRENGTHS, softmax_regression
-from ijepa_enhanced.evaluate.tokens import Counting, Images, Setting, stored_tokens, uncounted
+from ijepa_enhanced.evaluate.tokens import Counting, Images, Setting, help_store, stored_tokens, uncounted
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.randomness import Purpose, generator
 
@@ -106,7 +106,11 @@ def dense(
     grids = fit_grids(index.heights, index.widths, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
     order = rng.permutation(len(index.rows))
     few = np.sort(order[np.cumsum(grids[order].prod(axis=1)) <= MOST_PATCHES])
-    with stored_tokens(encoder, Images(train.source, index.select(few)), setting, counting) as tokens:
+    chosen = Images(train.source, index.select(few))
+    if not setting.ranks.main:
+        help_store(encoder, (chosen, val), setting)
+        return
+    with stored_tokens(encoder, chosen, setting, counting) as tokens:
         x = tokens.values.float()
         maps = [_map_of(train, row) for row in tokens.image_ids.tolist()]
         classes = np.unique(np.concatenate([np.unique(labels) for labels in maps]))

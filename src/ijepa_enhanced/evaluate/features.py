@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from ijepa_enhanced.data.images import UnreadableImage, decode_views
 from ijepa_enhanced.data.index import Index, cache_folder
 from ijepa_enhanced.data.plan import inference_packs
 from ijepa_enhanced.data.source import UNREAD, Source
-from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK, need_images, token_batches
+from ijepa_enhanced.evaluate.tokens import Images, Setting, need_images, reduced_packs
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.pooling import segment_mean
@@ -60,13 +60,8 @@ class Features:
 
 def extract(
     encoder: Encoder,
-    source: Source,
-    index: Index,
-    side: int | None,
-    dtype: torch.dtype = torch.float32,
-    tokens_per_pack: int = TOKENS_PER_PACK,
-    merge_rate: float | Sequence[float] = 0.0,
-    workers: int = 1,
+    images: Images,
+    setting: Setting,
     progress: Callable[[int], None] | None = None,
     cache: bool = False,
 ) -> Features:
@@ -74,16 +69,12 @@ def extract(
 
     Args:
         encoder: in evaluation mode.
-        source, index: the images.
-        side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
-        dtype: precision of the matrix products.
-        tokens_per_pack: tokens in memory at once.
-        merge_rate: see `Encoder.embed`.
-        workers: processes that decode.
+        images: the source.
+        setting: how they are shown to the encoder. On other ranks than the main one what is returned is empty.
         progress: called with the number of images done.
         cache: keep what is found in the user's cache folder (see `build_index`) and read what is there, a file for
             every `PACKS_PER_PART` packs. They are found by a digest of all that features depend on: weights and
-            architecture, the files and their index, and the other arguments. What cannot be read is made anew; what
+            architecture, the files and their index, and the setting. What cannot be read is made anew; what
             cannot be written is a warning.
 
     Raises:
@@ -91,19 +82,24 @@ def extract(
         NotFiniteError: a feature is not finite; nothing of its part is cached.
         ValueError: a merge rate out of range.
     """
-    packs = inference_packs(index, side, encoder.config.patch_size, tokens_per_pack)
+    index, ranks = images.index, setting.ranks
+    packs = inference_packs(index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
     cuts = [packs[start : start + PACKS_PER_PART] for start in range(0, len(packs), PACKS_PER_PART)]
     found: list[_Part | None] = [None] * len(cuts)
-    if cache:
-        settings = (side, dtype, tokens_per_pack, merge_rate)
-        folder = cache_folder() / "features" / _digest(encoder, source, index, settings)
+    if cache and ranks.main:
+        folder = cache_folder() / "features" / _digest(encoder, images, setting)
         found = [_Part.load(folder / f"{number:05d}.safetensors") for number in range(len(cuts))]
-    missing = [pack for cut, part in zip(cuts, found, strict=True) if part is None for pack in cut]
-    batches = token_batches(encoder, source, index, missing, dtype, merge_rate, workers, LAYERS)
+    wanted = ranks.gather([part is None for part in found])[0]
+    missing = [pack for cut, want in zip(cuts, wanted, strict=True) if want for pack in cut]
+    pooled = reduced_packs(encoder, images, missing, setting, _pooled, LAYERS)
+    if not ranks.main:
+        for _ in pooled:
+            pass
+        return Features(torch.empty(0, encoder.width), None, torch.empty(0, dtype=torch.int64), {}, 0.0)
     parts, done = [], 0
     for number, (cut, part) in enumerate(zip(cuts, found, strict=True)):
         if part is None:
-            part = _Part.of(itertools.islice(batches, len(cut)), done, progress)
+            part = _Part.of(itertools.islice(pooled, len(cut)), done, progress)
             # What could not be read for a moment, as over a network, may be there the next time.
             if cache and not any(reason.startswith(UNREAD) for reason in part.unreadable.values()):
                 part.save(folder / f"{number:05d}.safetensors")
@@ -111,7 +107,7 @@ def extract(
             progress(done + len(part.image_ids))
         parts.append(part)
         done += len(part.image_ids)
-    need_images(done, source)
+    need_images(done, images.source)
     layers = torch.cat([part.layers for part in parts if len(part.layers)])
     image_ids = torch.cat([part.image_ids for part in parts])
     readable = np.isin(index.rows, image_ids)
@@ -125,6 +121,12 @@ def extract(
     )
 
 
+def _pooled(batch: Batch, layers: list[Tensor]) -> _Part:
+    cu_seqlens = batch.packed.segments.cu_seqlens
+    means = torch.stack([segment_mean(x, cu_seqlens) for x in layers], dim=1).cpu() if layers else torch.empty(0)
+    return _Part(means, batch.image_ids.cpu(), dict(batch.unreadable), 0.0)
+
+
 class _Part(NamedTuple):
     """The features of some packs: n images."""
 
@@ -135,28 +137,22 @@ class _Part(NamedTuple):
     seconds: float
 
     @classmethod
-    def of(
-        cls, batches: Iterable[tuple[Batch, list[Tensor]]], done: int, progress: Callable[[int], None] | None
-    ) -> _Part:
+    def of(cls, packs: Iterable[_Part], done: int, progress: Callable[[int], None] | None) -> _Part:
+        """Some packs as one, and the time they take."""
         start = time.perf_counter()
-        pooled, image_ids = [], [torch.empty(0, dtype=torch.int64)]
+        shown, image_ids = [], [torch.empty(0, dtype=torch.int64)]
         unreadable: dict[int, str] = {}
-        for batch, layers in batches:
-            unreadable |= dict(batch.unreadable)
-            if not layers:
+        for pack in packs:
+            unreadable |= pack.unreadable
+            if not len(pack.image_ids):
                 continue
-            cu_seqlens = batch.packed.segments.cu_seqlens
-            pooled.append(torch.stack([segment_mean(x, cu_seqlens) for x in layers], dim=1).cpu())
-            image_ids.append(batch.image_ids.cpu())
-            done += len(batch.image_ids)
+            shown.append(pack.layers)
+            image_ids.append(pack.image_ids)
+            done += len(pack.image_ids)
             if progress:
                 progress(done)
-        return cls(
-            torch.cat(pooled) if pooled else torch.empty(0),
-            torch.cat(image_ids),
-            unreadable,
-            time.perf_counter() - start,
-        )
+        seconds = time.perf_counter() - start
+        return cls(torch.cat(shown) if shown else torch.empty(0), torch.cat(image_ids), unreadable, seconds)
 
     @classmethod
     def load(cls, path: Path) -> _Part | None:
@@ -183,12 +179,13 @@ class _Part(NamedTuple):
             logger.warning("The features cannot be cached in %s: %s", path.parent, error)
 
 
-def _digest(encoder: Encoder, source: Source, index: Index, settings: tuple[object, ...]) -> str:
+def _digest(encoder: Encoder, images: Images, setting: Setting) -> str:
     """The name of all that features depend on."""
     format_of = (FORMAT, LAYERS, PACKS_PER_PART)
-    where = (encoder.config, encoder.pixel_scale.device.type, source.fingerprint(), index.hash)
-    digest = hashlib.sha256(repr((*format_of, *where, *settings)).encode())
-    digest.update(index.rows.tobytes())
+    where = (encoder.config, encoder.pixel_scale.device.type, images.source.fingerprint(), images.index.hash)
+    shown = (setting.side, setting.dtype, setting.tokens_per_pack, setting.merge_rate)
+    digest = hashlib.sha256(repr((*format_of, *where, *shown)).encode())
+    digest.update(images.index.rows.tobytes())
     for name, weights in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

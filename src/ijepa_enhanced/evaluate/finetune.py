@@ -23,14 +23,14 @@ from ijepa_enhanced.evaluate.tokens import (
     NotFiniteError,
     Setting,
     need_images,
-    token_batches,
+    reduced_packs,
     uncounted,
     warn_of_unreadable,
 )
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.packed import Packed, segment_ids
+from ijepa_enhanced.packed import Batch, Packed, segment_ids
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.schedules import warmup_cosine
 
@@ -133,8 +133,8 @@ def finetune(
 ) -> Iterator[tuple[str, float]]:
     """`finetune`, and what comes with it (see `scores.classification`): of the last step, none is chosen.
 
-    AdamW over random crops, resized to the side that is scored, a pack a step; the encoder that is given does not
-    change.
+    AdamW over random crops, resized to the side that is scored, a pack a step, whose views the ranks share; the encoder
+    that is given does not change.
 
     Args:
         encoder: on the device to train on.
@@ -156,8 +156,10 @@ def finetune(
     rng = generator(seed, Purpose.PROTOCOL)
     model = Classifier(encoder, len(classes), config.drop_path, int(rng.integers(2**63))).train()
     _train(model, train, classes, setting, seed, rng, counting, config)
-    logits, labels = _predict(model.eval(), val, setting, counting)
-    yield from classification("finetune", logits, classes, labels)
+    scored = _predict(model.eval(), val, setting, counting)
+    if setting.ranks.main:
+        logits, labels = (torch.cat(parts) for parts in zip(*scored, strict=True))
+        yield from classification("finetune", logits, classes, labels)
 
 
 def _train(
@@ -170,7 +172,7 @@ def _train(
     counting: Counting,
     config: FinetuneConfig,
 ) -> None:
-    source, index, encoder = train.source, train.index, model.encoder
+    source, index, encoder, ranks = train.source, train.index, model.encoder, setting.ranks
     views = DataConfig(
         tokens_per_pack=setting.tokens_per_pack,
         min_side=setting.side,
@@ -180,7 +182,8 @@ def _train(
     )
     plan = Plan(index, views, encoder.config.patch_size, seed)
     steps = config.epochs * len(plan.epoch(0))
-    packs = (epoch[number] for epoch in map(plan.epoch, itertools.count()) for number in range(len(epoch)))
+    own = slice(ranks.rank, None, ranks.world)
+    packs = (epoch[n].select(own) for epoch in map(plan.epoch, itertools.count()) for n in range(len(epoch)))
     depth, device = encoder.config.shape.depth, encoder.pixel_scale.device
     dataset = PackDataset(
         source,
@@ -191,6 +194,7 @@ def _train(
         merge_rate=setting.merge_rate,
         changes=AugmentConfig(flip=config.flip),
     )
+    learned = list(model.parameters())
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=0.0)
     unreadable: dict[int, str] = {}
     seen = 0
@@ -198,26 +202,32 @@ def _train(
         loader = make_loader(dataset, itertools.islice(packs, steps), setting.workers, pin_memory=device.type == "cuda")
         for step, batch in enumerate(loader):
             unreadable |= dict(batch.unreadable)
-            if not len(batch.image_ids):
+            views_shown = int(*ranks.sums([len(batch.image_ids)]))
+            if not views_shown:
                 continue
-            seen += len(batch.image_ids)
-            moved = batch.to(device, non_blocking=True)
-            assert moved.labels is not None
-            targets = F.one_hot(torch.searchsorted(classes.to(device), moved.labels), len(classes)).float()
-            with torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32):
-                pooled = model.pooled(moved.packed, moved.merge_plan)
-            if config.mixup:
-                pooled, targets = mixed(pooled, targets, config.mixup, rng)
-            loss = F.cross_entropy(model.head(pooled), targets, label_smoothing=config.label_smoothing)
+            seen += views_shown
+            if len(batch.image_ids):
+                moved = batch.to(device, non_blocking=True)
+                assert moved.labels is not None
+                targets = F.one_hot(torch.searchsorted(classes.to(device), moved.labels), len(classes)).float()
+                with torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32):
+                    pooled = model.pooled(moved.packed, moved.merge_plan)
+                if config.mixup:
+                    pooled, targets = mixed(pooled, targets, config.mixup, rng)
+                logits = model.head(pooled)
+                loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing, reduction="sum")
+                (loss / views_shown).backward()
+            ranks.sum_gradients(learned)
             for group in optimizer.param_groups:
                 rate = warmup_cosine(step, steps, round(config.warmup * steps), config.lr, 0.0)
                 group["lr"] = rate * group["share"]
-            optimizer.zero_grad()
-            loss.backward()
-            if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+            if not nn.utils.clip_grad_norm_(learned, 1.0).isfinite():
                 raise NotFiniteError(f"Fine-tuning diverged at step {step}: lower finetune.lr.")
             optimizer.step()
+            optimizer.zero_grad()
             progress(step + 1)
+    for found in ranks.gather(unreadable):
+        unreadable |= found
     warn_of_unreadable(source, unreadable)
     need_images(seen, source)
 
@@ -249,21 +259,26 @@ def mixed(pooled: Tensor, targets: Tensor, alpha: float, rng: np.random.Generato
 
 
 @torch.inference_mode()
-def _predict(model: Classifier, images: Images, setting: Setting, counting: Counting) -> tuple[Tensor, Tensor]:
-    """Logits [N, C] and labels int64 [N] of the readable images."""
-    source, index, encoder = images.source, images.index, model.encoder
+def _predict(model: Classifier, images: Images, setting: Setting, counting: Counting) -> list[tuple[Tensor, Tensor]]:
+    """Logits [n, C] and labels int64 [n] of the readable images of each pack that has any; the main rank's."""
+
+    def reduce(batch: Batch, layers: list[Tensor]) -> tuple[dict[int, str], list[tuple[Tensor, Tensor]]]:
+        if not layers:
+            return dict(batch.unreadable), []
+        assert batch.labels is not None
+        logits = model.head(segment_mean(layers[-1], batch.packed.segments.cu_seqlens))
+        return dict(batch.unreadable), [(logits.cpu(), batch.labels.cpu())]
+
+    index, encoder = images.index, model.encoder
     packs = inference_packs(index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
-    batches = token_batches(encoder, source, index, packs, setting.dtype, setting.merge_rate, setting.workers)
-    logits, labels = [], []
+    scored: list[tuple[Tensor, Tensor]] = []
     unreadable: dict[int, str] = {}
-    with counting(source.name, len(index.rows)) as progress:
-        for batch, layers in batches:
-            unreadable |= dict(batch.unreadable)
-            if layers:
-                assert batch.labels is not None
-                logits.append(model.head(segment_mean(layers[-1], batch.packed.segments.cu_seqlens)).cpu())
-                labels.append(batch.labels.cpu())
-                progress(sum(map(len, labels)))
-    warn_of_unreadable(source, unreadable)
-    need_images(len(labels), source)
-    return torch.cat(logits), torch.cat(labels)
+    with counting(images.source.name, len(index.rows)) as progress:
+        for left_out, shown in reduced_packs(encoder, images, packs, setting, reduce):
+            unreadable |= left_out
+            scored += shown
+            progress(sum(len(labels) for _, labels in scored))
+    warn_of_unreadable(images.source, unreadable)
+    if setting.ranks.main:
+        need_images(len(scored), images.source)
+    return scored

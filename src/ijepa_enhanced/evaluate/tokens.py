@@ -7,8 +7,8 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ijepa_enhanced.data.index import Index, cache_folder
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Pack, inference_packs
 from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.merging import chain, unmerge
@@ -33,6 +34,9 @@ TOKENS_PER_PACK = 16384
 class NotFiniteError(ValueError):
     """An encoder computes what is no number; the message says where."""
 
+
+Reduced = TypeVar("Reduced")
+"""What is kept of a pack."""
 
 Counting = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar of a title and a total; what it gives is called with how many are done."""
@@ -58,6 +62,9 @@ class Setting:
     """Processes that decode."""
     tokens_per_pack: int = TOKENS_PER_PACK
     """Tokens in memory at once."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that share the packs, each with the encoder on a device of its own. All of them call the same
+    functions in the same order; what these find is the main one's."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,29 @@ class Images:
     index: Index
 
 
+def reduced_packs(
+    encoder: Encoder,
+    images: Images,
+    packs: Sequence[Pack],
+    setting: Setting,
+    reduce: Callable[[Batch, list[Tensor]], Reduced],
+    layers: int = 1,
+) -> Iterator[Reduced]:
+    """What `reduce` keeps, on the host, of each pack and its tokens (see `token_batches`), in the order of the packs.
+
+    Each rank runs the encoder on its share of them, and the main one gets all; the others get none, and must ask
+    for the first to do their part.
+    """
+    ranks = setting.ranks
+    own = token_batches(encoder, images, packs[ranks.rank :: ranks.world], setting, layers)
+    for _ in range(0, len(packs), ranks.world):
+        found = [reduce(*tokens) for tokens in itertools.islice(own, 1)]
+        yield from itertools.chain(*ranks.to_main(found))
+
+
 @torch.inference_mode()
 def token_batches(
-    encoder: Encoder,
-    source: Source,
-    index: Index,
-    packs: Iterable[Pack],
-    dtype: torch.dtype,
-    merge_rate: float | Sequence[float],
-    workers: int,
-    layers: int = 1,
+    encoder: Encoder, images: Images, packs: Iterable[Pack], setting: Setting, layers: int = 1
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Each pack on the encoder's device, and what the last `layers` layers make of its patches: [T, D] each.
 
@@ -87,9 +107,12 @@ def token_batches(
     Raises:
         NotFiniteError: a feature of the last layer is not finite.
     """
+    source, dtype = images.source, setting.dtype
     device, config = encoder.pixel_scale.device, encoder.config
-    dataset = PackDataset(source, index, config.patch_size, depth=config.shape.depth, merge_rate=merge_rate)
-    for batch in make_loader(dataset, packs, workers, pin_memory=device.type == "cuda"):
+    dataset = PackDataset(
+        source, images.index, config.patch_size, depth=config.shape.depth, merge_rate=setting.merge_rate
+    )
+    for batch in make_loader(dataset, packs, setting.workers, pin_memory=device.type == "cuda"):
         moved = batch.to(device, non_blocking=True)
         outputs: list[Tensor] = []
         if len(batch.image_ids):
@@ -144,7 +167,7 @@ class Tokens(NamedTuple):
 
 @contextmanager
 def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: Counting) -> Iterator[Tokens]:
-    """The tokens of all images after the last LayerNorm, for as long as the context lasts.
+    """The tokens of all images after the last LayerNorm, for as long as the context lasts; the main rank's.
 
     They take 2 * D bytes each, in a file in the user's cache folder that has no name there: it is gone
     when the process is, whatever ends it.
@@ -154,34 +177,51 @@ def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: 
         OSError: the disk is full.
     """
     source, index = images.source, images.index
-    packs = inference_packs(index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
-    batches = token_batches(encoder, source, index, packs, setting.dtype, setting.merge_rate, setting.workers)
-    parts: list[Batch] = []
+    parts: list[Tokens] = []
     unreadable: dict[int, str] = {}
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         with counting(source.name, len(index.rows)) as progress:
-            for batch, layers in batches:
-                unreadable |= dict(batch.unreadable)
-                if layers:
-                    parts.append(batch.to("cpu"))
-                    file.write(layers[-1].to("cpu", torch.bfloat16).view(torch.uint8).numpy().data)
+            for part, left_out in _tokens_of_packs(encoder, images, setting):
+                unreadable |= left_out
+                if len(part.image_ids):
+                    file.write(part.values.view(torch.uint8).numpy().data)
+                    parts.append(part._replace(values=torch.empty(0)))
                     progress(sum(len(part.image_ids) for part in parts))
         file.flush()
         warn_of_unreadable(source, unreadable)
         need_images(len(parts), source)
-        lengths = torch.tensor([length for part in parts for length in part.packed.segments.lengths])
         # Copied on writing, which torch wants to be possible.
         values = torch.from_numpy(np.memmap(file, np.int16, "c")).view(torch.bfloat16)
         labels = [part.labels for part in parts if part.labels is not None]
         yield Tokens(
             values.view(-1, encoder.width),
-            lengths,
-            torch.cat([part.packed.grids for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.grids for part in parts]),
             torch.cat([part.image_ids for part in parts]),
             torch.cat(labels) if labels else None,
         )
+
+
+def help_store(encoder: Encoder, sources: Iterable[Images], setting: Setting) -> None:
+    """What every other rank does while the main one enters `stored_tokens` of these, one after the other."""
+    for images in sources:
+        for _ in _tokens_of_packs(encoder, images, setting):
+            pass
+
+
+def _tokens_of_packs(encoder: Encoder, images: Images, setting: Setting) -> Iterator[tuple[Tokens, dict[int, str]]]:
+    """The tokens of the images of each pack, on the CPU, and row and reason of those that could not be decoded."""
+
+    def reduce(batch: Batch, layers: list[Tensor]) -> tuple[Tokens, dict[int, str]]:
+        values = layers[-1].to("cpu", torch.bfloat16) if layers else torch.empty(0)
+        shown = batch.to("cpu")
+        lengths = torch.tensor(shown.packed.segments.lengths)
+        return Tokens(values, lengths, shown.packed.grids, shown.image_ids, shown.labels), dict(batch.unreadable)
+
+    packs = inference_packs(images.index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
+    return reduced_packs(encoder, images, packs, setting, reduce)
 
 
 def warn_of_unreadable(source: Source, unreadable: Mapping[int, str]) -> None:

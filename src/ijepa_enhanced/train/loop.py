@@ -25,6 +25,7 @@ from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
 from ijepa_enhanced.masks import MIN_TOKENS, MaskConfig
@@ -33,7 +34,6 @@ from ijepa_enhanced.models.encoder import EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
 from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
-from ijepa_enhanced.train.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
 from ijepa_enhanced.train.monitor import History, MonitorConfig, start_watch
 from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings

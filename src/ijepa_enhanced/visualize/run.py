@@ -12,19 +12,18 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.plan import DataConfig, EpochPlan, Plan
-from ijepa_enhanced.data.sources import Source, open_source
+from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.evaluate.tokens import Images
 from ijepa_enhanced.masks import MaskConfig
 from ijepa_enhanced.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class Images:
+class TrainedOn(Images):
     """The images that a run was trained on, if they are still there."""
 
-    source: Source
-    index: Index
     plan: EpochPlan
     """Of the first epoch."""
     masks: MaskConfig
@@ -41,7 +40,7 @@ class Run:
     """Of the newest checkpoint; empty where there is none."""
     evaluation: dict[str, dict[str, float]]
     """Scores by subject, where an evaluation was saved."""
-    images: Images | None
+    images: TrainedOn | None
     encoder: Encoder | None
     missing: tuple[str, ...]
     """A sentence for everything that is not there."""
@@ -134,7 +133,7 @@ def _read_evaluation(path: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _find_images(config: dict[str, Any], trained: str | None) -> Images:
+def _find_images(config: dict[str, Any], trained: str | None) -> TrainedOn:
     """The images of a run; `trained` is the hash of its plan, where a checkpoint tells it."""
     data = DataConfig(**config["data"])
     source = open_source(data.source)
@@ -142,4 +141,4 @@ def _find_images(config: dict[str, Any], trained: str | None) -> Images:
     plan = Plan(index, data, config["encoder"]["patch_size"], config["seed"])
     if trained not in (None, plan.hash):
         raise ValueError("they have changed since")
-    return Images(source, index, plan.epoch(0), MaskConfig(**config["masks"]))
+    return TrainedOn(source, index, plan.epoch(0), MaskConfig(**config["masks"]))

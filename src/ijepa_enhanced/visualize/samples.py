@@ -17,9 +17,10 @@ from PIL import Image
 from ijepa_enhanced.data.images import UnreadableImage, decode_views, upright_size
 from ijepa_enhanced.data.sources import Source
 from ijepa_enhanced.evaluate.features import Features, extract
+from ijepa_enhanced.evaluate.tokens import Images, Setting
 from ijepa_enhanced.visualize.features import pca_maps
 from ijepa_enhanced.visualize.page import key, note, picture
-from ijepa_enhanced.visualize.run import Images, Run
+from ijepa_enhanced.visualize.run import Run
 
 SAMPLES = 8
 """Images whose features are shown."""
@@ -46,7 +47,7 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
         return {}
     count = len(images.index.rows)
     chosen = np.random.default_rng(0).choice(count, min(GALLERY, count), replace=False)
-    gallery = images.index.select(np.sort(chosen))
+    gallery = Images(images.source, images.index.select(np.sort(chosen)))
     samples: dict[int, Image.Image] = {}
     for row in images.index.rows[chosen].tolist():
         with suppress(UnreadableImage):
@@ -59,7 +60,7 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
     try:
         for _, run, encoder in trained:
             side, workers = run.config["data"]["max_side"], run.config["data"]["workers"]
-            features = extract(encoder.to(device), images.source, gallery, side, workers=workers)
+            features = extract(encoder.to(device), gallery, Setting(side, workers=workers))
             neighbours.append(nearest(features, list(samples), NEIGHBOURS))
             maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples], side)))
     except (UnreadableImage, ValueError) as error:
@@ -67,7 +68,7 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
     keys = [key(place, run.name) if len(runs) > 1 else "" for place, run, _ in trained]
     return {
         "Feature maps": _feature_maps(images, samples, maps, keys),
-        "Nearest neighbours": _neighbours(images, neighbours, len(gallery.rows), keys),
+        "Nearest neighbours": _neighbours(images, neighbours, len(gallery.index.rows), keys),
     }
 
 

@@ -1,4 +1,4 @@
-"""Ranks: the processes that `torchrun` starts, one for each device, which share the packs of every step.
+"""Ranks: the processes that `torchrun` starts, one for each device, which share the packs of a run or of an evaluation.
 
 All have the same weights, so all that they tell each other of a step is numbers and the sum of their gradients. The
 gradients are summed once, after the last backward pass of a step, and not by DistributedDataParallel's hooks during it:
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -31,7 +31,7 @@ class RankError(RuntimeError):
 class Ranks:
     """This process among those of the run; alone by default, when nothing here does anything."""
 
-    device: torch.device
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
     on_machine: int = 1
@@ -56,6 +56,15 @@ class Ranks:
         with _together():
             dist.all_gather_object(found, value)
         return found
+
+    def to_main(self, value: Any) -> list[Any]:
+        """What each rank has, by rank, on the main one, and nothing on the others; see `gather`."""
+        if self.world == 1:
+            return [value]
+        found = [None] * self.world if self.main else None
+        with _together():
+            dist.gather_object(value, found)
+        return found or []
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum of each number over all ranks; see `gather`."""
