@@ -28,6 +28,7 @@ FLOORS = {
     "benchmarks": 4,
     "config": 5,
     "study": 5,
+    "prepare": 5,
     "commands": 5,
     "cli": 5,
     "__main__": 5,

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from ijepa_enhanced.data.images import decode_views
-from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
 from ijepa_enhanced.data.sources import FolderSource, SourceError, open_source
+from ijepa_enhanced.prepare import MANIFEST, check, prepare
 
 COUNT = 44
 
@@ -129,7 +129,7 @@ def test_nothing_of_the_day_or_the_machine_is_in_it(prepared):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ijepa_enhanced.data.prepare import prepare
+from ijepa_enhanced.prepare import prepare
 from ijepa_enhanced.data.sources import FolderSource
 
 def die(done, total):

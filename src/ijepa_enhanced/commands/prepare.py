@@ -12,9 +12,9 @@ from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import counting_bars, print_counts, print_json
 from ijepa_enhanced.config import RequestError
 from ijepa_enhanced.data.index import LISTED, build_index
-from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
 from ijepa_enhanced.data.remote import fetch
 from ijepa_enhanced.data.sources import is_remote, open_source
+from ijepa_enhanced.prepare import MANIFEST, check, prepare
 from ijepa_enhanced.train.loop import RunError
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.ops.attention import attention
+from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.ops.merging import Merge, match, merge
 from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d
 from ijepa_enhanced.packed import Segments, segment_ids
@@ -29,12 +29,13 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def transform(self, x: Tensor) -> Tensor:
         """Each token for itself: [T, D] -> [T, D]."""
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        transformed: Tensor = self.fc2(self.fc1(self.norm2(x), gelu=True))
+        return x + transformed
 
 
 class Block(FeedForward):
@@ -50,8 +51,8 @@ class Block(FeedForward):
         super().__init__(width, hidden)
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def attend(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, sizes: Tensor | None = None
@@ -75,9 +76,9 @@ class CrossBlock(FeedForward):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.norm_context = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments, context: Tensor, context_segments: Segments) -> Tensor:
         """[T, D] and what each segment of it attends to [S, D] -> [T, D]."""

@@ -23,6 +23,7 @@ from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
 from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
+from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.ops.merging import Merge, chain, unmerge
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import Packed, Segments
@@ -83,7 +84,7 @@ class Encoder(nn.Module):
         std = torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
         self.register_buffer("pixel_shift", (-torch.tensor(PIXEL_MEAN) / std).repeat(pixels), persistent=False)
-        self.patch_embed = nn.Linear(pixels * CHANNELS, shape.width)
+        self.patch_embed = Linear(pixels * CHANNELS, shape.width)
         positions = FactorizedPositions if config.positions == "factorized" else SinCosPositions
         self.positions = positions(shape.width, config.max_grid)
         self.blocks = Blocks(shape.width, shape.depth, shape.heads, shape.mlp_ratio)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_enhanced.models.blocks import LAYER_NORM_EPS, CrossBlock, FactorizedPositions, init_weights
+from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.packed import Packed
 
 
@@ -44,12 +45,12 @@ class Predictor(nn.Module):
     def __init__(self, config: PredictorConfig, encoder_width: int, max_grid: int) -> None:
         super().__init__()
         width = config.width
-        self.embed = nn.Linear(encoder_width, width)
+        self.embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.positions = FactorizedPositions(width, max_grid)
         self.layers = nn.ModuleList(CrossBlock(width, config.heads, 4 * width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(width, encoder_width)
+        self.head = Linear(width, encoder_width)
         init_weights(self)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 

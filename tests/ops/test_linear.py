@@ -1,0 +1,87 @@
+"""A linear layer by oneDNN is the linear layer, to float32's rounding, with its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa_enhanced.ops import linear
+from ijepa_enhanced.ops.linear import Linear
+
+ROUNDING = 2**-24 * 1536**0.5
+"""Of a float32 sum of 1,536 products in any order: roundings of 2 ** -24 that add up as a random walk."""
+
+
+def layer_and_input(tokens: int) -> tuple[Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Linear(384, 1536), torch.randn(tokens, 384, requires_grad=True), torch.randn(tokens, 1536)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_values_and_gradients_are_those_of_float64(gelu: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "HAS_ONEDNN", onednn and linear.HAS_ONEDNN)
+    layer, x, grad = layer_and_input(1003)
+    y = layer(x, gelu)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    exact = F.gelu(exact) if gelu else exact
+    learned = (x, layer.weight, layer.bias)
+    assert error(y, exact) < ROUNDING
+    for found, expected in zip(
+        torch.autograd.grad(y, learned, grad), torch.autograd.grad(exact, learned, grad.double()), strict=True
+    ):
+        assert error(found, expected) < ROUNDING
+    with torch.no_grad():
+        assert error(layer(x, gelu), exact) < ROUNDING
+
+
+@pytest.mark.parametrize("gelu", [True, False])
+def test_under_autocast_it_is_as_exact_as_bfloat16(gelu: bool) -> None:
+    layer, x, _ = layer_and_input(1003)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    exact = F.gelu(exact) if gelu else exact
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = layer(x, gelu)
+        with torch.no_grad():
+            frozen = layer(x, gelu)
+    assert learning.dtype == frozen.dtype == torch.bfloat16
+    # Inputs, weights and results round by 2 ** -9 at most; far above float32's, so that it is known to be in use.
+    for found in (learning, frozen):
+        assert 2**-12 < error(found, exact) < 2**-8
+
+
+def test_an_input_that_needs_no_gradient_gets_none() -> None:
+    layer, x, _ = layer_and_input(5)
+    layer(x.detach()).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((1536,), 5.0))
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_streams_of_no_and_of_one_token(tokens: int) -> None:
+    layer, x, _ = layer_and_input(tokens)
+    y = layer(x, gelu=True)
+    assert y.shape == (tokens, 1536)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        assert layer(x).shape == (tokens, 1536)
+
+
+def test_rows_of_views_are_as_a_stream() -> None:
+    layer, x, grad = layer_and_input(12)
+    rows = layer(x.view(3, 4, 384))
+    torch.testing.assert_close(rows.flatten(0, 1), layer(x))
+    (found,) = torch.autograd.grad(rows, layer.weight, grad.view(3, 4, -1))
+    (expected,) = torch.autograd.grad(layer(x), layer.weight, grad)
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_compiles_into_one_graph() -> None:
+    layer, x, _ = layer_and_input(7)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, True), layer(x, True))
