@@ -39,6 +39,7 @@ from ijepa_enhanced.models.blocks import Block, Blocks, FactorizedPositions
 from ijepa_enhanced.models.encoder import CHANNELS, PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
 from ijepa_enhanced.models.flops import step_flops
 from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.packed import MaskedBatch
 
 TURNS = 3
@@ -194,11 +195,12 @@ def measure(
 def matrix_products(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     """Some large products, whose rate is the most that the device reaches, and their operations."""
     side = PEAK_SIDE[device.type]
-    x = torch.randn(side, side, device=device, dtype=dtype)
+    x, layer = torch.randn(side, side, device=device, dtype=dtype), Linear(side, side, device=device, dtype=dtype)
 
+    @torch.no_grad()
     def multiply() -> None:
         for _ in range(PEAK_PRODUCTS):
-            x @ x
+            layer(x)
 
     return multiply, PEAK_PRODUCTS * 2 * side**3
 
