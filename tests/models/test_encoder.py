@@ -15,7 +15,7 @@ from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.images import UnreadableImage, patchify
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.blocks import SinCosPositions
-from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.models.encoder import EncoderConfig, PatchMLP
 from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed
 
@@ -202,7 +202,11 @@ def test_images_may_come_one_by_one_and_have_a_side(encoder: Encoder, images: li
         encoder.embed(images, side=0)
 
 
-@pytest.mark.parametrize("config", [TINY, EncoderConfig("Ti", 14, 1, "sincos", 7)], ids=["factorized", "sincos"])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, EncoderConfig("Ti", 14, 1, "sincos", 7), EncoderConfig("Ti", 16, 1, patch_embed="mlp")],
+    ids=["factorized", "sincos", "hidden layer"],
+)
 def test_saved_and_loaded_is_the_same_bit_for_bit(config: EncoderConfig, tmp_path: Path) -> None:
     encoder = Encoder(config)
     encoder.save_pretrained(tmp_path / "a" / "encoder")
@@ -257,3 +261,18 @@ def test_sincos_positions_learn_nothing(encoder: Encoder) -> None:
     assert isinstance(fixed.positions, SinCosPositions)
     lost = {name for name, _ in encoder.named_parameters()} - {name for name, _ in fixed.named_parameters()}
     assert lost == {"positions.rows", "positions.cols"}
+
+
+def test_a_patch_embedding_may_have_a_hidden_layer() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(dataclasses.replace(TINY, patch_embed="mlp"))
+    names = {name for name, _ in encoder.named_parameters() if name.startswith("patch_embed.")}
+    assert names == {f"patch_embed.{layer}.{part}" for layer in ("hidden", "out") for part in ("weight", "bias")}
+    layers = encoder.patch_embed
+    assert isinstance(layers, PatchMLP)
+    with torch.no_grad():
+        x = torch.randn(1000, 8 * 8 * 3)
+        hidden = layers.hidden(x)
+        # He's start for unit variance; 384 units of 192 weights each leave less than 1% to chance.
+        assert float(hidden.std()) == pytest.approx(2**0.5, rel=0.01)
+        torch.testing.assert_close(layers(x), torch.nn.functional.gelu(hidden) @ layers.out.weight.T)

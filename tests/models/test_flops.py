@@ -43,8 +43,13 @@ def without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("grid", [(5, 7), (6, 6), (1, 1)])
 @pytest.mark.parametrize(
     "config",
-    [EncoderConfig("Ti", 8, 3, max_grid=7), EncoderConfig("S", 16, 3, "sincos"), EncoderConfig("g", 14, 3)],
-    ids=["factorized", "sincos", "another MLP"],
+    [
+        EncoderConfig("Ti", 8, 3, max_grid=7),
+        EncoderConfig("S", 16, 3, "sincos"),
+        EncoderConfig("g", 14, 3),
+        EncoderConfig("Ti", 8, 3, patch_embed="mlp"),
+    ],
+    ids=["factorized", "sincos", "another MLP", "hidden layer"],
 )
 def test_the_count_is_that_of_pytorchs_counter(
     config: EncoderConfig, grid: tuple[int, int], rate: float | list[float], monkeypatch: pytest.MonkeyPatch
@@ -65,8 +70,9 @@ def test_the_count_is_that_of_pytorchs_counter(
     [
         (EncoderConfig("Ti", 8, 3, max_grid=7), PredictorConfig(width=64, depth=2, heads=2)),
         (EncoderConfig("S", 8, 2, "sincos"), PredictorConfig(width=32, depth=3, heads=4)),
+        (EncoderConfig("Ti", 8, 2, patch_embed="mlp"), PredictorConfig(width=32, depth=1, heads=4)),
     ],
-    ids=["factorized", "sincos"],
+    ids=["factorized", "sincos", "hidden layer"],
 )
 def test_a_step_is_that_of_pytorchs_counter(
     make_batch: Callable[..., MaskedBatch],

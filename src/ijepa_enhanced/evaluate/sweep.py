@@ -103,7 +103,7 @@ def network_costs(
         packs = [part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1), TOKENS_PER_PACK)]
         fullest = max(packs, key=lambda pack: int(pack.prod(axis=1).sum()))
         tokens = int(fullest.prod(axis=1).sum())
-        packed = Packed.of_grids(np.zeros((tokens, encoder.patch_embed.in_features), np.uint8), fullest)
+        packed = Packed.of_grids(np.zeros((tokens, len(encoder.pixel_scale)), np.uint8), fullest)
         plan = encoder.merge_plan(packed.segments, rate)
         runs.append(partial(encoder, packed.to(device), plan and plan.to(device)))
         images.append(tokens / lengths.mean())

@@ -33,6 +33,9 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet's statistics on [0, 1], the field's convention, so that imported weights see what they were trained on."""
 
+PATCH_MLP_RATIO = 2
+"""Width of the hidden layer of a patch embedding over D, the only one measured (docs/recipe.md)."""
+
 ImageLike = Image.Image | NDArray[np.uint8] | str | Path
 """A PIL image, an RGB array uint8 [height, width, 3], or the path of a file."""
 
@@ -52,6 +55,9 @@ class EncoderConfig:
     max_grid: int = 32
     """Entries of each axis's position table. Longer grids are interpolated onto it: set it near the longest
     side, in patches, of the training views."""
+    patch_embed: Literal["linear", "mlp"] = "linear"
+    """What makes a token of a patch: one linear layer, as in I-JEPA's released weights, or two with GELU between them,
+    which learned more in every run (docs/recipe.md)."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -70,6 +76,25 @@ class EncoderConfig:
         return dataclasses.replace(variant, depth=self.depth or variant.depth)
 
 
+class PatchMLP(nn.Module):
+    """A patch embedding with a hidden layer.
+
+    Args:
+        pixels: values of a patch.
+        width: D.
+    """
+
+    def __init__(self, pixels: int, width: int) -> None:
+        super().__init__()
+        self.hidden = Linear(pixels, PATCH_MLP_RATIO * width)
+        self.out = Linear(PATCH_MLP_RATIO * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, P * P * C] -> [T, D]."""
+        tokens: Tensor = self.out(self.hidden(x, gelu=True))
+        return tokens
+
+
 class Encoder(nn.Module):
     """A Vision Transformer (arXiv 2010.11929) without class token that reads a packed stream of uint8 patches."""
 
@@ -84,11 +109,15 @@ class Encoder(nn.Module):
         std = torch.tensor(PIXEL_STD)
         self.register_buffer("pixel_scale", (1 / (255 * std)).repeat(pixels), persistent=False)
         self.register_buffer("pixel_shift", (-torch.tensor(PIXEL_MEAN) / std).repeat(pixels), persistent=False)
-        self.patch_embed = Linear(pixels * CHANNELS, shape.width)
+        embedding = Linear if config.patch_embed == "linear" else PatchMLP
+        self.patch_embed = embedding(pixels * CHANNELS, shape.width)
         positions = FactorizedPositions if config.positions == "factorized" else SinCosPositions
         self.positions = positions(shape.width, config.max_grid)
         self.blocks = Blocks(shape.width, shape.depth, shape.heads, shape.mlp_ratio)
         init_weights(self)
+        if isinstance(self.patch_embed, PatchMLP):
+            # He's (arXiv 1502.01852): with deviations of 0.02 it would start where GELU is nearly linear.
+            nn.init.kaiming_normal_(self.patch_embed.hidden.weight, nonlinearity="relu")
 
     @property
     def width(self) -> int:
@@ -164,7 +193,7 @@ class Encoder(nn.Module):
         merge_rate: float | Sequence[float],
         tokens_per_pack: int,
     ) -> Iterator[tuple[Packed, Tensor]]:
-        device = self.patch_embed.weight.device
+        device = self.pixel_scale.device
         for packed in self.packs(images, side, tokens_per_pack):
             plan = self.merge_plan(packed.segments, merge_rate)
             moved = packed.to(device)

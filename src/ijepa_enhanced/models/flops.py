@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.merge_plan import layer_rates, merged_lengths
-from ijepa_enhanced.models.encoder import CHANNELS, EncoderConfig
+from ijepa_enhanced.models.encoder import CHANNELS, PATCH_MLP_RATIO, EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
 
 Lengths = Sequence[int] | NDArray[np.integer]
@@ -22,7 +22,8 @@ def encoder_flops(config: EncoderConfig, lengths: Lengths, rate: float | Sequenc
     As PyTorch's own counter does, two for every multiply-add of a matrix product and none for anything else. A view of
     n patches that comes to a layer with b tokens and leaves it with a, of width D in H heads, costs
 
-        n * 2 * (P * P * C * D)         patch embedding
+        n * 2 * (P * P * C * D)         patch embedding; with a hidden layer of R * D
+        n * 2 * (P * P * C + D) * R * D
         n * 2 * (2 * max_grid * D)      factorized positions: rows and columns
         b * 2 * (3 * D * D + D * D)     each layer: queries, keys and values; projection
         b * b * 2 * (D + D)             logits, and the sums of values
@@ -120,11 +121,15 @@ def _encoder(config: EncoderConfig, lengths: Lengths, rate: float | Sequence[flo
     patches, before, after = table[0], table[:-1], table[1:]
     merges = np.array([share > 0 for share in layer_rates(rate, shape.depth)])[:, None]
     entries = 2 * config.max_grid if config.positions == "factorized" else 0
-    embedding = patches * width * (config.patch_size**2 * CHANNELS + entries)
+    pixels, second = config.patch_size**2 * CHANNELS, np.zeros_like(patches)
+    if config.patch_embed == "mlp":
+        pixels *= PATCH_MLP_RATIO
+        second = patches * PATCH_MLP_RATIO * width**2
+    embedding = patches * width * (pixels + entries)
     attention = before * 4 * width**2 + before**2 * 2 * width
     matching = merges * ((before + 1) // 2) * (before // 2) * (width // shape.heads)
     mlp = after * 2 * width * hidden
-    return _Parts(2 * embedding, 2 * (attention + mlp).sum(axis=0), 2 * matching.sum(axis=0))
+    return _Parts(2 * embedding, 2 * (second + (attention + mlp).sum(axis=0)), 2 * matching.sum(axis=0))
 
 
 def _predictor(config: PredictorConfig, encoder: EncoderConfig, contexts: Lengths, targets: Lengths) -> _Parts:

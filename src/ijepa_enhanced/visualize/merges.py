@@ -41,7 +41,7 @@ def regions(
     plan = encoder.merge_plan(packed.segments, merge_rate)
     if plan is None:
         raise ValueError("At a merge rate of 0 there is nothing to see.")
-    device = encoder.patch_embed.weight.device
+    device = encoder.pixel_scale.device
     _, merges = encoder.merged(packed.to(device), plan.to(device))
     rows, cols = packed.grids[0].tolist()
     pixels = unpatchify(packed.values.numpy(), rows, cols, encoder.config.patch_size)
