@@ -28,6 +28,7 @@ def run(options: Namespace) -> int:
     for run in runs:
         find_config(str(config_of_run(run)))
     page = Path(options.out) if options.out else runs[0] / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_report(runs, page, dataclasses.asdict(TrainConfig()))
     print(page)
     print_json(options, {"report": str(page)})
