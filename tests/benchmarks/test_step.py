@@ -146,13 +146,20 @@ def test_a_clock_measures_while_it_runs() -> None:
 def test_the_tables(tables: list[list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = step.run(csv=True, tokens=256)
-    parts, methods, growth = tables
+    parts, kernels, methods, growth = tables
     wanted = ["decode", "copy", "teacher", "student", "predictor", "rest of forward", "backward", "optimizer", "EMA"]
     assert [row["part"] for row in parts] == wanted
     images = [row["images_per_second"] * row["ms"] for row in parts]
     assert images == pytest.approx([images[0]] * len(images))
     assert all(row["ms"] > 0 for row in parts)
     assert [row[""].count("█") for row in parts] == [round(40 * row["over_step"]) for row in parts]
+
+    assert sum(row["share"] for row in kernels) == pytest.approx(1)
+    assert len(kernels) == step.KERNELS + 1
+    costs = [row["ms"] for row in kernels[:-1]]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] > 0
+    assert any("linear" in row["kernel"] or "mm" in row["kernel"] for row in kernels[:3]), "products cost most"
 
     ours, original = methods
     assert (ours["encoder"], ours["method"], original["method"]) == ("Ti/16", "ours", "the original's")
@@ -166,7 +173,7 @@ def test_the_tables(tables: list[list[dict[str, Any]]], tmp_path: Path, monkeypa
     assert len(growth) == 2
     assert growth[0]["tokens"] < growth[1]["tokens"]
     written = sorted(path.name.partition("_")[0] for path in Path("benchmarks/results").iterdir())
-    assert written == ["step", "step-growth", "step-parts"]
+    assert written == ["step", "step-growth", "step-kernels", "step-parts"]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch 2.13's own
@@ -174,7 +181,7 @@ def test_compiled_networks_keep_their_tables(tables: list[list[dict[str, Any]]])
     # What compiling does is for `tests/test_compile.py`; it takes minutes.
     with torch.compiler.set_stance("force_eager"):
         step.run(tokens=256, compiled=True)
-    assert [row["method"] for row in tables[1]] == ["ours, compiled", "the original's"]
+    assert [row["method"] for row in tables[2]] == ["ours, compiled", "the original's"]
 
 
 def test_an_encoder_that_does_not_fit_leaves_the_others(
@@ -191,7 +198,7 @@ def test_an_encoder_that_does_not_fit_leaves_the_others(
     monkeypatch.setattr(step, "measure", too_large)
     step.run(tokens=256)
     assert "ViT-S does not fit at 256 tokens a pack: try --tokens 128." in capsys.readouterr().out
-    assert {row["encoder"] for row in tables[1]} == {"Ti/16"}
+    assert {row["encoder"] for row in tables[2]} == {"Ti/16"}
     with pytest.raises(torch.OutOfMemoryError):
         step.run(tokens=256, variant="S")
 
@@ -207,4 +214,4 @@ def test_growth_ends_where_memory_does(
     monkeypatch.setattr(step, "grown", too_large)
     step.run(tokens=256)
     assert "A pack of 512 tokens does not fit." in capsys.readouterr().out
-    assert len(tables[2]) == 1
+    assert len(tables[3]) == 1

@@ -1,4 +1,4 @@
-"""What a training step costs, part by part, and beside it the original's method written plainly.
+"""What a training step costs, part by part and kernel by kernel, and beside it the original's method written plainly.
 
     python -m ijepa_enhanced.benchmarks.step --source SOURCE --variant S --patch 16
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 
 from ijepa_enhanced.benchmarks.attention import exponent, growth_tokens
 from ijepa_enhanced.benchmarks.table import bar, print_table, write_csv
@@ -31,7 +32,7 @@ from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import DataConfig, Plan
 from ijepa_enhanced.data.sources import open_source
-from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.evaluate.cost import peak_bytes, quiet_profiler, seconds_by_turns
 from ijepa_enhanced.evaluate.tokens import Images
 from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
 from ijepa_enhanced.masks import MaskConfig, ViewMasks
@@ -58,6 +59,8 @@ PREDICTORS = {
 """I-JEPA's (arXiv 2301.08243, appendix A.1); smaller encoders have our default."""
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}
 PEAK_PRODUCTS = 10
+KERNELS, KERNEL_NAME = 15, 60
+"""Rows of a profile, and the most characters of a name: CUDA's have hundreds."""
 ROW = 256
 """Tokens of the original's rows, and here the most of a view."""
 PADDING = 0.1
@@ -73,7 +76,7 @@ def run(
     tokens: int | None = None,
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Print tables of parts, of methods, and of packs of ever more tokens; return the last encoder's figures.
+    """Print tables of parts, kernels, methods, and packs of ever more tokens; return the last encoder's figures.
 
     Images of `synthetic` are drawn, not decoded.
 
@@ -94,6 +97,7 @@ def run(
     variants = [variant] if variant else VARIANTS[device.type]
     configs = [EncoderConfig(name, patch or PATCH[device.type]) for name in variants]
     parts: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
     methods: list[dict[str, Any]] = []
     opened = open_source(source)
     # Uncached, as a bare GPU image has nothing to read or write the cache with.
@@ -107,10 +111,12 @@ def run(
                 raise
             print(f"ViT-{config.variant} does not fit at {budget:,} tokens a pack: try --tokens {budget // 2}.")
             break
-        parts += found[0]
-        methods += found[1]
+        for rows, more in zip((parts, kernels, methods), found, strict=True):
+            rows += more
     print("Parts of a step, the device waited for after each; decoding is one process's, beside the step")
     print_table([row | {"": bar(row["over_step"])} for row in parts])
+    print("What the device computes in a step, by the time that it takes, as PyTorch's profiler finds it")
+    print_table(kernels)
     print(f"Whole steps on packs of {source}, by turns")
     print_table(methods)
     growth = []
@@ -127,8 +133,9 @@ def run(
     print(f"Time grows as tokens ** {seconds:.2f}, memory as tokens ** {memory:.2f}.")
     if csv:
         theme = "step-compiled" if compiled else "step"
-        for name, rows in ((theme, methods), (f"{theme}-parts", parts), (f"{theme}-growth", growth)):
-            print(write_csv(name, rows))
+        tables = {"": methods, "-parts": parts, "-kernels": kernels, "-growth": growth}
+        for name, rows in tables.items():
+            print(write_csv(theme + name, rows))
     ours, original = methods[-2:]
     return {
         "images_per_second": ours["images_per_second"],
@@ -142,8 +149,8 @@ def run(
 
 def measure(
     config: EncoderConfig, images: Images, tokens: int, device: torch.device, compiled: bool
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The parts of our step, and whole steps of ours and of the original's method."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The parts and the kernels of our step, and whole steps of ours and of the original's method."""
     predictor = PREDICTORS.get(config.variant, PredictorConfig())
     ours = our_training(config, device, compiled)
     with device:
@@ -189,7 +196,8 @@ def measure(
             ("the original's", seconds[1], original, their_packs, 1 - used),
         )
     ]
-    return part_rows(name, clock, views / len(batches), seconds[0] / len(batches)), methods
+    parts = part_rows(name, clock, views / len(batches), seconds[0] / len(batches))
+    return parts, kernel_rows(name, partial(ours.steps, our_packs[:1]), device), methods
 
 
 def matrix_products(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], None], int]:
@@ -220,6 +228,26 @@ def part_rows(encoder: str, clock: Clock, images: float, step: float) -> list[di
         }
         for part in order
     ]
+
+
+def kernel_rows(encoder: str, step: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
+    """What the device spends most of a step on: a row for each kernel, on a CPU operation, and one for all others."""
+    quiet_profiler()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [event for event in profile.key_averages() if event.device_type.name == device.type.upper()]
+    events.sort(key=lambda event: getattr(event, time_of), reverse=True)
+    total = sum(getattr(event, time_of) for event in events)
+
+    def row(name: str, some: list[Any]) -> dict[str, Any]:
+        taken = sum(getattr(event, time_of) for event in some)
+        calls = sum(event.count for event in some)
+        return {"encoder": encoder, "kernel": name, "calls": calls, "ms": taken / 1e3, "share": taken / total}
+
+    rows = [row(event.key[:KERNEL_NAME], [event]) for event in events[:KERNELS]]
+    return [*rows, row("all others", events[KERNELS:])]
 
 
 def grown(training: Training, config: EncoderConfig, images: Images, tokens: int) -> dict[str, Any]:

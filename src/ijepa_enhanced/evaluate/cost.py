@@ -23,7 +23,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it writes lines of its own to stderr
+    quiet_profiler()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     assert profile.profiler is not None
@@ -31,6 +31,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def quiet_profiler() -> None:
+    """Keep PyTorch's profiler from writing lines of its own to stderr; to be called before its first use."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def seconds_by_turns(runs: Sequence[Callable[[], object]], device: torch.device, turns: int = 5) -> list[float]:
