@@ -45,7 +45,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank has, by rank, on all of them: small things that pickle. They travel between the hosts.
+        """What each rank has, by rank, on all of them: what pickles and is on the host. It travels between the hosts.
 
         Raises:
             RankError: another rank is gone.
@@ -65,6 +65,20 @@ class Ranks:
         with _together():
             dist.gather_object(value, found)
         return found or []
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Check that all ranks are about to do the same.
+
+        Raises:
+            RankError: they are not; the message says what differs.
+        """
+        every = self.gather(facts)
+        for name in facts:
+            if len({str(each[name]) for each in every}) > 1:
+                raise RankError(
+                    f"The processes of this run differ in their {name}: all machines need the same images, the same "
+                    "versions, and one folder of the run that they share."
+                )
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum of each number over all ranks; see `gather`."""

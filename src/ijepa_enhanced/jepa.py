@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import MaskedBatch, Packed
 from ijepa_enhanced.regularizers import variance_covariance, views_agree
@@ -120,8 +121,8 @@ def projector(width: int) -> nn.Sequential:
     SimCLR (arXiv 2002.05709, section 4.2) showed why, and with one hidden layer. Its norm's statistics are a pack's.
     """
     return nn.Sequential(
-        nn.Linear(width, PROJECTOR_HIDDEN),
+        Linear(width, PROJECTOR_HIDDEN),
         nn.BatchNorm1d(PROJECTOR_HIDDEN, track_running_stats=False),
         nn.GELU(),
-        nn.Linear(PROJECTOR_HIDDEN, PROJECTED),
+        Linear(PROJECTOR_HIDDEN, PROJECTED),
     )

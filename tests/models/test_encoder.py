@@ -240,6 +240,8 @@ def test_a_folder_without_an_encoder_is_an_error(encoder: Encoder, tmp_path: Pat
     [
         ({"variant": "XL"}, "encoder.variant must be one of Ti, S, B, L, H, g, not 'XL'."),
         ({"patch_size": 7}, "encoder.patch_size must be 8, 14 or 16, not 7."),
+        ({"positions": "none"}, "encoder.positions must be factorized or sincos, not 'none'."),
+        ({"patch_embed": "conv"}, "encoder.patch_embed must be linear or mlp, not 'conv'."),
         ({"depth": 0}, "encoder.depth must be at least 1, not 0."),
         ({"max_grid": 0}, "encoder.max_grid must be at least 1, not 0."),
     ],

@@ -15,7 +15,7 @@ from ijepa_enhanced.models import blocks
 from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops, predictor_flops, step_flops
 from ijepa_enhanced.models.predictor import PredictorConfig
-from ijepa_enhanced.ops import linear, merging
+from ijepa_enhanced.ops import merging
 from ijepa_enhanced.packed import MaskedBatch, Packed
 
 
@@ -31,12 +31,6 @@ def dense_matches(directions: Tensor, tiles: Tensor, start: int, stop: int) -> T
     best = torch.full(directions.shape[:1], merging.LOW - 2**63)
     best[::2] = merging.LOW - min(1, len(best) - 1)
     return best
-
-
-@pytest.fixture(autouse=True)
-def without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's counter does not know its product."""
-    monkeypatch.setattr(linear, "HAS_ONEDNN", False)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, [0.0, 0.25, 0.5]])

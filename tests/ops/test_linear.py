@@ -81,6 +81,39 @@ def test_rows_of_views_are_as_a_stream() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_onednn_cannot_multiply_is_left_to_pytorch(dtype: torch.dtype) -> None:
+    layer, x, _ = layer_and_input(5)
+    with torch.no_grad():
+        assert layer.to(dtype)(x.to(dtype), True).dtype == dtype
+        layer.float()
+        with torch.autocast("cpu", torch.float16):
+            assert layer(x).dtype == torch.float16
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.to(dtype))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(x[:, :-1])
+
+
+def test_without_bfloat16_autocast_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "HAS_BF16", False)
+    monkeypatch.setattr(linear, "product", None)
+    layer, x, _ = layer_and_input(5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_rows_with_gaps_and_layers_without_bias() -> None:
+    torch.manual_seed(0)
+    wide = torch.randn(50, 3 * 384)
+    layer = Linear(384, 7)
+    (found,) = torch.autograd.grad(layer(wide[:, :384]).sum(), layer.weight)
+    torch.testing.assert_close(found, wide[:, :384].sum(dim=0).expand(7, -1))
+    bare = Linear(384, 7, bias=False)
+    with torch.no_grad():
+        torch.testing.assert_close(bare(wide[:, :384]), wide[:, :384] @ bare.weight.T)
+
+
 def test_it_compiles_into_one_graph() -> None:
     layer, x, _ = layer_and_input(7)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -19,7 +19,7 @@ from ijepa_enhanced.data.sources import FolderSource
 from ijepa_enhanced.distributed import RankError, Ranks, is_main, ranks_of_run
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import Meter, RunError, TrainConfig, ranks_agree, train
+from ijepa_enhanced.train.loop import Meter, TrainConfig, train
 
 SAME = ("loss", "prediction", "stabilizer", "invariance", "fill", "grad_norm", "rankme", "knn", "best", "epoch")
 """What a log holds about the run, not about the machine."""
@@ -158,9 +158,9 @@ class Others(Ranks):
 def test_ranks_that_differ_are_told_in_what() -> None:
     ranks = Others(torch.device("cpu"), world=2)
     object.__setattr__(ranks, "other", {"plan": "abc", "checkpoint": 3})
-    ranks_agree(ranks, {"plan": "abc", "checkpoint": 3})
-    with pytest.raises(RunError, match=r"^The processes of this run differ in their checkpoint: all machines need"):
-        ranks_agree(ranks, {"plan": "abc", "checkpoint": 4})
+    ranks.agree({"plan": "abc", "checkpoint": 3})
+    with pytest.raises(RankError, match=r"^The processes of this run differ in their checkpoint: all machines need"):
+        ranks.agree({"plan": "abc", "checkpoint": 4})
 
 
 def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:

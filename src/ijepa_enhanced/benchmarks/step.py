@@ -468,13 +468,13 @@ class OriginalStep(nn.Module):
         super().__init__()
         self.student = Encoder(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.embed = nn.Linear(self.student.width, predictor.width)
+        self.embed = Linear(self.student.width, predictor.width)
         self.mask_token = nn.Parameter(torch.randn(predictor.width))
         self.positions = FactorizedPositions(predictor.width, encoder.max_grid)
         nn.init.normal_(self.positions.rows)
         nn.init.normal_(self.positions.cols)
         self.predictor = Blocks(predictor.width, predictor.depth, predictor.heads, 4.0)
-        self.head = nn.Linear(predictor.width, self.student.width)
+        self.head = Linear(predictor.width, self.student.width)
 
     def loss(self, rows: Rows) -> Tensor:
         """The mean over all tokens of all target blocks."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
@@ -121,6 +122,14 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     with ranks.one_first():
         maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
         train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
+    ranks.agree(
+        {
+            "images": [each.index.hash for each in (train, val, *maps)],
+            "encoder": [weights.double().sum().item() for weights in encoder.state_dict().values()],
+            "precision": dtype,
+            "PyTorch": torch.__version__,
+        }
+    )
     setting = Setting(options.side, dtype, options.merge_rate, options.workers, ranks=ranks)
     if combinations:
         return sweep(options, combinations, encoder, train, val, setting)
@@ -158,7 +167,7 @@ def scores_of_features(
 ) -> dict[str, float]:
     """What the protocols that share features say, of an encoder or of raw pixels; nothing if none of them is wanted."""
     protocols = [protocol for protocol in options.protocols if protocol in FEATURE_PROTOCOLS]
-    if not protocols:
+    if not protocols or (encoder is None and not setting.ranks.main):
         return {}
     both = []
     for images in (train, val):

@@ -56,7 +56,7 @@ class FinetuneConfig:
     """Share of the target that all classes have in common; MAE's is 0.1."""
     mixup: float = 0.0
     """Both parameters of the Beta distribution that two images are mixed by; 0: never. Images of two sizes cannot be
-    mixed as pixels: their pooled features are (manifold mixup, arXiv 1806.05236)."""
+    mixed as pixels: their pooled features are (manifold mixup, arXiv 1806.05236), with those of their own rank."""
     min_crop: float = 0.3
     """Smallest area of the random crop, as a fraction of the image."""
     flip: float = 0.5
@@ -154,7 +154,7 @@ def finetune(
     assert val.index.labels is not None
     classes = torch.from_numpy(np.unique(train.index.labels))
     rng = generator(seed, Purpose.PROTOCOL)
-    model = Classifier(encoder, len(classes), config.drop_path, int(rng.integers(2**63))).train()
+    model = Classifier(encoder, len(classes), config.drop_path, int(rng.integers(2**62)) + setting.ranks.rank).train()
     _train(model, train, classes, setting, seed, rng, counting, config)
     scored = _predict(model.eval(), val, setting, counting)
     if setting.ranks.main:

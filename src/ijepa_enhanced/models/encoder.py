@@ -66,6 +66,9 @@ class EncoderConfig:
             raise ValueError(f"encoder.patch_size must be 8, 14 or 16, not {self.patch_size}.")
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"encoder.depth must be at least 1, not {self.depth}.")
+        for name, choices in (("positions", ("factorized", "sincos")), ("patch_embed", ("linear", "mlp"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"encoder.{name} must be {' or '.join(choices)}, not '{getattr(self, name)}'.")
         if self.max_grid < 1:
             raise ValueError(f"encoder.max_grid must be at least 1, not {self.max_grid}.")
 

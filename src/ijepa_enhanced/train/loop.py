@@ -146,9 +146,8 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         PlanError: too few images are large enough to train on, or the ranks cannot share the packs of a step evenly.
         FileExistsError: without `resume`, `folder` is already there.
         ResumeError: the checkpoint is of another plan or architecture.
-        RunError: too many images are unreadable, the loss is not finite, the GPU's memory is too small, or the ranks
-            are not about to do the same.
-        RankError: a rank is gone, or has no GPU.
+        RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
+        RankError: a rank is gone, has no GPU, or is not about to do the same as the others.
         CheckpointError: a checkpoint could not be written.
     """
     with ranks_of_run() as ranks:
@@ -205,7 +204,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
     if done == total:
         logger.warning("%s is finished: all %d steps are done.", folder, total)
-    ranks_agree(ranks, {"plan": plan.hash, "checkpoint": done, "PyTorch": torch.__version__})
+    ranks.agree({"plan": plan.hash, "checkpoint": done, "PyTorch": torch.__version__})
     watch = start_watch(
         config.monitor,
         source,
@@ -342,21 +341,6 @@ class Share(NamedTuple):
             [image for batch in batches for image in batch.unreadable],
             batches[-1].cursor,
         )
-
-
-def ranks_agree(ranks: Ranks, facts: dict[str, Any]) -> None:
-    """Check that all ranks are about to do the same.
-
-    Raises:
-        RunError: they are not; the message says what differs.
-    """
-    every = ranks.gather(facts)
-    for name in facts:
-        if len({str(each[name]) for each in every}) > 1:
-            raise RunError(
-                f"The processes of this run differ in their {name}: all machines need the same images, the same "
-                "versions, and one folder of the run that they share."
-            )
 
 
 @contextmanager
