@@ -36,9 +36,9 @@ class Linear(nn.Linear):
 
     def _onednn_dtype(self, x: Tensor) -> torch.dtype | None:
         """The precision in which oneDNN is to multiply `x`; None where PyTorch is to choose its own way."""
-        fits = x.device.type == "cpu" and x.ndim > 1 and x.numel() and x.shape[-1] == self.in_features
-        usable = HAS_ONEDNN and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
-        if not (fits and usable) or self.bias is None:
+        if torch.compiler.is_compiling() or not (HAS_ONEDNN and torch.backends.mkldnn.enabled) or self.bias is None:
+            return None
+        if x.device.type != "cpu" or x.ndim < 2 or x.shape[-1] != self.in_features or not x.numel():
             return None
         if torch.is_autocast_enabled("cpu"):
             half = HAS_BF16 and torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64
