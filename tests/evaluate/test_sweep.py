@@ -114,7 +114,8 @@ def test_memory_is_that_of_the_fullest_pack(index: Index, monkeypatch: pytest.Mo
     settings = [(None, 0.0), (None, 0.5)]
     plain, merged = (cost["peak_megabytes"] for cost in network_costs(encoder, [index, large], settings, torch.float32))
     assert plain == pytest.approx(expected, rel=0.01)
-    assert merged < 0.9 * expected
+    # Attention, which comes before the merging, now holds most.
+    assert merged < 0.95 * expected
     # All ten in one pack.
     (few,) = network_costs(encoder, [index], settings[:1], torch.float32)
     assert 0.2 * expected < few["peak_megabytes"] < 0.6 * expected
