@@ -202,7 +202,7 @@ def _train(
         loader = make_loader(dataset, itertools.islice(packs, steps), setting.workers, pin_memory=device.type == "cuda")
         for step, batch in enumerate(loader):
             unreadable |= dict(batch.unreadable)
-            views_shown = int(*ranks.sums([len(batch.image_ids)]))
+            views_shown = int(ranks.sums([len(batch.image_ids)])[0])
             if not views_shown:
                 continue
             seen += views_shown

@@ -57,7 +57,7 @@ class EncoderConfig:
     side, in patches, of the training views."""
     patch_embed: Literal["linear", "mlp"] = "linear"
     """What makes a token of a patch: one linear layer, as in I-JEPA's released weights, or two with GELU between them,
-    which learned more in every run (docs/recipe.md)."""
+    which learned more of photographs in every run (docs/recipe.md)."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:

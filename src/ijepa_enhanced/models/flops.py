@@ -22,8 +22,8 @@ def encoder_flops(config: EncoderConfig, lengths: Lengths, rate: float | Sequenc
     As PyTorch's own counter does, two for every multiply-add of a matrix product and none for anything else. A view of
     n patches that comes to a layer with b tokens and leaves it with a, of width D in H heads, costs
 
-        n * 2 * (P * P * C * D)         patch embedding; with a hidden layer of R * D
-        n * 2 * (P * P * C + D) * R * D
+        n * 2 * (P * P * C * D)         patch embedding
+        n * 2 * (P * P * C + D) * R * D or, with a hidden layer of R * D, this
         n * 2 * (2 * max_grid * D)      factorized positions: rows and columns
         b * 2 * (3 * D * D + D * D)     each layer: queries, keys and values; projection
         b * b * 2 * (D + D)             logits, and the sums of values
