@@ -89,7 +89,7 @@ def damage(pictures: Path, folder: Path) -> Path:
 
 
 def test_two_ranks_find_what_one_finds(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    """Five packs, which two ranks cannot share evenly, and views of a pack that they cannot either."""
+    """Of packs of three images and fewer, so that one rank has more views of a step than the other, or all."""
     (tmp_path / "protocols.py").write_text(PROTOCOLS)
     images = damage(pictures, tmp_path / "images")
     found: list[dict[str, Any]] = []
