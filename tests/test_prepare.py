@@ -1,7 +1,12 @@
 """`ijepa prepare` as a user meets it."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,3 +108,25 @@ def test_remote_images_give_the_same(place, capsys):
     assert json.loads(far.pop("manifest.json"))["source"] == f"file://{place}/photos"
     near.pop("manifest.json")
     assert far == near
+
+
+def test_ctrl_c(tmp_path):
+    """To the whole process group, as a terminal sends it, while workers hand over what they made."""
+    command = [
+        sys.executable,
+        "-m",
+        "ijepa_enhanced",
+        "prepare",
+        "synthetic",
+        "done",
+        "--workers",
+        "2",
+        "--shard-size",
+        "1",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "done/images-000000.tar").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "ijepa: Interrupted.\n"
+    assert process.returncode == 1

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ijepa_enhanced.data.images import UnreadableImage, decode_whole
 from ijepa_enhanced.data.index import Index, build_index
-from ijepa_enhanced.data.loader import leave_signals_to_the_parent
+from ijepa_enhanced.data.loader import serve_the_parent
 from ijepa_enhanced.data.source import Source, SourceError
 from ijepa_enhanced.files import replacing
 
@@ -103,7 +103,7 @@ def prepare(
             sampler=range(done, 0 if manifest["complete"] else len(index.rows)),
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=serve_the_parent,
         )
     )
 

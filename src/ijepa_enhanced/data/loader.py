@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -174,7 +175,7 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=serve_the_parent,
     )
 
 
@@ -208,6 +209,11 @@ def check_shared_memory(
         )
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Started in a worker: what a terminal, a scheduler or torchrun sends to all processes, the parent is to handle."""
+def serve_the_parent(worker: int) -> None:
+    """Started in a worker: leaves the signals of a terminal, a scheduler or torchrun, and what to say, to the parent.
+
+    What fails in making a batch is raised in the parent. What is left to `sys.excepthook` is the thread that hands
+    tensors over, when a parent that was interrupted no longer takes them.
+    """
     os.setpgrp()
+    sys.excepthook = lambda *_: None
