@@ -18,6 +18,7 @@ from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.regularizers import variance_covariance, views_agree
+from ijepa_enhanced.train.loop import Meter
 
 MakeBatch = Callable[..., MaskedBatch]
 MakeStream = Callable[..., Packed]
@@ -308,6 +309,14 @@ def test_local_views_count_in_the_invariance_and_nowhere_else(make_batch: MakeBa
     for ours, other in ((found.invariance, expected), (found.prediction, plain.prediction)):
         assert distance(ours, other) < BOUND
     assert distance(found.stabilizer, plain.stabilizer) < BOUND
+
+
+def test_the_rate_of_views_counts_local_ones_too(make_batch: MakeBatch, make_stream: MakeStream) -> None:
+    batch = with_local(make_batch([(5, 4), (2, 9)]), make_stream([(2, 3), (3, 3), (1, 2)], seed=1))
+    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    meter = Meter()
+    meter.add(model(batch, len(batch.targets.index), 1), batch)
+    assert meter.views == 2 + 3
 
 
 def test_a_single_view_and_its_local_ones_agree(make_batch: MakeBatch, make_stream: MakeStream) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -73,8 +74,9 @@ class ProgressBar:
         self.started, self.start = time.monotonic(), done
         self.last_line = self.started
         console = Console(file=sys.stderr)
+        text = TextColumn("{task.description}", table_column=Column(ratio=1))  # wraps where a terminal is narrow
         self.bar = Progress(
-            MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console
+            MofNCompleteColumn(), BarColumn(10), text, TimeRemainingColumn(), console=console, expand=True
         )
         self.task = self.bar.add_task("", total=total, completed=done)
         self.plain = not console.is_terminal

@@ -465,11 +465,11 @@ class Meter:
         yield
         self.waited += time.perf_counter() - start
 
-    def add(self, losses: Losses, batch: Batch) -> None:
+    def add(self, losses: Losses, batch: MaskedBatch) -> None:
         """Count one pack."""
         self.losses.append(torch.stack([losses.total.detach(), *(getattr(losses, name) for name in PARTS)]))
         self.tokens.append(batch.tokens)
-        self.views += len(batch.packed.segments)
+        self.views += len(batch.seen)
 
     def read(self, tokens_per_pack: int, ranks: Ranks) -> dict[str, float]:
         """Means over the steps since the last reading, of all ranks together, and begin anew.
