@@ -50,6 +50,17 @@ with ranks_of_run() as ranks:
             assert not len(extracted.values)
     for protocol in (attentive.attentive, lambda *args: finetune.finetune(*args, config=config)):
         found |= dict(protocol(encoder, images, images, setting))
+    trained = []
+    make = finetune.Classifier
+    finetune.Classifier = lambda *args: trained.append(make(*args)) or trained[0]
+    config = finetune.FinetuneConfig(epochs=3, drop_path=0.5, mixup=0.8)
+    for _ in finetune.finetune(encoder, images, images, setting, config=config):
+        pass
+    weights = torch.cat([value.flatten() for value in trained[0].parameters()]).tolist()
+    noise = trained[0].random.initial_seed()
+    every = ranks.gather((weights, noise))
+    assert all(theirs == weights for theirs, _ in every), "what ranks drop and mix leaves their weights alike"
+    assert len({theirs for _, theirs in every}) == ranks.world
 if ranks.main:
     print(json.dumps(found))
 else:
@@ -123,3 +134,26 @@ def test_evaluate_under_torchrun_speaks_with_one_voice(
     assert {**json.loads(line), "images_per_second": 0} == {**expected, "images_per_second": 0}
     assert stderr.count("Scoring: trained") == 1
     assert stderr.count("the same images for training and validation") == 1
+
+
+DISAGREEING = """
+import os, sys
+from ijepa_enhanced.cli import main
+
+sys.exit(main(["evaluate", sys.argv[1 + int(os.environ["RANK"])], *sys.argv[3:]]))
+"""
+
+
+def test_ranks_with_other_weights_are_refused(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    other = Encoder.from_pretrained(encoder)
+    with torch.no_grad():
+        other.blocks.norm.bias[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "disagreeing.py").write_text(DISAGREEING)
+    what = ("--train", str(pictures), "--val", str(pictures), "--side", "32")
+    code, stdout, stderr = launch(
+        2, tmp_path / "cache", str(tmp_path / "disagreeing.py"), str(encoder), str(tmp_path / "other"), *what
+    )
+    assert code == 1
+    assert "ijepa: The processes of this run differ in their encoder: all machines need" in stderr
+    assert stdout == ""
