@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 # A folder, or a file beside the folders. What has no floor here fails: say where it belongs.
 FLOORS = {
     "packed": 0,
+    "devices": 0,
     "distributed": 0,
     "randomness": 0,
     "masks": 0,

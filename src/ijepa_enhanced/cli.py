@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ijepa_enhanced.commands import Command, benchmark, evaluate, index, inspect, prepare, report, study, train
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failure(error, str(error), 2, debug)
     except (RunError, RankError, CheckpointError, UnreadableImage) as error:
         return failure(error, str(error), 1, debug)
+    except torch.OutOfMemoryError as error:
+        return failure(error, "The GPU's memory is too small for this, or other programs hold it.", 1, debug)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
         return failure(error, message, 1, debug)

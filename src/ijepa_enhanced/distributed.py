@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ijepa_enhanced.devices import best_device
+
 PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that scans a large source, say; that one is gone they notice at once."""
 
@@ -130,10 +132,10 @@ def ranks_of_run() -> Iterator[Ranks]:
     Raises:
         RankError: there are more of them on this machine than GPUs.
     """
-    gpus = torch.cuda.device_count()
     if not dist.is_torchelastic_launched():
-        yield Ranks(torch.device("cuda" if gpus else "cpu"))
+        yield Ranks(best_device())
         return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     place, on_machine = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if 0 < gpus < on_machine:
         raise RankError(f"torchrun started {on_machine} processes here, and there are {gpus} GPUs: one each is needed.")

@@ -85,7 +85,8 @@ class Segments(_Movable):
 def segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
     """The view of every token: int64 [T] from `cu_seqlens` [V + 1], without asking the device for a length."""
     tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return torch.bucketize(tokens, cu_seqlens[1:], right=True)
+    # Not of cu_seqlens[1:]: before PyTorch 2.13 compiled graphs forget on CUDA where a slice begins (issue 182343).
+    return torch.bucketize(tokens, cu_seqlens, right=True) - 1
 
 
 @dataclass(frozen=True)

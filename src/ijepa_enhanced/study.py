@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ijepa_enhanced.commands.setup import best_device, labelled_images, load_encoder, random_start
+from ijepa_enhanced.commands.setup import labelled_images, load_encoder, random_start
 from ijepa_enhanced.config import RequestError, check_resumable, check_unchanged, load_config, nearest
+from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
 from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import RunError, TrainConfig, autocast_dtype, train
+from ijepa_enhanced.train.loop import RunError, TrainConfig, train
 
 logger = logging.getLogger(__name__)
 

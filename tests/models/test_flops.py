@@ -95,7 +95,7 @@ def test_a_small_predictor_by_hand() -> None:
     encoder = EncoderConfig("Ti", 8, 1)
     ends = 3 * 2 * 192 * 8 + 3 * 2 * 2 * 32 * 8
     layer = 2 * 2 * 2 * 8 * 8 + 2 * 2 * 8 * 8 + 2 * 2 * 2 * 8 + 2 * 2 * 8 * 32
-    assert predictor_flops(PredictorConfig(width=8, depth=1), encoder, [2], [1]).tolist() == [ends + layer]
+    assert predictor_flops(PredictorConfig(width=8, depth=1, heads=1), encoder, [2], [1]).tolist() == [ends + layer]
 
 
 def test_a_step_without_merging_is_nearly_a_teacher_and_three_times_the_rest() -> None:

@@ -82,12 +82,12 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "heads"), [(32, 1, 5), (0, 1, 1), (32, 0, 2), (32, 1, 0), (-4, 1, 2), (6, 1, 2)]
+    ("width", "depth", "heads"), [(32, 1, 5), (0, 1, 1), (32, 0, 2), (32, 1, 0), (-4, 1, 2), (6, 1, 2), (36, 1, 3)]
 )
 def test_a_wrong_size_is_an_error(width: int, depth: int, heads: int) -> None:
     with pytest.raises(ValueError, match=r"^predictor\.width") as error:
         PredictorConfig(width, depth, heads)
     assert str(error.value) == (
-        f"predictor.width must be a positive multiple of 4 and of predictor.heads, not {width} with {heads} heads, "
+        f"predictor.width must be a positive multiple of 8 * predictor.heads, not {width} with {heads} heads, "
         f"and predictor.depth at least 1, not {depth}."
     )

@@ -344,6 +344,7 @@ def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(packs: l
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_cuda_agrees_with_the_cpu_and_never_waits_for_the_device() -> None:
     lengths = [700, 1, 33, 200, 2, 64]
     plan = MergePlan.of(lengths, 0.3, 1)
@@ -354,8 +355,8 @@ def test_cuda_agrees_with_the_cpu_and_never_waits_for_the_device() -> None:
     expected = match(metric, plan, 0)
     inputs = [each.cuda() for each in (metric, x, sizes)]
     there = plan.to("cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         found = match(inputs[0], there, 0)
         means, counts = merge(*inputs[1:], found)
     finally:

@@ -10,9 +10,10 @@ import torch
 
 from ijepa_enhanced.data.loader import check_shared_memory
 from ijepa_enhanced.data.source import SourceError
+from ijepa_enhanced.devices import autocast_dtype
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.train import loop
-from ijepa_enhanced.train.loop import RunError, TrainConfig, autocast_dtype, train
+from ijepa_enhanced.train.loop import RunError, TrainConfig, train
 
 CUDA = torch.device("cuda")
 

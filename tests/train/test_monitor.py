@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ijepa_enhanced.data.index import Index, build_index
 from ijepa_enhanced.data.plan import DataConfig, Plan
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.devices import autocast_dtype
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
 from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
@@ -26,7 +27,7 @@ from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
 from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import TrainConfig, autocast_dtype, train
+from ijepa_enhanced.train.loop import TrainConfig, train
 from ijepa_enhanced.train.monitor import (
     COST,
     MOST_LOOKS,

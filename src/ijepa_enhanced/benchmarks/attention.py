@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
+from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.ops.attention import attention, dense_attention
 from ijepa_enhanced.packed import Segments, segment_ids
@@ -48,7 +49,7 @@ def run(source: str = "synthetic", csv: bool = False, tokens: int | None = None)
         `dense_over_ours`, forward and backward, where it is least; `time_exponent` and `memory_exponent` of the number
         of tokens, so that 1 is linear. With few tokens a GPU's time is that of starting kernels, which does not grow.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     counts = growth_tokens(GROWTH_TOKENS, tokens)
     tokens = tokens or TOKENS[device.type]
     streams = {f"{view:,}": [view] * (tokens // view) for view in VIEWS if view <= tokens}
@@ -113,7 +114,7 @@ def compare(case: str, views: str, lengths: list[int], device: torch.device) -> 
 def inputs(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """Random q [T, H, K], and k and v [S, H, K]."""
     device = queries.cu_seqlens.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = autocast_dtype("auto", device) if device.type == "cuda" else torch.float32
     q, k, v = (
         torch.randn(segments.total, HEADS, HEAD_WIDTH, device=device, dtype=dtype, requires_grad=True)
         for segments in (queries, keys, keys)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.merge_plan import MergePlan, merged_lengths
 from ijepa_enhanced.models.blocks import Block
@@ -32,8 +33,9 @@ MEMORY_TOKENS = 65536
 
 def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
     """Print three tables and return the largest share of a block, the last rate's speed-up, and bytes per token."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    device = best_device()
+    dtype = autocast_dtype("auto", device) if device.type == "cuda" else torch.float32
+    with torch.inference_mode(), autocast(device, dtype):
         costs = [cost(view, width, device) for view in VIEWS for width in WIDTHS]
         print(f"One block of {COST_TOKENS:,} tokens with the merge computed but not applied, milliseconds")
         print_table(costs)

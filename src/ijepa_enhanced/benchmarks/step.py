@@ -32,6 +32,7 @@ from ijepa_enhanced.data.index import build_index
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import DataConfig, Plan
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import peak_bytes, quiet_profiler, seconds_by_turns
 from ijepa_enhanced.evaluate.tokens import Images
 from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
@@ -93,7 +94,7 @@ def run(
         true lengths over what the device's largest products reach in the same run), `over_original`, how many times as
         fast it is, and the `time_exponent` and `memory_exponent` of tokens with which the first encoder's step grows.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     variants = [variant] if variant else VARIANTS[device.type]
     configs = [EncoderConfig(name, patch or PATCH[device.type]) for name in variants]
     parts: list[dict[str, Any]] = []
@@ -237,7 +238,9 @@ def kernel_rows(encoder: str, step: Callable[[], object], device: torch.device) 
     with torch.profiler.profile(activities=activities) as profile:
         step()
     time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if event.device_type.name == device.type.upper()]
+    kind = device.type.upper()
+    # Ranges that code marks, as the optimizer does, are events of the GPU too, over all kernels in them.
+    events = [e for e in profile.key_averages() if e.device_type.name == kind and not e.is_user_annotation]
     events.sort(key=lambda event: getattr(event, time_of), reverse=True)
     total = sum(getattr(event, time_of) for event in events)
 
@@ -357,7 +360,7 @@ class Training:
         self.clock = clock
         self.learned = [value for value in model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learned, fused=True)
-        self.dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+        self.dtype = autocast_dtype("auto", device)
 
     def steps(self, packs: Iterable[Any]) -> None:
         """One step on each of the packs, which lie on the host."""
@@ -365,7 +368,7 @@ class Training:
         for pack in packs:
             with part("copy"):
                 moved = pack.to(self.device, non_blocking=True)
-            with part("forward"), torch.autocast(self.device.type, self.dtype, self.dtype == torch.bfloat16):
+            with part("forward"), autocast(self.device, self.dtype):
                 loss = self.model.loss(moved)
             with part("backward"):
                 loss.backward()
@@ -375,13 +378,6 @@ class Training:
                 self.optimizer.zero_grad()
             with part("EMA"):
                 self.model.update_teacher(EMA)
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has products in bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Rows(NamedTuple):

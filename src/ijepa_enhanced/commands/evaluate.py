@@ -29,6 +29,7 @@ from ijepa_enhanced.commands.setup import (
     share_cores,
 )
 from ijepa_enhanced.config import RequestError, nearest
+from ijepa_enhanced.devices import autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.dense import dense, open_maps
@@ -47,7 +48,7 @@ from ijepa_enhanced.evaluate.sweep import (
 from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting, warn_of_unreadable
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
-from ijepa_enhanced.train.loop import RunError, autocast_dtype
+from ijepa_enhanced.train.loop import RunError
 from ijepa_enhanced.visualize.frontier import draw_frontier
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import (
     add_configuration,
     add_encoder,
-    best_device,
     check_setting,
     load_encoder,
     print_counts,
@@ -26,6 +25,7 @@ from ijepa_enhanced.data.images import UnreadableImage
 from ijepa_enhanced.data.index import LISTED, build_index, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.train.loop import RunError
 from ijepa_enhanced.visualize.data import class_sizes, draw_survey, survey
 from ijepa_enhanced.visualize.features import draw_features

@@ -115,11 +115,6 @@ def share_cores(workers: int) -> None:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
 
 
-def best_device() -> torch.device:
-    """Where networks run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def labelled(spec: str, part: str) -> Images:
     """A source and its index.
 

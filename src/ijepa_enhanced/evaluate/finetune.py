@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ijepa_enhanced.data.augment import AugmentConfig
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import DataConfig, Plan, inference_packs
+from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.evaluate.scores import classification
 from ijepa_enhanced.evaluate.tokens import (
     Counting,
@@ -210,7 +211,7 @@ def _train(
                 moved = batch.to(device, non_blocking=True)
                 assert moved.labels is not None
                 targets = F.one_hot(torch.searchsorted(classes.to(device), moved.labels), len(classes)).float()
-                with torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32):
+                with autocast(device, setting.dtype):
                     pooled = model.pooled(moved.packed, moved.merge_plan)
                 if config.mixup:
                     pooled, targets = mixed(pooled, targets, config.mixup, rng)

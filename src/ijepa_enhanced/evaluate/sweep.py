@@ -14,6 +14,7 @@ import torch
 
 from ijepa_enhanced.data.index import Index
 from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
+from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK
 from ijepa_enhanced.files import replacing
@@ -108,7 +109,7 @@ def network_costs(
         runs.append(partial(encoder, packed.to(device), plan and plan.to(device)))
         images.append(tokens / lengths.mean())
         gflops.append(encoder_flops(config, lengths, rate).mean() / 1e9)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         peaks = [peak_bytes(run, device) for run in runs]
         seconds = seconds_by_turns(runs, device)
     return [

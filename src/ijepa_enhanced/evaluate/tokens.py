@@ -19,6 +19,7 @@ from ijepa_enhanced.data.index import Index, cache_folder
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Pack, inference_packs
 from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.encoder import Encoder
@@ -116,7 +117,7 @@ def token_batches(
         moved = batch.to(device, non_blocking=True)
         outputs: list[Tensor] = []
         if len(batch.image_ids):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 outputs = last_layers(encoder, moved.packed, moved.merge_plan, layers)
             finite = outputs[-1].isfinite().all(dim=1)
             if not finite.all():

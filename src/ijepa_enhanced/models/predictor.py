@@ -9,6 +9,9 @@ from ijepa_enhanced.models.blocks import LAYER_NORM_EPS, CrossBlock, FactorizedP
 from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.packed import Packed
 
+HEAD_MULTIPLE = 8
+"""What FlashAttention wants the width of a head to be a multiple of."""
+
 
 @dataclass(frozen=True)
 class PredictorConfig:
@@ -19,13 +22,13 @@ class PredictorConfig:
     depth: int = 4
     """Number of blocks."""
     heads: int = 4
-    """Attention heads, which divide the width."""
+    """Attention heads; the width is a multiple of 8 of them."""
 
     def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads or self.width % 4:
+        if min(self.width, self.depth, self.heads) < 1 or self.width % (HEAD_MULTIPLE * self.heads):
             raise ValueError(
-                f"predictor.width must be a positive multiple of 4 and of predictor.heads, not {self.width} with "
-                f"{self.heads} heads, and predictor.depth at least 1, not {self.depth}."
+                f"predictor.width must be a positive multiple of {HEAD_MULTIPLE} * predictor.heads, not {self.width} "
+                f"with {self.heads} heads, and predictor.depth at least 1, not {self.depth}."
             )
 
 

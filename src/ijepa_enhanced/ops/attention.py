@@ -1,9 +1,9 @@
 """Attention within the segments of packed streams: one function, three kernels.
 
-- CUDA, half precision: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
+- CUDA from Ampere on, half precision: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
 - CPU: PyTorch's flash kernel, once for all segments of one length, behind one custom op, so that a compiled graph
   sees a single node of dynamic length and no Python loop.
-- Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of float32 on CUDA.
+- Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of all else on CUDA.
 
 After merging (ToMe, arXiv 2210.09461, section 3) a key that stands for s patches counts s times: log(s) is added to
 its logits. CPU and dense kernels add it as a mask; varlen has none, so there it travels in additional head channels.
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from ijepa_enhanced.packed import segment_ids
+
+AMPERE = 8
+"""The first generation of GPUs, by the major number of its compute capability, that FlashAttention 2 runs on."""
 
 
 def attention(
@@ -51,7 +54,7 @@ def attention(
     if q.device.type == "cpu":
         out, _ = cpu_attention(q, k, v, cu_seqlens, cu_keys, bias)
         return out
-    if q.dtype in (torch.bfloat16, torch.float16):
+    if q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_properties(q.device).major >= AMPERE:
         return varlen_attention(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, bias)
     return dense_attention(q, k, v, cu_seqlens, cu_keys, bias)
 
@@ -59,12 +62,14 @@ def attention(
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """`attention` by its definition: O(T S) time and memory. `bias`: float32 [S], added to each key's logits."""
+    """`attention` by its definition: O(T S) time, and as many numbers of mask. `bias`: float32 [S], added to each key's
+    logits."""
     mask = segment_ids(cu_seqlens, q.shape[0])[:, None] == segment_ids(cu_keys, k.shape[0])
     if bias is not None:
         mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
-    out = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask)
-    return out.transpose(0, 1)
+    # As a batch of one: without a batch PyTorch takes none of its fused kernels, and keeps several T x S a head.
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
 def varlen_attention(

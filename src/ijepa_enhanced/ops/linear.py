@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from ijepa_enhanced.devices import multiplies_bf16
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """PyTorch is built without it for some machines, and promises nothing of a function that it has for itself."""
-HAS_BF16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BF16 = HAS_ONEDNN and multiplies_bf16(torch.device("cpu"))
 """Some processors multiply no bfloat16, or oneDNN does not on them."""
 
 

@@ -25,6 +25,7 @@ from ijepa_enhanced.data.index import Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
 from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
@@ -112,23 +113,6 @@ class Outcome:
     """Images shown since the run began, with repetition."""
     finished: bool
     """False when a signal stopped it; it can be resumed."""
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The precision of matrix products on `device`; `auto` takes bfloat16 where the hardware multiplies it.
-
-    A GPU without it gets float32 whatever is asked for: it has no flash attention for half precision either.
-    """
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if not has_bf16 and precision != "fp32":
-            logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and dense attention instead.")
-            precision = "fp32"
-    else:
-        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if precision == "auto":
-        precision = "bf16" if has_bf16 else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
@@ -220,8 +204,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     if config.compile:
         for network in (model.student, model.teacher, model.predictor):
             network.compile(dynamic=True)
-    dtype = autocast_dtype(config.precision, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    products = autocast(device, autocast_dtype(config.precision, device))
 
     dataset = PackDataset(
         source,
@@ -242,6 +225,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         RunLog(folder, done, log_bytes) if ranks.main else nullcontext() as log,
         ProgressBar(total, done) if ranks.main else nullcontext() as bar,
         StopSignals() as stop,
+        explaining_memory(config.data),
     ):
 
         def save() -> None:
@@ -265,7 +249,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
             model.teacher.save_pretrained(folder / "encoder")
 
         if watch and ranks.main and not done:
-            watch.look(0, model.teacher, autocast)  # for comparison; there is no line of the log yet
+            watch.look(0, model.teacher, products)  # for comparison; there is no line of the log yet
         meter.restart_clock()
         while done < total:
             with meter.waiting():
@@ -280,12 +264,11 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
 
             settings = step_settings(config.optim, done, total)
             set_step(optimizer, settings)
-            with explaining_memory(config.data):
-                for batch in shown:
-                    with autocast:
-                        losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
-                    losses.total.backward()
-                    meter.add(losses, batch)
+            for batch in shown:
+                with products:
+                    losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
+                losses.total.backward()
+                meter.add(losses, batch)
             ranks.sum_gradients(learned)
             grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
             optimizer.step()
@@ -307,7 +290,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
                     bar.update(done, describe(values))
                 if watch and looking:
                     if ranks.main:
-                        values |= watch.look(done, model.teacher, autocast)
+                        values |= watch.look(done, model.teacher, products)
                         if seen.best_step == done:
                             model.teacher.save_pretrained(folder / "best")
                     meter.restart_clock()
@@ -477,11 +460,11 @@ class Meter:
         Raises:
             RunError: there was nothing to train on.
         """
-        seconds = time.perf_counter() - self.start
         names = ("loss", *PARTS)
         total = torch.zeros(len(names))
         if self.losses:
-            total = torch.stack([losses.to(self.losses[-1].device) for losses in self.losses]).sum(dim=0)
+            total = torch.stack([losses.to(self.losses[-1].device) for losses in self.losses]).sum(dim=0).cpu()
+        seconds = time.perf_counter() - self.start  # now that the device is done with these steps
         shown = [self.views, sum(self.tokens[self.earlier :]), sum(self.tokens), len(self.tokens)]
         *parts, views, new_tokens, tokens, packs = ranks.sums([*total.tolist(), *shown])
         if not packs:

@@ -1,0 +1,37 @@
+"""Where networks run, and in which precision."""
+
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one that can be used, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has products in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products on `device`; `auto` takes bfloat16 where the hardware multiplies it.
+
+    A GPU without it gets float32 whatever is asked for: it has no flash attention for half precision either.
+    """
+    if precision == "fp32":
+        return torch.float32
+    if device.type == "cuda" and not multiplies_bf16(device):
+        logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and dense attention instead.")
+        return torch.float32
+    return torch.bfloat16 if precision == "bf16" or multiplies_bf16(device) else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """While entered, matrix products on `device` are in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
