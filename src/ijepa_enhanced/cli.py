@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import logging
 import re
@@ -48,6 +49,8 @@ class StderrHandler(logging.Handler):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files need not be text
     debug = "--debug" in arguments
     logging.basicConfig(handlers=[StderrHandler()], format="%(message)s", force=True)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)

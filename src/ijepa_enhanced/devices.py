@@ -16,7 +16,8 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has products in bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Builds without oneDNN lack the question.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

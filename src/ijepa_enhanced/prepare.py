@@ -23,13 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from ijepa_enhanced.data.images import UnreadableImage, decode_whole
 from ijepa_enhanced.data.index import Index, build_index
 from ijepa_enhanced.data.loader import serve_the_parent
-from ijepa_enhanced.data.source import Source, SourceError
+from ijepa_enhanced.data.source import CLASSES, Source, SourceError
 from ijepa_enhanced.files import replacing
 
 FORMAT = 1
 """Raised when a manifest means something else than before."""
 MANIFEST = "manifest.json"
-CLASSES = "classes.txt"
 MEGABYTE = 10**6
 
 

@@ -221,7 +221,8 @@ def seconds_per_step(config: TrainConfig) -> float:
     monitor = dataclasses.replace(config.monitor, every=0)
     trial = dataclasses.replace(config, steps=PACE_STEPS, log_every=half, monitor=monitor)
     with tempfile.TemporaryDirectory() as folder:
-        train(trial, Path(folder, "run"))
+        if not train(trial, Path(folder, "run")).finished:
+            raise KeyboardInterrupt  # as in `_train`
         last = read_log(Path(folder, "run"))[-1]
     tokens = last["fill"] * config.data.tokens_per_pack * config.data.packs_per_step
     return float(tokens / last["tokens_per_second"])

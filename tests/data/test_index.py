@@ -228,12 +228,13 @@ def test_nothing_readable(tmp_path, cache):
         assert summary(index) == {"images": 0, "unreadable": 1, "labels": 0, "side": {}, "aspect": {}}
 
 
-def test_progress(tmp_path):
-    for number in range(2001):
+def test_a_long_scan_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"")
-    counts = []
-    build_index(FolderSource(tmp_path), cache=False, progress=counts.append)
-    assert counts == [1000, 2000, 2001]
+    monkeypatch.setattr("ijepa_enhanced.data.index.PATIENCE", -1.0)
+    build_index(FolderSource(tmp_path), cache=False)
+    assert caplog.messages == [f"Scanning {tmp_path}: {number} of 3 images" for number in (1, 2, 3)]
 
 
 def test_summary_by_hand(folder):

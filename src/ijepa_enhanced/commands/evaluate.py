@@ -33,7 +33,7 @@ from ijepa_enhanced.devices import autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.dense import dense, open_maps
-from ijepa_enhanced.evaluate.features import extract, thumbnails
+from ijepa_enhanced.evaluate.features import extract, hash_weights, thumbnails
 from ijepa_enhanced.evaluate.finetune import FinetuneConfig, finetune
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, score
 from ijepa_enhanced.evaluate.sweep import (
@@ -123,10 +123,11 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     with ranks.one_first():
         maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
         train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
+    hashes, weights = [each.index.hash for each in (train, val)], hash_weights(encoder)
     ranks.agree(
         {
-            "images": [each.index.hash for each in (train, val, *maps)],
-            "encoder": [weights.double().sum().item() for weights in encoder.state_dict().values()],
+            "images": [*hashes, *(each.index.hash for each in maps)],
+            "encoder": weights,
             "precision": dtype,
             "PyTorch": torch.__version__,
         }
@@ -158,6 +159,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     show(evaluation)
     if (run := Path(options.run)).joinpath("config.yaml").is_file():
         settings = {name: options[name] for name in ("train", "val", "side", "merge_rate", "seed")}
+        settings |= {"images": hashes, "weights": weights}
         keep(evaluation, settings, run / "evaluation.json")
     print_json(options, evaluation["random start" if options.random_init else "trained"])
     return 0

@@ -17,7 +17,7 @@ def add_options(command: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Scan a source and print what is in it."""
-    index = build_index(open_source(options.source), progress=None)
+    index = build_index(open_source(options.source))
     counts = summary(index)
     print_counts(counts)
     for key, reason in index.unreadable:

@@ -16,9 +16,10 @@ from jsonargparse import ArgumentParser, Namespace
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from ijepa_enhanced.config import RequestError, load_config, recipe_names
-from ijepa_enhanced.data.index import Index, build_index, report_unreadable
+from ijepa_enhanced.data.index import build_index, report_unreadable
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.evaluate.tokens import Images
@@ -96,21 +97,25 @@ def load_encoder(path: str) -> Encoder:
     """The encoder of a run, or in a folder, on the CPU.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is none, or it cannot be read.
     """
     try:
         return Encoder.from_pretrained(path)
     except FileNotFoundError as error:
         raise RequestError(str(error)) from error
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise RequestError(f"What {path} holds is no encoder of this program, or damaged: {error}") from error
 
 
 def share_cores(workers: int) -> None:
-    """Leave a core to each worker, unless OMP_NUM_THREADS says otherwise.
+    """Leave a core to each worker, unless OMP_NUM_THREADS says otherwise, and say where there are not enough.
 
     All threads of a matrix product wait for the one whose core a worker holds: with one thread more, a quickstart on
     two cores is several times slower (docs/log.md).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers > cores:
+        logger.warning("%d workers share %d cores: fewer would wait less for each other.", workers, cores)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
 
@@ -147,7 +152,7 @@ def labelled_images(train_spec: str, val_spec: str) -> list[Images]:
     only = np.unique(train.index.labels)
     if len(only) < 2:
         raise RequestError(
-            f"{train_spec} has images of one class only, '{class_name(train.index, only[0])}'; "
+            f"{train_spec} has images of one class only, '{train.index.class_name(only[0])}'; "
             "scoring needs two or more."
         )
     numbers = class_numbers(train, val)
@@ -168,10 +173,10 @@ def class_numbers(train: Images, val: Images) -> NDArray[np.int64]:
     numbers = found
     if train.index.classes is not None and val.index.classes is not None:
         places = {name: number for number, name in enumerate(train.index.classes)}
-        numbers = np.array([places.get(class_name(val.index, label), -1) for label in found.tolist()])
+        numbers = np.array([places.get(val.index.class_name(label), -1) for label in found.tolist()])
     for label, number in zip(found.tolist(), numbers.tolist(), strict=True):
         if number not in train.index.labels:
-            name = class_name(val.index, label)
+            name = val.index.class_name(label)
             listed = train.index.classes is not None and name in train.index.classes
             lacks = (
                 f"of which {train.source.name} has no readable image" if listed else f"that {train.source.name} has not"
@@ -180,13 +185,10 @@ def class_numbers(train: Images, val: Images) -> NDArray[np.int64]:
     return numbers[inverse]
 
 
-def class_name(index: Index, label: int) -> str:
-    """What users call a class."""
-    return str(label) if index.classes is None else index.classes[label]
-
-
 def random_start(encoder: Encoder, run: Path) -> Encoder:
-    """The encoder as it was before the first step: the same architecture and seed."""
-    seed = load_config(run).seed if (run / "config.yaml").is_file() else 0
+    """The encoder as it was before the first step: the same architecture, and the run's seed where `run` is one, or an
+    encoder in one; else 0."""
+    folder = run.resolve().parent if run.name in ("encoder", "best") else run
+    seed = load_config(folder).seed if (folder / "config.yaml").is_file() else 0
     torch.manual_seed(seed)
     return Encoder(encoder.config).eval().to(encoder.pixel_scale.device)

@@ -37,7 +37,7 @@ def add_options(command: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Train, draw what was trained on, and write the report."""
+    """Train, and show how it went."""
     config = train_config(options)
     if options.print_config:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
@@ -52,13 +52,25 @@ def run(options: Namespace) -> int:
         folder = Path(options.run or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
         if folder.exists() and is_main():
             raise RequestError(f"{folder} already exists. Go on with it by --resume {folder}, or name another --run.")
-    share_cores(config.data.workers)
     hush_others()
+    share_cores(config.data.workers)
     outcome = train(config, folder, resume=bool(options.resume))
     if not is_main():
         return 0
     if not outcome.finished:
         logger.warning("Stopped after step %d. Go on with: ijepa train --resume %s", outcome.steps, folder)
+    try:
+        pictures = show(config, folder)
+    except (OSError, ValueError, RuntimeError) as error:  # what was learned is kept whatever becomes of its pictures
+        logger.warning("Not all pictures could be made; ijepa report %s tries again: %s", folder, error)
+        pictures = []
+    print(folder, *pictures, sep="\n")
+    print_json(options, {"run": str(folder), "steps": outcome.steps, "images_seen": outcome.images})
+    return 0 if outcome.finished else 1
+
+
+def show(config: TrainConfig, folder: Path) -> list[Path]:
+    """Draw what a run trained on and how it went, and write its page; the files made."""
     pictures = [folder / "masks.png", folder / "curves.png"]
     batch = first_batch(config, config.data.source)
     draw_masked_views(batch, masks_of(batch, config.masks, config.seed), config.encoder.patch_size, pictures[0])
@@ -66,9 +78,7 @@ def run(options: Namespace) -> int:
         pictures.pop()
     pictures.append(folder / "report.html")
     write_report([folder], pictures[-1], dataclasses.asdict(TrainConfig()))
-    print(folder, *pictures, sep="\n")
-    print_json(options, {"run": str(folder), "steps": outcome.steps, "images_seen": outcome.images})
-    return 0 if outcome.finished else 1
+    return pictures
 
 
 def first_batch(config: TrainConfig, source: str) -> Batch:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ FORMAT = 2
 
 LISTED = 20
 """Unreadable images that are named before the rest is only counted."""
+
+PATIENCE = 10.0
+"""Seconds between two lines about a scan."""
 
 QUANTILES = (5, 25, 50, 75, 95)
 """Percent, of `summary`."""
@@ -54,6 +57,10 @@ class Index:
     shares: NDArray[np.float64] | None = None
     """[N] the fraction of the epochs that show each image, or None where that is all of them."""
 
+    def class_name(self, label: int) -> str:
+        """What users call a class: its name, or where classes have none, its number."""
+        return str(label) if self.classes is None else self.classes[label]
+
     def select(self, images: NDArray[np.integer]) -> Index:
         """Some of the images, by position, in that order; every epoch shows all of them."""
         return dataclasses.replace(
@@ -67,19 +74,18 @@ class Index:
         )
 
 
-def build_index(source: Source, cache: bool = True, progress: Callable[[int], None] | None = None) -> Index:
+def build_index(source: Source, cache: bool = True) -> Index:
     """Scan the headers of a source, or read what an earlier scan of the same files found.
 
     Args:
         source: the images.
         cache: read and write the user's cache folder (`$IJEPA_CACHE`, else `ijepa_enhanced` in `$XDG_CACHE_HOME` or
             `~/.cache`). A cache that cannot be read is made anew; one that cannot be written is a warning.
-        progress: called with the number of images scanned, now and then.
     """
     path = cache_folder() / f"index-{FORMAT}-{source.fingerprint()}.parquet"
     scan = _load(path) if cache else None
     if scan is None:
-        scan = _scan(source, progress)
+        scan = _scan(source)
         # What could not be read for a moment, as over a network, may be there the next time.
         if cache and not any(reason is not None and reason.startswith(UNREAD) for reason in scan[2]):
             _save(path, scan)
@@ -138,17 +144,19 @@ def cache_folder() -> Path:
 _Scan = tuple[NDArray[np.int32], NDArray[np.int32], list[str | None]]
 
 
-def _scan(source: Source, progress: Callable[[int], None] | None) -> _Scan:
+def _scan(source: Source) -> _Scan:
     """Height, width and reason of every image of the source; the sizes of unreadable ones are 0."""
     sizes = np.zeros((2, len(source.keys)), dtype=np.int32)
     reasons: list[str | None] = [None] * len(source.keys)
+    said = time.monotonic()
     for row in range(len(source.keys)):
         try:
             sizes[:, row] = source.size(row)
         except UnreadableImage as error:
             reasons[row] = str(error)
-        if progress and ((row + 1) % 1000 == 0 or row + 1 == len(reasons)):
-            progress(row + 1)
+        if time.monotonic() - said > PATIENCE:
+            said = time.monotonic()
+            logger.info("Scanning %s: %d of %d images", source.name, row + 1, len(reasons))
     return sizes[0], sizes[1], reasons
 
 

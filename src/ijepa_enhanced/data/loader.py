@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -168,15 +169,18 @@ def make_loader(
     dataset: PackDataset, packs: Iterable[Pack], workers: int, pin_memory: bool = False
 ) -> DataLoader[Batch]:
     """A plain DataLoader over packs, in their order whatever the number of workers."""
-    return DataLoader(
-        dataset,
-        sampler=_Packs(packs),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=pin_memory,
-        worker_init_fn=serve_the_parent,
-    )
+    with warnings.catch_warnings():
+        # More workers than cores is a matter of speed, and said once, where a command begins.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        return DataLoader(
+            dataset,
+            sampler=_Packs(packs),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=serve_the_parent,
+        )
 
 
 def check_shared_memory(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ijepa_enhanced.data.source import EXTENSIONS, SourceError
+from ijepa_enhanced.data.source import CLASSES, EXTENSIONS, SourceError
 from ijepa_enhanced.data.sources import HEIC, expand
 from ijepa_enhanced.files import replacing
 
@@ -21,7 +21,6 @@ TRIES = 4
 FIRST_WAIT = 1.0
 """Seconds after the first try; twice as many after each one that follows."""
 SHARDS = (".tar", ".parquet")
-CLASSES = "classes.txt"
 
 
 def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None = None) -> str:

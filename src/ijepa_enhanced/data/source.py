@@ -23,6 +23,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 PARTS = ("train", "val", "test")
 """What files of a folder and splits of a data set may be named after."""
 
+CLASSES = "classes.txt"
+"""Beside shards: the name of each label, a line each."""
+
 UNREAD = "cannot be read"
 """How the reason begins where the fault is not the image's but the disk's or the network's."""
 HEAD = 64 * 1024

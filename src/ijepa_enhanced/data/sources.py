@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ from ijepa_enhanced.data import synthetic
 from ijepa_enhanced.data.images import UnreadableImage
 from ijepa_enhanced.data.mixed import MixedSource
 from ijepa_enhanced.data.source import (
+    CLASSES,
     EXTENSIONS,
     HEAD,
     PARTS,
@@ -41,6 +42,15 @@ LISTS = (".csv", ".jsonl")
 
 HEIC = (".heic", ".heif")
 """Not read, but not passed over either: a folder of a phone's photos must not look empty."""
+
+
+FOLDERS = (*PARTS, "validation")
+"""What folders of parts are named."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is taken for an image, by its name; hidden ones are not."""
+    return name.lower().endswith((*EXTENSIONS, *HEIC)) and not name.startswith(".")
 
 
 class _PathSource(FileSource):
@@ -91,7 +101,7 @@ class FolderSource(_PathSource):
                 if not name.startswith(".") and not _holds(os.path.realpath(Path(folder, name)), here)
             ]
             for name in files:
-                if name.lower().endswith((*EXTENSIONS, *HEIC)) and not name.startswith("."):
+                if is_image(name):
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
 
@@ -181,7 +191,7 @@ class TarSource(FileSource):
                 f"KEY.json. The keys of the first of these are: {', '.join(sorted(first)) or 'none'}."
             )
         if any(label is not None for label in written):
-            listed = Path(root, "classes.txt")
+            listed = Path(root, CLASSES)
             try:
                 names = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else None
             except UnicodeDecodeError as error:
@@ -285,6 +295,10 @@ def open_source(spec: str, part: str = "train") -> Source:
             return open_saved(path, place, part, columns)
         files = sorted(path.glob("*.tar")) or sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
         files = _files_of(part, files, place)
+        if not files:
+            path = _folder_of(part, path)
+        elif any(is_image(file.name) for file in path.iterdir()):
+            logger.warning("%s holds image files beside %s: they are not taken.", place, files[0].name)
     else:
         files = _existing_files(str(path), spec)
     kind = files[0].suffix if files else ""
@@ -342,6 +356,20 @@ def _files_of(part: str, files: list[Path], folder: str) -> list[Path]:
     return named or files
 
 
+def _folder_of(part: str, folder: Path) -> Path:
+    """What lies in a folder for `part`, where all in it are folders named after parts; else the folder itself."""
+    try:
+        inside = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        _cannot_list(error)
+    if not inside or not all(entry.is_dir() and entry.name in FOLDERS for entry in inside):
+        return folder
+    named = [entry for entry in inside if entry.name.startswith(part)]
+    if not named:
+        raise SourceError(f"{folder} has {' and '.join(entry.name for entry in inside)}, and nothing for {part}.")
+    return named[0]
+
+
 def _existing_files(pattern: str, spec: str) -> list[Path]:
     """The files of a pattern with braces and asterisks."""
     files = [Path(name) for expanded in expand(pattern) for name in sorted(glob(expanded)) or [expanded]]
@@ -363,7 +391,7 @@ def _holds(folder: str, path: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _cannot_list(error: OSError) -> None:
+def _cannot_list(error: OSError) -> NoReturn:
     raise SourceError(f"The folder {error.filename} cannot be listed: {error.strerror}.")
 
 
@@ -433,6 +461,7 @@ def _scan_tar(path: Path, label_key: str | None) -> _Shard:
     labels: dict[str, dict[str, str]] = {".cls": {}, ".json": {}}
     first_json: list[str] | None = None
     names: set[str] = set()
+    parts: list[str] = []
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             with suppress(tarfile.ReadError):
@@ -443,6 +472,8 @@ def _scan_tar(path: Path, label_key: str | None) -> _Shard:
                     names.add(member.name)
                     if extension in (*EXTENSIONS, *HEIC):
                         images.append((member.name, member.offset_data, member.size))
+                    elif extension.endswith(EXTENSIONS):
+                        parts.append(member.name)
                     elif extension == ".json" and not labels[".cls"]:
                         data = os.pread(file.fileno(), member.size, member.offset_data)
                         values = _json_values(data)
@@ -461,4 +492,11 @@ def _scan_tar(path: Path, label_key: str | None) -> _Shard:
         raise SourceError(f"{path} is not an uncompressed tar file: {error}.") from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    if parts:
+        logger.warning(
+            "Not taken for images, since the names of samples end at their first dot: %s%s in %s.",
+            parts[0],
+            f" and {len(parts) - 1} more" if len(parts) > 1 else "",
+            path,
+        )
     return _Shard(images, labels, first_json)

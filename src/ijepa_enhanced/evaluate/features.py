@@ -186,6 +186,13 @@ def _digest(encoder: Encoder, images: Images, setting: Setting) -> str:
     shown = (setting.side, setting.dtype, setting.tokens_per_pack, setting.merge_rate)
     digest = hashlib.sha256(repr((*format_of, *where, *shown)).encode())
     digest.update(images.index.rows.tobytes())
+    digest.update(hash_weights(encoder).encode())
+    return digest.hexdigest()
+
+
+def hash_weights(encoder: Encoder) -> str:
+    """SHA-256 of all weights and their names."""
+    digest = hashlib.sha256()
     for name, weights in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

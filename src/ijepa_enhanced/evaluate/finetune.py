@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import Batch, Packed, segment_ids
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.schedules import warmup_cosine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,10 @@ def _train(
         max_view_tokens=setting.tokens_per_pack,
     )
     plan = Plan(index, views, encoder.config.patch_size, seed)
-    steps = config.epochs * len(plan.epoch(0))
+    first = plan.epoch(0)
+    if first.too_small:
+        logger.warning("Too small to fine-tune on: %d images of %s.", first.too_small, source.name)
+    steps = config.epochs * len(first)
     own = slice(ranks.rank, None, ranks.world)
     packs = (epoch[n].select(own) for epoch in map(plan.epoch, itertools.count()) for n in range(len(epoch)))
     depth, device = encoder.config.shape.depth, encoder.pixel_scale.device

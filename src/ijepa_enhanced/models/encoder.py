@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ijepa_enhanced.data.images import UnreadableImage, decode_views, open_image, patchify, upright_size
-from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
+from ijepa_enhanced.data.plan import fit_grids
+from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
@@ -152,8 +153,12 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """One feature an image: the mean of its tokens.
 
+        Matrix products are in float32 on a CPU, unless `torch.autocast` says otherwise, and in bfloat16 on a GPU that
+        has it.
+
         Args:
-            images: N images of any mix of sizes; packed inside, so no image costs another padding.
+            images: N images of any mix of sizes, one after another: a generator need not hold more than one; packed
+                inside, so no image costs another padding.
             side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
             merge_rate: the share of its tokens that each layer merges into others, from 0 to 0.5, or one for each
                 layer: faster, and less exact (docs/merging.md has the figures).
@@ -197,10 +202,15 @@ class Encoder(nn.Module):
         tokens_per_pack: int,
     ) -> Iterator[tuple[Packed, Tensor]]:
         device = self.pixel_scale.device
+        # On a GPU ragged streams have no kernel in float32 (ops/attention.py).
+        half = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        products = autocast(device, autocast_dtype("auto", device)) if half else nullcontext()
         for packed in self.packs(images, side, tokens_per_pack):
             plan = self.merge_plan(packed.segments, merge_rate)
             moved = packed.to(device)
-            yield moved, self(moved, plan and plan.to(device)).float()
+            with products:
+                features = self(moved, plan and plan.to(device))
+            yield moved, features.float()
 
     def packs(self, images: Iterable[ImageLike], side: int | None, tokens_per_pack: int = 16384) -> Iterator[Packed]:
         """What `embed` shows the network: packs of uint8 patches, on the CPU; arguments and errors are its own."""
@@ -208,22 +218,24 @@ class Encoder(nn.Module):
             raise TypeError("One image alone: put it into a list.")
         if side is not None and side < 1:
             raise ValueError(f"side must be at least 1, not {side}.")
-        images = list(images)
-        opened, upright = [], []
+        patch_size = self.config.patch_size
+        grids: list[NDArray[np.int64]] = []
+        patches: list[NDArray[np.uint8]] = []
+        tokens = 0
         for image in images:
             with _naming(image):
-                opened.append(_open(image))
-                upright.append(upright_size(opened[-1]))
-        sizes = np.array(upright, dtype=np.int64).reshape(-1, 2)
-        patch_size = self.config.patch_size
-        grids = fit_grids(sizes[:, 0], sizes[:, 1], side, patch_size, limit=tokens_per_pack)
-        for start, stop in cut_into_packs(grids.prod(axis=1), tokens_per_pack):
-            patches = []
-            for i in range(start, stop):
-                with _naming(images[i]):
-                    box, size = np.array([[0, 0, *sizes[i]]]), grids[i : i + 1] * patch_size
-                    patches.append(patchify(decode_views(opened[i], box, size)[0], patch_size))
-            yield Packed.of_grids(np.concatenate(patches), grids[start:stop])
+                opened = _open(image)
+                size = np.array([upright_size(opened)])
+                grid = fit_grids(size[:, 0], size[:, 1], side, patch_size, limit=tokens_per_pack)
+                (view,) = decode_views(opened, np.concatenate([0 * size, size], axis=1), grid * patch_size)
+            if tokens + grid.prod() > tokens_per_pack and patches:
+                yield Packed.of_grids(np.concatenate(patches), np.concatenate(grids))
+                grids, patches, tokens = [], [], 0
+            grids.append(grid)
+            patches.append(patchify(view, patch_size))
+            tokens += int(grid.prod())
+        if patches:
+            yield Packed.of_grids(np.concatenate(patches), np.concatenate(grids))
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
         """What merging at `rate` does to views of these lengths, on the CPU; None where it does nothing."""

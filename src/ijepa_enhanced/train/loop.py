@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.data.augment import AugmentConfig
 from ijepa_enhanced.data.cache import SHARED_MEMORY, InMemory, free_memory
-from ijepa_enhanced.data.index import Index, build_index, report_unreadable
+from ijepa_enhanced.data.index import LISTED, Index, build_index, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
 from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
 from ijepa_enhanced.data.sources import open_source
@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("prediction", "stabilizer", "invariance")
 """Of the loss, as they are logged: before their weights."""
-LISTED = 20
-"""Unreadable images named when there are too many."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +186,8 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
     if done == total:
         logger.warning("%s is finished: all %d steps are done.", folder, total)
+        if ranks.main:  # it may have been stopped between the checkpoint and this
+            model.teacher.save_pretrained(folder / "encoder")
     ranks.agree({"plan": plan.hash, "checkpoint": done, "PyTorch": torch.__version__})
     watch = start_watch(
         config.monitor,
@@ -281,7 +281,8 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
             epoch, pack = max(share.last for share in shares)
             cursor = Cursor(epoch, pack + 1)
             looking = watch is not None and watch.due(done)
-            if done % config.log_every == 0 or done == total or looking:
+            saving = done % config.checkpoint_every == 0 or done == total
+            if done % config.log_every == 0 or looking or saving:
                 values = meter.read(config.data.tokens_per_pack, ranks) | settings._asdict()
                 values |= {"grad_norm": grad_norm.item(), "epoch": epoch, "unreadable": len(unreadable)}
                 if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -296,7 +297,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
                     meter.restart_clock()
                 if log:
                     log.write(done, values)
-            if done % config.checkpoint_every == 0 or done == total:
+            if saving:
                 save()
         if done < total:
             save()

@@ -87,7 +87,7 @@ def class_sizes(index: Index) -> dict[str, int]:
     if index.labels is None:
         return {}
     numbers, counts = np.unique(index.labels, return_counts=True)
-    names = [str(number) if index.classes is None else index.classes[number] for number in numbers.tolist()]
+    names = map(index.class_name, numbers.tolist())
     return dict(sorted(zip(names, counts.tolist(), strict=True), key=lambda entry: -entry[1]))
 
 

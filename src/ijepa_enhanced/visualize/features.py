@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ijepa_enhanced.data.images import unpatchify
 from ijepa_enhanced.models.encoder import Encoder, ImageLike
-from ijepa_enhanced.visualize.views import MARGIN, save_png, sheet_of
+from ijepa_enhanced.visualize.views import MARGIN, enlarged, save_png, sheet_of
 
 SIDE = 280
 """sqrt(height * width) of each picture, in pixels."""
@@ -113,20 +113,16 @@ def draw_features(
         pixels = unpatchify(patches.numpy(), rows, cols, encoder.config.patch_size)
         shown = [
             np.array(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)),
-            _enlarged(colours, cell),
+            enlarged(colours, cell),
         ]
         if patch is not None:
-            shown.append(_enlarged(_ramp(similarity_map(features, *patch)), cell))
+            shown.append(enlarged(_ramp(similarity_map(features, *patch)), cell))
             for picture in (shown[0], shown[2]):
                 _outline(picture, *patch, cell)
         gap = np.full((rows * cell, MARGIN // 2, 3), 255, np.uint8)
         pictures.append(np.concatenate([part for picture in shown for part in (picture, gap)][:-1], axis=1))
     save_png(sheet_of(pictures), path)
     return grids
-
-
-def _enlarged(colours: NDArray[np.uint8], cell: int) -> NDArray[np.uint8]:
-    return colours.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def _ramp(similarity: Tensor) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from ijepa_enhanced.data.images import unpatchify
 from ijepa_enhanced.models.encoder import Encoder, ImageLike
 from ijepa_enhanced.ops.merging import chain
-from ijepa_enhanced.visualize.views import sheet_of
+from ijepa_enhanced.visualize.views import enlarged, sheet_of
 
 DEPTHS = 3
 """Stages shown, evenly over the layers; the last is the last layer's."""
@@ -72,7 +72,7 @@ def _filled(pixels: NDArray[np.uint8], stage: NDArray[np.int64], cell: int) -> N
     patches = pixels.reshape(rows, len(pixels) // rows, cols, -1, 3).mean(axis=(1, 3)).reshape(-1, 3)
     sums = np.stack([np.bincount(stage.ravel(), channel) for channel in patches.T], axis=1)
     colours = (sums / np.bincount(stage.ravel())[:, None]).round().astype(np.uint8)
-    large = stage.repeat(cell, axis=0).repeat(cell, axis=1)
+    large = enlarged(stage, cell)
     around = np.pad(large, 1, constant_values=-1)
     height, width = large.shape
     edge = np.zeros(large.shape, np.bool_)

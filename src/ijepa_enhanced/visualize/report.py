@@ -115,7 +115,8 @@ def write_report(runs: Sequence[Path], path: Path, defaults: Mapping[str, Any]) 
     title = f"{len(found)} runs compared" if several else names[0]
     page = document(title, _head(title, found), sections)
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        # Names of files need not be text.
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

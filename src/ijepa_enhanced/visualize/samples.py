@@ -160,7 +160,5 @@ def _shown(thumbnail: Image.Image, alt: str) -> str:
 
 def _label(images: Images, row: int) -> str:
     """The name of an image's class, or its number; empty where there are none."""
-    labels, classes = images.source.labels, images.source.classes
-    if labels is None:
-        return ""
-    return str(labels[row]) if classes is None else classes[labels[row]]
+    labels = images.source.labels
+    return "" if labels is None else images.index.class_name(int(labels[row]))

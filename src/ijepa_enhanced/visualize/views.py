@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from ijepa_enhanced.data.images import unpatchify
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.packed import Batch, Packed
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 COLOURS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 114, 178]],
@@ -42,10 +45,10 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
         pixels = unpatchify(batch.packed.values[start:stop].numpy(), rows, cols, patch_size)
         cell = max(1, round(VIEW_SIDE / (rows * cols) ** 0.5))
         whole = np.asarray(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC))
-        masked = np.where(_enlarged(_area(masks[view].context, rows, cols), cell)[..., None], whole, 255)
+        masked = np.where(enlarged(_area(masks[view].context, rows, cols), cell)[..., None], whole, 255)
         targets = masks[view].targets
         for number, target in enumerate(targets):
-            _hatch(masked, _enlarged(_area(target, rows, cols), cell), number, len(targets))
+            _hatch(masked, enlarged(_area(target, rows, cols), cell), number, len(targets))
         pictures.append(np.concatenate([whole, np.full((len(whole), MARGIN // 2, 3), 255, np.uint8), masked], axis=1))
     save_png(sheet_of(pictures), path)
 
@@ -81,8 +84,9 @@ def _area(tokens: NDArray[np.int64], rows: int, cols: int) -> NDArray[np.bool_]:
     return inside.reshape(rows, cols)
 
 
-def _enlarged(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
-    return mask.repeat(cell, axis=0).repeat(cell, axis=1)
+def enlarged(cells: NDArray[_Scalar], cell: int) -> NDArray[_Scalar]:
+    """Each of [rows, columns, ...] as a square of `cell` pixels."""
+    return cells.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, count: int) -> None:
