@@ -3,8 +3,10 @@
 import contextlib
 import csv
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -159,6 +162,7 @@ def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, 
     start = scores(evaluate(tmp_path / "run", pictures, pictures, "--random-init"))
     assert start == untrained
     assert start != scores(evaluate(run.folder, pictures, pictures, "--random-init")), "the seed is the run's"
+    assert start == scores(evaluate(tmp_path / "run" / "encoder", pictures, pictures, "--random-init"))
 
 
 def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> None:
@@ -419,6 +423,16 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     now = json.loads((run.folder / "evaluation.json").read_text())
     assert now["settings"]["side"] == 24
     assert now["scores"] == {"trained": other.json}
+    # Nor of other weights.
+    shutil.copytree(run.folder, tmp_path / "copy")
+    shutil.copy(tmp_path / "copy" / "config.yaml", tmp_path)
+    encoder = Encoder.from_pretrained(run.folder)
+    with torch.no_grad():
+        encoder.blocks.norm.bias += 1
+    encoder.save_pretrained(tmp_path / "copy" / "encoder")
+    few = evaluate(tmp_path / "copy", pictures, pictures, "--side", "24", "--protocols", "lowshot")
+    now = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
+    assert now["scores"] == {"trained": few.json}
     assert evaluate(run.folder, pictures, pictures, "--baselines").code == 0
     page = tmp_path / "page.html"
     answer = ijepa("report", run.folder, "--out", page, "--json")
@@ -448,6 +462,50 @@ def test_a_finished_run_is_left_as_it_is(run: Run) -> None:
     said = [f"{run.folder} is finished: all 4 steps are done."]
     assert (answer.code, answer.json, answer.err) == (0, run.answer.json, said)
     assert lines(run.folder / "log.jsonl") == before
+
+
+def test_a_finished_run_without_its_encoder_gets_it_back(run: Run, tmp_path: Path) -> None:
+    """As when it was killed between its last checkpoint and the export."""
+    shutil.copytree(run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "encoder")
+    assert ijepa("train", "--resume", tmp_path / "run").code == 0
+    ours, theirs = (folder / "encoder" / "model.safetensors" for folder in (tmp_path / "run", run.folder))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_name_that_is_no_text_stands_in_the_report(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "pictures")
+    os.rename(tmp_path / "pictures" / "dark" / "0.png", os.fsencode(tmp_path / "pictures" / "dark") + b"/caf\xe9.png")
+    assert train(tmp_path / "pictures", tmp_path / "run").code == 0
+    assert "caf\\udce9.png" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_whose_pictures_fail_is_a_finished_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ijepa_enhanced.commands.train.draw_curves", no_room)
+    answer = train(pictures, tmp_path / "run", "--json")
+    assert (answer.code, answer.json["steps"], answer.out[:-1]) == (0, 4, [str(tmp_path / "run")])
+    said = f"Not all pictures could be made; ijepa report {tmp_path / 'run'} tries again: "
+    assert answer.err[-1] == f"{said}[Errno {errno.ENOSPC}] No space left on device"
+
+
+@pytest.mark.parametrize("damage", ["weights", "configuration"])
+def test_what_is_no_encoder_is_said_in_a_sentence(damage: str, run: Run, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.folder / "encoder", tmp_path / "encoder")
+    if damage == "weights":
+        with (tmp_path / "encoder" / "model.safetensors").open("rb+") as file:
+            file.truncate(1000)
+    else:
+        (tmp_path / "encoder" / "config.json").write_text('{"architectures": ["IJepaModel"]}')
+    answer = evaluate(tmp_path / "encoder", pictures, pictures)
+    assert (answer.code, answer.out) == (2, [])
+    assert answer.err[0].startswith(
+        f"ijepa: What {tmp_path / 'encoder'} holds is no encoder of this program, or damaged"
+    )
 
 
 def printed(*arguments: str | Path) -> dict[str, Any]:

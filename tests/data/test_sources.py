@@ -428,11 +428,14 @@ def test_an_image_without_the_label_that_others_have(tmp_path):
         source.size(1)
 
 
-def test_samples_end_at_the_first_dot_and_keep_their_folder(tmp_path):
+def test_samples_end_at_the_first_dot_and_keep_their_folder(tmp_path, caplog):
     members = [("a/1.png", png()), ("a/1.seg.png", png()), ("b/1.png", png()), ("b/1.cls", b"1"), ("a/1.cls", b"0")]
     source = TarSource([shard(tmp_path / "a.tar", members)], "a.tar")
     assert source.keys == ["a.tar:a/1.png", "a.tar:b/1.png"]
     assert source.labels.tolist() == [0, 1]
+    assert caplog.messages == [
+        f"Not taken for images, since the names of samples end at their first dot: a/1.seg.png in {tmp_path / 'a.tar'}."
+    ]
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -545,6 +548,24 @@ def test_a_folder_of_shards(tmp_path):
     assert open_source(str(tmp_path)).keys == ["a.tar:0000.png", "b.tar:0000.png"]
     shard(tmp_path / "val-0.tar", samples("2"))
     assert open_source(str(tmp_path), "val").keys == ["val-0.tar:0000.png"]
+
+
+def test_images_beside_shards_are_not_passed_over_in_silence(tmp_path, caplog):
+    shard(tmp_path / "a.tar", samples("0"))
+    write(tmp_path, **{"b.JPG": png(), ".c.png": png()})
+    assert open_source(str(tmp_path)).keys == ["a.tar:0000.png"]
+    assert caplog.messages == [f"{tmp_path} holds image files beside a.tar: they are not taken."]
+
+
+def test_a_folder_of_parts(tmp_path):
+    write(tmp_path, **{"train/a/0.png": png(), "train/b/1.png": png(), "validation/b/2.png": png(), ".x/3.png": png()})
+    assert open_source(str(tmp_path)).keys == ["a/0.png", "b/1.png"]
+    assert open_source(str(tmp_path), "val").keys == ["b/2.png"]
+    with pytest.raises(SourceError) as error:
+        open_source(str(tmp_path), "test")
+    assert str(error.value) == f"{tmp_path} has train and validation, and nothing for test."
+    write(tmp_path, **{"truck/4.png": png()})
+    assert open_source(str(tmp_path), "val").classes == ["train", "truck", "validation"]
 
 
 def test_fingerprint_of_shards_knows_times(tmp_path):

@@ -1,7 +1,8 @@
 """The encoder's sizes, its Python face, and its weights in files."""
 
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,22 @@ def test_the_packs_size_changes_nothing(encoder: Encoder, images: list[Image.Ima
     # At native size the images have 48, 75, 16, 48 and 8 tokens: one pack, then two.
     expected = encoder.embed(images, side=None)
     assert distance(encoder.embed(images, side=None, tokens_per_pack=130), expected) < BOUND
+
+
+def test_images_are_held_no_longer_than_they_are_needed(encoder: Encoder, images: list[Image.Image]) -> None:
+    """Of a generator one at a time, each let go when the next is asked for."""
+    shown: list[weakref.ref[Image.Image]] = []
+
+    def one_by_one() -> Iterator[Image.Image]:
+        for image in images:
+            copy = image.copy()
+            assert not any(earlier() for earlier in shown[:-1])
+            shown.append(weakref.ref(copy))
+            yield copy
+
+    together = encoder.embed(images, side=32)
+    assert distance(encoder.embed(one_by_one(), side=32), together) == 0
+    assert len(shown) == len(images)
 
 
 def test_images_arrays_and_paths_are_the_same(encoder: Encoder, images: list[Image.Image], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.checkpoint import latest_checkpoint
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import TrainConfig, train
+from ijepa_enhanced.train.loop import RunError, TrainConfig, train
 
 RATES = ("views_per_second", "tokens_per_second", "data_wait", "watch_seconds")
 """What a log holds about the machine, not about the run."""
@@ -109,7 +109,8 @@ def test_a_run_survives_being_killed_and_interrupted(tiny: TrainConfig, tmp_path
     code, stderr = finish(start(run, config, resume=True))
     assert code == 0, stderr
     assert same_encoder(run, tmp_path / "whole")
-    assert [line["step"] for line in read_log(run)] == list(range(2, 25, 2))
+    lines_and_checkpoints = {*range(2, 25, 2), *range(3, 25, 3)}
+    assert [line["step"] for line in read_log(run)] == sorted(lines_and_checkpoints)
     assert losses(run) == losses(tmp_path / "whole")
 
 
@@ -135,6 +136,26 @@ def test_ten_random_moments(number_of_signal: signal.Signals, tiny: TrainConfig,
     assert code == 0, stderr
     assert same_encoder(run, tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_what_diverged_is_not_saved(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are no numbers after the fourth step, in a log whose next line comes after the next checkpoint."""
+    config = dataclasses.replace(tiny, log_every=100, monitor=dataclasses.replace(tiny.monitor, every=0))
+    update, steps = loop.JEPA.update_teacher, []
+
+    def diverge(model: loop.JEPA, momentum: float) -> None:
+        update(model, momentum)
+        steps.append(momentum)
+        if len(steps) == 4:
+            with torch.no_grad():
+                model.student.blocks.norm.weight.fill_(torch.nan)
+
+    monkeypatch.setattr(loop.JEPA, "update_teacher", diverge)
+    with pytest.raises(RunError, match=r"^The loss is not finite at step 6: "):
+        train(config, tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000003"
+    assert all(value.isfinite().all() for value in Encoder.from_pretrained(tmp_path / "run").state_dict().values())
 
 
 def test_the_run_keeps_the_configuration_it_was_started_with(tiny: TrainConfig, tmp_path: Path) -> None:
