@@ -331,8 +331,10 @@ def test_classes_without_names_go_by_their_numbers(run: Run, pictures: Path, tmp
 def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures: Path, tmp_path: Path) -> None:
     files = sorted(pictures.rglob("*.*"))
     shard(tmp_path / "train-0.tar", files, lambda file: file.parent.name)
-    (tmp_path / "empty.png").touch()
-    shard(tmp_path / "val-0.tar", [*files, tmp_path / "empty.png"], lambda file: "dark")
+    empty = tmp_path / "elsewhere" / "empty.png"
+    empty.parent.mkdir()
+    empty.touch()
+    shard(tmp_path / "val-0.tar", [*files, empty], lambda file: "dark")
     answer = evaluate(run.folder, tmp_path, tmp_path)
     left_out = f"Left out of {tmp_path}: val-0.tar:10.png: empty file"
     assert answer.err == [left_out, "Scoring: trained", FEW.format(tmp_path)]
