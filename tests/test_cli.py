@@ -119,8 +119,9 @@ def test_training_prints_where_its_results_are(run: Run) -> None:
     assert run.answer.out[:-1] == [str(path) for path in paths]
     # Ten images in each of four steps.
     assert run.answer.json == {"run": str(run.folder), "steps": 4, "images_seen": 40}
-    assert len(run.answer.err) == 1
-    assert re.match(r"4/4  loss \d", run.answer.err[0])
+    begun, progress = run.answer.err
+    assert begun == "Training: 4 steps of 512 tokens on 10 images, 4 epochs."
+    assert re.match(r"4/4  loss \d", progress)
 
 
 def test_json_is_only_printed_when_asked_for(pictures: Path) -> None:

@@ -188,6 +188,14 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         logger.warning("%s is finished: all %d steps are done.", folder, total)
         if ranks.main:  # it may have been stopped between the checkpoint and this
             model.teacher.save_pretrained(folder / "encoder")
+    else:
+        logger.info(
+            "Training: %s steps of %s tokens on %s images, %.3g epochs.",
+            f"{total:,}",
+            f"{packs * config.data.tokens_per_pack:,}",
+            f"{len(index.rows):,}",
+            total * packs / len(first_epoch),
+        )
     ranks.agree({"plan": plan.hash, "checkpoint": done, "PyTorch": torch.__version__})
     watch = start_watch(
         config.monitor,
