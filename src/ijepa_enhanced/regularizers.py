@@ -1,7 +1,11 @@
 """Terms on one vector a view: what keeps the representation from collapsing, and what makes views of an image alike."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+TEMPERATURE = 0.2
+"""Of the cosines of `views_agree`; MoCo v3 takes it for ViT, in its code (arXiv 2104.02057)."""
 
 
 def variance_covariance(z: Tensor) -> Tensor:
@@ -28,11 +32,12 @@ def variance_covariance(z: Tensor) -> Tensor:
 
 
 def views_agree(z: Tensor) -> Tensor:
-    """Invariance of the views of an image, and variance and covariance of each of them: float32 scalar.
+    """How well each view tells the others of its image from the views of all other images of a pack: float32 scalar.
 
-    The mean squared difference between two views of one image, by half: VICReg's invariance (arXiv 2105.04906, equation
-    5, but a mean over the K dimensions too, as in the paper's code) for any number of views. Plus `variance_covariance`
-    of the first views of all images, of the second, and so on, in their mean: half of the paper's sum over two views.
+    For two views i and j of one image, with s the cosine over `TEMPERATURE`: minus the logarithm of exp(s_ij) over
+    exp(s_ij) plus the sum of exp(s_ik) over all views k of other images. The mean of it over all ordered pairs is
+    SimCLR's NT-Xent (arXiv 2002.05709, equation 1) for any number of views, where an image's further views are left
+    out below the line: they are no negatives.
 
     Args:
         z: [N, M, K], N at least 2: M views, at least 2, of N images.
@@ -43,5 +48,13 @@ def views_agree(z: Tensor) -> Tensor:
     images, views, _ = z.shape
     if images < 2 or views < 2:
         raise ValueError(f"Views agree or not from 2 images and 2 views on, not {images} and {views}.")
-    spread = z.float().var(dim=1).mean()
-    return spread + torch.stack([variance_covariance(z[:, view]) for view in range(views)]).mean()
+    with torch.autocast(z.device.type, enabled=False):
+        directions = F.normalize(z.float().flatten(0, 1), dim=1)
+        similarities = directions @ directions.T / TEMPERATURE
+    number = torch.arange(len(directions), device=z.device)
+    same = number[:, None] // views == number // views
+    others = similarities.masked_fill(same, -torch.inf).logsumexp(dim=1, keepdim=True)
+    losses = F.softplus(others - similarities)
+    # By weights and a known count: to pick the pairs out, the host would wait for the device.
+    pairs = same & (number[:, None] != number)
+    return (losses * pairs).sum() / (images * views * (views - 1))
