@@ -37,7 +37,7 @@ TINY = {
 }
 """A run of seconds: all ten pictures fit one pack, and every image is seen in every step."""
 
-PROGRESS = re.compile(r"\d/4  loss .*")
+PROGRESS = re.compile(r"\d/4  loss .*|Training: 4 steps of .*")
 
 
 class Answer(NamedTuple):
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
     code: int
     out: list[str]
     err: list[str]
-    """Without the lines of progress, which hold rates."""
+    """Without the lines of progress, of which some hold rates."""
 
 
 def ijepa(command: str) -> Answer:

@@ -66,7 +66,8 @@ def assert_same_run(run: Path, other: Path) -> None:
         )
     weights, expected_weights = (Encoder.from_pretrained(folder).state_dict() for folder in (run, other))
     for name, value in expected_weights.items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+        # AdamW divides a gradient by its own size: of one that is almost nothing, rounding decides. (4e-6 was measured.)
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
 
 
 def without_last_checkpoint(run: Path) -> None:
@@ -186,6 +187,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("launched")
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_main()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RankError) as error, ranks_of_run():
         pass

@@ -109,8 +109,7 @@ def test_a_run_survives_being_killed_and_interrupted(tiny: TrainConfig, tmp_path
     code, stderr = finish(start(run, config, resume=True))
     assert code == 0, stderr
     assert same_encoder(run, tmp_path / "whole")
-    lines_and_checkpoints = {*range(2, 25, 2), *range(3, 25, 3)}
-    assert [line["step"] for line in read_log(run)] == sorted(lines_and_checkpoints)
+    assert [line["step"] for line in read_log(run)] == list(range(2, 25, 2))
     assert losses(run) == losses(tmp_path / "whole")
 
 

@@ -173,6 +173,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     learned = [value for value in model.parameters() if value.requires_grad]
     done, images_shown, log_bytes, cursor = 0, 0, 0, Cursor(0, 0)
     meter, seen = Meter(), History()
+    grad_norm = torch.zeros(())
     checkpoints = folder / "checkpoints"
     if resume and (checkpoint := latest_checkpoint(checkpoints)):
         progress = read_progress(checkpoint)
@@ -237,6 +238,8 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     ):
 
         def save() -> None:
+            if not grad_norm.isfinite():  # nor are the weights, then, which would be all that is left to go on from
+                raise diverged(done)
             states = ranks.gather(meter.state())
             if log is None:
                 return
@@ -289,12 +292,11 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
             epoch, pack = max(share.last for share in shares)
             cursor = Cursor(epoch, pack + 1)
             looking = watch is not None and watch.due(done)
-            saving = done % config.checkpoint_every == 0 or done == total
-            if done % config.log_every == 0 or looking or saving:
+            if done % config.log_every == 0 or done == total or looking:
                 values = meter.read(config.data.tokens_per_pack, ranks) | settings._asdict()
                 values |= {"grad_norm": grad_norm.item(), "epoch": epoch, "unreadable": len(unreadable)}
                 if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                    raise RunError(f"The loss is not finite at step {done}: lower optim.lr or raise optim.warmup.")
+                    raise diverged(done)
                 if bar:
                     bar.update(done, describe(values))
                 if watch and looking:
@@ -305,7 +307,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
                     meter.restart_clock()
                 if log:
                     log.write(done, values)
-            if saving:
+            if done % config.checkpoint_every == 0 or done == total:
                 save()
         if done < total:
             save()
@@ -358,6 +360,11 @@ def explaining_memory(config: DataConfig) -> Iterator[None]:
             f"The GPU's memory does not hold what a pack of {config.tokens_per_pack} tokens needs. "
             f"In a new run, {advice}."
         ) from error
+
+
+def diverged(step: int) -> RunError:
+    """What to say of a loss that is no number."""
+    return RunError(f"The loss is not finite at step {step}: lower optim.lr or raise optim.warmup.")
 
 
 def say_what_is_left_out(plan: EpochPlan, config: TrainConfig) -> None:
