@@ -1,0 +1,129 @@
+"""What the CPU does, on a GPU: a step, compiled and not, and a run with its scores. `pytest -m gpu` runs it."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ijepa_enhanced import Encoder
+from ijepa_enhanced.cli import main
+from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
+from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+DEPTH = 2
+# Two views of each image; packs of other numbers of views, of tokens and of longest views.
+PACKS = [
+    [(5, 4), (3, 7), (4, 4), (6, 6)],
+    [(3, 3), (9, 9), (2, 2), (1, 8), (7, 5), (4, 6)],
+    [(3, 3)] * 8,
+]
+LOCAL = [(2, 3), (3, 3), (1, 2)]
+
+MakeBatch = Callable[..., MaskedBatch]
+MakeStream = Callable[..., Packed]
+
+
+def make_packs(make_batch: MakeBatch, make_stream: MakeStream) -> list[MaskedBatch]:
+    """With masks and local views."""
+    packs = []
+    for number, grids in enumerate(PACKS):
+        batch, local = make_batch(grids, number), make_stream(LOCAL * (len(grids) // 2), seed=number)
+        seen = Segments.of([*batch.context.segments.lengths, *local.segments.lengths])
+        packs.append(dataclasses.replace(batch, local=local, seen=seen))
+    return packs
+
+
+def make_jepa() -> JEPA:
+    torch.manual_seed(0)
+    encoder = EncoderConfig("Ti", 8, DEPTH, patch_embed="mlp")
+    return JEPA(encoder, PredictorConfig(32, 1, 2), ObjectiveConfig(0.1, 1.0), views=2)
+
+
+def steps(model: JEPA, packs: list[MaskedBatch], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The parts of the loss of each pack, and the gradients of them all."""
+    found = []
+    for pack in packs:
+        with autocast(device, dtype):
+            losses = model(pack.to(device), len(pack.targets.index), 1)
+        losses.total.backward()
+        found.append(torch.stack([losses.prediction, losses.stabilizer, losses.invariance]).cpu())
+    found.append(torch.cat([value.grad.flatten() for value in model.parameters() if value.grad is not None]).cpu())
+    model.zero_grad()
+    return found
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"),
+    [
+        ("fp32", 1e-4),  # float32 rounds at 6e-8, and the projector's norm divides by what may be small
+        ("bf16", 0.1),  # bfloat16 rounds at 4e-3, some ten layers one after another
+    ],
+)
+def test_a_step_is_that_of_the_cpu(
+    make_batch: MakeBatch, make_stream: MakeStream, precision: str, bound: float
+) -> None:
+    packs = make_packs(make_batch, make_stream)
+    expected = steps(make_jepa(), packs, torch.device("cpu"), torch.float32)
+    found = steps(make_jepa().to(DEVICE), packs, DEVICE, autocast_dtype(precision, DEVICE))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert distance(ours, theirs) < bound
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_compiled_once_a_step_of_any_pack_is_the_same(make_batch: MakeBatch, make_stream: MakeStream) -> None:
+    packs = make_packs(make_batch, make_stream)
+    dtype = autocast_dtype("auto", DEVICE)
+    expected = steps(make_jepa().to(DEVICE), packs, DEVICE, dtype)
+    model = make_jepa().to(DEVICE)
+    torch.compiler.reset()
+    # As train/loop.py does.
+    for network in (model.student, model.teacher, model.predictor):
+        network.compile(dynamic=True, fullgraph=True)
+    found = steps(model, packs[:1], DEVICE, dtype)[:1]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found += steps(model, packs[1:], DEVICE, dtype)[:-1]
+        found += steps(model, packs, DEVICE, dtype)[-1:]
+    torch.compiler.reset()
+    for ours, theirs in zip(found, expected, strict=True):
+        # As above: fused kernels keep in float32 what eager ones round to bfloat16 between them.
+        assert distance(ours, theirs) < 0.1
+
+
+@pytest.mark.parametrize("rate", ["0.0", "0.2"])
+def test_a_run_and_its_scores(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: str) -> None:
+    run = tmp_path / "run"
+    tiny = "--encoder.variant Ti --encoder.patch_size 8 --encoder.depth 2 --predictor.width 32 --predictor.depth 1"
+    data = "--data.tokens_per_pack 512 --data.views 2 --data.local_views 2 --data.min_side 32 --data.max_side 48"
+    loss = f"--predictor.heads 2 --objective.invariance 1 --merging.teacher_rate {rate} --merging.student_rate {rate}"
+    length = "--data.workers 1 --steps 6 --log_every 2 --checkpoint_every 3 --monitor.every 3"
+    what = f"train {tiny} {data} {loss} {length} --data.source {pictures} --run {run}"
+    assert main(what.split()) == 0, capsys.readouterr().err
+    assert (run / "report.html").is_file()
+    protocols = "--protocols knn linear attentive finetune --finetune.epochs 2"
+    scored = f"evaluate {run} --train {pictures} --val {pictures} --side 40 {protocols} --merge-rate {rate} --json"
+    assert main(scored.split()) == 0, capsys.readouterr().err
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # The classes differ in brightness, and a linear layer finds that after any encoder.
+    assert scores["linear"] == 1.0
+    encoder = Encoder.from_pretrained(run)
+    images = sorted(pictures.rglob("*.*"))
+    expected = encoder.embed(images, side=40)
+    found = encoder.to(DEVICE).embed(images, side=40).cpu()
+    # bfloat16, as above.
+    assert distance(found, expected) < 0.1
