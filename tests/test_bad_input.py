@@ -363,7 +363,13 @@ WRONG_REQUESTS = {
     "one view to agree": (
         nothing,
         f"{TRAIN} --objective.invariance 1",
-        "objective.invariance compares views of one image: set data.views to 2, or data.local_views above 0.",
+        "objective.invariance compares views of one image: set data.views to 2, or data.whole_views or "
+        "data.local_views above 0.",
+    ),
+    "whole views for nothing": (
+        nothing,
+        f"{TRAIN} --data.whole_views 1",
+        "data.whole_views serve objective.invariance alone: set that above 0, or them to 0.",
     ),
     "local views for nothing": (
         nothing,

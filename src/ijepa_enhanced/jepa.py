@@ -30,7 +30,7 @@ class ObjectiveConfig:
 
     invariance: float = 0.0
     """Weight of the agreement of an image's views (`regularizers.views_agree`) on a projection of the mean of what the
-    student sees of each, the context or a whole local view; needs two views, local ones included."""
+    student sees of each, the context or a whole view; needs two views, whole and local ones included."""
 
     def __post_init__(self) -> None:
         for name in ("stabilizer", "invariance"):
@@ -55,7 +55,7 @@ class JEPA(nn.Module):
         encoder: the architecture of student and teacher.
         predictor: the predictor's size.
         objective: the loss.
-        views: of each image, side by side in a pack, local ones not counted.
+        views: of each image, side by side in a pack, whole and local ones not counted.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class JEPA(nn.Module):
             targets = F.layer_norm(whole[batch.targets.index].float(), whole.shape[-1:])
         visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
         seen = visible
-        if batch.local is not None:
-            seen = Packed.concatenate([visible, batch.local], batch.seen)
+        if batch.whole is not None:
+            seen = Packed.concatenate([visible, batch.whole], batch.seen)
         features = self.student(seen, batch.seen_merge_plan)
         context = features[: visible.segments.total]
         predicted = self.predictor(context, visible, hidden)
@@ -103,7 +103,7 @@ class JEPA(nn.Module):
         invariance = prediction.new_zeros(())
         if self.projector is not None and images > 1:
             projected = self.projector(pooled)
-            # Of each image its masked views, then its local ones.
+            # Of each image its masked views, then its whole ones.
             views = [part.unflatten(0, (images, -1)) for part in projected.tensor_split([masked]) if len(part)]
             invariance = views_agree(torch.cat(views, dim=1)) / step_packs
         total = prediction + self.objective.stabilizer * stabilizer + self.objective.invariance * invariance

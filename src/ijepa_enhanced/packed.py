@@ -168,26 +168,27 @@ class Batch(_Movable):
     """Epoch and number of the pack in the plan."""
     unreadable: tuple[tuple[int, str], ...]
     """(row, reason) of each image that the plan put in this pack and that could not be decoded."""
-    local: Packed | None = dataclasses.field(default=None, kw_only=True)
-    """uint8 patches of the local views of the same images, which the student alone sees; None where there are none."""
+    whole: Packed | None = dataclasses.field(default=None, kw_only=True)
+    """uint8 patches of the views of the same images that the student sees whole and the teacher never; None where there
+    are none."""
     merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
     """How the encoder, in training the teacher, merges the tokens of `packed`; None where it does not."""
 
     @property
     def tokens(self) -> int:
-        """Of all views, local ones included."""
-        return self.packed.segments.total + (0 if self.local is None else self.local.segments.total)
+        """Of all views, the whole ones included."""
+        return self.packed.segments.total + (0 if self.whole is None else self.whole.segments.total)
 
 
 @dataclass(frozen=True)
 class MaskedBatch(Batch):
-    """A batch with the masks of I-JEPA drawn on every view but the local ones."""
+    """A batch with the masks of I-JEPA drawn on every view but the whole ones."""
 
     context: Selection
     """The Tc tokens of `packed` that the student sees."""
     targets: Selection
     """The Tq tokens of the target blocks, each once, whose features are predicted."""
     seen: Segments
-    """Of all that the student sees: the context of every view, then every local view, whole."""
+    """Of all that the student sees: the context of every masked view, then every whole view."""
     seen_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
     """How the student merges these tokens; None where it does not."""

@@ -285,11 +285,43 @@ def test_local_views_are_small_crops_at_half_the_side_beside_their_images_others
     assert 0.4 >= areas[:, 2:].max() * (1 - 1e-6) > 0.4 - 0.05 * 0.35
     assert areas[:, :2].min() * (1 + 1e-6) >= 0.4
     pack = epoch[0]
-    assert pack.local.tolist() == [False, False, True, True, True] * (len(pack.images) // 5)
+    assert pack.whole.tolist() == [False, False, True, True, True] * (len(pack.images) // 5)
     assert pack.grids.prod(axis=1).sum() == epoch.pack_tokens[0] <= 8192, "they take their room in the pack"
-    whole, small = pack.select(~pack.local), pack.select(pack.local)
-    assert (whole.views.max(), small.views.min()) == (1, 2)
-    assert (whole.boxes == pack.boxes[~pack.local]).all()
+    masked, small = pack.select(~pack.whole), pack.select(pack.whole)
+    assert (masked.views.max(), small.views.min()) == (1, 2)
+    assert (masked.boxes == pack.boxes[~pack.whole]).all()
+
+
+def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them_and_local_ones() -> None:
+    config = DataConfig(
+        tokens_per_pack=8192,
+        views=1,
+        whole_views=1,
+        local_views=1,
+        min_side=160,
+        max_side=320,
+        min_crop=0.4,
+        max_view_tokens=400,
+    )
+    epoch = make_plan(config, [(1000, 1000)] * 200).epoch(0)
+    plain = dataclasses.replace(config, views=2, whole_views=0)
+    other = make_plan(plain, [(1000, 1000)] * 200).epoch(0)
+    # The same draws, so the same views; images are dealt alike too.
+    assert (epoch.boxes == other.boxes).all()
+    assert (epoch.grids == other.grids).all()
+    assert epoch[0].whole.tolist() == [False, True, True] * (len(epoch[0].images) // 3)
+    assert other[0].whole.tolist() == [False, False, True] * (len(other[0].images) // 3)
+
+
+def test_a_view_that_is_not_masked_may_be_of_one_token() -> None:
+    """2 x 2 patches can be masked; the crop of another view may be a single one."""
+    config = DataConfig(tokens_per_pack=64, views=1, whole_views=1, min_side=None, max_side=None, min_crop=0.05)
+    plan = make_plan(config, [(40, 40)] * 300)
+    epoch = plan.epoch(0)
+    masked, whole = epoch.grids.prod(axis=2).T
+    assert masked.min() >= 4
+    assert whole.min() < 4
+    assert 0 < epoch.too_small < 300
 
 
 def test_local_views_need_not_be_large_enough_to_mask_and_have_a_quarter_of_the_limit() -> None:
@@ -375,7 +407,7 @@ def test_views_that_are_scaled_down_to_the_limit_are_counted() -> None:
 def test_fill_and_its_ceiling_by_hand() -> None:
     boxes = np.zeros((3, 1, 4), dtype=np.float32)
     grids = np.array([[[3, 3]], [[2, 3]], [[2, 4]]])
-    epoch = EpochPlan(0, np.arange(3), np.array([0, 2, 3]), boxes, grids, full=1, budget=20, too_small=0, limited=0)
+    epoch = EpochPlan(0, np.arange(3), np.array([0, 2, 3]), boxes, grids, masked=1, budget=20, too_small=0, limited=0)
     assert epoch.pack_tokens.tolist() == [15, 8]
     assert epoch.budget_use == 11.5 / 15
     assert epoch.fill == 11.5 / 20
@@ -432,6 +464,7 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
             "data.tokens_per_pack (16384) cannot hold the views of one image (9 of up to 2048 tokens). "
             "Raise it, or lower data.max_view_tokens.",
         ),
+        ({"whole_views": -1}, "data.whole_views must be at least 0, not -1."),
         ({"local_views": -1}, "data.local_views must be at least 0, not -1."),
         (
             {"tokens_per_pack": 1000, "views": 2, "local_views": 6, "max_view_tokens": 300},
@@ -471,6 +504,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tokens_per_pack": {"tokens_per_pack": 520},
     "packs_per_step": {"packs_per_step": 3},
     "views": {"views": 2},
+    "whole_views": {"whole_views": 1},
     "local_views": {"local_views": 2},
     "min_side": {"min_side": 100},
     "max_side": {"max_side": 230},

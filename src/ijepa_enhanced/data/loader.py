@@ -74,7 +74,7 @@ class PackDataset(Dataset[Batch]):
         Images that cannot be decoded are left out and named.
         """
         tokens = pack.grids.prod(axis=1)
-        most = [int(tokens[own].sum()) for own in (~pack.local, pack.local)]
+        most = [int(tokens[own].sum()) for own in (~pack.whole, pack.whole)]
         patches = [np.empty((count, self.patch_size**2 * 3), dtype=np.uint8) for count in most]
         filled = [0, 0]
         kept = np.ones(len(pack.images), dtype=np.bool_)
@@ -89,7 +89,7 @@ class PackDataset(Dataset[Batch]):
                 row = int(self.index.rows[image])
                 sizes = pack.grids[first:last] * self.patch_size
                 views = decode_views(self.source.open(row), pack.boxes[first:last], sizes)
-                numbers, kinds = pack.views[first:last], pack.local[first:last].astype(np.int64)
+                numbers, kinds = pack.views[first:last], pack.whole[first:last].astype(np.int64)
                 for pixels, number, kind in zip(views, numbers, kinds, strict=True):
                     if self.changes is not None:
                         rng = generator(self.seed, Purpose.AUGMENT, pack.cursor.epoch, row, int(number))
@@ -101,18 +101,18 @@ class PackDataset(Dataset[Batch]):
                 unreadable.append((row, str(error)))
                 kept[first:last] = False
             first = last
-        shown, local = (pack.select(kept & own) for own in (~pack.local, pack.local))
-        packed, small = (
+        masked_views, whole_views = (pack.select(kept & own) for own in (~pack.whole, pack.whole))
+        packed, whole = (
             Packed.of_grids(own[:count], views.grids)
-            for own, count, views in zip(patches, filled, (shown, local), strict=True)
+            for own, count, views in zip(patches, filled, (masked_views, whole_views), strict=True)
         )
         batch = Batch(
             packed,
-            torch.from_numpy(self.index.rows[shown.images]),
-            None if self.index.labels is None else torch.from_numpy(self.index.labels[shown.images]),
+            torch.from_numpy(self.index.rows[masked_views.images]),
+            None if self.index.labels is None else torch.from_numpy(self.index.labels[masked_views.images]),
             pack.cursor,
             tuple(unreadable),
-            local=small if pack.local.any() else None,
+            whole=whole if pack.whole.any() else None,
             merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth),
         )
         if self.masks is None:
@@ -133,11 +133,11 @@ def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:
 
 
 def masked(batch: Batch, masks: Sequence[ViewMasks], student_merge_rate: float = 0.0, depth: int = 0) -> MaskedBatch:
-    """A batch with the masks of its V views, the local ones not counted."""
+    """A batch with the masks of its V views, the whole ones not counted."""
     context = _selection(batch.packed.segments, [view.context for view in masks])
     seen = context.segments
-    if batch.local is not None:
-        seen = Segments.of([*seen.lengths, *batch.local.segments.lengths])
+    if batch.whole is not None:
+        seen = Segments.of([*seen.lengths, *batch.whole.segments.lengths])
     return MaskedBatch(
         **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
         context=context,

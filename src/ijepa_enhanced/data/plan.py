@@ -48,9 +48,12 @@ class DataConfig:
     """Packs of one optimizer step, over all ranks and accumulated on each."""
     views: int = 1
     """Views drawn of each image; all of them lie in one pack."""
+    whole_views: int = 0
+    """Views drawn of each image besides, that are not masked: the student sees them whole, and the teacher never. They
+    serve objective.invariance alone."""
     local_views: int = 0
-    """Small views drawn of each image besides, from 5% of it to `min_crop`, at half the side. The student sees them
-    whole, and they serve objective.invariance alone (multi-crop, SwAV, arXiv 2006.09882, section 3.2)."""
+    """Small whole views besides, from 5% of the image to `min_crop`, at half the side (multi-crop, SwAV, arXiv
+    2006.09882, section 3.2)."""
     min_side: int | None = 112
     """Smallest sqrt(height * width) of a view in pixels, after resizing with its aspect ratio kept."""
     max_side: int | None = 224
@@ -74,8 +77,9 @@ class DataConfig:
         for name in ("tokens_per_pack", "packs_per_step", "views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}.")
-        if self.local_views < 0:
-            raise ValueError(f"data.local_views must be at least 0, not {self.local_views}.")
+        for name in ("whole_views", "local_views"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be at least 0, not {getattr(self, name)}.")
         if self.max_view_tokens is not None and self.max_view_tokens < 1:
             raise ValueError(f"data.max_view_tokens must be null or at least 1, not {self.max_view_tokens}.")
         if self.workers < 0:
@@ -94,11 +98,12 @@ class DataConfig:
             )
         if not 0.0 <= self.max_unreadable <= 1.0:
             raise ValueError(f"data.max_unreadable must lie between 0 and 1, not {self.max_unreadable}.")
-        if self.view_limit * self.views + self.local_limit * self.local_views > self.tokens_per_pack:
+        large = self.views + self.whole_views
+        if self.view_limit * large + self.local_limit * self.local_views > self.tokens_per_pack:
             local = f", {self.local_views} of up to {self.local_limit}" if self.local_views else ""
             raise ValueError(
                 f"data.tokens_per_pack ({self.tokens_per_pack}) cannot hold the views of one image "
-                f"({self.views} of up to {self.view_limit} tokens{local}). Raise it, or lower data.max_view_tokens."
+                f"({large} of up to {self.view_limit} tokens{local}). Raise it, or lower data.max_view_tokens."
             )
         if self.view_limit < MIN_TOKENS:
             raise ValueError(
@@ -228,8 +233,8 @@ class Pack:
     """[V, 4] top, left, height, width of the crop in pixels of the upright image."""
     grids: NDArray[np.int64]
     """[V, 2] rows and columns of patches."""
-    local: NDArray[np.bool_]
-    """[V] whether it is a local view, which follow the others of their image."""
+    whole: NDArray[np.bool_]
+    """[V] whether the student sees it whole; these follow the masked ones of their image, the local ones last."""
 
     def select(self, views: NDArray[np.integer | np.bool_] | slice) -> Pack:
         """Some of its views."""
@@ -239,7 +244,7 @@ class Pack:
             self.views[views],
             self.boxes[views],
             self.grids[views],
-            self.local[views],
+            self.whole[views],
         )
 
 
@@ -256,8 +261,8 @@ class EpochPlan:
     """[N, views, 4]"""
     grids: NDArray[np.int64]
     """[N, views, 2]"""
-    full: int
-    """How many of an image's views are no local ones."""
+    masked: int
+    """How many of an image's views are masked."""
     budget: int
     """Most tokens of a pack."""
     too_small: int
@@ -277,7 +282,7 @@ class EpochPlan:
             np.tile(np.arange(views), len(images)),
             self.boxes[chosen].reshape(-1, 4),
             self.grids[chosen].reshape(-1, 2),
-            np.tile(np.arange(views) >= self.full, len(images)),
+            np.tile(np.arange(views) >= self.masked, len(images)),
         )
 
     @property
@@ -334,9 +339,10 @@ class Plan:
             PlanError: fewer than `MIN_IMAGES` images are large enough to train on.
         """
         config, index = self.config, self.index
-        local = np.arange(config.views + config.local_views) >= config.views
+        number = np.arange(config.views + config.whole_views + config.local_views)
+        masked, local = number < config.views, number >= config.views + config.whole_views
         rng = generator(self.seed, Purpose.GEOMETRY, epoch)
-        draws = rng.random((4, len(index.heights), len(local)), dtype=np.float32)
+        draws = rng.random((4, len(index.heights), len(number)), dtype=np.float32)
         smallest = np.where(local, min(LOCAL_CROP, config.min_crop), config.min_crop)
         largest = np.where(local, config.min_crop, config.max_crop)
         crop = np.sqrt(smallest + (largest - smallest) * draws[0])
@@ -351,7 +357,7 @@ class Plan:
             wanted = side**2
         limit = np.where(local, config.local_limit, config.view_limit)
         grids = fit_grids(heights, widths, side, self.patch_size, limit)
-        enough = (grids.prod(axis=2) >= MIN_TOKENS)[:, ~local].all(axis=1)
+        enough = (grids.prod(axis=2) >= MIN_TOKENS)[:, masked].all(axis=1)
         shown = np.ones_like(enough)
         if index.shares is not None:
             shown = generator(self.seed, Purpose.MIX, epoch).random(len(shown)) < index.shares

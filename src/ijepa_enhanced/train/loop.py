@@ -81,12 +81,15 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}.")
-        if self.objective.invariance and self.data.views + self.data.local_views < 2:
+        unmasked = {name: getattr(self.data, name) for name in ("whole_views", "local_views")}
+        if self.objective.invariance and self.data.views + sum(unmasked.values()) < 2:
             raise ValueError(
-                "objective.invariance compares views of one image: set data.views to 2, or data.local_views above 0."
+                "objective.invariance compares views of one image: set data.views to 2, or data.whole_views or "
+                "data.local_views above 0."
             )
-        if self.data.local_views and not self.objective.invariance:
-            raise ValueError("data.local_views serve objective.invariance alone: set that above 0, or them to 0.")
+        for name, count in unmasked.items():
+            if count and not self.objective.invariance:
+                raise ValueError(f"data.{name} serve objective.invariance alone: set that above 0, or them to 0.")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
         if not 0 <= self.seed < 2**63:

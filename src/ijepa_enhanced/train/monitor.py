@@ -102,7 +102,7 @@ class Probe:
         index = plan.index.select(drawn)
         objects = plan.index.select(drawn[: max(2, encoder.shape.width // OBJECT_SHARE)])
         seed = int(rng.integers(2**63))  # training draws from the run's
-        crop = dataclasses.replace(plan.config, views=1, local_views=0)
+        crop = dataclasses.replace(plan.config, views=1, whole_views=0, local_views=0)
         whole = dataclasses.replace(crop, min_crop=1.0, max_crop=1.0, min_side=crop.max_side)
         # One view an image and epoch, since VIEWS views of one image may not fit a pack.
         cropping = Plan(objects, crop, plan.patch_size, seed)

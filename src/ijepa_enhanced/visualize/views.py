@@ -54,13 +54,13 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
 
 
 def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
-    """Write a PNG of the whole pack: its patches in the order of the stream, line after line, local views last.
+    """Write a PNG of the whole pack: its patches in the order of the stream, line after line, whole views last.
 
     A frame in the colour of its view is around every patch; a view's first patch is marked by a bar.
     """
     cell = max(6, min(16, patch_size))
     across = SHEET_WIDTH // (cell + 2)
-    stream = batch.packed if batch.local is None else Packed.concatenate([batch.packed, batch.local])
+    stream = batch.packed if batch.whole is None else Packed.concatenate([batch.packed, batch.whole])
     total = stream.segments.total
     down = -(-total // across)
     patches = stream.values.numpy().reshape(total, patch_size, patch_size, 3)
