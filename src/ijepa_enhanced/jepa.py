@@ -81,8 +81,8 @@ class JEPA(nn.Module):
             step_packs: packs of the step, over all ranks.
         """
         with torch.no_grad():
-            whole = self.teacher(batch.packed, batch.merge_plan)
-            targets = F.layer_norm(whole[batch.targets.index].float(), whole.shape[-1:])
+            taught = self.teacher(batch.packed, batch.merge_plan)
+            targets = F.layer_norm(taught[batch.targets.index].float(), taught.shape[-1:])
         visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
         seen = visible
         if batch.whole is not None:
