@@ -428,7 +428,6 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     assert now["scores"] == {"trained": other.json}
     # Nor of other weights.
     shutil.copytree(run.folder, tmp_path / "copy")
-    shutil.copy(tmp_path / "copy" / "config.yaml", tmp_path)
     encoder = Encoder.from_pretrained(run.folder)
     with torch.no_grad():
         encoder.blocks.norm.bias += 1
@@ -617,6 +616,15 @@ def test_what_nobody_thought_of_is_told_in_a_sentence(monkeypatch: pytest.Monkey
         ["ijepa: ZeroDivisionError: division by zero", "This should not happen; --debug shows where."],
     )
     assert "in fail" in "\n".join(ijepa("index", pictures, "--debug").err)
+
+
+def test_too_little_memory_of_a_gpu_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+    def too_much(_: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
+
+    monkeypatch.setitem(cli.COMMANDS, "index", dataclasses.replace(index.COMMAND, run=too_much))
+    said = "ijepa: The GPU's memory is too small for this, or other programs hold it."
+    assert ijepa("index", pictures) == (1, [], [said])
 
 
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:

@@ -222,7 +222,7 @@ def seconds_per_step(config: TrainConfig) -> float:
     trial = dataclasses.replace(config, steps=PACE_STEPS, log_every=half, monitor=monitor)
     with tempfile.TemporaryDirectory() as folder:
         if not train(trial, Path(folder, "run")).finished:
-            raise KeyboardInterrupt  # as in `_train`
+            raise KeyboardInterrupt  # as in `_run`
         last = read_log(Path(folder, "run"))[-1]
     tokens = last["fill"] * config.data.tokens_per_pack * config.data.packs_per_step
     return float(tokens / last["tokens_per_second"])

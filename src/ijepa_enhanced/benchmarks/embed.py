@@ -36,6 +36,7 @@ SCALE, MOST_TOKENS = 2, 1024
 TOKENS = 16384
 """Of a pack of ours, and of a padded batch."""
 RATES = (0.0, 0.05, 0.12)
+
 Images = Sequence[NDArray[np.uint8]]
 """Of whole patches on both axes: N arrays [height, width, 3]."""
 Embed = Callable[[], Tensor]
@@ -45,7 +46,8 @@ Embed = Callable[[], Tensor]
 def run(
     source: str = "synthetic", csv: bool = False, variant: str = "S", patch: int = 16, count: int | None = None
 ) -> dict[str, Any]:
-    """Print the table and return ours without merging, on a CPU in float32 and what bfloat16 makes of it.
+    """Print the table and return ours without merging: in float32 on a CPU and what bfloat16 makes of it; on CUDA in
+    bfloat16.
 
     Args:
         source: the images.

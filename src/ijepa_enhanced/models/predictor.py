@@ -22,7 +22,7 @@ class PredictorConfig:
     depth: int = 4
     """Number of blocks."""
     heads: int = 4
-    """Attention heads; the width is a multiple of 8 of them."""
+    """Attention heads, each of a width that is a multiple of 8."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads) < 1 or self.width % (HEAD_MULTIPLE * self.heads):

@@ -321,8 +321,8 @@ def _score(name: str, scores: Mapping[str, float]) -> str:
 def _masks(run: Run) -> str:
     if run.images is None:
         return ""
-    images, whole = run.images, run.images.plan[0]
-    pack = whole.select(np.flatnonzero(~whole.whole)[:VIEWS_SHOWN])
+    images, first = run.images, run.images.plan[0]
+    pack = first.select(np.flatnonzero(~first.whole)[:VIEWS_SHOWN])
     patch_size = run.config["encoder"]["patch_size"]
     changes = AugmentConfig(**run.config.get("augment", {}))
     dataset = PackDataset(images.source, images.index, patch_size, seed=run.config["seed"], changes=changes)

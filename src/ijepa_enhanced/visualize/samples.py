@@ -16,7 +16,7 @@ from PIL import Image
 
 from ijepa_enhanced.data.images import UnreadableImage, decode_views, upright_size
 from ijepa_enhanced.data.sources import Source
-from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
+from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.evaluate.features import Features, extract
 from ijepa_enhanced.evaluate.tokens import Images, Setting
 from ijepa_enhanced.visualize.features import pca_maps
@@ -56,16 +56,16 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
         if len(samples) == SAMPLES:
             break
     device = best_device()
-    dtype = autocast_dtype("auto", device)
     maps: list[list[NDArray[np.uint8]]] = []
     neighbours: list[Neighbours] = []
     try:
         for _, run, encoder in trained:
             side, workers = run.config["data"]["max_side"], run.config["data"]["workers"]
-            features = extract(encoder.to(device), gallery, Setting(side, dtype, workers=workers))
+            features = extract(
+                encoder.to(device), gallery, Setting(side, autocast_dtype("auto", device), workers=workers)
+            )
             neighbours.append(nearest(features, list(samples), NEIGHBOURS))
-            with autocast(device, dtype):
-                maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples], side)))
+            maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples], side)))
     except (UnreadableImage, ValueError) as error:
         return {"Feature maps": note(f"There are no feature maps and no neighbours: {error}")}
     keys = [key(place, run.name) if len(runs) > 1 else "" for place, run, _ in trained]
