@@ -28,6 +28,12 @@ MakeBatch = Callable[..., MaskedBatch]
 DiskOf = Callable[[int], AbstractContextManager[None]]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, from fixtures and child processes too, unless asked for by `-m gpu`: bit for bit is for the CPU."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test reads or writes the user's own cache of indices."""
@@ -35,14 +41,6 @@ def index_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IJEPA_CACHE", str(folder))
         yield folder
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the machine has: what holds bit for bit holds on the CPU. Tests marked `gpu` see it."""
-    if "gpu" not in request.keywords:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
