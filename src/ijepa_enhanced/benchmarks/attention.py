@@ -1,7 +1,7 @@
 """What attention within the segments of a packed stream costs: `python -m ijepa_enhanced.benchmarks.attention`.
 
 Streams of equal tokens in views of different lengths, and streams of ever more tokens. Heads are those of ViT-S.
-Precision is bfloat16 on CUDA, and float32 on the CPU, whose kernel computes in it whatever it is given.
+Precision is bfloat16 on CUDA, and float32 on the CPU.
 """
 
 import argparse

@@ -9,9 +9,10 @@ After merging (ToMe, arXiv 2210.09461, section 3) a key that stands for s patche
 its logits. CPU and dense kernels add it as a mask; varlen has none, so there it travels in additional head channels.
 """
 
-from collections.abc import Iterator
-from typing import cast
+import functools
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,20 +115,18 @@ def with_bias_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[T
 def cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attention` on the CPU; also returns the log-sum-exp, float32 [H, T], that its backward needs.
+    """`attention` on the CPU; also returns the log-sum-exp, float32 [T, H], that its backward needs.
 
     `bias`: float32 [S], added to each key's logits.
-
-    Computed in float32: PyTorch's bfloat16 backward takes 4 to 7 times as long on 40 to 200 tokens (docs/log.md).
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    logsumexp = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for rows, keys in _groups(cu_seqlens, cu_keys):
+    logsumexp = q.new_empty(q.shape[:2], dtype=torch.float32)
+    for rows, keys in _kinds(cu_seqlens, cu_keys):
         found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _batch(q, rows), _batch(k, keys), _batch(v, keys), attn_mask=_mask(bias, keys, rows.shape[1])
+            _batch(q, rows), _batch(k, keys), _batch(v, keys), attn_mask=_mask(bias, rows, keys)
         )
-        out.index_copy_(0, rows.flatten(), found.transpose(1, 2).flatten(0, 1).to(q.dtype))
-        logsumexp.index_copy_(1, rows.flatten(), lse.transpose(0, 1).flatten(1))
+        _put(out, rows, found)
+        _put(logsumexp, rows, lse)
     return out, logsumexp
 
 
@@ -136,7 +135,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("ijepa_enhanced::cpu_attention_backward", mutates_args=())
@@ -151,48 +150,79 @@ def cpu_attention_backward(
     out: Tensor,
     logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `cpu_attention` for q, k and v: [T, H, K] and twice [S, H, K]."""
+    """Gradients of `cpu_attention` for q, k and v: [T, H, K] and twice [S, H, K].
+
+    Computed in float32: PyTorch's bfloat16 backward takes 2 to 9 times as long on 40 to 200 tokens (docs/log.md).
+    """
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows, keys in _groups(cu_seqlens, cu_keys):
+    for rows, keys in _kinds(cu_seqlens, cu_keys):
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _batch(grad, rows),
-            _batch(q, rows),
-            _batch(k, keys),
-            _batch(v, keys),
-            _batch(out, rows),
-            logsumexp[:, rows].transpose(0, 1).contiguous(),
+            _batch(grad, rows).float(),
+            _batch(q, rows).float(),
+            _batch(k, keys).float(),
+            _batch(v, keys).float(),
+            _batch(out, rows).float(),
+            _batch(logsumexp, rows),
             0.0,
             False,
-            attn_mask=_mask(bias, keys, rows.shape[1]),
+            attn_mask=_mask(bias, rows, keys),
         )
-        for whole, part, places in zip(grads, found, (rows, keys, keys), strict=True):
-            whole.index_copy_(0, places.flatten(), part.transpose(1, 2).flatten(0, 1).to(q.dtype))
+        for whole, part, side in zip(grads, found, (rows, keys, keys), strict=True):
+            _put(whole, side, part)
     return grads[0], grads[1], grads[2]
 
 
-def _groups(cu_seqlens: Tensor, cu_keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of all segments of one length, int64 [N, length], and of their keys, int64 [N, keys]; each in turn.
+class _Side(NamedTuple):
+    """The queries, or the keys, of all segments of one kind."""
+
+    places: slice | Tensor
+    """Where they lie in the stream; int64 [N * length] where they do not lie side by side, segment after segment."""
+    segments: int
+    """N."""
+    length: int
+    """Of each."""
+
+
+def _kinds(cu_seqlens: Tensor, cu_keys: Tensor) -> list[tuple[_Side, _Side]]:
+    """All segments of as many queries and as many keys, for every such kind.
 
     One call of the kernel serves them all: for views of 45 tokens a call costs more than its products (docs/log.md).
     """
-    lengths, keys = torch.diff(cu_seqlens).long(), torch.diff(cu_keys).long()
-    kinds = lengths << 32 | keys  # both in one number: pairs would be sorted several times as slowly
-    for kind in kinds.unique().tolist():
-        chosen = kinds == kind
-        yield (
-            cu_seqlens[:-1][chosen, None] + torch.arange(kind >> 32),
-            cu_keys[:-1][chosen, None] + torch.arange(kind & 0xFFFFFFFF),
-        )
+    return _kinds_between(tuple(cu_seqlens.tolist()), tuple(cu_keys.tolist()))
 
 
-def _batch(x: Tensor, rows: Tensor) -> Tensor:
-    """[T, H, K] -> float32 [N, H, length, K], as PyTorch's kernels want it."""
-    return x.index_select(0, rows.flatten()).float().unflatten(0, rows.shape).transpose(1, 2)
+@functools.lru_cache(maxsize=16)
+def _kinds_between(*edges: tuple[int, ...]) -> list[tuple[_Side, _Side]]:
+    """`_kinds`, kept: every layer of a network asks for the same ones."""
+    starts = np.array(edges, np.int64)[:, :-1]
+    lengths = np.diff(edges)
+    kinds, number = np.unique(lengths, axis=1, return_inverse=True)
+
+    def side(which: int, kind: int) -> _Side:
+        own, length = starts[which, number == kind], int(kinds[which, kind])
+        if (np.diff(own) == length).all():
+            return _Side(slice(int(own[0]), int(own[0]) + len(own) * length), len(own), length)
+        return _Side(torch.from_numpy(own[:, None] + np.arange(length)).flatten(), len(own), length)
+
+    return [(side(0, kind), side(1, kind)) for kind in range(kinds.shape[1])]
 
 
-def _mask(bias: Tensor | None, keys: Tensor, length: int) -> Tensor | None:
+def _batch(x: Tensor, side: _Side) -> Tensor:
+    """[T, H, ...] -> [N, H, length, ...], as PyTorch's kernels want it."""
+    own = x[side.places] if isinstance(side.places, slice) else x.index_select(0, side.places)
+    return own.unflatten(0, (side.segments, side.length)).transpose(1, 2)
+
+
+def _put(x: Tensor, side: _Side, batch: Tensor) -> None:
+    """The inverse of `_batch`: its part of `x`."""
+    x[side.places] = batch.transpose(1, 2).flatten(0, 1).to(x.dtype)
+
+
+def _mask(bias: Tensor | None, rows: _Side, keys: _Side) -> Tensor | None:
     """[N, 1, length, keys], of which only one row a segment is in memory."""
-    return None if bias is None else bias[keys][:, None, None].expand(-1, -1, length, -1)
+    if bias is None:
+        return None
+    return bias[keys.places].unflatten(0, (keys.segments, 1, 1, keys.length)).expand(-1, -1, rows.length, -1)
 
 
 @cpu_attention_backward.register_fake
