@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
@@ -14,6 +16,7 @@ from ijepa_enhanced.merge_plan import merged_lengths
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, FeedForward
 from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
 from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.ops.linear import HAS_BF16
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
@@ -349,6 +352,39 @@ def test_merging_at_rate_zero_changes_not_one_bit(make_batch: MakeBatch) -> None
     )
     assert torch.equal(plain, zero)
     assert not torch.equal(plain, merged)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of what is multiplied in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor) and x.ndim == 2 and x.dtype == torch.bfloat16]
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise):
+            self.shapes.add(tuple(x.shape for x in tensors))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this processor multiplies no bfloat16")
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.25, 0.25)], ids=["plain", "merging"])
+def test_packs_of_other_lengths_multiply_matrices_of_the_same_shapes(
+    make_batch: MakeBatch, rates: tuple[float, float]
+) -> None:
+    """oneDNN compiles each shape. Streams of 97 and of 90 tokens, their contexts, targets and what is merged of them
+    all round up to 64 or 128 rows."""
+    found = []
+    for grids in (GRIDS, [(5, 4), (2, 9), (6, 7), (1, 4), (3, 2)]):
+        batch = make_batch(grids, 3, depth=2, rates=rates)
+        with Products() as products:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = make_jepa(0.0)(batch, 100, 1).total
+            loss.backward()
+        found.append(products.shapes)
+    assert len(found[0]) > 20
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("rates", [(0.25, 0.0), (0.0, 0.25)], ids=["teacher", "student"])

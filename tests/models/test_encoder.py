@@ -128,6 +128,13 @@ def test_the_packs_size_changes_nothing(encoder: Encoder, images: list[Image.Ima
     assert distance(encoder.embed(images, side=None, tokens_per_pack=130), expected) < BOUND
 
 
+def test_a_cpu_takes_less_at_once_and_shrinks_no_image_for_it(encoder: Encoder) -> None:
+    small, large = Image.new("RGB", (320, 320)), Image.new("RGB", (528, 528))
+    packs = list(encoder.packs([small, small, small, large, small], side=None))
+    # 4,800 tokens are more than a pack's 4,096, 4,356 are one image.
+    assert [packed.segments.lengths for packed in packs] == [(1600, 1600), (1600,), (4356,), (1600,)]
+
+
 def test_images_are_held_no_longer_than_they_are_needed(encoder: Encoder, images: list[Image.Image]) -> None:
     """Of a generator one at a time, each let go when the next is asked for."""
     shown: list[weakref.ref[Image.Image]] = []

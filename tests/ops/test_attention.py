@@ -160,6 +160,23 @@ def test_all_that_is_returned_is_laid_out_in_order_of_tokens() -> None:
     torch.testing.assert_close(out, by_definition(*inputs.unbind(1), [2, 3]), rtol=0, atol=4e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_behind_the_last_segment_are_no_one_s(dtype: torch.dtype) -> None:
+    """On a CPU, of queries and of keys: what they hold is not read, and their results and gradients are 0."""
+    inputs, keys = draw([5, 9, 5], dtype=dtype), [3, 6, 2]
+    q, k, v, grad = inputs[0], inputs[1][:11], inputs[2][:11], inputs[3]
+    longer = [torch.cat([x, torch.full((4, HEADS, WIDTH), torch.nan, dtype=dtype)]) for x in (q, k, v, grad)]
+    cu_seqlens, cu_keys = Segments.of([5, 9, 5]).cu_seqlens, Segments.of(keys).cu_seqlens
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, cu_seqlens, 9, cu_keys=cu_keys, max_keys=6)
+
+    expected, found = with_gradients(attend, q, k, v, grad), with_gradients(attend, *longer)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours[:-4], theirs)
+        assert not ours[-4:].any()
+
+
 @pytest.mark.parametrize("kernel", [of_cpu, of_dense])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_segment_is_bit_for_bit_the_same_whatever_the_others_hold(kernel: Kernel, dtype: torch.dtype) -> None:

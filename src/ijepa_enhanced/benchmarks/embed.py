@@ -33,8 +33,8 @@ TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
 SCALE, MOST_TOKENS = 2, 1024
 """Images are shown at twice their size, at which those of small data sets are as large as photographs, and as mixed."""
-TOKENS = 16384
-"""Of a pack of ours, and of a padded batch."""
+TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Of a padded batch, as of a pack of ours."""
 RATES = (0.0, 0.05, 0.12)
 
 Images = Sequence[NDArray[np.uint8]]
@@ -135,7 +135,7 @@ def ours(encoder: Encoder, images: Images, rate: float) -> Embed:
     """What `Encoder.embed` does once it has read the images."""
     device = encoder.pixel_scale.device
     packs = []
-    for packed in encoder.packs(images, None, TOKENS):
+    for packed in encoder.packs(images, None):
         plan = encoder.merge_plan(packed.segments, rate)
         packs.append((packed.to(device), plan and plan.to(device)))
     return lambda: torch.cat(
@@ -171,7 +171,7 @@ def timm_naflexvit(config: EncoderConfig, images: Images, device: torch.device) 
         samples.append((sample, 0))
     longest = max(len(sample["patches"]) for sample, _ in samples)
     collate = dataset.NaFlexCollator(max_seq_len=longest)
-    size = max(1, TOKENS // longest)
+    size = max(1, TOKENS[device.type] // longest)
     batches = [
         {name: x.to(device) for name, x in collate(samples[start : start + size])[0].items() if torch.is_tensor(x)}
         for start in range(0, len(samples), size)

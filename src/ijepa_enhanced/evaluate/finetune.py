@@ -116,7 +116,8 @@ class Classifier(nn.Module):
         if not self.training or not chance:
             return output
         cu_seqlens = self.cu_seqlens[stream]
-        kept = torch.rand(len(cu_seqlens) - 1, generator=self.random, device=output.device) >= chance
+        # One more than there are views, for a stream's spare rows.
+        kept = torch.rand(len(cu_seqlens), generator=self.random, device=output.device) >= chance
         return output * (kept / (1 - chance)).to(output.dtype)[segment_ids(cu_seqlens, len(output)), None]
 
     def pooled(self, packed: Packed, plan: MergePlan | None) -> Tensor:

@@ -143,7 +143,11 @@ def last_layers(encoder: Encoder, packed: Packed, plan: MergePlan | None, count:
     finally:
         for hook in hooks:
             hook.remove()
-    outputs = [*map(encoder.blocks.norm, streams), features]
+    segments = [packed.segments] * len(streams) if plan is None else plan.segments[-len(streams) - 1 : -1]
+    outputs = [
+        *(encoder.blocks.norm(x[: own.total]) for x, own in zip(streams, segments, strict=True)),
+        features,
+    ]
     if plan is None:
         return outputs
     origins = [None, *itertools.accumulate(merges, chain)]

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.ops.attention import attention
-from ijepa_enhanced.ops.linear import Linear
+from ijepa_enhanced.ops.linear import Linear, spare_rows
 from ijepa_enhanced.ops.merging import Merge, match, merge
 from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d
 from ijepa_enhanced.packed import Segments, segment_ids
@@ -120,16 +120,19 @@ class Blocks(nn.Module):
         With a plan, the tokens of its active layers are merged between attention and MLP by their keys averaged over
         heads (ToMe, arXiv 2210.09461, section 3), and from there on each counts as many times as it has patches.
         """
-        sizes, merges = None, []
+        tokens, sizes, merges = len(x), None, []
+        x = spare_rows(x)
         for number, layer in enumerate(cast(Iterable[Block], self.layers)):
             x, keys = self._run(layer.attend, x, segments.cu_seqlens, segments.max_seqlen, sizes)
             if plan is not None and plan.active[number]:
+                x, keys = x[:tokens], keys[:tokens]
                 merging = match(keys.mean(dim=1, dtype=torch.float32), plan, number)
-                x, sizes = merge(x, x.new_ones(len(x), dtype=torch.float32) if sizes is None else sizes, merging)
+                x, sizes = merge(x, x.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes, merging)
+                tokens, x = len(x), spare_rows(x)
                 merges.append(merging)
                 segments = plan.segments[number + 1]
             x = self._run(layer.transform, x)
-        return self.norm(x), merges
+        return self.norm(x)[:tokens], merges
 
     def _run(self, half: Callable[..., Any], *args: Any) -> Any:
         if self.recompute and torch.is_grad_enabled():

@@ -24,7 +24,7 @@ from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
 from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
-from ijepa_enhanced.ops.linear import Linear
+from ijepa_enhanced.ops.linear import Linear, spare_rows
 from ijepa_enhanced.ops.merging import Merge, chain, unmerge
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import Packed, Segments
@@ -36,6 +36,9 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 PATCH_MLP_RATIO = 2
 """Width of the hidden layer of a patch embedding over D, the only one measured (docs/recipe.md)."""
+
+CPU_TOKENS = 4096
+"""Most tokens of a pack on a CPU, whose caches hold no more: two tenths faster than 16,384 (docs/log.md)."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | str | Path
 """A PIL image, an RGB array uint8 [height, width, 3], or the path of a file."""
@@ -139,7 +142,8 @@ class Encoder(nn.Module):
 
     def merged(self, packed: Packed, plan: MergePlan | None) -> tuple[Tensor, list[Merge]]:
         """The features [T', D] of what the patches were merged into, and the merges, layer after layer."""
-        x = self.patch_embed(packed.values * self.pixel_scale + self.pixel_shift)
+        pixels = packed.values * self.pixel_scale + self.pixel_shift
+        x = self.patch_embed(spare_rows(pixels))[: len(pixels)]
         x = x + self.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
         features: tuple[Tensor, list[Merge]] = self.blocks(x, packed.segments, plan)
         return features
@@ -162,7 +166,7 @@ class Encoder(nn.Module):
             side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
             merge_rate: the share of its tokens that each layer merges into others, from 0 to 0.5, or one for each
                 layer: faster, and less exact (docs/merging.md has the figures).
-            tokens_per_pack: tokens in memory at once; lower it when memory is short.
+            tokens_per_pack: most tokens of an image, and in memory at once; lower it when memory is short.
 
         Returns:
             float32 [N, D] on the encoder's device.
@@ -219,6 +223,7 @@ class Encoder(nn.Module):
         if side is not None and side < 1:
             raise ValueError(f"side must be at least 1, not {side}.")
         patch_size = self.config.patch_size
+        budget = tokens_per_pack if self.pixel_scale.is_cuda else min(tokens_per_pack, CPU_TOKENS)
         grids: list[NDArray[np.int64]] = []
         patches: list[NDArray[np.uint8]] = []
         tokens = 0
@@ -228,7 +233,7 @@ class Encoder(nn.Module):
                 size = np.array([upright_size(opened)])
                 grid = fit_grids(size[:, 0], size[:, 1], side, patch_size, limit=tokens_per_pack)
                 (view,) = decode_views(opened, np.concatenate([0 * size, size], axis=1), grid * patch_size)
-            if tokens + grid.prod() > tokens_per_pack and patches:
+            if tokens + grid.prod() > budget and patches:
                 yield Packed.of_grids(np.concatenate(patches), np.concatenate(grids))
                 grids, patches, tokens = [], [], 0
             grids.append(grid)

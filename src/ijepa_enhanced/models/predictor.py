@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_enhanced.models.blocks import LAYER_NORM_EPS, CrossBlock, FactorizedPositions, init_weights
-from ijepa_enhanced.ops.linear import Linear
+from ijepa_enhanced.ops.linear import Linear, spare_rows
 from ijepa_enhanced.packed import Packed
 
 HEAD_MULTIPLE = 8
@@ -62,11 +62,11 @@ class Predictor(nn.Module):
 
         Of the streams `context` and `targets`, of the same V views, only places are read.
         """
-        seen = self.embed(features) + self._places(context)
-        x = self.mask_token + self._places(targets)
+        seen = self.embed(spare_rows(features)) + spare_rows(self._places(context))
+        x = spare_rows(self.mask_token + self._places(targets))
         for layer in self.layers:
             x = layer(x, targets.segments, seen, context.segments)
-        predicted: Tensor = self.head(self.norm(x))
+        predicted: Tensor = self.head(self.norm(x))[: len(targets.positions)]
         return predicted
 
     def _places(self, stream: Packed) -> Tensor:

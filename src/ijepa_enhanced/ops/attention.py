@@ -38,7 +38,8 @@ def attention(
 
     Args:
         q: [T, H, K] queries.
-        k: [S, H, K] keys; v: [S, H, K] values. S is T in self-attention.
+        k: [S, H, K] keys; v: [S, H, K] values. S is T in self-attention. On a CPU rows may follow the last segment
+            (`ops.linear.spare_rows`), which are no one's: results and gradients are 0 there.
         cu_seqlens: int32 [V + 1], the segments of the queries, on the same device.
         max_seqlen: tokens of their longest (or any larger number).
         sizes: float32 [S], patches that each key stands for; None where all are single ones. No gradient flows to it.
@@ -127,6 +128,7 @@ def cpu_attention(
         )
         _put(out, rows, found)
         _put(logsumexp, rows, lse)
+    out[cu_seqlens[-1] :] = 0
     return out, logsumexp
 
 
@@ -169,6 +171,8 @@ def cpu_attention_backward(
         )
         for whole, part, side in zip(grads, found, (rows, keys, keys), strict=True):
             _put(whole, side, part)
+    for whole, edges in zip(grads, (cu_seqlens, cu_keys, cu_keys), strict=True):
+        whole[edges[-1] :] = 0
     return grads[0], grads[1], grads[2]
 
 

@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on x86 by MKL, which on AMD's processors is half as fast as oneDNN, and applies GELU
 in a second pass over fresh memory. oneDNN's product, which PyTorch has for compiled graphs, does both at once
-(docs/log.md).
+(docs/log.md). It compiles a product for each shape, so that a stream is given spare rows.
 """
 
 from __future__ import annotations
@@ -52,6 +52,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     """x W^T + b by oneDNN, of x [..., K], W [N, K] and b [N], and GELU of it: [..., N]. It has no gradient."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
     return y
+
+
+ROWS = 64
+"""What `spare_rows` makes the number of rows a multiple of; 32 to 256 are as fast (docs/log.md)."""
+
+
+def spare_rows(x: Tensor) -> Tensor:
+    """[T, N] with zero rows behind it, on a CPU, so that their number comes again.
+
+    oneDNN compiles a product for each number of rows, which takes several times as long as a small product itself, and
+    no two packs have as many tokens (docs/log.md). What is computed of these rows is finite, and cut off in the end.
+    """
+    spare = -len(x) % ROWS
+    if not spare or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x
+    return F.pad(x, (0, 0, 0, spare))
 
 
 class _Product(torch.autograd.Function):
