@@ -1,5 +1,6 @@
 """Where networks run, and in which precision."""
 
+import functools
 import logging
 
 import torch
@@ -28,9 +29,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "fp32":
         return torch.float32
     if device.type == "cuda" and not multiplies_bf16(device):
-        logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and dense attention instead.")
+        say_too_old()
         return torch.float32
     return torch.bfloat16 if precision == "bf16" or multiplies_bf16(device) else torch.float32
+
+
+@functools.cache
+def say_too_old() -> None:
+    """Once, not at every look at the precision."""
+    logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and dense attention instead.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
