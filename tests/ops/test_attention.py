@@ -116,6 +116,17 @@ def test_a_key_of_several_patches_counts_as_often(kernel: Kernel) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=6e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sizes_count_in_any_precision(dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in draw(LENGTHS)]
+    cu_seqlens = Segments.of(LENGTHS).cu_seqlens
+    found = of_cpu_sized(*inputs[:3], cu_seqlens)
+    expected = dense_sized(*(x.double() for x in inputs[:3]), cu_seqlens)
+    # As below for bfloat16; in float64 the logarithms of the sizes are float32's.
+    bounds = {"rtol": 2**-9, "atol": 4 * 2**-9} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 4e-6}
+    torch.testing.assert_close(found.double(), expected, **bounds)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_bias_channels_hold_the_bias_to_float32(dtype: torch.dtype) -> None:
     bias = torch.arange(1.0, 2000.0).log()

@@ -25,7 +25,7 @@ from ijepa_enhanced.data.plan import fit_grids
 from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import seconds_by_turns
-from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
+from ijepa_enhanced.models.encoder import CPU_TOKENS, PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.ops.pooling import segment_mean
 
@@ -33,7 +33,7 @@ TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
 SCALE, MOST_TOKENS = 2, 1024
 """Images are shown at twice their size, at which those of small data sets are as large as photographs, and as mixed."""
-TOKENS = {"cpu": 4096, "cuda": 16384}
+TOKENS = {"cpu": CPU_TOKENS, "cuda": 16384}
 """Of a padded batch, as of a pack of ours."""
 RATES = (0.0, 0.05, 0.12)
 

@@ -38,7 +38,8 @@ PATCH_MLP_RATIO = 2
 """Width of the hidden layer of a patch embedding over D, the only one measured (docs/recipe.md)."""
 
 CPU_TOKENS = 4096
-"""Most tokens of a pack on a CPU, whose caches hold no more: two tenths faster than 16,384 (docs/log.md)."""
+"""Tokens of a pack on a CPU, or those of one image if it has more: two tenths faster than with 16,384, though a tenth
+slower where much is merged in bfloat16 (docs/log.md)."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | str | Path
 """A PIL image, an RGB array uint8 [height, width, 3], or the path of a file."""
@@ -142,8 +143,7 @@ class Encoder(nn.Module):
 
     def merged(self, packed: Packed, plan: MergePlan | None) -> tuple[Tensor, list[Merge]]:
         """The features [T', D] of what the patches were merged into, and the merges, layer after layer."""
-        pixels = packed.values * self.pixel_scale + self.pixel_shift
-        x = self.patch_embed(spare_rows(pixels))[: len(pixels)]
+        x = self.patch_embed(spare_rows(packed.values) * self.pixel_scale + self.pixel_shift)[: len(packed.values)]
         x = x + self.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
         features: tuple[Tensor, list[Merge]] = self.blocks(x, packed.segments, plan)
         return features
@@ -166,7 +166,8 @@ class Encoder(nn.Module):
             side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
             merge_rate: the share of its tokens that each layer merges into others, from 0 to 0.5, or one for each
                 layer: faster, and less exact (docs/merging.md has the figures).
-            tokens_per_pack: most tokens of an image, and in memory at once; lower it when memory is short.
+            tokens_per_pack: most tokens of an image, and in memory at once; lower it when memory is short. A CPU takes
+                at most 4,096 at once, or one image.
 
         Returns:
             float32 [N, D] on the encoder's device.
@@ -223,7 +224,7 @@ class Encoder(nn.Module):
         if side is not None and side < 1:
             raise ValueError(f"side must be at least 1, not {side}.")
         patch_size = self.config.patch_size
-        budget = tokens_per_pack if self.pixel_scale.is_cuda else min(tokens_per_pack, CPU_TOKENS)
+        budget = min(tokens_per_pack, CPU_TOKENS) if self.pixel_scale.device.type == "cpu" else tokens_per_pack
         grids: list[NDArray[np.int64]] = []
         patches: list[NDArray[np.uint8]] = []
         tokens = 0

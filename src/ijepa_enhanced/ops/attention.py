@@ -42,7 +42,8 @@ def attention(
             (`ops.linear.spare_rows`), which are no one's: results and gradients are 0 there.
         cu_seqlens: int32 [V + 1], the segments of the queries, on the same device.
         max_seqlen: tokens of their longest (or any larger number).
-        sizes: float32 [S], patches that each key stands for; None where all are single ones. No gradient flows to it.
+        sizes: float32 [S], or without the rows behind the last segment: patches that each key stands for; None where
+            all are single ones. No gradient flows to it.
         cu_keys: int32 [V + 1], the segments of keys and values, each at least one token; None: those of the queries.
         max_keys: tokens of their longest; goes with `cu_keys`.
 
@@ -120,6 +121,8 @@ def cpu_attention(
 
     `bias`: float32 [S], added to each key's logits.
     """
+    if bias is not None:
+        bias = bias.to(torch.promote_types(q.dtype, bias.dtype))  # PyTorch's kernel reads no float32 for float64
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     logsumexp = q.new_empty(q.shape[:2], dtype=torch.float32)
     for rows, keys in _kinds(cu_seqlens, cu_keys):
@@ -199,16 +202,17 @@ def _kinds(cu_seqlens: Tensor, cu_keys: Tensor) -> list[tuple[_Side, _Side]]:
 def _kinds_between(*edges: tuple[int, ...]) -> list[tuple[_Side, _Side]]:
     """`_kinds`, kept: every layer of a network asks for the same ones."""
     starts = np.array(edges, np.int64)[:, :-1]
-    lengths = np.diff(edges)
-    kinds, number = np.unique(lengths, axis=1, return_inverse=True)
+    queries, keys = np.diff(edges)
+    # Both in one number: pairs would be sorted several times as slowly.
+    kinds, number = np.unique(queries << 32 | keys, return_inverse=True)
 
-    def side(which: int, kind: int) -> _Side:
-        own, length = starts[which, number == kind], int(kinds[which, kind])
+    def side(which: int, kind: int, length: int) -> _Side:
+        own = starts[which, number == kind]
         if (np.diff(own) == length).all():
             return _Side(slice(int(own[0]), int(own[0]) + len(own) * length), len(own), length)
         return _Side(torch.from_numpy(own[:, None] + np.arange(length)).flatten(), len(own), length)
 
-    return [(side(0, kind), side(1, kind)) for kind in range(kinds.shape[1])]
+    return [(side(0, kind, both >> 32), side(1, kind, both & 0xFFFFFFFF)) for kind, both in enumerate(kinds.tolist())]
 
 
 def _batch(x: Tensor, side: _Side) -> Tensor:

@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on x86 by MKL, which on AMD's processors is half as fast as oneDNN, and applies GELU
 in a second pass over fresh memory. oneDNN's product, which PyTorch has for compiled graphs, does both at once
-(docs/log.md). It compiles a product for each shape, so that a stream is given spare rows.
+(docs/log.md). It compiles a product for each shape, which is why a stream is given spare rows.
 """
 
 from __future__ import annotations
@@ -54,20 +54,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     return y
 
 
-ROWS = 64
-"""What `spare_rows` makes the number of rows a multiple of; 32 to 256 are as fast (docs/log.md)."""
-
-
 def spare_rows(x: Tensor) -> Tensor:
-    """[T, N] with zero rows behind it, on a CPU, so that their number comes again.
+    """[T, N], on a CPU with some zero rows behind it, so that their number comes again.
 
     oneDNN compiles a product for each number of rows, which takes several times as long as a small product itself, and
-    no two packs have as many tokens (docs/log.md). What is computed of these rows is finite, and cut off in the end.
+    no two packs have as many tokens (docs/log.md). T becomes a multiple of 8, or of the power of two between T / 32 and
+    T / 16 where that is more. What is computed of the further rows is finite, their gradients are 0, and they are cut
+    off in the end.
     """
-    spare = -len(x) % ROWS
-    if not spare or x.device.type != "cpu" or torch.compiler.is_compiling():
+    # First of all: a graph that knows how many rows there are would be compiled for each number.
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
-    return F.pad(x, (0, 0, 0, spare))
+    return F.pad(x, (0, 0, 0, -len(x) % (1 << max(3, len(x).bit_length() - 5))))
 
 
 class _Product(torch.autograd.Function):
