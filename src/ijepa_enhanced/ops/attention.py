@@ -217,6 +217,7 @@ def _kinds_between(*edges: tuple[int, ...]) -> list[tuple[_Side, _Side]]:
 
 def _batch(x: Tensor, side: _Side) -> Tensor:
     """[T, H, ...] -> [N, H, length, ...], as PyTorch's kernels want it."""
+    # x[index] takes several times as long as index_select.
     own = x[side.places] if isinstance(side.places, slice) else x.index_select(0, side.places)
     return own.unflatten(0, (side.segments, side.length)).transpose(1, 2)
 
