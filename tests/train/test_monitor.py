@@ -130,9 +130,9 @@ def test_looks_are_logged_at_their_steps_and_at_the_end(tiny: TrainConfig, tmp_p
 
 
 def declining(config: TrainConfig) -> TrainConfig:
-    """A run of which the last teacher is not the best."""
+    """A run of which the last teacher is not the best, by five of 24 images: rounding does not turn that."""
     optim = OptimConfig(lr=3e-2, ema=0.0)
-    return dataclasses.replace(config, optim=optim, monitor=MonitorConfig(2, 24), steps=20, seed=1)
+    return dataclasses.replace(config, optim=optim, monitor=MonitorConfig(2, 24), steps=20, seed=3)
 
 
 def test_best_is_the_teacher_of_the_step_that_is_said(tiny: TrainConfig, tmp_path: Path) -> None:

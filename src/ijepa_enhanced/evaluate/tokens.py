@@ -144,10 +144,8 @@ def last_layers(encoder: Encoder, packed: Packed, plan: MergePlan | None, count:
         for hook in hooks:
             hook.remove()
     segments = [packed.segments] * len(streams) if plan is None else plan.segments[-len(streams) - 1 : -1]
-    outputs = [
-        *(encoder.blocks.norm(x[: own.total]) for x, own in zip(streams, segments, strict=True)),
-        features,
-    ]
+    before = [encoder.blocks.norm(x[: own.total]) for x, own in zip(streams, segments, strict=True)]
+    outputs = [*before, features]
     if plan is None:
         return outputs
     origins = [None, *itertools.accumulate(merges, chain)]

@@ -125,9 +125,9 @@ class Blocks(nn.Module):
         for number, layer in enumerate(cast(Iterable[Block], self.layers)):
             x, keys = self._run(layer.attend, x, segments.cu_seqlens, segments.max_seqlen, sizes)
             if plan is not None and plan.active[number]:
-                x, keys = x[:tokens], keys[:tokens]
-                merging = match(keys.mean(dim=1, dtype=torch.float32), plan, number)
-                x, sizes = merge(x, x.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes, merging)
+                merging = match(keys[:tokens].mean(dim=1, dtype=torch.float32), plan, number)
+                sizes = x.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
+                x, sizes = merge(x[:tokens], sizes, merging)
                 tokens, x = len(x), spare_rows(x)
                 merges.append(merging)
                 segments = plan.segments[number + 1]

@@ -136,9 +136,7 @@ def cpu_attention(
 
 
 @cpu_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:2], dtype=torch.float32)
 
@@ -161,22 +159,16 @@ def cpu_attention_backward(
     """
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for rows, keys in _kinds(cu_seqlens, cu_keys):
+        sides = (rows, rows, keys, keys, rows)
+        operands = [_batch(x, side).float() for x, side in zip((grad, q, k, v, out), sides, strict=True)]
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _batch(grad, rows).float(),
-            _batch(q, rows).float(),
-            _batch(k, keys).float(),
-            _batch(v, keys).float(),
-            _batch(out, rows).float(),
-            _batch(logsumexp, rows),
-            0.0,
-            False,
-            attn_mask=_mask(bias, rows, keys),
+            *operands, _batch(logsumexp, rows), 0.0, False, attn_mask=_mask(bias, rows, keys)
         )
         for whole, part, side in zip(grads, found, (rows, keys, keys), strict=True):
             _put(whole, side, part)
-    for whole, edges in zip(grads, (cu_seqlens, cu_keys, cu_keys), strict=True):
-        whole[edges[-1] :] = 0
-    return grads[0], grads[1], grads[2]
+    of_q, of_k, of_v = grads
+    of_q[cu_seqlens[-1] :], of_k[cu_keys[-1] :], of_v[cu_keys[-1] :] = 0, 0, 0
+    return of_q, of_k, of_v
 
 
 class _Side(NamedTuple):
@@ -235,17 +227,7 @@ def _mask(bias: Tensor | None, rows: _Side, keys: _Side) -> Tensor | None:
 
 
 @cpu_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_keys: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     empty_q, empty_k, empty_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return empty_q, empty_k, empty_v
 
