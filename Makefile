@@ -11,9 +11,9 @@ quickstart: .venv/installed
 	$(BIN)/ijepa evaluate runs/quickstart --train synthetic --val synthetic --side 64 --baselines
 	$(BIN)/ijepa report runs/quickstart
 
-## Lint, types and tests.
+## Lint, types and tests, these on up to four cores.
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term:skip-covered
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check

@@ -101,16 +101,11 @@ def draw_masks(rows: int, cols: int, config: MaskConfig, rng: np.random.Generato
     """
     if rows * cols < MIN_TOKENS:
         raise ValueError(f"A view of {rows} x {cols} tokens is too small to mask: {MIN_TOKENS} are needed.")
-    targets = [
-        draw_block(
-            rows,
-            cols,
-            rng.uniform(config.min_target_area, config.max_target_area),
-            rng.uniform(config.min_target_aspect, config.max_target_aspect),
-            rng,
-        )
-        for _ in range(config.targets)
-    ]
+    targets = []
+    for _ in range(config.targets):
+        area = rng.uniform(config.min_target_area, config.max_target_area)
+        aspect = rng.uniform(config.min_target_aspect, config.max_target_aspect)
+        targets.append(draw_block(rows, cols, area, aspect, rng))
     area = rng.uniform(config.min_context_area, config.max_context_area)
     context = draw_block(rows, cols, area, 1.0, rng) & ~np.any(targets, axis=0)
     if not context.any():

@@ -63,7 +63,7 @@ def test_what_is_out_of_time_is_left_out(python: Path) -> None:
     assert code == 1
     assert not [line for line in lines if line.startswith("called ")]
     assert sum("left out, no time" in line for line in lines) == 8
-    python.write_text("#!/bin/sh\nsleep 5\n")
-    code, lines = run(python, LIMIT="1")
+    python.write_text("#!/bin/sh\nsleep 60\n")
+    code, lines = run(python, LIMIT="3")  # the shell counts whole seconds, and the first of them may be nearly over
     assert code == 1
     assert "stopped, no time" in lines[-8]

@@ -18,7 +18,7 @@ from PIL import Image
 from ijepa_enhanced.data.augment import AugmentConfig, augment
 from ijepa_enhanced.data.images import patchify, unpatchify
 from ijepa_enhanced.data.index import Index, build_index
-from ijepa_enhanced.data.loader import PackDataset, make_loader, masked
+from ijepa_enhanced.data.loader import SHARED_BYTES, PackDataset, make_loader, masked
 from ijepa_enhanced.data.plan import Cursor, DataConfig, Pack, Plan
 from ijepa_enhanced.data.sources import FolderSource
 from ijepa_enhanced.masks import MaskConfig, draw_masks
@@ -374,6 +374,14 @@ def test_batches_are_the_same_and_in_order_whoever_makes_them(scene: Scene) -> N
         assert [batch.cursor for batch in loaded] == [pack.cursor for pack in packs]
         for ours, theirs in zip(loaded, alone, strict=True):
             assert_same(ours, theirs)
+
+
+def test_patches_alone_take_shared_memory(scene: Scene) -> None:
+    (batch,) = make_loader(scene.dataset(MaskConfig()), scene.packs[:1], workers=1)
+    assert batch.packed.values.nbytes > SHARED_BYTES > batch.packed.positions.nbytes
+    tensors = [batch.packed.values, batch.packed.positions, batch.packed.grids, batch.image_ids]
+    tensors += [batch.packed.segments.cu_seqlens, batch.context.index, batch.targets.index]
+    assert [tensor.is_shared() for tensor in tensors] == [True] + 6 * [False]
 
 
 def test_an_endless_sequence_of_packs_is_loaded_as_it_is_asked_for(scene: Scene) -> None:

@@ -154,7 +154,7 @@ def test_runs_hold_at_most_ten_tokens(tokens: list[int], runs: list[tuple[int, i
 
 def test_inference_shows_every_image_once_whole_and_in_order() -> None:
     index = make_index(SIZES)
-    packs = inference_packs(index, 160, 16, 512)
+    packs = inference_packs(index, 160, 16, 512, 512)
     assert np.concatenate([pack.images for pack in packs]).tolist() == list(range(len(SIZES)))
     assert [pack.cursor for pack in packs] == [(0, number) for number in range(len(packs))]
     assert len(packs) > 10
@@ -164,6 +164,11 @@ def test_inference_shows_every_image_once_whole_and_in_order() -> None:
         sizes = [SIZES[image] for image in pack.images]
         assert pack.boxes.tolist() == [[0, 0, height, width] for height, width in sizes]
         assert [tuple(grid) for grid in pack.grids.tolist()] == [one(*size, 160, 16, 512) for size in sizes]
+
+
+def test_a_view_longer_than_the_budget_is_a_pack_of_its_own() -> None:
+    packs = inference_packs(make_index([(64, 64), (128, 96), (64, 64), (64, 64)]), None, 16, 48, 40)
+    assert [pack.grids.tolist() for pack in packs] == [[[4, 4]], [[8, 6]], [[4, 4], [4, 4]]]
 
 
 # --- balance

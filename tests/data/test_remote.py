@@ -127,6 +127,18 @@ def test_a_column_of_parquet(tmp_path):
     assert heights(source) == [7]
 
 
+@pytest.mark.parametrize("name", ["a,b.tar", "a{1}.tar"])
+def test_a_shard_that_a_pattern_could_not_name_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SourceError) as error:
+        fetch(f"file://{tmp_path}/*.tar", tmp_path / "here")
+    assert str(error.value) == (
+        f"file://{tmp_path}/*.tar names {tmp_path}/{name}: rename it without comma or brace, or give its folder "
+        "instead."
+    )
+    assert not (tmp_path / "here").exists()
+
+
 @pytest.mark.parametrize("name", ["../out.png", "a/../../out.png", "/out.png"])
 def test_nothing_is_written_outside_of_the_folder(tmp_path, monkeypatch, name):
     class Server(fsspec.AbstractFileSystem):

@@ -121,6 +121,13 @@ def test_links_to_folders_above_are_not_followed(tmp_path):
     assert FolderSource(tmp_path / "set").keys == ["a.png", "class/b.png"]
 
 
+def test_links_from_one_folder_to_another_and_back_end(tmp_path):
+    write(tmp_path, **{"a/x.png": png(), "b/y.png": png()})
+    (tmp_path / "a" / "to_b").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "b" / "to_a").symlink_to(tmp_path / "a", target_is_directory=True)
+    assert FolderSource(tmp_path).keys == ["a/to_b/y.png", "a/x.png", "b/to_a/x.png", "b/y.png"]
+
+
 def test_unreadable_files_of_a_folder(tmp_path):
     write(tmp_path, **{"a.png": b"", "b.png": b"text that is no image", "d.png": png()})
     (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")

@@ -366,6 +366,13 @@ def test_a_data_set_of_one_split_does_not_stand_for_another_part(splits):
     )
 
 
+def test_a_label_too_large_for_int64_is_an_error(tmp_path):
+    path = parquet(tmp_path / "a.parquet", image=cells(0, 1), label=pa.array([2**63], pa.uint64()))
+    with pytest.raises(SourceError) as error:
+        open_source(str(path))
+    assert str(error.value) == f"{path} has the label {2**63}, which is too large a number."
+
+
 def test_an_empty_string_is_no_label(tmp_path):
     pq.write_table(pa.table({"image": [b"x"] * 3, "label": ["b", "", "a"]}), tmp_path / "a.parquet")
     source = open_source(str(tmp_path / "a.parquet"))

@@ -155,6 +155,20 @@ def test_the_strength_is_chosen_by_one_image_of_two(
     assert 25 < seen[0] < seen[1]
 
 
+def test_images_without_a_label_are_not_held_out(encoder: Encoder, halves: Path) -> None:
+    for number in range(1, 8):
+        (halves / "images" / f"{number}.jpg").unlink()
+    (halves / "images" / "0.jpg").rename(halves / "images" / "1.jpg")
+    (halves / "labels" / "0.png").rename(halves / "labels" / "1.png")
+    (halves / "images" / "0.jpg").write_bytes((halves / "images" / "1.jpg").read_bytes())
+    (halves / "images" / "2.jpg").write_bytes((halves / "images" / "1.jpg").read_bytes())
+    (halves / "labels" / "2.png").write_bytes((halves / "labels" / "1.png").read_bytes())
+    Image.new("L", (48, 48), 255).save(halves / "labels" / "0.png")
+    maps = open_maps(str(halves), "train")
+    for seed in range(4):
+        assert dict(dense(encoder, maps, maps, SETTING, seed=seed))["dense_miou"] > 0.9
+
+
 def test_a_label_that_training_lacks_is_an_error(encoder: Encoder, halves: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     for name, suffix in (("images", "jpg"), ("labels", "png")):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import multiprocessing
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ijepa_enhanced.data.augment import AugmentConfig, augment
 from ijepa_enhanced.data.cache import MEGABYTE, SHARED_MEMORY
@@ -27,46 +35,37 @@ from ijepa_enhanced.randomness import Purpose, generator
 
 PREFETCH = 2
 """Packs that each worker makes ahead; PyTorch's default."""
+SHARED_BYTES = 1 << 16
+"""Tensors above it go from a worker to its parent in shared memory, others through the pipe, which holds as much."""
 BESIDE_PATCH = 32
 """Bytes a token of a batch beside its patch, rounded up: 16, or 24 with both networks merging at 0.1 in 12 layers."""
 
 
+@dataclass(eq=False)
 class PackDataset(Dataset[Batch]):
-    """Makes the batch of a pack; the pack says everything, so a worker needs no state of the epoch.
+    """Makes the batch of a pack; the pack says everything, so a worker needs no state of the epoch."""
 
-    Args:
-        source: where the images lie.
-        index: their sizes and labels.
-        patch_size: P.
-        masks: how to mask training batches; None for whole views.
-        seed: of the masks and of what changes pixels.
-        depth: layers of the encoder, for which merging is planned.
-        merge_rate: of the whole views, see `merge_plan.merged_lengths`.
-        student_merge_rate: of what the student sees of them.
-        changes: how to change the pixels of views.
-    """
+    source: Source
+    index: Index
+    """The sizes and labels of its images."""
+    patch_size: int
+    """P."""
+    masks: MaskConfig | None = None
+    """How to mask training batches; None for whole views."""
+    seed: int = 0
+    """Of the masks and of what changes pixels."""
+    depth: int = 0
+    """Layers of the encoder, for which merging is planned."""
+    merge_rate: float | Sequence[float] = 0.0
+    """Of the whole views, see `merge_plan.merged_lengths`."""
+    student_merge_rate: float = 0.0
+    """Of what the student sees of them."""
+    changes: AugmentConfig | None = None
+    """How to change the pixels of views."""
 
-    def __init__(
-        self,
-        source: Source,
-        index: Index,
-        patch_size: int,
-        masks: MaskConfig | None = None,
-        seed: int = 0,
-        depth: int = 0,
-        merge_rate: float | Sequence[float] = 0.0,
-        student_merge_rate: float = 0.0,
-        changes: AugmentConfig | None = None,
-    ) -> None:
-        self.source = source
-        self.index = index
-        self.patch_size = patch_size
-        self.masks = masks
-        self.seed = seed
-        self.depth = depth
-        self.merge_rate = merge_rate
-        self.student_merge_rate = student_merge_rate
-        self.changes = None if changes == AugmentConfig() else changes  # drawing only to change nothing costs time too
+    def __post_init__(self) -> None:
+        if self.changes == AugmentConfig():  # drawing only to change nothing costs time too
+            self.changes = None
 
     def __getitem__(self, pack: Pack) -> Batch:
         """Decode, crop, resize, cut into patches, mask, and plan what merges.
@@ -79,14 +78,10 @@ class PackDataset(Dataset[Batch]):
         filled = [0, 0]
         kept = np.ones(len(pack.images), dtype=np.bool_)
         unreadable = []
-        first = 0
-        while first < len(pack.images):
-            image = pack.images[first]
-            last = first + 1
-            while last < len(pack.images) and pack.images[last] == image:
-                last += 1
+        starts = np.flatnonzero(np.diff(pack.images, prepend=-1)).tolist()
+        for first, last in itertools.pairwise([*starts, len(pack.images)]):
+            row = int(self.index.rows[pack.images[first]])
             try:
-                row = int(self.index.rows[image])
                 sizes = pack.grids[first:last] * self.patch_size
                 views = decode_views(self.source.open(row), pack.boxes[first:last], sizes)
                 numbers, kinds = pack.views[first:last], pack.whole[first:last].astype(np.int64)
@@ -100,7 +95,6 @@ class PackDataset(Dataset[Batch]):
             except UnreadableImage as error:
                 unreadable.append((row, str(error)))
                 kept[first:last] = False
-            first = last
         masked_views, whole_views = (pack.select(kept & own) for own in (~pack.whole, pack.whole))
         packed, whole = (
             Packed.of_grids(own[:count], views.grids)
@@ -155,16 +149,6 @@ def _selection(segments: Segments, tokens: Sequence[NDArray[np.int64]]) -> Selec
     return Selection(torch.from_numpy(index), Segments.of([len(view) for view in tokens]))
 
 
-class _Packs(Sampler[Pack]):
-    """Hands the packs to the workers as they are."""
-
-    def __init__(self, packs: Iterable[Pack]) -> None:
-        self.packs = packs
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self.packs)
-
-
 def make_loader(
     dataset: PackDataset, packs: Iterable[Pack], workers: int, pin_memory: bool = False
 ) -> DataLoader[Batch]:
@@ -174,7 +158,7 @@ def make_loader(
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         return DataLoader(
             dataset,
-            sampler=_Packs(packs),
+            sampler=packs,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
@@ -216,8 +200,27 @@ def check_shared_memory(
 def serve_the_parent(worker: int) -> None:
     """Started in a worker: leaves the signals of a terminal, a scheduler or torchrun, and what to say, to the parent.
 
+    And hands small tensors over in the pipe, without a connection and a file for each, and ends when the parent does.
+
     What fails in making a batch is raised in the parent. What is left to `sys.excepthook` is the thread that hands
     tensors over, when a parent that was interrupted no longer takes them.
     """
     os.setpgrp()
     sys.excepthook = lambda *_: None
+    ForkingPickler.register(Tensor, _handed_over)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """At once: PyTorch's own watch would wait for ever until what is in the pipe is read."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _handed_over(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """How a worker pickles a tensor: in shared memory each costs a connection of its own, and a batch has 15."""
+    if tensor.nbytes > SHARED_BYTES:
+        return reduce_tensor(tensor)
+    return torch.from_numpy, (tensor.numpy(),)

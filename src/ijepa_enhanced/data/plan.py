@@ -238,14 +238,8 @@ class Pack:
 
     def select(self, views: NDArray[np.integer | np.bool_] | slice) -> Pack:
         """Some of its views."""
-        return Pack(
-            self.cursor,
-            self.images[views],
-            self.views[views],
-            self.boxes[views],
-            self.grids[views],
-            self.whole[views],
-        )
+        chosen = {name: values[views] for name, values in vars(self).items() if name != "cursor"}
+        return dataclasses.replace(self, **chosen)
 
 
 @dataclass(frozen=True)
@@ -417,27 +411,20 @@ class Plan:
             epoch, first = epoch + 1, 0
 
 
-def inference_packs(index: Index, side: int | None, patch_size: int, tokens_per_pack: int) -> list[Pack]:
+def inference_packs(index: Index, side: int | None, patch_size: int, limit: int, budget: int) -> list[Pack]:
     """Packs that show every image of the index once, whole, in order.
 
     Args:
         index: the images.
         side: sqrt(height * width) in pixels after resizing; None is native size.
         patch_size: P.
-        tokens_per_pack: most tokens of a pack, and of a view.
+        limit: most tokens of a view.
+        budget: most tokens of a pack, unless one view alone has more.
     """
-    grids = fit_grids(index.heights, index.widths, side, patch_size, tokens_per_pack)
+    grids = fit_grids(index.heights, index.widths, side, patch_size, limit)
     zeros = np.zeros_like(index.heights)
     boxes = np.stack([zeros, zeros, index.heights, index.widths], axis=1).astype(np.float32)
-    runs = cut_into_packs(grids.prod(axis=1), tokens_per_pack)
-    return [
-        Pack(
-            Cursor(0, number),
-            np.arange(start, stop),
-            np.zeros(stop - start, np.int64),
-            boxes[start:stop],
-            grids[start:stop],
-            np.zeros(stop - start, np.bool_),
-        )
-        for number, (start, stop) in enumerate(runs)
-    ]
+    ends = [stop for _, stop in cut_into_packs(grids.prod(axis=1), budget)]
+    images, offsets = np.arange(len(grids)), np.array([0, *ends])
+    plan = EpochPlan(0, images, offsets, boxes[:, None], grids[:, None], 1, budget, too_small=0, limited=0)
+    return [plan[number] for number in range(len(plan))]

@@ -98,9 +98,18 @@ class FileSource(Source):
     def _length(self, row: int) -> int:
         """Bytes of an image file."""
 
-    def read(self, row: int) -> bytes:
-        """See `Source`."""
-        return self._bytes(row)
+    def read(self, row: int, limit: int = -1) -> bytes:
+        """See `Source`; of `limit` bytes at most."""
+        try:
+            data = self._read(row, limit)
+        except UnreadableImage:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: of what cannot be a path
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UnreadableImage(f"{UNREAD}: {reason}") from error
+        if self.labels is not None and self.labels[row] < 0:
+            raise UnreadableImage("no label, which others have")
+        return data
 
     def length(self, row: int) -> int:
         """See `Source`."""
@@ -115,25 +124,13 @@ class FileSource(Source):
 
     def size(self, row: int) -> tuple[int, int]:
         """See `Source`."""
-        head = self._bytes(row, HEAD)
+        head = self.read(row, HEAD)
         try:
             return upright_size(open_image(head))
         except UnreadableImage:
             if len(head) < HEAD:
                 raise
             return upright_size(self.open(row))
-
-    def _bytes(self, row: int, limit: int = -1) -> bytes:
-        try:
-            data = self._read(row, limit)
-        except UnreadableImage:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: of what cannot be a path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UnreadableImage(f"{UNREAD}: {reason}") from error
-        if self.labels is not None and self.labels[row] < 0:
-            raise UnreadableImage("no label, which others have")
-        return data
 
 
 def fingerprint_of(files: Iterable[tuple[str, Path]]) -> str:
@@ -171,7 +168,16 @@ def number_labels(
     for label in found:
         if classes is not None and numbers.get(label, len(classes)) >= len(classes):
             raise SourceError(f"{source} has the label '{label}', which is none of the {len(classes)} in classes.txt.")
+    return label_array([-1 if label is None else numbers[label] for label in written], source), classes
+
+
+def label_array(labels: list[int], source: str) -> NDArray[np.int64]:
+    """Labels as int64 [N].
+
+    Raises:
+        SourceError: one is no number that int64 has.
+    """
     try:
-        return np.array([-1 if label is None else numbers[label] for label in written], dtype=np.int64), classes
+        return np.array(labels, dtype=np.int64)
     except OverflowError as error:
-        raise SourceError(f"{source} has the label {max(numbers.values())}, which is too large a number.") from error
+        raise SourceError(f"{source} has the label {max(labels)}, which is too large a number.") from error

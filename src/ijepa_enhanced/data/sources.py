@@ -93,12 +93,14 @@ class FolderSource(_PathSource):
 
     def _scan(self) -> Iterable[str]:
         for folder, subfolders, files in os.walk(self.root, onerror=_cannot_list, followlinks=True):
-            here = os.path.realpath(folder)
+            way = itertools.accumulate(Path(folder).relative_to(self.root).parts, Path, initial=self.root)
+            passed = [os.path.realpath(place) for place in way]
             subfolders[:] = [
                 name
                 for name in subfolders
-                # A link to a folder above would be followed for ever.
-                if not name.startswith(".") and not _holds(os.path.realpath(Path(folder, name)), here)
+                # A link to a folder on the way here, or above one, would be followed for ever.
+                if not name.startswith(".")
+                and not any(_holds(os.path.realpath(Path(folder, name)), place) for place in passed)
             ]
             for name in files:
                 if is_image(name):

@@ -42,10 +42,7 @@ IMAGES = {"train": 8192, "val": 2048}
 # Every number of this module was chosen for this set by eye, before the table above, and is frozen with VERSION.
 _SIDES = (40, 200)  # pixels
 _ASPECT = 2.9  # rounding to whole pixels then stays within 1:3
-_EXTENT = (
-    0.38,
-    0.52,
-)  # square root of the object's area by the shorter side: wholly inside, and 0.63 of that side long
+_EXTENT = (0.38, 0.52)  # square root of the object's area by the shorter side: wholly inside, 0.63 of that side long
 _SQUASH = 1.2  # the object's own axes are stretched against each other by up to this
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.source import PARTS, FileSource, SourceError, fingerprint_of, number_labels
+from ijepa_enhanced.data.source import PARTS, FileSource, SourceError, fingerprint_of, label_array, number_labels
 
 Columns = Mapping[str, str]
 """The names of the `image` and `label` columns, and of the Hub's `config`, as far as the user gave them."""
@@ -235,7 +235,7 @@ def _labels(
     written = [None if label == "" else label for label in written]
     if any(isinstance(label, str) for label in written):
         return number_labels(written, None, name)
-    labels = np.array([-1 if label is None or label < 0 else label for label in written], dtype=np.int64)
+    labels = label_array([-1 if label is None or label < 0 else label for label in written], name)
     if classes is not None and labels.max() >= len(classes):
         raise SourceError(f"{name} has the label {labels.max()}, but names for {len(classes)} classes only.")
     return (None, None) if (labels < 0).all() else (labels, classes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ijepa_enhanced.evaluate.linear import calibrated_loss, stratified_split
 from ijepa_enhanced.evaluate.scores import classification
 from ijepa_enhanced.evaluate.tokens import Counting, Images, Setting, Tokens, help_store, stored_tokens, uncounted
-from ijepa_enhanced.models.blocks import LAYER_NORM_EPS
+from ijepa_enhanced.models.blocks import LAYER_NORM_EPS, init_weights
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.packed import Segments, segment_ids
 from ijepa_enhanced.randomness import Purpose, generator
@@ -46,11 +46,7 @@ class AttentiveClassifier(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
         self.head = nn.Linear(width, classes)
-        for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.trunc_normal_(part.weight, std=0.02)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
+        init_weights(self)
         nn.init.trunc_normal_(self.query, std=0.02)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -71,8 +67,7 @@ class AttentiveClassifier(nn.Module):
         read = torch.einsum("hvd,hkd->vhk", torch.stack(means), values).flatten(1) + self.v.bias
         y = self.query + self.proj(read)
         y = y + self.fc2(F.gelu(self.fc1(self.norm(y))))
-        logits_of_classes: Tensor = self.head(y)
-        return logits_of_classes
+        return self.head(y)
 
 
 def segment_softmax(logits: Tensor, ids: Tensor, segments: int) -> Tensor:
@@ -168,5 +163,4 @@ def _shown(probe: AttentiveClassifier, tokens: Tokens, images: Tensor) -> Tensor
     ends = tokens.lengths.cumsum(0)
     rows = [torch.arange(int(ends[i] - tokens.lengths[i]), int(ends[i])) for i in images]
     segments = Segments.of(tokens.lengths[images].tolist())
-    logits: Tensor = probe(tokens.values[torch.cat(rows)].to(device), segments.cu_seqlens.to(device))
-    return logits
+    return probe(tokens.values[torch.cat(rows)].to(device), segments.cu_seqlens.to(device))

@@ -123,7 +123,8 @@ def dense(
     std, mean = torch.std_mean(x, dim=0, correction=0)
     std = std.masked_fill((x == x[0]).all(dim=0), torch.inf)
     labelled = counts.sum(dim=1) > 0
-    x, image_of = F.pad((x[labelled] - mean) / std, (0, 1), value=1.0), image_of[labelled]
+    x = F.pad((x[labelled] - mean) / std, (0, 1), value=1.0)
+    image_of = image_of[labelled].unique(return_inverse=True)[1]  # counting those only that have a label somewhere
     targets = counts[labelled] / counts[labelled].sum(dim=1, keepdim=True)
     images = int(image_of.max()) + 1
     # Of fewer than five images too one is held out, or there would be nothing to choose by.

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from ijepa_enhanced.data.images import UnreadableImage, decode_views
 from ijepa_enhanced.data.index import Index, cache_folder
-from ijepa_enhanced.data.plan import inference_packs
 from ijepa_enhanced.data.source import UNREAD, Source
-from ijepa_enhanced.evaluate.tokens import Images, Setting, need_images, reduced_packs
+from ijepa_enhanced.evaluate.tokens import Images, Setting, need_images, packs_of, reduced_packs
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.pooling import segment_mean
@@ -34,8 +33,8 @@ LAYERS = 4
 """Last layers whose outputs are kept: those that I-JEPA (arXiv 2301.08243, appendix A.2) and DINOv2 (arXiv 2304.07193)
 probe."""
 PACKS_PER_PART = 16
-"""Of a file of the cache, and so the most that an interruption loses: 1,300 images of 196 tokens."""
-FORMAT = 1
+"""Of a file of the cache, and so the most that an interruption loses: 1,300 images of 196 tokens, on a CPU 330."""
+FORMAT = 2
 """Raised when a cached file means something else, or an encoder of the same weights computes something else."""
 
 
@@ -83,7 +82,7 @@ def extract(
         ValueError: a merge rate out of range.
     """
     index, ranks = images.index, setting.ranks
-    packs = inference_packs(index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
+    packs = packs_of(encoder, index, setting)
     cuts = [packs[start : start + PACKS_PER_PART] for start in range(0, len(packs), PACKS_PER_PART)]
     found: list[_Part | None] = [None] * len(cuts)
     if cache and ranks.main:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.data.augment import AugmentConfig
 from ijepa_enhanced.data.loader import PackDataset, make_loader
-from ijepa_enhanced.data.plan import DataConfig, Plan, inference_packs
+from ijepa_enhanced.data.plan import DataConfig, Plan
 from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.evaluate.scores import classification
 from ijepa_enhanced.evaluate.tokens import (
@@ -25,6 +25,7 @@ from ijepa_enhanced.evaluate.tokens import (
     NotFiniteError,
     Setting,
     need_images,
+    packs_of,
     reduced_packs,
     uncounted,
     warn_of_unreadable,
@@ -277,12 +278,11 @@ def _predict(model: Classifier, images: Images, setting: Setting, counting: Coun
         logits = model.head(segment_mean(layers[-1], batch.packed.segments.cu_seqlens))
         return dict(batch.unreadable), [(logits.cpu(), batch.labels.cpu())]
 
-    index, encoder = images.index, model.encoder
-    packs = inference_packs(index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
+    packs = packs_of(model.encoder, images.index, setting)
     scored: list[tuple[Tensor, Tensor]] = []
     unreadable: dict[int, str] = {}
-    with counting(images.source.name, len(index.rows)) as progress:
-        for left_out, shown in reduced_packs(encoder, images, packs, setting, reduce):
+    with counting(images.source.name, len(images.index.rows)) as progress:
+        for left_out, shown in reduced_packs(model.encoder, images, packs, setting, reduce):
             unreadable |= left_out
             scored += shown
             progress(sum(len(labels) for _, labels in scored))

@@ -29,7 +29,7 @@ from ijepa_enhanced.packed import Batch, Packed, segment_ids
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_PACK = 16384
-"""Tokens that an encoder sees at once."""
+"""Most tokens of an image, and of what an encoder sees at once."""
 
 
 class NotFiniteError(ValueError):
@@ -74,6 +74,12 @@ class Images:
 
     source: Source
     index: Index
+
+
+def packs_of(encoder: Encoder, index: Index, setting: Setting) -> list[Pack]:
+    """Every image of the index once, whole, in order, in packs that suit the encoder's device."""
+    limit = setting.tokens_per_pack
+    return inference_packs(index, setting.side, encoder.config.patch_size, limit, encoder.at_once(limit))
 
 
 def reduced_packs(
@@ -223,8 +229,7 @@ def _tokens_of_packs(encoder: Encoder, images: Images, setting: Setting) -> Iter
         lengths = torch.tensor(shown.packed.segments.lengths)
         return Tokens(values, lengths, shown.packed.grids, shown.image_ids, shown.labels), dict(batch.unreadable)
 
-    packs = inference_packs(images.index, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
-    return reduced_packs(encoder, images, packs, setting, reduce)
+    return reduced_packs(encoder, images, packs_of(encoder, images.index, setting), setting, reduce)
 
 
 def warn_of_unreadable(source: Source, unreadable: Mapping[int, str]) -> None:

@@ -198,7 +198,8 @@ def init_weights(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif isinstance(part, FactorizedPositions):
             entries = torch.arange(part.size)
             waves = sincos_2d(entries, entries, part.rows.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -99,8 +99,7 @@ class PatchMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, P * P * C] -> [T, D]."""
-        tokens: Tensor = self.out(self.hidden(x, gelu=True))
-        return tokens
+        return self.out(self.hidden(x, gelu=True))
 
 
 class Encoder(nn.Module):
@@ -145,8 +144,7 @@ class Encoder(nn.Module):
         """The features [T', D] of what the patches were merged into, and the merges, layer after layer."""
         x = self.patch_embed(spare_rows(packed.values) * self.pixel_scale + self.pixel_shift)[: len(packed.values)]
         x = x + self.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
-        features: tuple[Tensor, list[Merge]] = self.blocks(x, packed.segments, plan)
-        return features
+        return self.blocks(x, packed.segments, plan)
 
     def embed(
         self,
@@ -182,7 +180,7 @@ class Encoder(nn.Module):
             segment_mean(features, packed.segments.cu_seqlens)
             for packed, features in self._features(images, side, merge_rate, tokens_per_pack)
         ]
-        return torch.cat(pooled) if pooled else torch.empty(0, self.width)
+        return torch.cat(pooled) if pooled else torch.empty(0, self.width, device=self.pixel_scale.device)
 
     def feature_maps(
         self,
@@ -224,16 +222,19 @@ class Encoder(nn.Module):
         if side is not None and side < 1:
             raise ValueError(f"side must be at least 1, not {side}.")
         patch_size = self.config.patch_size
-        budget = min(tokens_per_pack, CPU_TOKENS) if self.pixel_scale.device.type == "cpu" else tokens_per_pack
+        budget = self.at_once(tokens_per_pack)
         grids: list[NDArray[np.int64]] = []
         patches: list[NDArray[np.uint8]] = []
         tokens = 0
         for image in images:
-            with _naming(image):
+            try:
                 opened = _open(image)
                 size = np.array([upright_size(opened)])
                 grid = fit_grids(size[:, 0], size[:, 1], side, patch_size, limit=tokens_per_pack)
                 (view,) = decode_views(opened, np.concatenate([0 * size, size], axis=1), grid * patch_size)
+            except UnreadableImage as error:
+                place = f"{image}: " if isinstance(image, (str, Path)) else ""
+                raise UnreadableImage(f"{place}{error}") from error
             if tokens + grid.prod() > budget and patches:
                 yield Packed.of_grids(np.concatenate(patches), np.concatenate(grids))
                 grids, patches, tokens = [], [], 0
@@ -242,6 +243,10 @@ class Encoder(nn.Module):
             tokens += int(grid.prod())
         if patches:
             yield Packed.of_grids(np.concatenate(patches), np.concatenate(grids))
+
+    def at_once(self, tokens: int) -> int:
+        """Of so many tokens that fit into memory, how many to compute at once: on a CPU at most `CPU_TOKENS`."""
+        return min(tokens, CPU_TOKENS) if self.pixel_scale.device.type == "cpu" else tokens
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
         """What merging at `rate` does to views of these lengths, on the CPU; None where it does nothing."""
@@ -290,14 +295,3 @@ def _open(image: ImageLike) -> Image.Image:
     if not isinstance(image, (str, Path)):
         raise TypeError(f"An image is a PIL image, an array or a path, not {type(image).__name__}.")
     return open_image(Path(image).read_bytes())
-
-
-@contextmanager
-def _naming(image: ImageLike) -> Iterator[None]:
-    """Put an image's path before what is wrong with it."""
-    try:
-        yield
-    except UnreadableImage as error:
-        if isinstance(image, (str, Path)):
-            raise UnreadableImage(f"{image}: {error}") from error
-        raise

@@ -66,9 +66,7 @@ class Predictor(nn.Module):
         x = spare_rows(self.mask_token + self._places(targets))
         for layer in self.layers:
             x = layer(x, targets.segments, seen, context.segments)
-        predicted: Tensor = self.head(self.norm(x))[: len(targets.positions)]
-        return predicted
+        return self.head(self.norm(x))[: len(targets.positions)]
 
     def _places(self, stream: Packed) -> Tensor:
-        places: Tensor = self.positions(stream.positions, stream.grids, stream.segments.cu_seqlens)
-        return places
+        return self.positions(stream.positions, stream.grids, stream.segments.cu_seqlens)

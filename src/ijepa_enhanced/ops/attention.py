@@ -58,7 +58,12 @@ def attention(
         out, _ = cpu_attention(q, k, v, cu_seqlens, cu_keys, bias)
         return out
     if q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_properties(q.device).major >= AMPERE:
-        return varlen_attention(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, bias)
+        width = q.shape[2]
+        if bias is not None:
+            q, k, v = with_bias_channels(q, k, v, bias)
+        # Positional up to here and `scale` by name: all that torch 2.11 to 2.13 agree on.
+        out = varlen_attn(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, scale=width**-0.5)
+        return cast(Tensor, out)[:, :, :width]
     return dense_attention(q, k, v, cu_seqlens, cu_keys, bias)
 
 
@@ -73,25 +78,6 @@ def dense_attention(
     # As a batch of one: without a batch PyTorch takes none of its fused kernels, and keeps several T x S a head.
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
-
-
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_keys: Tensor,
-    max_seqlen: int,
-    max_keys: int,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """`attention` on CUDA in half precision. `bias`: float32 [S], added to each key's logits."""
-    width = q.shape[2]
-    if bias is not None:
-        q, k, v = with_bias_channels(q, k, v, bias)
-    # Positional up to here and `scale` by name: all that torch 2.11 to 2.13 agree on.
-    out = varlen_attn(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, scale=width**-0.5)
-    return cast(Tensor, out)[:, :, :width]
 
 
 def with_bias_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

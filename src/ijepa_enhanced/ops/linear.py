@@ -50,22 +50,21 @@ class Linear(nn.Linear):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """x W^T + b by oneDNN, of x [..., K], W [N, K] and b [N], and GELU of it: [..., N]. It has no gradient."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
-    return y
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
 
 
 def spare_rows(x: Tensor) -> Tensor:
     """[T, N], on a CPU with some zero rows behind it, so that their number comes again.
 
     oneDNN compiles a product for each number of rows, which takes several times as long as a small product itself, and
-    no two packs have as many tokens (docs/log.md). T becomes a multiple of 8, or of the power of two between T / 32 and
-    T / 16 where that is more. What is computed of the further rows is finite, their gradients are 0, and they are cut
-    off in the end.
+    no two packs have as many tokens (docs/log.md). T becomes a multiple of the power of two between T / 32 and T / 16,
+    but at least of 8 and at most of 64. What is computed of the further rows is finite, their gradients are 0, and they
+    are cut off in the end.
     """
     # First of all: a graph that knows how many rows there are would be compiled for each number.
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return x
-    return F.pad(x, (0, 0, 0, -len(x) % (1 << max(3, len(x).bit_length() - 5))))
+    return F.pad(x, (0, 0, 0, -len(x) % (1 << max(3, min(6, len(x).bit_length() - 5)))))
 
 
 class _Product(torch.autograd.Function):
