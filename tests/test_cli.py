@@ -23,6 +23,7 @@ from PIL import Image
 
 from ijepa_enhanced import cli
 from ijepa_enhanced.commands import index, inspect
+from ijepa_enhanced.commands.setup import share_cores
 from ijepa_enhanced.config import load_config
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.train.logging import SummaryWriter
@@ -631,3 +632,17 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, picture
     interrupted = dataclasses.replace(index.COMMAND, run=lambda options: signal.raise_signal(signal.SIGINT))
     monkeypatch.setitem(cli.COMMANDS, "index", interrupted)
     assert ijepa("index", pictures) == (1, [], ["ijepa: Interrupted."])
+
+
+def test_each_worker_has_a_core(monkeypatch):
+    given = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    share_cores(3)
+    assert given == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for workers in (0, 1, 3, 8, 9):
+        share_cores(workers)
+    assert given == [8, 7, 5, 1, 1]

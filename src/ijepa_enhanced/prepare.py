@@ -152,11 +152,7 @@ def check(folder: Path) -> list[str]:
 
 
 class _Encoded(Dataset[torch.Tensor | str]):
-    """The images of an index as JPEG files, uint8 [bytes], or the reason why there is none.
-
-    Tensors lie in shared memory. Bytes would go through a pipe, and a worker that finds it full never ends when its
-    parent is killed.
-    """
+    """The images of an index as JPEG files, uint8 [bytes], or the reason why there is none."""
 
     def __init__(self, source: Source, index: Index, max_side: int, quality: int) -> None:
         self.source = source

@@ -384,6 +384,18 @@ def test_patches_alone_take_shared_memory(scene: Scene) -> None:
     assert [tensor.is_shared() for tensor in tensors] == [True] + 6 * [False]
 
 
+class Half(PackDataset):
+    """A dataset of what NumPy cannot hold."""
+
+    def __getitem__(self, pack: Pack) -> Any:
+        return torch.arange(3, dtype=torch.bfloat16)
+
+
+def test_tensors_that_numpy_lacks_are_handed_over_too(scene: Scene) -> None:
+    (numbers,) = make_loader(Half(scene.source, scene.index, PATCH), scene.packs[:1], workers=1)
+    assert torch.equal(numbers, torch.arange(3, dtype=torch.bfloat16))
+
+
 def test_an_endless_sequence_of_packs_is_loaded_as_it_is_asked_for(scene: Scene) -> None:
     loader = make_loader(scene.dataset(MaskConfig()), scene.plan.packs(Cursor(0, 0)), workers=1)
     cursors = [batch.cursor for batch in itertools.islice(loader, 4)]

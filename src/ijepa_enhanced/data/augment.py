@@ -23,7 +23,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities, each for every view by itself; 0 is never. Measured all together, not one by one (docs/log.md)."""
+    """Probabilities, each for every view by itself; 0 is never. docs/recipe.md has what each is worth."""
 
     flip: float = 0.0
     """Mirrored left to right."""

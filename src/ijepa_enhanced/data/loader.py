@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -212,15 +213,17 @@ def serve_the_parent(worker: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """At once: PyTorch's own watch would wait for ever until what is in the pipe is read."""
+    """Within a second: PyTorch's own watch would wait for ever until what is in the pipe is read."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
+    while os.getppid() == parent.pid:  # other processes that the parent has forked can keep `join` from seeing its end
+        parent.join(timeout=1)
     os._exit(1)
 
 
 def _handed_over(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     """How a worker pickles a tensor: in shared memory each costs a connection of its own, and a batch has 15."""
-    if tensor.nbytes > SHARED_BYTES:
-        return reduce_tensor(tensor)
-    return torch.from_numpy, (tensor.numpy(),)
+    if tensor.nbytes <= SHARED_BYTES:
+        with suppress(TypeError, RuntimeError):  # of what NumPy cannot hold, such as bfloat16
+            return torch.from_numpy, (tensor.numpy(),)
+    return reduce_tensor(tensor)

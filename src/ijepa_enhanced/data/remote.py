@@ -63,8 +63,11 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
         # What a server lists is not to be trusted: `..` would have the copy written anywhere.
         if not file.startswith(root) or name.startswith("/") or ".." in PurePosixPath(name).parts:
             raise SourceError(f"{spec} names {file}, which is not in it. Nothing was copied.")
-        if not _is_folder(path) and {*name} & {*"{,}"}:
-            raise SourceError(f"{spec} names {file}: rename it without comma or brace, or give its folder instead.")
+        if not _is_folder(path) and ({*name} & {*"{,}#*?["} or " + " in name):
+            raise SourceError(
+                f"{spec} names {file}: the name of a source has none of {{ , }} # * ? [ nor ' + '. Rename it, or give "
+                "its folder."
+            )
     for number, (file, name) in enumerate(zip(files, names, strict=True)):
         try:
             _copy(system, file, folder / name)

@@ -92,16 +92,17 @@ class FolderSource(_PathSource):
             self.labels = np.array([numbers[top] for top in tops])
 
     def _scan(self) -> Iterable[str]:
-        for folder, subfolders, files in os.walk(self.root, onerror=_cannot_list, followlinks=True):
-            way = itertools.accumulate(Path(folder).relative_to(self.root).parts, Path, initial=self.root)
-            passed = [os.path.realpath(place) for place in way]
-            subfolders[:] = [
-                name
-                for name in subfolders
+        root = str(self.root)
+        ways = {root: [os.path.realpath(root)]}  # the true paths of a folder and of all above it, down from the root
+        for folder, subfolders, files in os.walk(root, onerror=_cannot_list, followlinks=True):
+            way = ways.pop(folder)
+            for name in subfolders.copy():
+                real = os.path.realpath(Path(folder, name))
                 # A link to a folder on the way here, or above one, would be followed for ever.
-                if not name.startswith(".")
-                and not any(_holds(os.path.realpath(Path(folder, name)), place) for place in passed)
-            ]
+                if name.startswith(".") or any(_holds(real, place) for place in way):
+                    subfolders.remove(name)
+                else:
+                    ways[os.path.join(folder, name)] = [*way, real]
             for name in files:
                 if is_image(name):
                     yield Path(folder, name).relative_to(self.root).as_posix()

@@ -85,8 +85,8 @@ def dense(
     """`dense_miou`: the mean over classes of intersection over union of all pixels of `val`, at the maps' own size.
 
     Softmax regression on standardised tokens, trained with the cross-entropy of all pixels of a patch. Of
-    `linear.STRENGTHS` the one is chosen that has the least on a fifth of the training images; the layer is then trained
-    on all of them.
+    `linear.STRENGTHS` the one is chosen that has the least on a fifth of the labelled training images; the layer is
+    then trained on all of them.
 
     Args:
         encoder: in evaluation mode.

@@ -182,7 +182,8 @@ def _digest(encoder: Encoder, images: Images, setting: Setting) -> str:
     """The name of all that features depend on."""
     format_of = (FORMAT, LAYERS, PACKS_PER_PART)
     where = (encoder.config, encoder.pixel_scale.device.type, images.source.fingerprint(), images.index.hash)
-    shown = (setting.side, setting.dtype, setting.tokens_per_pack, setting.merge_rate)
+    limit = setting.tokens_per_pack
+    shown = (setting.side, setting.dtype, limit, encoder.at_once(limit), setting.merge_rate)
     digest = hashlib.sha256(repr((*format_of, *where, *shown)).encode())
     digest.update(images.index.rows.tobytes())
     digest.update(hash_weights(encoder).encode())

@@ -97,11 +97,12 @@ def network_costs(
     compare on a busy machine too.
     """
     device, config = encoder.pixel_scale.device, encoder.config
+    budget = encoder.at_once(TOKENS_PER_PACK)
     runs, images, gflops = [], [], []
     for side, rate in settings:
         grids = [fit_grids(each.heights, each.widths, side, config.patch_size, TOKENS_PER_PACK) for each in indices]
         lengths = np.concatenate(grids).prod(axis=1)
-        packs = [part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1), TOKENS_PER_PACK)]
+        packs = [part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1), budget)]
         fullest = max(packs, key=lambda pack: int(pack.prod(axis=1).sum()))
         tokens = int(fullest.prod(axis=1).sum())
         packed = Packed.of_grids(np.zeros((tokens, len(encoder.pixel_scale)), np.uint8), fullest)
