@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from ijepa_enhanced.data.augment import AugmentConfig, augment
 from ijepa_enhanced.data.images import patchify, unpatchify
@@ -394,6 +396,15 @@ class Half(PackDataset):
 def test_tensors_that_numpy_lacks_are_handed_over_too(scene: Scene) -> None:
     (numbers,) = make_loader(Half(scene.source, scene.index, PATCH), scene.packs[:1], workers=1)
     assert torch.equal(numbers, torch.arange(3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_serve_however_they_are_started(scene: Scene, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    started = partial(DataLoader, multiprocessing_context=method)
+    monkeypatch.setattr("ijepa_enhanced.data.loader.DataLoader", started)
+    dataset = scene.dataset(MaskConfig())
+    for ours, pack in zip(make_loader(dataset, scene.packs, workers=1), scene.packs, strict=True):
+        assert_same(ours, dataset[pack])
 
 
 def test_an_endless_sequence_of_packs_is_loaded_as_it_is_asked_for(scene: Scene) -> None:

@@ -156,13 +156,8 @@ def test_the_strength_is_chosen_by_one_image_of_two(
 
 
 def test_images_without_a_label_are_not_held_out(encoder: Encoder, halves: Path) -> None:
-    for number in range(1, 8):
+    for number in range(2, 8):
         (halves / "images" / f"{number}.jpg").unlink()
-    (halves / "images" / "0.jpg").rename(halves / "images" / "1.jpg")
-    (halves / "labels" / "0.png").rename(halves / "labels" / "1.png")
-    (halves / "images" / "0.jpg").write_bytes((halves / "images" / "1.jpg").read_bytes())
-    (halves / "images" / "2.jpg").write_bytes((halves / "images" / "1.jpg").read_bytes())
-    (halves / "labels" / "2.png").write_bytes((halves / "labels" / "1.png").read_bytes())
     Image.new("L", (48, 48), 255).save(halves / "labels" / "0.png")
     maps = open_maps(str(halves), "train")
     for seed in range(4):

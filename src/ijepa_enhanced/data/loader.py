@@ -216,7 +216,10 @@ def _end_with_the_parent() -> None:
     """Within a second: PyTorch's own watch would wait for ever until what is in the pipe is read."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    while os.getppid() == parent.pid:  # other processes that the parent has forked can keep `join` from seeing its end
+    # Other processes that the parent has forked can keep `join` from seeing its end. The process above is another than
+    # the parent where a server starts the workers, as from Python 3.14 on.
+    above = os.getppid()
+    while os.getppid() == above and parent.is_alive():
         parent.join(timeout=1)
     os._exit(1)
 
