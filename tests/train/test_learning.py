@@ -20,8 +20,8 @@ MARGIN = 0.03
 
 
 @pytest.mark.slow
-def test_half_a_quickstart_beats_its_random_start(tmp_path: Path) -> None:
-    config = train_config(parse(["train", "--config", "quickstart", "--steps", "500"])[1])
+def test_the_quickstart_beats_its_random_start(tmp_path: Path) -> None:
+    config = train_config(parse(["train", "--config", "quickstart"])[1])
     train(config, tmp_path / "run")
     torch.manual_seed(config.seed)
     start = Encoder(config.encoder).eval()
@@ -32,5 +32,5 @@ def test_half_a_quickstart_beats_its_random_start(tmp_path: Path) -> None:
             extract(encoder, Images(source, build_index(source)), Setting(64, torch.bfloat16)) for source in sources
         )
         scores.append(dict(score(known, asked)))
-    # Nearest neighbours gain too little in so short a run (docs/log.md).
+    # Nearest neighbours gain less, down to 3 points with some seeds (docs/log.md).
     assert scores[1]["linear"] > scores[0]["linear"] + MARGIN
