@@ -46,7 +46,9 @@ benchmark() {
     part "$theme $*" "$PYTHON" -m "ijepa_enhanced.benchmarks.$theme" --csv "$@"
 }
 
-part 'CUDA tests' "$PYTHON" -m pytest -q -m gpu tests
+# By name: other files need libraries that a bare GPU image lacks.
+mapfile -t tests < <(grep -rl --include='*.py' 'mark\.gpu' tests | sort)
+part 'CUDA tests' "$PYTHON" -m pytest -q -m gpu "${tests[@]}"
 if [ -n "${SMALL:-}" ]; then
     benchmark attention --tokens 512
     benchmark step --source "$source" --variant Ti --patch 16 --tokens 512

@@ -37,7 +37,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 @functools.cache
 def say_too_old() -> None:
     """Once, not at every look at the precision."""
-    logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and dense attention instead.")
+    logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and padded attention instead.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

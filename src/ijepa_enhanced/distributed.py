@@ -153,5 +153,10 @@ def ranks_of_run() -> Iterator[Ranks]:
 def _together() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # one of them, and this process's own
+        raise
     except RuntimeError as error:
-        raise RankError("Another process of this run is gone; what it said last says why.") from error
+        here = str(error).partition("\n")[0]
+        raise RankError(
+            f"Another process of this run is gone or cannot be reached; what it said last says why. Here: {here}"
+        ) from error

@@ -33,8 +33,8 @@ def test_all_kernels_compute_the_same(sizes: torch.Tensor | None, key_lengths: l
     bias = None if sizes is None else sizes.log()
     named = attention.kernels(queries, keys, sizes)
     flex = attention.flex_attention(queries, keys, bias, compiled=False)
-    assert list(named) == ["ours", "dense"]
-    for kernel in (named["dense"], flex):
+    assert list(named) == ["ours", "padded", "dense"]
+    for kernel in (named["padded"], named["dense"], flex):
         # Sums of up to 40 float32 numbers of size 4.
         torch.testing.assert_close(kernel(q, k, v), named["ours"](q, k, v), rtol=0, atol=5e-6)
 
@@ -44,9 +44,9 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(attention, "print_table", tables.append)
     found = attention.run(tokens=64)
     costs, growth = tables
-    # Three cases on views of 8, of 32 and of mixed lengths; none of 4,096 fits. Two kernels.
-    assert [row["tokens_per_view"] for row in costs[:6]] == ["8", "8", "32", "32", "5-20", "5-20"]
-    assert len(costs) == 3 * 3 * 2
+    # Three cases on views of 8, of 32 and of mixed lengths; none of 4,096 fits. Three kernels.
+    assert [row["tokens_per_view"] for row in costs[:9:3]] == ["8", "32", "5-20"]
+    assert len(costs) == 3 * 3 * 3
     assert {row["over_ours"] for row in costs if row["kernel"] == "ours"} == {1.0}
     assert found["dense_over_ours"] == min(row["over_ours"] for row in costs if row["kernel"] == "dense")
     assert [row["tokens"] for row in growth] == [16, 32, 64]
@@ -88,3 +88,16 @@ def test_the_csvs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     attention.run(csv=True, tokens=32)
     written = sorted(path.name.partition("_")[0] for path in Path("benchmarks/results").iterdir())
     assert written == ["attention-growth", "attention-kernels"]
+
+
+def test_growth_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    grown = attention.grown
+
+    def too_large(tokens: int, device: torch.device) -> dict[str, Any]:
+        if tokens > 32:
+            raise torch.OutOfMemoryError
+        return grown(tokens, device)
+
+    monkeypatch.setattr(attention, "grown", too_large)
+    attention.run(tokens=64)
+    assert "A stream of 64 tokens does not fit." in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The original's method computes what ours does, token by token, and the step's figures agree with each other."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,30 @@ def test_growth_ends_where_memory_does(
     step.run(tokens=256)
     assert "A pack of 512 tokens does not fit." in capsys.readouterr().out
     assert len(tables[3]) == 1
+
+
+def test_the_originals_memory_takes_no_figures_of_ours_away(
+    tables: list[list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(step.OriginalStep, "loss", too_large)
+    found = step.run(tokens=256)
+    assert "The original's method does not fit for ViT-Ti at 256 tokens a pack." in capsys.readouterr().out
+    assert [row["method"] for row in tables[2]] == ["ours"]
+    assert found["images_per_second"] == tables[2][0]["images_per_second"]
+    assert math.isnan(found["over_original"])
+
+
+def test_every_turn_shows_other_packs() -> None:
+    shown = []
+
+    class Spy:
+        def steps(self, packs: Any) -> None:
+            shown.append(list(packs))
+
+    turn: Any = step.in_turn(Spy(), "abcde")  # type: ignore[arg-type]
+    for _ in range(3):
+        turn()
+    assert shown == [["a", "b"], ["c", "d"], ["e", "a"]]

@@ -13,7 +13,7 @@ from ijepa_enhanced.ops.attention import (
     attention,
     cpu_attention,
     cpu_attention_backward,
-    dense_attention,
+    padded_attention,
     with_bias_channels,
 )
 from ijepa_enhanced.packed import Segments
@@ -58,11 +58,11 @@ def of_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return attention(q, k, v, cu_seqlens, 10**6)
 
 
-def of_dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return dense_attention(q, k, v, cu_seqlens, cu_seqlens)
+def of_padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return padded_attention(q, k, v, cu_seqlens, cu_seqlens, 64, 70)
 
 
-@pytest.mark.parametrize("kernel", [of_cpu, of_dense])
+@pytest.mark.parametrize("kernel", [of_cpu, of_padded])
 def test_float32_agrees_with_the_definition_in_float64(kernel: Kernel) -> None:
     inputs = draw(LENGTHS)
     cu_seqlens = Segments.of(LENGTHS).cu_seqlens
@@ -82,8 +82,8 @@ def of_cpu_sized(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return attention(q, k, v, cu_seqlens, 64, SIZES)
 
 
-def dense_sized(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return dense_attention(q, k, v, cu_seqlens, cu_seqlens, SIZES.log())
+def padded_sized(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return padded_attention(q, k, v, cu_seqlens, cu_seqlens, 64, 64, SIZES.log())
 
 
 def in_channels(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def in_channels(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return by_definition(q, k, v, LENGTHS)[:, :, :WIDTH]
 
 
-@pytest.mark.parametrize("kernel", [of_cpu_sized, dense_sized, in_channels])
+@pytest.mark.parametrize("kernel", [of_cpu_sized, padded_sized, in_channels])
 def test_a_key_of_several_patches_counts_as_often(kernel: Kernel) -> None:
     """Proportional attention by another definition: every key and value repeated as many times as it has patches."""
     inputs = draw(LENGTHS)
@@ -121,7 +121,7 @@ def test_sizes_count_in_any_precision(dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in draw(LENGTHS)]
     cu_seqlens = Segments.of(LENGTHS).cu_seqlens
     found = of_cpu_sized(*inputs[:3], cu_seqlens)
-    expected = dense_sized(*(x.double() for x in inputs[:3]), cu_seqlens)
+    expected = padded_sized(*(x.double() for x in inputs[:3]), cu_seqlens)
     # As below for bfloat16; in float64 the logarithms of the sizes are float32's.
     bounds = {"rtol": 2**-9, "atol": 4 * 2**-9} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 4e-6}
     torch.testing.assert_close(found.double(), expected, **bounds)
@@ -188,7 +188,7 @@ def test_rows_behind_the_last_segment_are_no_one_s(dtype: torch.dtype) -> None:
         assert not ours[-4:].any()
 
 
-@pytest.mark.parametrize("kernel", [of_cpu, of_dense])
+@pytest.mark.parametrize("kernel", [of_cpu, of_padded])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_segment_is_bit_for_bit_the_same_whatever_the_others_hold(kernel: Kernel, dtype: torch.dtype) -> None:
     inputs = draw(LENGTHS, dtype=dtype)
@@ -217,7 +217,7 @@ def test_a_segment_is_bit_for_bit_the_same_alone_and_in_any_pack() -> None:
             assert torch.equal(whole[start:stop], part)
 
 
-@pytest.mark.parametrize("kernel", [of_cpu, of_dense])
+@pytest.mark.parametrize("kernel", [of_cpu, of_padded])
 def test_a_single_token_attends_to_itself_alone(kernel: Kernel) -> None:
     inputs = draw([1, 5, 1])
     *_, v, grad = inputs
@@ -247,11 +247,11 @@ def cross_of_cpu(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segm
     )
 
 
-def cross_of_dense(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments) -> Tensor:
-    return dense_attention(q, k, v, segments.cu_seqlens, keys.cu_seqlens)
+def cross_of_padded(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments) -> Tensor:
+    return padded_attention(q, k, v, segments.cu_seqlens, keys.cu_seqlens, segments.max_seqlen, keys.max_seqlen)
 
 
-@pytest.mark.parametrize("kernel", [cross_of_cpu, cross_of_dense])
+@pytest.mark.parametrize("kernel", [cross_of_cpu, cross_of_padded])
 def test_a_segment_attends_to_its_own_of_another_stream(kernel: Callable[..., Tensor]) -> None:
     inputs = crossed(0)
     segments, keys = Segments.of(LENGTHS), Segments.of(KEYS)
@@ -269,8 +269,8 @@ def test_varlen_on_cuda_attends_to_another_stream() -> None:
     inputs = tuple(x.cuda() for x in crossed(0, torch.bfloat16))
     segments, keys = Segments.of(LENGTHS).to("cuda"), Segments.of(KEYS).to("cuda")
     found = with_gradients(lambda q, k, v: cross_of_cpu(q, k, v, segments, keys), *inputs)
-    theirs = with_gradients(lambda q, k, v: cross_of_dense(q, k, v, segments, keys), *(x.float() for x in inputs))
-    bound = 4 * 4 * torch.finfo(torch.bfloat16).eps  # as against dense float32 within one stream
+    theirs = with_gradients(lambda q, k, v: cross_of_padded(q, k, v, segments, keys), *(x.float() for x in inputs))
+    bound = 4 * 4 * torch.finfo(torch.bfloat16).eps  # as against padded float32 within one stream
     for ours, exactly in zip(found, theirs, strict=True):
         torch.testing.assert_close(ours.float(), exactly, rtol=0, atol=bound)
 
@@ -301,16 +301,22 @@ def test_the_custom_ops_keep_torch_s_rules(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("sizes", [None, SIZES])
+@pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_varlen_on_cuda_agrees_with_dense_float32(dtype: torch.dtype, sizes: Tensor | None) -> None:
-    inputs = tuple(x.cuda() for x in draw(LENGTHS, dtype=dtype))
-    segments = Segments.of(LENGTHS).to("cuda")
-    sizes = None if sizes is None else sizes.cuda()
+def test_varlen_on_cuda_agrees_with_padded_float32(
+    dtype: torch.dtype, sized: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = [*LENGTHS, 200]  # beyond 128 tokens torch 2.14 would take cuDNN
+    inputs = tuple(x.cuda() for x in draw(lengths, dtype=dtype))
+    segments = Segments.of(lengths).to("cuda")
+    sizes = torch.cat([SIZES, SIZES[:100], SIZES[:100]]).cuda() if sized else None
     bias = None if sizes is None else sizes.log()
-    found = with_gradients(lambda q, k, v: attention(q, k, v, segments.cu_seqlens, 64, sizes), *inputs)
+    cu_seqlens, longest = segments.cu_seqlens, segments.max_seqlen
+    with caplog.at_level("INFO", logger="torch.nn.attention.varlen"):
+        found = with_gradients(lambda q, k, v: attention(q, k, v, cu_seqlens, longest, sizes), *inputs)
+    assert "cuDNN" not in caplog.text
     theirs = with_gradients(
-        lambda q, k, v: dense_attention(q, k, v, segments.cu_seqlens, segments.cu_seqlens, bias),
+        lambda q, k, v: padded_attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, bias),
         *(x.float() for x in inputs),
     )
     # The kernel rounds the softmax, the result and its gradients to half precision on the way: a few roundings of

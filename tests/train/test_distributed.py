@@ -208,3 +208,18 @@ def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> N
     InMemory(source, {"memory": 4 * total}, copies=3)
     with pytest.raises(SourceError, match=r"and only 80% of the .* that are free in memory may be taken"):
         InMemory(source, {"memory": 3 * total}, copies=3)
+
+
+def test_what_a_failed_exchange_said_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Ranks(world=2)
+    error: RuntimeError = RuntimeError("NCCL error: no space left on /dev/shm\nThis may be due to ...")
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", fails)
+    with pytest.raises(RankError, match=r"gone or cannot be reached.* Here: NCCL error: no space left on /dev/shm$"):
+        pair.gather(1)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError):
+        pair.gather(1)

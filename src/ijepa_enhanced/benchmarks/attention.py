@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
-from ijepa_enhanced.ops.attention import attention, dense_attention
+from ijepa_enhanced.ops.attention import attention, padded_attention
 from ijepa_enhanced.packed import Segments, segment_ids
 
 TURNS = 3
@@ -60,7 +61,13 @@ def run(source: str = "synthetic", csv: bool = False, tokens: int | None = None)
         costs += [row for views, lengths in streams.items() for row in compare(case, views, lengths, device)]
     print(f"{HEADS} heads of {HEAD_WIDTH}, {tokens:,} tokens a stream, milliseconds and MB of {device.type}")
     print_table(costs)
-    growth = [grown(count, device) for count in counts]
+    growth = []
+    for count in counts:
+        try:
+            growth.append(grown(count, device))
+        except torch.OutOfMemoryError:
+            print(f"A stream of {count:,} tokens does not fit.")
+            break
     print(f"Views of {GROWTH_VIEW} tokens, forward and backward")
     print_table(growth)
     time, memory = (exponent(growth, cost) for cost in ("ms", "peak_MB"))
@@ -146,11 +153,37 @@ def kernels(queries: Segments, keys: Segments, sizes: Tensor | None) -> dict[str
             cu_keys=keys.cu_seqlens,
             max_keys=keys.max_seqlen,
         ),
+        "padded": partial(
+            padded_attention,
+            cu_seqlens=queries.cu_seqlens,
+            cu_keys=keys.cu_seqlens,
+            max_seqlen=queries.max_seqlen,
+            max_keys=keys.max_seqlen,
+            bias=bias,
+        ),
         "dense": partial(dense_attention, cu_seqlens=queries.cu_seqlens, cu_keys=keys.cu_seqlens, bias=bias),
     }
     if queries.cu_seqlens.device.type == "cuda":
-        named["FlexAttention"] = flex_attention(queries, keys, bias, compiled=True)
+        compiled = flex_attention(queries, keys, bias, compiled=True)
+        try:
+            backwards(compiled, inputs(queries, keys))
+            named["FlexAttention"] = compiled
+        except RuntimeError as error:  # there is no compiler, or no kernel for this GPU
+            print(f"FlexAttention is left out: {str(error).partition(chr(10))[0]}")
     return named
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`attention` by its definition: O(T S) time, and as many numbers of mask. `bias`: float32 [S], added to each key's
+    logits."""
+    mask = segment_ids(cu_seqlens, q.shape[0])[:, None] == segment_ids(cu_keys, k.shape[0])
+    if bias is not None:
+        mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
+    # As a batch of one: without a batch PyTorch takes none of its fused kernels, and keeps several T x S a head.
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
 def flex_attention(queries: Segments, keys: Segments, bias: Tensor | None, compiled: bool) -> Kernel:

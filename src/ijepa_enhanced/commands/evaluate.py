@@ -308,7 +308,7 @@ def show_sweep(points: list[Point], folder: Path) -> None:
             style="bold" if point is chosen else None,
         )
     table.caption = (
-        "images/s: the network alone. GFLOPs: of one image. peak MB: tensors of one pack, without weights.\n"
+        "images/s: the network alone. GFLOPs: of one image. peak MB: what one pack takes beside the weights.\n"
         "*: no other is as accurate (linear) and as fast. <-: the one to take."
     )
     Console().print(table)

@@ -18,6 +18,7 @@ from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK
 from ijepa_enhanced.files import replacing
+from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.packed import Packed
@@ -48,7 +49,7 @@ class Point:
     gflops_per_image: float
     """Mean over the images of `encoder_flops`, in 10^9."""
     peak_megabytes: float
-    """Most bytes of tensors at once, in 10^6, while the network sees its fullest pack; without weights."""
+    """Most bytes of tensors at once, in 10^6, while the network sees its fullest pack, beside its weights."""
 
 
 def frontier(points: Sequence[Point], score: str) -> list[Point]:
@@ -107,12 +108,11 @@ def network_costs(
         tokens = int(fullest.prod(axis=1).sum())
         packed = Packed.of_grids(np.zeros((tokens, len(encoder.pixel_scale)), np.uint8), fullest)
         plan = encoder.merge_plan(packed.segments, rate)
-        runs.append(partial(encoder, packed.to(device), plan and plan.to(device)))
+        runs.append(partial(_embed, encoder, packed.to(device), plan and plan.to(device), dtype))
         images.append(tokens / lengths.mean())
         gflops.append(encoder_flops(config, lengths, rate).mean() / 1e9)
-    with autocast(device, dtype):
-        peaks = [peak_bytes(run, device) for run in runs]
-        seconds = seconds_by_turns(runs, device)
+    seconds = seconds_by_turns(runs, device)
+    peaks = [peak_bytes(run, device) for run in runs]
     return [
         {
             "network_images_per_second": float(count / taken),
@@ -121,6 +121,12 @@ def network_costs(
         }
         for count, taken, operations, peak in zip(images, seconds, gflops, peaks, strict=True)
     ]
+
+
+def _embed(encoder: Encoder, packed: Packed, plan: MergePlan | None, dtype: torch.dtype) -> None:
+    # Entered for each pack, as `extract` does: autocast keeps its copies of the weights for as long.
+    with autocast(packed.values.device, dtype):
+        encoder(packed, plan)
 
 
 def write_points(points: Sequence[Point], path: Path) -> None:

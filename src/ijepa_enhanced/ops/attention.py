@@ -3,10 +3,10 @@
 - CUDA from Ampere on, half precision: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
 - CPU: PyTorch's flash kernel, once for all segments of one length, behind one custom op, so that a compiled graph
   sees a single node of dynamic length and no Python loop.
-- Dense: one T x T product under a block-diagonal mask. The reference of the tests, and the path of all else on CUDA.
+- All else on CUDA: all segments as one batch, padded to the longest.
 
 After merging (ToMe, arXiv 2210.09461, section 3) a key that stands for s patches counts s times: log(s) is added to
-its logits. CPU and dense kernels add it as a mask; varlen has none, so there it travels in additional head channels.
+its logits. Varlen has no mask to add it with, so there it travels in additional head channels.
 """
 
 import functools
@@ -61,23 +61,40 @@ def attention(
         width = q.shape[2]
         if bias is not None:
             q, k, v = with_bias_channels(q, k, v, bias)
-        # Positional up to here and `scale` by name: all that torch 2.11 to 2.13 agree on.
-        out = varlen_attn(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, scale=width**-0.5)
+        # A window as wide as the longest segment is none. It keeps torch 2.14 off cuDNN, which builds a graph for every
+        # number of tokens, and no two packs have the same. What is given, torch 2.11 to 2.14 agree on.
+        out = varlen_attn(
+            q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, scale=width**-0.5, window_size=(max_keys, max_keys)
+        )
         return cast(Tensor, out)[:, :, :width]
-    return dense_attention(q, k, v, cu_seqlens, cu_keys, bias)
+    return padded_attention(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, bias)
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_keys: Tensor,
+    max_seqlen: int,
+    max_keys: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`attention` by its definition: O(T S) time, and as many numbers of mask. `bias`: float32 [S], added to each key's
-    logits."""
-    mask = segment_ids(cu_seqlens, q.shape[0])[:, None] == segment_ids(cu_keys, k.shape[0])
-    if bias is not None:
-        mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
-    # As a batch of one: without a batch PyTorch takes none of its fused kernels, and keeps several T x S a head.
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+    """`attention` as one product of V x max_seqlen x max_keys. `bias`: float32 [S], added to each key's logits."""
+    views, asked, read = len(cu_seqlens) - 1, _places(cu_seqlens, len(q)), _places(cu_keys, len(k))
+    q, k, v = (
+        x.new_zeros(views, longest, *x.shape[1:]).index_put(places, x).transpose(1, 2)
+        for x, longest, places in ((q, max_seqlen, asked), (k, max_keys, read), (v, max_keys, read))
+    )
+    bias = q.new_zeros(len(read[0])) if bias is None else bias.to(q.dtype)
+    mask = q.new_full((views, max_keys), -torch.inf).index_put(read, bias)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[asked]
+
+
+def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The view of every token, and its place in that: int64 [T] each."""
+    ids = segment_ids(cu_seqlens, total)
+    return ids, torch.arange(total, device=ids.device) - cu_seqlens[ids]
 
 
 def with_bias_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
