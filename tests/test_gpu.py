@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ijepa_enhanced import Encoder
+from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.sources import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.evaluate.sweep import network_costs
 from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
 from ijepa_enhanced.models.encoder import EncoderConfig
 from ijepa_enhanced.models.predictor import PredictorConfig
@@ -103,6 +106,13 @@ def test_compiled_once_a_step_of_any_pack_is_the_same(make_batch: MakeBatch, mak
     for ours, theirs in zip(found, expected, strict=True):
         # As above: fused kernels keep in float32 what eager ones round to bfloat16 between them.
         assert distance(ours, theirs) < 0.1
+
+
+def test_copies_of_the_weights_count_for_every_setting_of_a_sweep(pictures: Path) -> None:
+    index = build_index(open_source(str(pictures)), cache=False)
+    encoder = Encoder(EncoderConfig("Ti", 8, 1)).eval().to(DEVICE)
+    first, second = network_costs(encoder, [index], [(40, 0.0)] * 2, torch.bfloat16)
+    assert first["peak_megabytes"] == second["peak_megabytes"]
 
 
 @pytest.mark.parametrize("rate", ["0.0", "0.2"])

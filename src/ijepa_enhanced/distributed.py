@@ -153,7 +153,7 @@ def ranks_of_run() -> Iterator[Ranks]:
 def _together() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:  # one of them, and this process's own
+    except torch.OutOfMemoryError:  # a RuntimeError too, but this process's own trouble
         raise
     except RuntimeError as error:
         here = str(error).partition("\n")[0]

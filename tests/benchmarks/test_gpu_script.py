@@ -35,8 +35,8 @@ def test_it_runs_every_part_and_reports_failures(python: Path) -> None:
     code, lines = run(python, "IMAGES")
     calls = [line.removeprefix("called ") for line in lines if line.startswith("called ")]
     assert calls == [
-        "-m pytest -q -m gpu tests/evaluate/test_cost.py tests/ops/test_attention.py tests/ops/test_merging.py "
-        "tests/test_gpu.py",
+        "-m pytest -q -m gpu tests/evaluate/test_cost.py tests/ops/test_attention.py "
+        "tests/ops/test_merging.py tests/test_gpu.py",
         "-m ijepa_enhanced.benchmarks.attention --csv",
         "-m ijepa_enhanced.benchmarks.step --csv --source IMAGES",
         "-m ijepa_enhanced.benchmarks.embed --csv --source IMAGES",

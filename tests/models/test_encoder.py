@@ -105,11 +105,11 @@ def test_merging_happens_after_attention_and_before_the_mlp(
         found, merges = encoder.merged(packed, plan)
         x = encoder.patch_embed(packed.values * encoder.pixel_scale + encoder.pixel_shift)
         x = x + encoder.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
-        x, keys = first.attend(x, packed.segments.cu_seqlens, 20)
+        x, keys = first.attend(x, packed.segments)
         merging = match(keys.mean(dim=1), plan, 0)
         x, sizes = merge(x, torch.ones(29), merging)
         x = first.transform(x)
-        x, _ = second.attend(x, plan.segments[1].cu_seqlens, 20, sizes)
+        x, _ = second.attend(x, plan.segments[1], sizes)
         x = encoder.blocks.norm(second.transform(x))
     assert len(merges) == 1
     assert torch.equal(merges[0].origin, merging.origin)

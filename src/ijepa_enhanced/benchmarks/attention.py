@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
-from ijepa_enhanced.ops.attention import attention, padded_attention
+from ijepa_enhanced.ops.attention import attention, dense_attention, padded_attention
 from ijepa_enhanced.packed import Segments, segment_ids
 
 TURNS = 3
@@ -145,23 +144,9 @@ def kernels(queries: Segments, keys: Segments, sizes: Tensor | None) -> dict[str
     """What there is to compare on this device, ours first."""
     bias = None if sizes is None else sizes.log()
     named: dict[str, Kernel] = {
-        "ours": partial(
-            attention,
-            cu_seqlens=queries.cu_seqlens,
-            max_seqlen=queries.max_seqlen,
-            sizes=sizes,
-            cu_keys=keys.cu_seqlens,
-            max_keys=keys.max_seqlen,
-        ),
-        "padded": partial(
-            padded_attention,
-            cu_seqlens=queries.cu_seqlens,
-            cu_keys=keys.cu_seqlens,
-            max_seqlen=queries.max_seqlen,
-            max_keys=keys.max_seqlen,
-            bias=bias,
-        ),
-        "dense": partial(dense_attention, cu_seqlens=queries.cu_seqlens, cu_keys=keys.cu_seqlens, bias=bias),
+        "ours": partial(attention, segments=queries, sizes=sizes, keys=keys),
+        "padded": partial(padded_attention, segments=queries, keys=keys, bias=bias),
+        "dense": partial(dense_attention, segments=queries, keys=keys, bias=bias),
     }
     if queries.cu_seqlens.device.type == "cuda":
         compiled = flex_attention(queries, keys, bias, compiled=True)
@@ -171,19 +156,6 @@ def kernels(queries: Segments, keys: Segments, sizes: Tensor | None) -> dict[str
         except RuntimeError as error:  # there is no compiler, or no kernel for this GPU
             print(f"FlexAttention is left out: {str(error).partition(chr(10))[0]}")
     return named
-
-
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_keys: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """`attention` by its definition: O(T S) time, and as many numbers of mask. `bias`: float32 [S], added to each key's
-    logits."""
-    mask = segment_ids(cu_seqlens, q.shape[0])[:, None] == segment_ids(cu_keys, k.shape[0])
-    if bias is not None:
-        mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
-    # As a batch of one: without a batch PyTorch takes none of its fused kernels, and keeps several T x S a head.
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
 def flex_attention(queries: Segments, keys: Segments, bias: Tensor | None, compiled: bool) -> Kernel:
@@ -213,7 +185,7 @@ def flex_attention(queries: Segments, keys: Segments, bias: Tensor | None, compi
 def grown(tokens: int, device: torch.device) -> dict[str, Any]:
     """Ours on a stream of so many tokens."""
     segments = Segments.of([GROWTH_VIEW] * (tokens // GROWTH_VIEW)).to(device)
-    call = partial(backwards, kernels(segments, segments, None)["ours"], inputs(segments, segments))
+    call = partial(backwards, partial(attention, segments=segments), inputs(segments, segments))
     (seconds,) = seconds_by_turns([call], device, TURNS)
     return {
         "tokens": tokens,

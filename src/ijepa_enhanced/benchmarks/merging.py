@@ -62,11 +62,11 @@ def cost(view: int, width: int, device: torch.device) -> dict[str, Any]:
     tokens, segments = plan.totals[0], plan.segments[0]
     block = Block(width, width // 64, 4 * width).to(device)
     x, sizes = torch.randn(tokens, width, device=device), torch.ones(tokens, device=device)
-    _, keys = block.attend(x, segments.cu_seqlens, segments.max_seqlen)
+    _, keys = block.attend(x, segments)
     merging = match(keys.mean(dim=1, dtype=torch.float32), plan, 0)
 
     def forward() -> Tensor:
-        return block.transform(block.attend(x, segments.cu_seqlens, segments.max_seqlen)[0])
+        return block.transform(block.attend(x, segments)[0])
 
     whole, matching, averaging = seconds_by_turns(
         [

@@ -161,7 +161,7 @@ def measure(
     ours = our_training(config, device, compiled)
     clock = ours.clock
     with clock.running():
-        batches = list(load(config, images, tokens, PACKS * (TURNS + 1), clock))
+        batches = list(load(config, images, tokens, PACKS * (2 * TURNS + 1), clock))
     pinned = device.type == "cuda"
     rows = [lay_out(batch, masks_of(batch, MaskConfig(), 0), config) for batch in batches]
     used = sum(len(batch.packed.values) for batch in batches) / sum(row.views.numel() for row in rows)
@@ -171,12 +171,9 @@ def measure(
     compared: list[tuple[str, Training, Sequence[Any], float]] = [
         ("ours, compiled" if compiled else "ours", ours, our_packs, 0.0)
     ]
-    try:
-        with device:
-            original = Training(OriginalStep(config, predictor), device, Clock(device))
-        original.steps(their_packs[:1])
+    if original := original_training(config, device, their_packs):
         compared.append((ORIGINAL, original, their_packs, 1 - used))
-    except torch.OutOfMemoryError:
+    else:
         print(f"The original's method does not fit for ViT-{config.variant} at {tokens:,} tokens a pack.")
     products, operations = matrix_products(device, ours.dtype)
     turns = [in_turn(training, packs) for _, training, packs, _ in compared]
@@ -307,6 +304,18 @@ def load(config: EncoderConfig, images: Images, tokens: int, packs: int, clock: 
         with clock.part("decode"):
             batch = dataset[plan[number]]
         yield cast(MaskedBatch, batch)
+
+
+def original_training(config: EncoderConfig, device: torch.device, packs: Sequence[Rows]) -> Training | None:
+    """The original's, after a step on each of the packs; None where memory does not suffice for these."""
+    try:
+        with device:
+            model = OriginalStep(config, PREDICTORS.get(config.variant, PredictorConfig()))
+        training = Training(model, device, Clock(device))
+        training.steps(packs)
+    except torch.OutOfMemoryError:
+        return None
+    return training
 
 
 class Clock:

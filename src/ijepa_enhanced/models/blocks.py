@@ -54,12 +54,10 @@ class Block(FeedForward):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def attend(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, segments: Segments, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The first half: [T, D] -> [T, D], and the keys of all tokens [T, H, K]; `sizes` as for `attention`."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
-        return x + self.proj(attention(q, k, v, cu_seqlens, max_seqlen, sizes).flatten(1)), k
+        return x + self.proj(attention(q, k, v, segments, sizes).flatten(1)), k
 
 
 class CrossBlock(FeedForward):
@@ -84,15 +82,7 @@ class CrossBlock(FeedForward):
         """[T, D] and what each segment of it attends to [S, D] -> [T, D]."""
         q = self.q(self.norm1(x)).unflatten(1, (self.heads, -1))
         k, v = self.kv(self.norm_context(context)).unflatten(1, (2, self.heads, -1)).unbind(1)
-        mixed = attention(
-            q,
-            k,
-            v,
-            segments.cu_seqlens,
-            segments.max_seqlen,
-            cu_keys=context_segments.cu_seqlens,
-            max_keys=context_segments.max_seqlen,
-        )
+        mixed = attention(q, k, v, segments, keys=context_segments)
         return self.transform(x + self.proj(mixed.flatten(1)))
 
 
@@ -123,7 +113,7 @@ class Blocks(nn.Module):
         tokens, sizes, merges = len(x), None, []
         x = spare_rows(x)
         for number, layer in enumerate(cast(Iterable[Block], self.layers)):
-            x, keys = self._run(layer.attend, x, segments.cu_seqlens, segments.max_seqlen, sizes)
+            x, keys = self._run(layer.attend, x, segments, sizes)
             if plan is not None and plan.active[number]:
                 merging = match(keys[:tokens].mean(dim=1, dtype=torch.float32), plan, number)
                 sizes = x.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes

@@ -3,7 +3,8 @@
 - CUDA from Ampere on, half precision: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
 - CPU: PyTorch's flash kernel, once for all segments of one length, behind one custom op, so that a compiled graph
   sees a single node of dynamic length and no Python loop.
-- All else on CUDA: all segments as one batch, padded to the longest.
+- All else on CUDA, which is float32 and GPUs before Ampere: the segments as one batch, padded to the longest; or, where
+  one is so long that this would be more, one T x T product under a block-diagonal mask.
 
 After merging (ToMe, arXiv 2210.09461, section 3) a key that stands for s patches counts s times: log(s) is added to
 its logits. Varlen has no mask to add it with, so there it travels in additional head channels.
@@ -18,21 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from ijepa_enhanced.packed import segment_ids
+from ijepa_enhanced.packed import Segments, segment_ids
 
 AMPERE = 8
 """The first generation of GPUs, by the major number of its compute capability, that FlashAttention 2 runs on."""
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    sizes: Tensor | None = None,
-    cu_keys: Tensor | None = None,
-    max_keys: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, sizes: Tensor | None = None, keys: Segments | None = None
 ) -> Tensor:
     """Softmax(q k^T / sqrt(K) + log(sizes)) v within each segment.
 
@@ -40,61 +34,66 @@ def attention(
         q: [T, H, K] queries.
         k: [S, H, K] keys; v: [S, H, K] values. S is T in self-attention. On a CPU rows may follow the last segment
             (`ops.linear.spare_rows`), which are no one's: results and gradients are 0 there.
-        cu_seqlens: int32 [V + 1], the segments of the queries, on the same device.
-        max_seqlen: tokens of their longest (or any larger number).
+        segments: of the queries.
         sizes: float32 [S], or without the rows behind the last segment: patches that each key stands for; None where
             all are single ones. No gradient flows to it.
-        cu_keys: int32 [V + 1], the segments of keys and values, each at least one token; None: those of the queries.
-        max_keys: tokens of their longest; goes with `cu_keys`.
+        keys: the segments of keys and values, as many, each at least one token; None: those of the queries.
 
     Returns:
         [T, H, K].
     """
     bias = None if sizes is None else sizes.log()
-    if cu_keys is None:
-        cu_keys, max_keys = cu_seqlens, max_seqlen
-    assert max_keys is not None
+    keys = segments if keys is None else keys
     if q.device.type == "cpu":
-        out, _ = cpu_attention(q, k, v, cu_seqlens, cu_keys, bias)
+        out, _ = cpu_attention(q, k, v, segments.cu_seqlens, keys.cu_seqlens, bias)
         return out
+    longest, longest_key = segments.max_seqlen, keys.max_seqlen
     if q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_properties(q.device).major >= AMPERE:
         width = q.shape[2]
         if bias is not None:
             q, k, v = with_bias_channels(q, k, v, bias)
         # A window as wide as the longest segment is none. It keeps torch 2.14 off cuDNN, which builds a graph for every
         # number of tokens, and no two packs have the same. What is given, torch 2.11 to 2.14 agree on.
-        out = varlen_attn(
-            q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, scale=width**-0.5, window_size=(max_keys, max_keys)
-        )
+        window = (longest_key, longest_key)
+        edges = (segments.cu_seqlens, keys.cu_seqlens)
+        out = varlen_attn(q, k, v, *edges, longest, longest_key, scale=width**-0.5, window_size=window)
         return cast(Tensor, out)[:, :, :width]
-    return padded_attention(q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, bias)
+    if (len(segments.cu_seqlens) - 1) * longest * longest_key > len(q) * len(k):
+        return dense_attention(q, k, v, segments, keys, bias)
+    return padded_attention(q, k, v, segments, keys, bias)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments, bias: Tensor | None = None
+) -> Tensor:
+    """`attention` by its definition: O(T S) time, and as many numbers of mask. `bias`: float32 [S], added to each key's
+    logits."""
+    mask = segment_ids(segments.cu_seqlens, len(q))[:, None] == segment_ids(keys.cu_seqlens, len(k))
+    if bias is not None:
+        mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
+    # As a batch of one: without a batch PyTorch takes none of its fused kernels, and keeps several T x S a head.
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
 def padded_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_keys: Tensor,
-    max_seqlen: int,
-    max_keys: int,
-    bias: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments, bias: Tensor | None = None
 ) -> Tensor:
-    """`attention` as one product of V x max_seqlen x max_keys. `bias`: float32 [S], added to each key's logits."""
-    views, asked, read = len(cu_seqlens) - 1, _places(cu_seqlens, len(q)), _places(cu_keys, len(k))
+    """`attention` as a batch of V segments, each as long as the longest. `bias` as for `dense_attention`."""
+    views, asked, read = len(segments.cu_seqlens) - 1, _places(segments, len(q)), _places(keys, len(k))
     q, k, v = (
-        x.new_zeros(views, longest, *x.shape[1:]).index_put(places, x).transpose(1, 2)
-        for x, longest, places in ((q, max_seqlen, asked), (k, max_keys, read), (v, max_keys, read))
+        x.new_zeros(views, own.max_seqlen, *x.shape[1:]).index_put(places, x).transpose(1, 2)
+        for x, own, places in ((q, segments, asked), (k, keys, read), (v, keys, read))
     )
     bias = q.new_zeros(len(read[0])) if bias is None else bias.to(q.dtype)
-    mask = q.new_full((views, max_keys), -torch.inf).index_put(read, bias)[:, None, None]
+    mask = q.new_full((views, keys.max_seqlen), -torch.inf).index_put(read, bias)[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)[asked]
 
 
-def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The view of every token, and its place in that: int64 [T] each."""
-    ids = segment_ids(cu_seqlens, total)
-    return ids, torch.arange(total, device=ids.device) - cu_seqlens[ids]
+def _places(segments: Segments, total: int) -> tuple[Tensor, Tensor]:
+    """The segment of every token, and its place in that: int64 [T] each."""
+    ids = segment_ids(segments.cu_seqlens, total)
+    return ids, torch.arange(total, device=ids.device) - segments.cu_seqlens[ids]
 
 
 def with_bias_channels(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
