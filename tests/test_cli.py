@@ -114,14 +114,14 @@ def test_training_writes_a_run(run: Run) -> None:
             assert picture.format == "PNG"
 
 
-def test_training_prints_where_its_results_are(run: Run) -> None:
+def test_training_prints_where_its_results_are(run: Run, pictures: Path) -> None:
     """Results on stdout, progress on stderr."""
     paths = [run.folder, *(run.folder / name for name in ("masks.png", "curves.png", "report.html"))]
     assert run.answer.out[:-1] == [str(path) for path in paths]
     # Ten images in each of four steps.
     assert run.answer.json == {"run": str(run.folder), "steps": 4, "images_seen": 40}
     begun, progress = run.answer.err
-    assert begun == "Training: 4 steps of 512 tokens on 10 images, 4 epochs."
+    assert begun == f"Training: 4 steps of 512 tokens on 10 images of {pictures}, 4 epochs."
     assert re.match(r"4/4  loss \d", progress)
 
 
@@ -646,3 +646,11 @@ def test_each_worker_has_a_core(monkeypatch):
     for workers in (0, 1, 3, 8, 9):
         share_cores(workers)
     assert given == [8, 7, 5, 1, 1]
+
+
+def test_sides_that_a_run_never_saw_are_pointed_out(run: Run, pictures: Path) -> None:
+    trained = load_config(run.folder).data
+    told = f"{run.folder} was trained at sides of {trained.min_side} to {trained.max_side} px, and is scored at "
+    for side, warned in ((trained.max_side, False), (4 * trained.max_side, True), (trained.min_side // 3, True)):
+        answer = ijepa("evaluate", run.folder, "--train", pictures, "--val", pictures, "--side", str(side))
+        assert any(line.startswith(told) for line in answer.err) is warned, answer.err

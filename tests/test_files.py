@@ -27,6 +27,14 @@ def test_the_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["config.json"]
 
 
+def test_others_may_read_what_a_library_wrote_for_its_owner_alone(tmp_path: Path) -> None:
+    plain, path = tmp_path / "plain", tmp_path / "model.safetensors"
+    plain.touch()
+    with replacing(path) as temporary:
+        temporary.touch(mode=0o600)
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_it_is_written_beside_the_file_so_that_renaming_cannot_cross_file_systems(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.csv") as temporary:
         temporary.write_text("")

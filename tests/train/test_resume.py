@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,26 @@ def test_stopping_at_any_step_and_resuming_changes_nothing(
         assert resumed.finished
         assert same_encoder(run, tmp_path / "whole")
         assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_stopping_before_the_first_step_changes_nothing(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tiny, tmp_path / "whole")
+    original, run = loop.Meter.waiting, tmp_path / "run"
+
+    def stop(meter: loop.Meter) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return original(meter)
+
+    monkeypatch.setattr(loop.Meter, "waiting", stop)
+    outcome = train(tiny, run)
+    assert (outcome.finished, outcome.steps) == (False, 0)
+    monkeypatch.setattr(loop.Meter, "waiting", original)
+    assert train(tiny, run, resume=True).finished
+    assert f"{run} has no checkpoint yet: it begins anew." in caplog.messages
+    assert same_encoder(run, tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_a_run_survives_being_killed_and_interrupted(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from ijepa_enhanced.commands.setup import (
     random_start,
     share_cores,
 )
-from ijepa_enhanced.config import RequestError, nearest
+from ijepa_enhanced.config import RequestError, load_config, nearest
 from ijepa_enhanced.devices import autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.evaluate.attentive import attentive
@@ -118,6 +118,8 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     check_setting(options.side, options.merge_rate)
     share_cores(options.workers)
     encoder = load_encoder(options.run).to(ranks.device)
+    if not combinations:
+        warn_of_side(Path(options.run), options.side)
     dtype = autocast_dtype("auto", ranks.device)
     specs = ((options.train, "train"), (options.val, "val"))
     with ranks.one_first():
@@ -260,6 +262,23 @@ def sweep(
     show_sweep(points, Path(options.out or options.run))
     print_json(options, dataclasses.asdict(choose(points)) | {"sweep": [dataclasses.asdict(point) for point in points]})
     return 0
+
+
+def warn_of_side(folder: Path, side: int | None) -> None:
+    """Say where a run is shown images much larger or smaller than those that it was trained on."""
+    if side is None or not (folder / "config.yaml").is_file():
+        return
+    data = load_config(folder).data
+    if data.min_side is None or data.max_side is None or data.min_side / 2 <= side <= 1.5 * data.max_side:
+        return
+    logger.warning(
+        "%s was trained at sides of %d to %d px, and is scored at %d: more suitable is --side %d.",
+        folder,
+        data.min_side,
+        data.max_side,
+        side,
+        data.max_side,
+    )
 
 
 def sweep_settings(options: Namespace) -> list[tuple[int | None, float]]:

@@ -188,17 +188,21 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
         meter.restore(progress["meter"], ranks)
         seen = History(**progress["watch"])
         unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
+    elif resume:
+        logger.warning("%s has no checkpoint yet: it begins anew.", folder)
     if done == total:
         logger.warning("%s is finished: all %d steps are done.", folder, total)
         if ranks.main:  # it may have been stopped between the checkpoint and this
             model.teacher.save_pretrained(folder / "encoder")
     else:
         logger.info(
-            "Training: %s steps of %s tokens on %s images, %.3g epochs.",
+            "Training: %s steps of %s tokens on %s images of %s, %.3g epochs%s.",
             f"{total:,}",
             f"{packs * config.data.tokens_per_pack:,}",
             f"{len(index.rows):,}",
+            source.name,
             total * packs / len(first_epoch),
+            f"; going on after step {done:,}" if done else "",
         )
     ranks.agree({"plan": plan.hash, "checkpoint": done, "PyTorch": torch.__version__})
     watch = start_watch(
@@ -312,7 +316,8 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
                     log.write(done, values)
             if done % config.checkpoint_every == 0 or done == total:
                 save()
-        if done < total:
+        # Not of an optimizer that has done nothing: asked for its state, PyTorch makes a step to have one.
+        if 0 < done < total:
             save()
     return Outcome(done, images_shown, finished=done == total)
 
