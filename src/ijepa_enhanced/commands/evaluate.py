@@ -118,8 +118,6 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     check_setting(options.side, options.merge_rate)
     share_cores(options.workers)
     encoder = load_encoder(options.run).to(ranks.device)
-    if not combinations:
-        warn_of_side(Path(options.run), options.side)
     dtype = autocast_dtype("auto", ranks.device)
     specs = ((options.train, "train"), (options.val, "val"))
     with ranks.one_first():
@@ -137,6 +135,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     setting = Setting(options.side, dtype, options.merge_rate, options.workers, ranks=ranks)
     if combinations:
         return sweep(options, combinations, encoder, train, val, setting)
+    warn_of_side(Path(options.run), options.side)
     subjects: dict[str, Encoder | None] = {}
     if options.baselines or options.random_init:
         subjects["random start"] = random_start(encoder, Path(options.run))
