@@ -264,7 +264,10 @@ def sweep(
 
 
 def warn_of_side(folder: Path, side: int | None) -> None:
-    """Say where a run is shown images much larger or smaller than those that it was trained on."""
+    """Say where a run is shown images much larger or smaller than those that it was trained on.
+
+    Half as large again still scores about as well (docs/recipe.md); of smaller ones nothing was measured.
+    """
     if side is None or not (folder / "config.yaml").is_file():
         return
     data = load_config(folder).data

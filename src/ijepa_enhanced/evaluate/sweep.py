@@ -18,7 +18,6 @@ from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.packed import Packed
@@ -108,7 +107,8 @@ def network_costs(
         tokens = int(fullest.prod(axis=1).sum())
         packed = Packed.of_grids(np.zeros((tokens, len(encoder.pixel_scale)), np.uint8), fullest)
         plan = encoder.merge_plan(packed.segments, rate)
-        runs.append(partial(_embed, encoder, packed.to(device), plan and plan.to(device), dtype))
+        # Entered for each pack, as `extract` does: autocast keeps its copies of the weights for as long.
+        runs.append(autocast(device, dtype)(partial(encoder, packed.to(device), plan and plan.to(device))))
         images.append(tokens / lengths.mean())
         gflops.append(encoder_flops(config, lengths, rate).mean() / 1e9)
     seconds = seconds_by_turns(runs, device)
@@ -121,12 +121,6 @@ def network_costs(
         }
         for count, taken, operations, peak in zip(images, seconds, gflops, peaks, strict=True)
     ]
-
-
-def _embed(encoder: Encoder, packed: Packed, plan: MergePlan | None, dtype: torch.dtype) -> None:
-    # Entered for each pack, as `extract` does: autocast keeps its copies of the weights for as long.
-    with autocast(packed.values.device, dtype):
-        encoder(packed, plan)
 
 
 def write_points(points: Sequence[Point], path: Path) -> None:
