@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder
 
 TINY = {
     "encoder.variant": "Ti",
@@ -28,8 +28,8 @@ TINY = {
     "predictor.depth": 1,
     "predictor.heads": 2,
     "data.tokens_per_pack": 512,
-    "data.min_side": 32,
-    "data.max_side": 48,
+    "data.min_resolution": 32,
+    "data.max_resolution": 48,
     "data.workers": 0,
     "steps": 4,
     "log_every": 2,
@@ -260,7 +260,7 @@ NO_IMAGES = (
 )
 TOO_FEW = (
     "Training needs at least 2 images whose views have 4 patches of {} px or more, and {} have. "
-    "Add images, raise data.min_side, or take a smaller encoder.patch_size."
+    "Add images, raise data.min_resolution, or take a smaller encoder.patch_size."
 )
 NO_LABELS = (
     "photos/dark has no labels, and scoring needs them: put the images of each class into a folder of its own, "
@@ -280,7 +280,7 @@ OTHER_PLAN = "run was trained on other images or with another plan; start a new 
 TRAIN = "train --data.source photos --run new"
 FEW = "photos has {} images, fewer than the 20 neighbours of knn20: all of them vote."
 SAME = "photos: the same images for training and validation, so scores say nothing of others."
-EVALUATE = "evaluate run --train photos --val photos --side 32 --workers 0"
+EVALUATE = "evaluate run --train photos --val photos --resolution 32 --workers 0"
 
 WRONG_REQUESTS = {
     # No such path, and an empty folder, for every command that reads images.
@@ -350,31 +350,31 @@ WRONG_REQUESTS = {
     "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "1 of 1")),
     "only images smaller than a patch": (
         only_smaller_than_a_patch,
-        f"{TRAIN} --data.min_side null --data.max_side null",
+        f"{TRAIN} --data.min_resolution null --data.max_resolution null",
         TOO_FEW.format(8, "0 of 3"),
     ),
     # Packs.
     "a pack smaller than the largest view": (
         nothing,
-        f"{TRAIN} --data.max_view_tokens 513 --data.views 2",
+        f"{TRAIN} --data.max_view_tokens 513 --data.masked_views 2",
         "data.tokens_per_pack (512) cannot hold the views of one image (2 of up to 513 tokens). "
         "Raise it, or lower data.max_view_tokens.",
     ),
     "one view to agree": (
         nothing,
-        f"{TRAIN} --objective.invariance 1",
-        "objective.invariance compares views of one image: set data.views to 2, or data.whole_views or "
+        f"{TRAIN} --objective.contrastive_weight 1",
+        "objective.contrastive_weight compares views of one image: set data.masked_views to 2, or data.global_views or "
         "data.local_views above 0.",
     ),
     "whole views for nothing": (
         nothing,
-        f"{TRAIN} --data.whole_views 1",
-        "data.whole_views serve objective.invariance alone: set that above 0, or them to 0.",
+        f"{TRAIN} --data.global_views 1",
+        "data.global_views serve objective.contrastive_weight alone: set that above 0, or them to 0.",
     ),
     "local views for nothing": (
         nothing,
         f"{TRAIN} --data.local_views 2",
-        "data.local_views serve objective.invariance alone: set that above 0, or them to 0.",
+        "data.local_views serve objective.contrastive_weight alone: set that above 0, or them to 0.",
     ),
     "a pack too small for any view": (
         nothing,
@@ -472,8 +472,8 @@ WRONG_REQUESTS = {
     ),
     "sides in the wrong order": (
         nothing,
-        f"{TRAIN} --data.min_side 50",
-        "data.min_side and data.max_side must satisfy 1 <= min <= max, not 50 and 48.",
+        f"{TRAIN} --data.min_resolution 50",
+        "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, not 50 and 48.",
     ),
     "no number in a file": (
         yaml("optim: {lr: fast}\n"),
@@ -500,8 +500,8 @@ WRONG_REQUESTS = {
         f"{TRAIN} --config mine.yaml",
         "optim.lr must be above 0, not -1.0.",
     ),
-    "no side": (nothing, f"{EVALUATE} --side 0", "side must be at least 1, not 0."),
-    "side as a word": (nothing, f"{EVALUATE} --side big", "side takes a whole number or null, not 'big'."),
+    "no side": (nothing, f"{EVALUATE} --resolution 0", "side must be at least 1, not 0."),
+    "side as a word": (nothing, f"{EVALUATE} --resolution big", "side takes a whole number or null, not 'big'."),
     "a negative seed": (nothing, f"{EVALUATE} --seed -1", "seed must be at least 0, not -1."),
     "negative workers": (nothing, f"{EVALUATE} --workers -1", "workers must be at least 0, not -1."),
     "no such picture": (
@@ -597,8 +597,8 @@ WRONG_REQUESTS = {
     ),
     "resume with another plan": (
         nothing,
-        "train --resume run --data.min_side 16",
-        STARTED.format("data.min_side = 32, so it cannot go on with 16"),
+        "train --resume run --data.min_resolution 16",
+        STARTED.format("data.min_resolution = 32, so it cannot go on with 16"),
     ),
     "resume with an edited architecture": (
         edited_run("variant: Ti", "variant: S"),
@@ -606,9 +606,9 @@ WRONG_REQUESTS = {
         EDITED.format("encoder.variant = S, but the run was trained with Ti"),
     ),
     "resume with an edited plan": (
-        edited_run("max_side: 48", "max_side: 47"),
+        edited_run("max_resolution: 48", "max_resolution: 47"),
         "train --resume run",
-        EDITED.format("data.max_side = 47, but the run was trained with 48"),
+        EDITED.format("data.max_resolution = 47, but the run was trained with 48"),
     ),
     "resume with an edited optimizer": (
         edited_run("clip: 1.0", "clip: 2.0"),
@@ -804,7 +804,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     ),
     "evaluate what a cut shard holds": (
         cut_shard,
-        "evaluate run --train photos --val images.tar --side 32 --workers 0 --json",
+        "evaluate run --train photos --val images.tar --resolution 32 --workers 0 --json",
         [CUT, f"Left out of images.tar: {CUT_IMAGE}", "Scoring: trained", FEW.format(10)],
         {},
     ),
@@ -830,13 +830,13 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     ),
     "leave out what is smaller than a patch": (
         smaller_than_a_patch,
-        f"{TRAIN} --data.min_side null --data.max_side null --json",
+        f"{TRAIN} --data.min_resolution null --data.max_resolution null --json",
         ["Too small to train on, with views of fewer than 4 patches: 3 images."],
         {"images_seen": 4 * 10},
     ),
     "evaluate what is smaller than a patch": (
         smaller_than_a_patch,
-        f"{EVALUATE} --side null --json",
+        f"{EVALUATE} --resolution null --json",
         ["Scoring: trained", FEW.format(13), SAME],
         {},
     ),
@@ -860,7 +860,9 @@ def test_bad_images_among_good_ones_are_reported_and_left_out(
 def test_a_line_of_pixels_has_as_many_patches_as_any_image(place: Path) -> None:
     """14 x 14 at a side of 112 px; were each axis rounded for itself, 1 x 4000 px would have 885."""
     only_long()
-    sides = "--data.min_side 112 --data.max_side 112 --data.max_view_tokens 1000 --data.tokens_per_pack 2000"
+    sides = (
+        "--data.min_resolution 112 --data.max_resolution 112 --data.max_view_tokens 1000 --data.tokens_per_pack 2000"
+    )
     assert ijepa(f"{TRAIN} {sides}") == (0, ["new", "new/masks.png", "new/curves.png", "new/report.html"], [])
     for line in Path("new/log.jsonl").read_text().splitlines():
         assert json.loads(line)["fill"] == 2 * 196 / 2000

@@ -25,7 +25,7 @@ from ijepa_enhanced import cli
 from ijepa_enhanced.commands import index, inspect
 from ijepa_enhanced.commands.setup import share_cores
 from ijepa_enhanced.config import load_config
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.train.logging import SummaryWriter
 from ijepa_enhanced.visualize.merges import draw_merges
 
@@ -37,8 +37,8 @@ TINY = {
     "predictor.depth": 1,
     "predictor.heads": 2,
     "data.tokens_per_pack": 512,
-    "data.min_side": 32,
-    "data.max_side": 48,
+    "data.min_resolution": 32,
+    "data.max_resolution": 48,
     "data.workers": 0,
     "steps": 4,
     "log_every": 2,
@@ -136,7 +136,7 @@ SAME = "{}: the same images for training and validation, so scores say nothing o
 
 def evaluate(run: Path, train: Path | str, val: Path | str, *arguments: str) -> Answer:
     sources = ["--train", train, "--val", val]
-    return ijepa("evaluate", run, *sources, "--side", "40", "--workers", "0", "--json", *arguments)
+    return ijepa("evaluate", run, *sources, "--resolution", "40", "--workers", "0", "--json", *arguments)
 
 
 def scores(answer: Answer) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def test_the_dense_probe_takes_images_and_label_maps(run: Run, tmp_path: Path) -
         labels[:, 16 + 8 * (number % 2) :] = 1
         Image.fromarray(np.stack([200 * labels] * 3, axis=2)).save(tmp_path / "images" / f"{number}.png")
         Image.fromarray(labels).save(tmp_path / "labels" / f"{number}.png")
-    answer = evaluate(run.folder, tmp_path, tmp_path, "--protocols", "dense", "--side", "48")
+    answer = evaluate(run.folder, tmp_path, tmp_path, "--protocols", "dense", "--resolution", "48")
     assert (answer.code, answer.err) == (0, ["Scoring: trained"])
     assert answer.json.keys() == {"dense_miou"}
     assert answer.json["dense_miou"] > 0.9
@@ -385,7 +385,7 @@ def test_a_runs_own_packs_can_be_drawn(run: Run, pictures: Path, tmp_path: Path)
 def test_inspecting_merges_draws_every_image(run: Run, pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     images = [pictures / "dark" / "0.png", pictures / "light" / "0.png", pictures / "light" / "1.jpg"]
-    answer = ijepa("inspect", "merges", run.folder, *images, "--out", folder, "--side", "40", "--json")
+    answer = ijepa("inspect", "merges", run.folder, *images, "--out", folder, "--resolution", "40", "--json")
     paths = [folder / name for name in ("merges-00-0.png", "merges-01-0.png", "merges-02-1.png")]
     assert (answer.code, answer.err) == (0, [])
     assert answer.out[:-1] == [str(path) for path in paths]
@@ -401,13 +401,17 @@ def test_inspecting_features_draws_a_picture_and_says_how_patches_are_counted(
     run: Run, pictures: Path, tmp_path: Path
 ) -> None:
     images = [pictures / "dark" / "0.png", pictures / "light" / "1.jpg"]
-    answer = ijepa("inspect", "features", run.folder, *images, "--side", "40", "--patch", "1", "2", "--out", tmp_path)
+    answer = ijepa(
+        "inspect", "features", run.folder, *images, "--resolution", "40", "--patch", "1", "2", "--out", tmp_path
+    )
     assert (answer.code, answer.out) == (0, [str(tmp_path / "features.png")])
     # 36 x 56 and 41 x 53 px at side 40 are 4 x 6 patches of 8 px each.
     assert answer.err == [f"{image}: 4 rows, 6 columns of patches" for image in images]
     with Image.open(tmp_path / "features.png") as picture:
         assert picture.format == "PNG"
-    wrong = ijepa("inspect", "features", run.folder, *images, "--side", "40", "--patch", "4", "0", "--out", tmp_path)
+    wrong = ijepa(
+        "inspect", "features", run.folder, *images, "--resolution", "40", "--patch", "4", "0", "--out", tmp_path
+    )
     assert (wrong.code, wrong.out) == (2, [])
 
 
@@ -423,7 +427,7 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     assert now["scores"].pop("random start") == kept["scores"].pop("random start") | few.json
     assert now == kept
     # But not beside scores of other settings.
-    other = evaluate(run.folder, pictures, pictures, "--side", "24")
+    other = evaluate(run.folder, pictures, pictures, "--resolution", "24")
     now = json.loads((run.folder / "evaluation.json").read_text())
     assert now["settings"]["side"] == 24
     assert now["scores"] == {"trained": other.json}
@@ -433,7 +437,7 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     with torch.no_grad():
         encoder.blocks.norm.bias += 1
     encoder.save_pretrained(tmp_path / "copy" / "encoder")
-    few = evaluate(tmp_path / "copy", pictures, pictures, "--side", "24", "--protocols", "lowshot")
+    few = evaluate(tmp_path / "copy", pictures, pictures, "--resolution", "24", "--protocols", "lowshot")
     now = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
     assert now["scores"] == {"trained": few.json}
     assert evaluate(run.folder, pictures, pictures, "--baselines").code == 0
@@ -521,8 +525,8 @@ def printed(*arguments: str | Path) -> dict[str, Any]:
 
 def test_the_printed_configuration_is_a_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first = printed("--optim.lr", "0.5", "--data.min_side=null", "--data.max_side=null")
-    assert (first["optim"]["lr"], first["data"]["min_side"]) == (0.5, None)
+    first = printed("--optim.lr", "0.5", "--data.min_resolution=null", "--data.max_resolution=null")
+    assert (first["optim"]["lr"], first["data"]["min_resolution"]) == (0.5, None)
     Path("mine.yaml").write_text(yaml.safe_dump(first))
     assert printed("--config", "mine.yaml") == first
     assert printed("--config=mine.yaml", "--optim.lr", "0.25")["optim"] == first["optim"] | {"lr": 0.25}
@@ -650,7 +654,11 @@ def test_each_worker_has_a_core(monkeypatch):
 
 def test_sides_that_a_run_never_saw_are_pointed_out(run: Run, pictures: Path) -> None:
     trained = load_config(run.folder).data
-    told = f"{run.folder} was trained at sides of {trained.min_side} to {trained.max_side} px, and is scored at "
-    for side, warned in ((trained.max_side, False), (4 * trained.max_side, True), (trained.min_side // 3, True)):
-        answer = ijepa("evaluate", run.folder, "--train", pictures, "--val", pictures, "--side", str(side))
+    told = f"{run.folder} was trained at sides of {trained.min_resolution} to {trained.max_resolution} px, and is scored at "
+    for side, warned in (
+        (trained.max_resolution, False),
+        (4 * trained.max_resolution, True),
+        (trained.min_resolution // 3, True),
+    ):
+        answer = ijepa("evaluate", run.folder, "--train", pictures, "--val", pictures, "--resolution", str(side))
         assert any(line.startswith(told) for line in answer.err) is warned, answer.err

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
-from ijepa_enhanced.models.encoder import EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.jepa import JEPA
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import MaskedBatch
 
 # Norm of the difference by the norm. Fused kernels round in other places: float32 is 6e-8, measured 4e-7.
@@ -22,7 +22,7 @@ PACKS = [
     [(4, 6), (6, 4), (5, 5), (2, 3)],
     [(2, 2), (1, 4), (3, 2)],
     [(3, 3)] * 9,
-    [(8, 8), (4, 8), (4, 8)],  # 128 tokens, which need no spare rows (ops/linear.py)
+    [(8, 8), (4, 8), (4, 8)],  # 128 tokens, which need no pad rows (ops/linear.py)
 ]
 
 

@@ -11,16 +11,15 @@ from ijepa_enhanced.cli import parse
 from ijepa_enhanced.commands.setup import train_config
 from ijepa_enhanced.config import (
     FREE_ON_RESUME,
-    RequestError,
     check_resumable,
     config_of_run,
     find_config,
     flatten,
     load_config,
-    nearest,
     recipe_names,
 )
-from ijepa_enhanced.train.loop import TrainConfig
+from ijepa_enhanced.errors import RequestError, did_you_mean
+from ijepa_enhanced.train.config import TrainConfig
 
 
 def refused(file: Path) -> str:
@@ -89,7 +88,7 @@ def test_a_name_that_is_no_recipe_is_refused(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_the_nearest_name_is_suggested(name: str, known: list[str], words: str) -> None:
-    assert nearest(name, known) == words
+    assert did_you_mean(name, known) == words
 
 
 def test_flattening_joins_the_names_by_dots() -> None:
@@ -107,7 +106,9 @@ def test_every_recipe_is_valid(name: str) -> None:
 
 def test_the_configuration_of_a_run_is_what_was_saved(tmp_path: Path) -> None:
     config = TrainConfig(steps=7, compile=True)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, min_side=None, max_side=None))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, min_resolution=None, max_resolution=None)
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
     assert load_config(tmp_path) == config
     assert config_of_run(tmp_path) == tmp_path / "config.yaml"
@@ -122,7 +123,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"steps": 9}, "steps = 7, so it cannot go on with 9"),
     ({"encoder.depth": 3}, "encoder.depth = None, so it cannot go on with 3"),
-    ({"data.min_side": 96}, "data.min_side = 112, so it cannot go on with 96"),
+    ({"data.min_resolution": 96}, "data.min_resolution = 112, so it cannot go on with 96"),
     ({"merging.teacher_rate": 0.1}, "merging.teacher_rate = 0.0, so it cannot go on with 0.1"),
     ({"data.workers": 3, "optim.lr": 0.5}, "optim.lr = 0.001, so it cannot go on with 0.5"),
 ]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.evaluate.sweep import network_costs
-from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
-from ijepa_enhanced.models.encoder import EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.jepa import JEPA
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 
 pytestmark = [
@@ -109,7 +109,7 @@ def test_compiled_once_a_step_of_any_pack_is_the_same(make_batch: MakeBatch, mak
 
 
 def test_copies_of_the_weights_count_for_every_setting_of_a_sweep(pictures: Path) -> None:
-    index = build_index(open_source(str(pictures)), cache=False)
+    index = open_catalog(open_source(str(pictures)), cache=False)
     encoder = Encoder(EncoderConfig("Ti", 8, 1)).eval().to(DEVICE)
     first, second = network_costs(encoder, [index], [(40, 0.0)] * 2, torch.bfloat16)
     assert first["peak_megabytes"] == second["peak_megabytes"]
@@ -122,14 +122,16 @@ def test_a_run_and_its_scores(pictures: Path, tmp_path: Path, capsys: pytest.Cap
     ).main
     run = tmp_path / "run"
     tiny = "--encoder.variant Ti --encoder.patch_size 8 --encoder.depth 2 --predictor.width 32 --predictor.depth 1"
-    data = "--data.tokens_per_pack 512 --data.views 2 --data.local_views 2 --data.min_side 32 --data.max_side 48"
-    loss = f"--predictor.heads 2 --objective.invariance 1 --merging.teacher_rate {rate} --merging.student_rate {rate}"
+    data = "--data.tokens_per_pack 512 --data.masked_views 2 --data.local_views 2 --data.min_resolution 32 --data.max_resolution 48"
+    loss = f"--predictor.heads 2 --objective.contrastive_weight 1 --merging.teacher_rate {rate} --merging.student_rate {rate}"
     length = "--data.workers 1 --steps 6 --log_every 2 --checkpoint_every 3 --monitor.every 3"
     what = f"train {tiny} {data} {loss} {length} --data.source {pictures} --run {run}"
     assert main(what.split()) == 0, capsys.readouterr().err
     assert (run / "report.html").is_file()
     protocols = "--protocols knn linear attentive finetune --finetune.epochs 2"
-    scored = f"evaluate {run} --train {pictures} --val {pictures} --side 40 {protocols} --merge-rate {rate} --json"
+    scored = (
+        f"evaluate {run} --train {pictures} --val {pictures} --resolution 40 {protocols} --merge-rate {rate} --json"
+    )
     assert main(scored.split()) == 0, capsys.readouterr().err
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     # The classes differ in brightness, and a linear layer finds that after any encoder.

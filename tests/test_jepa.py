@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.jepa import JEPA
+from ijepa_enhanced.losses import nt_xent, variance_covariance
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import merged_lengths
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, FeedForward
-from ijepa_enhanced.models.encoder import PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
-from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.predictor import Predictor
+from ijepa_enhanced.models.vit import PIXEL_MEAN, PIXEL_STD
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import HAS_BF16
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
-from ijepa_enhanced.regularizers import variance_covariance, views_agree
 from ijepa_enhanced.train.loop import Meter
 
 MakeBatch = Callable[..., MaskedBatch]
@@ -271,7 +274,7 @@ def test_invariance_is_of_an_images_own_views_and_a_mean_over_the_packs(make_bat
     for pack in packs:
         context = model.student(pack.packed.select(pack.context)).split(pack.context.segments.lengths)
         z = model.projector(torch.stack([view.mean(dim=0) for view in context]))
-        by_hand.append(views_agree(torch.stack([z[:2], z[2:]])))
+        by_hand.append(nt_xent(torch.stack([z[:2], z[2:]])))
     losses = [model(pack, tokens, 2) for pack in packs]
     assert distance(sum(part.invariance for part in losses), sum(by_hand) / 2) < BOUND
     for part in losses:
@@ -305,7 +308,7 @@ def test_local_views_count_in_the_invariance_and_nowhere_else(make_batch: MakeBa
         means = [segment_mean(model.student(stream, None), stream.segments.cu_seqlens) for stream in streams]
         contexts, small = model.projector(torch.cat(means)).split([4, 6])
     # Of image 0 the views 0 and 1 and the local views 0, 1 and 2; of image 1 the others.
-    expected = views_agree(
+    expected = nt_xent(
         torch.stack([torch.cat([contexts[2 * i : 2 * i + 2], small[3 * i : 3 * i + 3]]) for i in (0, 1)])
     )
     # The student's products round otherwise when both streams are one.

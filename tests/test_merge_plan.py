@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_enhanced.merge_plan import TILE, MergeConfig, MergePlan, merged_lengths, plan_merges
+from ijepa_enhanced.merge_plan import TILE, MergePlan, merged_lengths, plan_merges
+from ijepa_enhanced.models.config import MergeConfig
 
 RATES = [0.0, 1e-05, 0.01, 0.02, 0.05, 0.08, 0.1, 0.12, 0.25, 0.3, 1 / 3, 0.4999, 0.5]
 LENGTHS = [*range(1, 300), 576, 1023, 1024, 4096, 16384]

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.masks import MIN_TOKENS
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
 
 # Norm of the difference by the norm. A matrix product of another number of rows adds in another order, so bitwise

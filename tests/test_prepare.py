@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import TarSource, open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.sources.tar import TarSource
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_counts_and_what_is_dropped(place, capsys):
     Path("photos/dark/0.png").write_bytes(b"")
     path = Path("photos/light/2.png")
     path.write_bytes(path.read_bytes()[:-2000])
-    code, out, err = ijepa(capsys, "prepare photos new --max-side 32 --workers 1 --json")
+    code, out, err = ijepa(capsys, "prepare photos new --max-resolution 32 --workers 1 --json")
     size = Path("new/images-000000.tar").stat().st_size
     assert (code, out[:-1]) == (0, ["      images  8", "     dropped  2", "      shards  1", f"       bytes  {size}"])
     assert json.loads(out[-1]) == {"images": 8, "dropped": 2, "shards": 1, "bytes": size}
@@ -51,7 +52,7 @@ def test_counts_and_what_is_dropped(place, capsys):
 
 def test_the_index_is_there_already(place, monkeypatch):
     monkeypatch.setattr(TarSource, "size", pytest.fail)
-    assert len(build_index(open_source("done")).rows) == 10
+    assert len(open_catalog(open_source("done")).rows) == 10
 
 
 def test_check(place, capsys):
@@ -80,7 +81,7 @@ REFUSED = {
         "done was prepared with quality 90, not 80. Name another folder, or delete this one."
     ),
     "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
-    "prepare photos new --max-side 0": "--max-side must be at least 1, not 0.",
+    "prepare photos new --max-resolution 0": "--max-resolution must be at least 1, not 0.",
     "prepare photos new --workers -1": "--workers must be at least 0, not -1.",
     "prepare photos new --shard-size 0": "--shard-size must be at least 1, not 0.",
     "prepare photos new --sharts 3": "Unknown option '--sharts'. Did you mean '--shard-size'?",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ijepa_enhanced.regularizers import variance_covariance, views_agree
+from ijepa_enhanced.losses import nt_xent, variance_covariance
 
 
 def vicreg(z: NDArray[np.float64]) -> float:
@@ -89,24 +89,24 @@ def test_views_agree_as_nt_xent_says(images: int, views: int, seed: int) -> None
             positive = power(z[image, a], z[image, b])
             losses.append(-math.log(positive / (positive + sum(negatives))))
     # float32 holds a cosine of up to 1 to 6e-8, which over 0.2 is 3e-7 of a logarithm. (2.1e-7 was measured.)
-    assert views_agree(torch.from_numpy(z).float()).item() == pytest.approx(np.mean(losses), rel=1e-6)
+    assert nt_xent(torch.from_numpy(z).float()).item() == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_views_that_all_look_alike_cost_as_much_as_chance() -> None:
     """One positive among the 4 x 3 views of other images: collapse is no way out."""
-    assert views_agree(torch.ones(5, 3, 8)).item() == pytest.approx(math.log(1 + 4 * 3), rel=1e-6)
+    assert nt_xent(torch.ones(5, 3, 8)).item() == pytest.approx(math.log(1 + 4 * 3), rel=1e-6)
 
 
 def test_views_agree_in_float32_whatever_the_autocast() -> None:
     z = torch.randn(6, 3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        found = views_agree(z)
+        found = nt_xent(z)
     assert found.dtype == torch.float32
-    assert torch.equal(found, views_agree(z.float()))
+    assert torch.equal(found, nt_xent(z.float()))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (2, 1, 4)])
 def test_one_image_or_one_view_is_an_error(shape: tuple[int, ...]) -> None:
     message = f"^Views agree or not from 2 images and 2 views on, not {shape[0]} and {shape[1]}\\.$"
     with pytest.raises(ValueError, match=message):
-        views_agree(torch.zeros(shape))
+        nt_xent(torch.zeros(shape))

@@ -18,7 +18,7 @@ from PIL import Image
 from ijepa_enhanced import study
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.commands.study import configure
-from ijepa_enhanced.config import RequestError
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.study import (
     PACE_STEPS,
@@ -33,7 +33,7 @@ from ijepa_enhanced.study import (
 )
 
 TINY = (
-    "--data.tokens_per_pack 512 --data.min_side 32 --data.max_side 48 --data.workers 0 --encoder.variant Ti "
+    "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 --encoder.variant Ti "
     "--encoder.patch_size 8 --encoder.depth 1 --predictor.width 32 --predictor.depth 1 --predictor.heads 2 "
     "--steps 4 --log_every 1 --monitor.every 2 --monitor.images 16"
 )
@@ -54,7 +54,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plan(photos: Path) -> StudyConfig:
-    arms = {"jepa": "", "plain": "--objective.stabilizer 0"}
+    arms = {"jepa": "", "plain": "--objective.vicreg_weight 0"}
     common = f"{TINY} --data.source {photos}"
     return StudyConfig(arms, str(photos), common, side=32, seeds=(0, 1))
 
@@ -115,14 +115,14 @@ def test_a_run_that_fails_is_a_line_and_the_others_go_on(
 
 def test_a_study_without_a_score_fails(plan: StudyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "study.yaml"
-    too_small = {"small": "--data.min_side 8 --data.max_side 8"}
+    too_small = {"small": "--data.min_resolution 8 --data.max_resolution 8"}
     file.write_text(yaml.safe_dump({"arms": too_small, "common": plan.common, "val": plan.val, "seeds": [0]}))
     assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 1
     assert "1 failed" in capsys.readouterr().out
 
 
 def test_what_failed_before_it_began_is_tried_again(plan: StudyConfig, tmp_path: Path) -> None:
-    small = dataclasses.replace(plan, seeds=(0,), arms={"jepa": "--data.min_side 8 --data.max_side 8"})
+    small = dataclasses.replace(plan, seeds=(0,), arms={"jepa": "--data.min_resolution 8 --data.max_resolution 8"})
     (row,) = run_study(small, tmp_path / "out", configure)
     assert row.outcome.startswith("Training needs at least 2 images")
     (row,) = run_study(dataclasses.replace(small, arms={"jepa": ""}), tmp_path / "out", configure)

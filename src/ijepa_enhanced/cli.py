@@ -17,13 +17,19 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ijepa_enhanced.commands import Command, benchmark, evaluate, index, inspect, prepare, report, study, train
-from ijepa_enhanced.config import RequestError, config_of_run, find_config, nearest
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.plan import PlanError
-from ijepa_enhanced.data.sources import SourceError
-from ijepa_enhanced.distributed import RankError, is_one_of_many
-from ijepa_enhanced.train.checkpoint import CheckpointError
-from ijepa_enhanced.train.loop import ResumeError, RunError
+from ijepa_enhanced.config import config_of_run, find_config
+from ijepa_enhanced.distributed import is_one_of_many
+from ijepa_enhanced.errors import (
+    CheckpointError,
+    PlanError,
+    RankError,
+    RequestError,
+    ResumeError,
+    RunError,
+    SourceError,
+    UnreadableImage,
+    did_you_mean,
+)
 
 logger = logging.getLogger("ijepa_enhanced")
 
@@ -169,7 +175,7 @@ def check_name(name: str, known: list[str], kind: str) -> None:
         raise RequestError(
             f"Options come after the {kind}: {', '.join(known)}."
             if name.startswith("-")
-            else f"No {kind} '{name}'.{nearest(name, known)}"
+            else f"No {kind} '{name}'.{did_you_mean(name, known)}"
         )
 
 
@@ -184,7 +190,7 @@ def check_options(arguments: list[str], known: list[str]) -> None:
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name not in known:
-            raise RequestError(f"Unknown option '{name}'.{nearest(name, known)}")
+            raise RequestError(f"Unknown option '{name}'.{did_you_mean(name, known)}")
 
 
 def with_config_files(arguments: list[str]) -> list[str]:

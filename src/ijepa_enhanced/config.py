@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from ijepa_enhanced.errors import RequestError, did_you_mean
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, read_progress
-from ijepa_enhanced.train.loop import TrainConfig
+from ijepa_enhanced.train.config import TrainConfig
 
 FREE_ON_RESUME = (
     "data.source",
@@ -26,10 +26,6 @@ FREE_ON_RESUME = (
     "log_every",
 )
 """What may change when a run is resumed: where the images lie now, and what does not touch the result."""
-
-
-class RequestError(ValueError):
-    """What was asked for cannot be done; the message says why and what to do."""
 
 
 def recipe_names() -> list[str]:
@@ -47,7 +43,7 @@ def find_config(name_or_file: str) -> Path:
     if not path.is_file():
         path = Path(str(_recipes() / f"{name_or_file}.yaml"))
     if not path.is_file():
-        raise RequestError(f"No file or recipe '{name_or_file}'.{nearest(name_or_file, recipe_names())}")
+        raise RequestError(f"No file or recipe '{name_or_file}'.{did_you_mean(name_or_file, recipe_names())}")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -57,30 +53,10 @@ def find_config(name_or_file: str) -> Path:
     types = {**_types(TrainConfig), "run": str | None}
     for key, value in flatten(content).items():
         if key not in types:
-            raise RequestError(f"{path}: unknown key '{key}'.{nearest(key, list(types))}")
+            raise RequestError(f"{path}: unknown key '{key}'.{did_you_mean(key, list(types))}")
         if value is None and NoneType not in get_args(types[key]):
             raise RequestError(f"{path}: {key} needs a value, not null.")
     return path
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A sentence with the known name closest to `name`, or with all of them when few, or nothing."""
-    if inside := [key for key in known if key.startswith(f"{name}.")]:
-        return f" It is a group: set what is in it, such as '{inside[0]}'."
-    last = _last(name)
-    if alike := [key for key in known if _last(key) == last]:
-        close = difflib.get_close_matches(name, alike, n=1, cutoff=0.0)
-    elif not (close := difflib.get_close_matches(name, known, n=1)):
-        match = difflib.get_close_matches(last, [_last(key) for key in known], n=1)
-        close = [key for key in known if _last(key) in match]
-    if close:
-        return f" Did you mean '{close[0]}'?"
-    return f" Known: {', '.join(known)}." if 0 < len(known) <= 12 else ""
-
-
-def _last(name: str) -> str:
-    """The part of a key or an option that tells most."""
-    return name.rpartition(".")[2].removeprefix("--")
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

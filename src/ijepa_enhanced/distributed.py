@@ -20,13 +20,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ijepa_enhanced.devices import best_device
+from ijepa_enhanced.errors import RankError
 
 PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that scans a large source, say; that one is gone they notice at once."""
-
-
-class RankError(RuntimeError):
-    """The ranks cannot work together."""
 
 
 @dataclass(frozen=True)

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
-from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.losses import nt_xent, variance_covariance
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.predictor import Predictor
+from ijepa_enhanced.models.vit import VisionTransformer
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ijepa_enhanced.packed import MaskedBatch, Packed
-from ijepa_enhanced.regularizers import variance_covariance, views_agree
 
 PROJECTOR_HIDDEN, PROJECTED = 512, 64
 """Widths of the projector's hidden layer and of its result, the only ones measured (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The loss."""
-
-    stabilizer: float = 0.1
-    """Weight of VICReg's variance and covariance on the mean of the student's context tokens. 0 is plain I-JEPA,
-    under which the rank of small runs' features falls by more than half (docs/evaluation.md)."""
-
-    invariance: float = 0.0
-    """Weight of the agreement of an image's views (`regularizers.views_agree`) on a projection of the mean of what the
-    student sees of each, the context or a whole view; needs two views, whole and local ones included."""
-
-    def __post_init__(self) -> None:
-        for name in ("stabilizer", "invariance"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"objective.{name} must be at least 0, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -44,18 +31,25 @@ class Losses:
 
     total: Tensor
     prediction: Tensor
-    stabilizer: Tensor
-    invariance: Tensor
+    vicreg: Tensor
+    contrastive: Tensor
+
+
+class StepSize(NamedTuple):
+    """What all packs of a step have together, over all ranks: a pack's loss is its share of the step's."""
+
+    target_tokens: int
+    packs: int
 
 
 class JEPA(nn.Module):
-    """Student, teacher and predictor.
+    """Student, teacher and predictor, and the loss between them; `train.step.train_step` calls its methods in order.
 
     Args:
         encoder: the architecture of student and teacher.
         predictor: the predictor's size.
         objective: the loss.
-        views: of each image, side by side in a pack, whole and local ones not counted.
+        views: masked views of each image, side by side in a pack.
     """
 
     def __init__(
@@ -64,50 +58,74 @@ class JEPA(nn.Module):
         super().__init__()
         self.objective = objective
         self.views = views
-        self.student = Encoder(encoder)
+        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, encoder.patch_size)
+        self.student = VisionTransformer(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.predictor = Predictor(predictor, self.student.width, encoder.max_grid)
-        self.projector = projector(self.student.width) if objective.invariance else None
+        width = self.student.width
+        self.predictor = Predictor(predictor, width, encoder.max_grid) if objective.prediction_weight else None
+        self.projector = projector(width) if objective.contrastive_weight else None
 
-    def forward(self, batch: MaskedBatch, step_target_tokens: int, step_packs: int) -> Losses:
-        """The share of one pack in the loss of a step; the shares of all its packs add up to the step's loss.
+    def preprocess(self, batch: MaskedBatch) -> MaskedBatch:
+        """Return a batch with normalized patches in place of uint8 ones."""
+        global_views = None if batch.whole is None else self.normalize(batch.whole)
+        return dataclasses.replace(batch, packed=self.normalize(batch.packed), whole=global_views)
+
+    @torch.no_grad()
+    def targets(self, batch: MaskedBatch) -> Tensor | None:
+        """Return what is to be predicted: the teacher's features of the target tokens, after a LayerNorm, [Tq, D].
+
+        None if the prediction has no weight; the teacher is then not run.
+        """
+        if self.predictor is None:
+            return None
+        features = self.teacher(batch.packed, batch.merge_plan)
+        return F.layer_norm(features[batch.targets.index].float(), features.shape[-1:])
+
+    def features(self, batch: MaskedBatch) -> Tensor:
+        """Return the student's features [Ts, D] of what it sees: the context of masked views, then unmasked views."""
+        seen = batch.packed.select(batch.context)
+        if batch.whole is not None:
+            seen = Packed.concatenate([seen, batch.whole], batch.seen)
+        features: Tensor = self.student(seen, batch.seen_merge_plan)
+        return features
+
+    def predict(self, features: Tensor, batch: MaskedBatch) -> Tensor | None:
+        """Return the prediction [Tq, D] of `targets` from the context's part of `features`, or None as there."""
+        if self.predictor is None:
+            return None
+        context, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
+        predicted: Tensor = self.predictor(features[: len(context.positions)], context, hidden)
+        return predicted
+
+    def losses(
+        self, predicted: Tensor | None, targets: Tensor | None, features: Tensor, batch: MaskedBatch, step: StepSize
+    ) -> Losses:
+        """Return the share of one pack in the loss of a step; the shares of all its packs add up to the step's loss.
 
         The prediction loss is a mean over the target tokens of the whole step, the other terms over its packs, so that
         ranks and accumulation agree by construction.
-
-        Args:
-            batch: one pack.
-            step_target_tokens: target tokens of all packs of the step, over all ranks.
-            step_packs: packs of the step, over all ranks.
         """
-        with torch.no_grad():
-            taught = self.teacher(batch.packed, batch.merge_plan)
-            targets = F.layer_norm(taught[batch.targets.index].float(), taught.shape[-1:])
-        visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
-        seen = visible
-        if batch.whole is not None:
-            seen = Packed.concatenate([visible, batch.whole], batch.seen)
-        features = self.student(seen, batch.seen_merge_plan)
-        context = features[: visible.segments.total]
-        predicted = self.predictor(context, visible, hidden)
-        prediction = (
-            F.smooth_l1_loss(predicted.float(), targets, reduction="sum") / targets.shape[1] / step_target_tokens
-        )
-
+        weights = self.objective
+        prediction = vicreg = contrastive = features.new_zeros((), dtype=torch.float32)
+        if predicted is not None and targets is not None:
+            distance = F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
+            prediction = distance / targets.shape[1] / step.target_tokens
         pooled = segment_mean(features, batch.seen.cu_seqlens)
         masked = len(batch.image_ids)
         images = masked // self.views
-        stabilizer = prediction.new_zeros(())
-        if self.objective.stabilizer and masked > 1:
-            stabilizer = variance_covariance(pooled[:masked]) / step_packs
-        invariance = prediction.new_zeros(())
+        if weights.vicreg_weight and masked > 1:
+            vicreg = variance_covariance(pooled[:masked]) / step.packs
         if self.projector is not None and images > 1:
             projected = self.projector(pooled)
-            # Of each image its masked views, then its whole ones.
+            # Of each image its masked views, then its unmasked ones.
             views = [part.unflatten(0, (images, -1)) for part in projected.tensor_split([masked]) if len(part)]
-            invariance = views_agree(torch.cat(views, dim=1)) / step_packs
-        total = prediction + self.objective.stabilizer * stabilizer + self.objective.invariance * invariance
-        return Losses(total, prediction.detach(), stabilizer.detach(), invariance.detach())
+            contrastive = nt_xent(torch.cat(views, dim=1)) / step.packs
+        total = (
+            weights.prediction_weight * prediction
+            + weights.vicreg_weight * vicreg
+            + weights.contrastive_weight * contrastive
+        )
+        return Losses(total, prediction.detach(), vicreg.detach(), contrastive.detach())
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -21,24 +21,6 @@ TILE = 64
 """Tokens on each side of a block of similarities."""
 
 
-@dataclass(frozen=True)
-class MergeConfig:
-    """Merging in training: targets and context features return to their patches' places before the predictor.
-
-    Off, because merging while training is reported to cost accuracy (arXiv 2508.02829 among others; docs/merging.md).
-    """
-
-    student_rate: float = 0.0
-    """Share of its tokens that each layer of the student merges into others, from 0 to 0.5."""
-    teacher_rate: float = 0.0
-    """The same of the teacher."""
-
-    def __post_init__(self) -> None:
-        for name in ("student_rate", "teacher_rate"):
-            if not 0 <= getattr(self, name) <= 0.5:
-                raise ValueError(f"merging.{name} must lie between 0 and 0.5, not {getattr(self, name)}.")
-
-
 def merged_lengths(
     lengths: Sequence[int] | NDArray[np.integer], rate: float | Sequence[float], depth: int, floor: int = 1
 ) -> NDArray[np.int64]:

@@ -116,6 +116,10 @@ class Packed(_Movable):
         index = selection.index
         return Packed(self.values[index], self.positions[index], self.grids, selection.segments)
 
+    def with_values(self, values: Tensor) -> Packed:
+        """The same views with other values, one for each token: [T, ...]."""
+        return dataclasses.replace(self, values=values)
+
     def split(self) -> list[Tensor]:
         """The values of each view: V tensors [tokens of the view, ...]."""
         return list(torch.split(self.values, list(self.segments.lengths)))

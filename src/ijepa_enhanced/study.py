@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 import yaml
 
 from ijepa_enhanced.commands.setup import labelled_images, load_encoder, random_start
-from ijepa_enhanced.config import RequestError, check_resumable, check_unchanged, load_config, nearest
+from ijepa_enhanced.config import check_resumable, check_unchanged, load_config
 from ijepa_enhanced.devices import autocast_dtype, best_device
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import NotFiniteError, RequestError, RunError, did_you_mean
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
-from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import RunError, TrainConfig, train
+from ijepa_enhanced.train.loop import train
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +41,14 @@ class StudyConfig:
     """What a study file says."""
 
     arms: dict[str, str]
-    """What `ijepa train` is given for each, such as `--objective.stabilizer 0`, by the arm's name."""
+    """What `ijepa train` is given for each, such as `--objective.vicreg_weight 0`, by the arm's name."""
     val: str
     """The source that encoders are scored on."""
     common: str = ""
     """What it is given for all of them, such as `--config quickstart --steps 300`."""
     train: str | None = None
     """The source that probes learn from. Null: that of the training."""
-    side: int | None = 224
+    resolution: int | None = 224
     """sqrt(height * width) in pixels that images are scored at; null: native size."""
     seeds: tuple[int, ...] = (0, 1, 2)
     seconds: float | None = None
@@ -58,11 +60,11 @@ KINDS: dict[str, Any] = {
     "common": str,
     "val": str,
     "train": str | None,
-    "side": int | None,
+    "resolution": int | None,
     "seconds": int | float | None,
 }
 """Of values in a study file."""
-SCORING = ("val", "train", "side", "seconds")
+SCORING = ("val", "train", "resolution", "seconds")
 """What every row of a study must have had alike, and no run's configuration tells."""
 
 
@@ -105,7 +107,7 @@ def load_study(path: Path) -> StudyConfig:
         raise RequestError(f"{path} must hold {', '.join(known[:2])} and may hold {', '.join(known[2:])}.")
     for key in content:
         if key not in known:
-            raise RequestError(f"{path}: unknown key '{key}'.{nearest(key, known)}")
+            raise RequestError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
     if "val" not in content:
         raise RequestError(f"{path}: val is missing, the source that encoders are scored on.")
     for key, kind in KINDS.items():
@@ -157,7 +159,7 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
             row = _run(dataclasses.replace(config, seed=seed), study, folder / f"{arm}-{seed}", arm)
             if row.outcome in ("finished", "collapsed"):
                 try:
-                    row = row._replace(**_scores(folder / f"{arm}-{seed}", study.side, images))
+                    row = row._replace(**_scores(folder / f"{arm}-{seed}", study.resolution, images))
                 except NotFiniteError as error:
                     row = row._replace(outcome=str(error))
             rows.append(row)
@@ -228,10 +230,10 @@ def seconds_per_step(config: TrainConfig) -> float:
     return float(tokens / last["tokens_per_second"])
 
 
-def _scores(folder: Path, side: int | None, images: Sequence[Images]) -> dict[str, Any]:
+def _scores(folder: Path, resolution: int | None, images: Sequence[LabelledSource]) -> dict[str, Any]:
     """The scores of a run's row, from the images of training and validation."""
     device = best_device()
-    setting = Setting(side, autocast_dtype("auto", device))
+    setting = InferenceConfig(resolution, autocast_dtype("auto", device))
 
     def of(encoder: Encoder) -> dict[str, float]:
         known, asked = (extract(encoder, part, setting, cache=True) for part in images)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ijepa_enhanced.benchmarks import embed, step
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
 
 CPU = torch.device("cpu")

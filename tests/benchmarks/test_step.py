@@ -10,9 +10,9 @@ import torch
 
 from ijepa_enhanced.benchmarks import step
 from ijepa_enhanced.data.loader import masks_of
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.masks import MaskConfig
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.packed import MaskedBatch
 
 GRIDS = [(5, 7), (12, 15), (3, 3), (9, 9), (16, 16), (2, 11)]

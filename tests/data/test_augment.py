@@ -5,7 +5,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from ijepa_enhanced.data.augment import BLUR_SIGMA, LUMA, AugmentConfig, augment, color_map
+from ijepa_enhanced.data.augment import BLUR_SIGMA, LUMA, augment, color_map
+from ijepa_enhanced.data.config import AugmentConfig
 
 NAMES = ("flip", "color", "gray", "blur", "solarize")
 

@@ -17,18 +17,22 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.data import cache, synthetic
-from ijepa_enhanced.data.cache import InMemory, free_memory
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data import in_memory, synthetic
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.in_memory import InMemory, free_memory
 from ijepa_enhanced.data.loader import PackDataset, make_loader
-from ijepa_enhanced.data.plan import Cursor, DataConfig, Plan
-from ijepa_enhanced.data.sources import FolderSource, Source, SyntheticSource, open_source
-from ijepa_enhanced.data.tables import TableSource
+from ijepa_enhanced.data.plan import Cursor, Plan
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.sources.synthetic import SyntheticSource
+from ijepa_enhanced.data.sources.tables import TableSource
+from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.masks import MaskConfig
 from ijepa_enhanced.train import loop
 
-CONFIG = DataConfig(tokens_per_pack=512, min_side=32, max_side=64)
+CONFIG = DataConfig(tokens_per_pack=512, min_resolution=32, max_resolution=64)
 PATCH = 8
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -42,7 +46,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batches(source: Source, workers: int, count: int = 6) -> list[Any]:
     """The first of a run's."""
-    index = build_index(source, cache=False)
+    index = open_catalog(source, cache=False)
     dataset = PackDataset(source, index, PATCH, MaskConfig())
     packs = Plan(index, CONFIG, PATCH, 3).packs(Cursor(0, 0))
     return list(make_loader(dataset, list(itertools.islice(packs, count)), workers))
@@ -69,7 +73,7 @@ def test_batches_are_equal_bit_for_bit(kind: str, workers: int, pictures: Path) 
 @pytest.mark.usefixtures("few_images")
 def test_the_plan_and_the_index_do_not_change(pictures: Path) -> None:
     for source in (SyntheticSource(), FolderSource(pictures)):
-        index, kept = build_index(source, cache=False), build_index(InMemory(source), cache=False)
+        index, kept = open_catalog(source, cache=False), open_catalog(InMemory(source), cache=False)
         assert index.hash == kept.hash
         in_memory = dataclasses.replace(CONFIG, cache="memory")
         assert Plan(index, CONFIG, PATCH, 3).hash == Plan(kept, in_memory, PATCH, 3).hash
@@ -131,8 +135,8 @@ def test_what_cannot_be_read_is_as_unreadable_as_before(pictures: Path, tmp_path
     (tmp_path / "2.png").symlink_to(tmp_path / "gone.png")
     source = FolderSource(tmp_path)
     kept = InMemory(source)
-    index = build_index(kept, cache=False)
-    assert index.unreadable == build_index(source, cache=False).unreadable
+    index = open_catalog(kept, cache=False)
+    assert index.unreadable == open_catalog(source, cache=False).unreadable
     assert len(index.unreadable) == 2
     for row in index.rows.tolist():
         assert np.array_equal(np.asarray(kept.open(row)), np.asarray(source.open(row)))
@@ -184,12 +188,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     # Room for exactly the images, and for one byte less.
     size = sum(path.stat().st_size for path in pictures.rglob("*.*"))
     free = {"memory": 10**12, "/dev/shm": 10**12}
-    monkeypatch.setattr(cache, "SHARE", 0.5)
-    monkeypatch.setattr(cache, "free_memory", lambda: free | {place: 2 * size})
+    monkeypatch.setattr(in_memory, "SHARE", 0.5)
+    monkeypatch.setattr(in_memory, "free_memory", lambda: free | {place: 2 * size})
     assert len(InMemory(FolderSource(pictures)).memory) == size
     monkeypatch.setattr(loop, "free_memory", lambda: free | {place: 2 * size - 1})
     monkeypatch.setattr(InMemory, "_place", lambda *_: pytest.fail("it was read"))
-    options = "--data.tokens_per_pack 512 --data.min_side 32 --data.max_side 48 --data.workers 0 --encoder.patch_size 8"
+    options = "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 --encoder.patch_size 8"
     run = tmp_path / "run"
     code = main(
         ["train", *options.split(), "--data.source", str(pictures), "--data.cache", "memory", "--run", str(run)]
@@ -213,15 +217,16 @@ def test_what_is_free_is_told_truly() -> None:
 
 PROGRAM = """
 import sys
-from ijepa_enhanced.data.cache import InMemory
-from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.in_memory import InMemory
+from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.loader import PackDataset, make_loader
-from ijepa_enhanced.data.plan import Cursor, DataConfig, Plan
-from ijepa_enhanced.data.sources import FolderSource
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.plan import Cursor, Plan
+from ijepa_enhanced.data.sources.folder import FolderSource
 
 source = InMemory(FolderSource(sys.argv[1]))
-index = build_index(source, cache=False)
-plan = Plan(index, DataConfig(tokens_per_pack=512, min_side=32, max_side=64), 8, 0)
+index = open_catalog(source, cache=False)
+plan = Plan(index, DataConfig(tokens_per_pack=512, min_resolution=32, max_resolution=64), 8, 0)
 for number, batch in enumerate(make_loader(PackDataset(source, index, 8), plan.packs(Cursor(0, 0)), 1)):
     if number == 1:
         print("ready", flush=True)

@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from ijepa_enhanced.data.images import (
-    MAX_PIXELS,
-    UnreadableImage,
-    decode_views,
-    open_image,
-    patchify,
-    unpatchify,
-    upright_size,
-)
+from ijepa_enhanced.data.decode import MAX_PIXELS, decode_views, open_image, patchify, unpatchify, upright_size
+from ijepa_enhanced.errors import UnreadableImage
 
 
 def encode(image, file_format, **options):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_enhanced.data.index import build_index, cache_folder, summary
-from ijepa_enhanced.data.sources import FolderSource, open_source
+from ijepa_enhanced.data.catalog import cache_folder, open_catalog, summary
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.data.sources.open import open_source
 
 DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -73,7 +74,7 @@ def assert_same(first, second):
 
 
 def test_the_index_of_a_folder(folder):
-    index = build_index(FolderSource(folder), cache=False)
+    index = open_catalog(FolderSource(folder), cache=False)
     assert index.heights.tolist() == [10, 20, 90]
     assert index.widths.tolist() == [40, 20, 10]
     assert index.rows.tolist() == [0, 2, 3]
@@ -89,63 +90,63 @@ def test_the_index_of_a_folder(folder):
 
 
 def test_without_labels(folder):
-    index = build_index(FolderSource(folder / "ant"), cache=False)
+    index = open_catalog(FolderSource(folder / "ant"), cache=False)
     assert (index.labels, index.classes) == (None, None)
     assert summary(index)["labels"] == 0
 
 
 def test_a_cached_index_is_the_same_and_reads_no_header(folder, cache, scanned):
-    first = build_index(FolderSource(folder))
+    first = open_catalog(FolderSource(folder))
     assert scanned == [0, 1, 2, 3, 4]
     assert [path.suffix for path in cache.iterdir()] == [".parquet"]
-    second = build_index(FolderSource(folder))
+    second = open_catalog(FolderSource(folder))
     assert len(scanned) == 5
     assert_same(first, second)
-    assert_same(first, build_index(FolderSource(folder), cache=False))
+    assert_same(first, open_catalog(FolderSource(folder), cache=False))
     assert len(scanned) == 10
 
 
 def test_nothing_is_written_without_a_cache(folder, cache):
-    build_index(FolderSource(folder), cache=False)
+    open_catalog(FolderSource(folder), cache=False)
     assert not cache.exists()
 
 
 def test_a_changed_file_is_scanned_again(folder, cache, scanned):
-    before = build_index(FolderSource(folder))
+    before = open_catalog(FolderSource(folder))
     (folder / "ant" / "b.png").write_bytes(png(5, 5))
-    after = build_index(FolderSource(folder))
+    after = open_catalog(FolderSource(folder))
     assert len(scanned) == 10
     assert after.rows.tolist() == [0, 1, 2, 3]
     assert after.hash != before.hash
 
 
 def test_a_file_replaced_by_one_of_the_same_length_is_scanned_again(folder, cache):
-    before = build_index(FolderSource(folder))
+    before = open_catalog(FolderSource(folder))
     path = folder / "ant" / "a.png"
     assert len(png(10, 40)) == len(png(11, 40))
     path.write_bytes(png(11, 40))
     os.utime(path, ns=(1, 1))
-    after = build_index(FolderSource(folder))
+    after = open_catalog(FolderSource(folder))
     assert (before.heights[0], after.heights[0]) == (10, 11)
 
 
 def test_a_file_that_may_be_read_now_is_scanned_again(folder, cache, scanned, monkeypatch):
     with monkeypatch.context() as closed:
         closed.setattr("os.access", lambda path, mode: False)
-        build_index(FolderSource(folder))
+        open_catalog(FolderSource(folder))
     scanned.clear()
-    build_index(FolderSource(folder))
+    open_catalog(FolderSource(folder))
     assert scanned
 
 
 def test_the_hash_does_not_know_where_the_images_lie(folder, tmp_path, cache):
     moved = shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
-    assert build_index(FolderSource(moved), cache=False).hash == build_index(FolderSource(folder)).hash
+    assert open_catalog(FolderSource(moved), cache=False).hash == open_catalog(FolderSource(folder)).hash
 
 
 @pytest.mark.parametrize("change", ["size", "name", "class", "fewer", "row"])
 def test_the_hash_knows_what_the_images_are(folder, change):
-    before = build_index(FolderSource(folder), cache=False).hash
+    before = open_catalog(FolderSource(folder), cache=False).hash
     if change == "size":
         (folder / "ant" / "a.png").write_bytes(png(40, 10))
     elif change == "name":
@@ -156,41 +157,41 @@ def test_the_hash_knows_what_the_images_are(folder, change):
         (folder / "ant" / "0.png").write_bytes(b"")  # the rows of all that can be read move on by one
     else:
         (folder / "bee" / "a.png").write_bytes(b"")
-    assert build_index(FolderSource(folder), cache=False).hash != before
+    assert open_catalog(FolderSource(folder), cache=False).hash != before
 
 
 def test_the_hash_knows_the_labels(folder):
     source = FolderSource(folder)
-    before = build_index(source, cache=False).hash
+    before = open_catalog(source, cache=False).hash
     source.labels = 1 - source.labels
-    assert build_index(source, cache=False).hash != before
+    assert open_catalog(source, cache=False).hash != before
 
 
 def test_names_that_are_no_text(folder, cache):
     (folder / "bee" / os.fsdecode(b"\xff.png")).write_bytes(png(3, 3))
     for _ in range(2):
-        assert os.fsencode(build_index(FolderSource(folder)).keys[-1]) == b"bee/\xff.png"
+        assert os.fsencode(open_catalog(FolderSource(folder)).keys[-1]) == b"bee/\xff.png"
 
 
 def test_a_corrupt_cache_is_rebuilt(folder, cache, scanned, caplog):
-    first = build_index(FolderSource(folder))
+    first = open_catalog(FolderSource(folder))
     (file,) = cache.iterdir()
     whole = file.read_bytes()
     for damage in (b"", b"no parquet file", whole[: len(whole) // 2]):
         file.write_bytes(damage)
         scanned.clear()
         caplog.clear()
-        assert_same(first, build_index(FolderSource(folder)))
+        assert_same(first, open_catalog(FolderSource(folder)))
         assert scanned == [0, 1, 2, 3, 4]
         assert f"The cached index {file} cannot be read and is made anew: " in caplog.text
         scanned.clear()
-        build_index(FolderSource(folder))
+        open_catalog(FolderSource(folder))
         assert not scanned, "what was rebuilt is cached again"
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(folder, cache, caplog):
     cache.write_text("a file where the folder should be")
-    index = build_index(FolderSource(folder))
+    index = open_catalog(FolderSource(folder))
     assert index.keys == ["ant/a.png", "ant/c.png", "bee/a.png"]
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert record.getMessage().startswith(f"The index cannot be cached in {cache}: ")
@@ -204,7 +205,7 @@ def test_a_failed_write_leaves_nothing_behind(folder, cache, monkeypatch, caplog
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pyarrow.parquet, "write_table", fill_the_disk)
-    build_index(FolderSource(folder))
+    open_catalog(FolderSource(folder))
     assert list(cache.iterdir()) == []
     assert "No space left on device" in caplog.text
 
@@ -223,7 +224,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_nothing_readable(tmp_path, cache):
     (tmp_path / "a.png").write_bytes(b"")
     for _ in range(2):
-        index = build_index(FolderSource(tmp_path))
+        index = open_catalog(FolderSource(tmp_path))
         assert index.unreadable == (("a.png", "empty file"),)
         assert summary(index) == {"images": 0, "unreadable": 1, "labels": 0, "side": {}, "aspect": {}}
 
@@ -232,14 +233,14 @@ def test_a_long_scan_says_how_far_it_is(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"")
-    monkeypatch.setattr("ijepa_enhanced.data.index.PATIENCE", -1.0)
-    build_index(FolderSource(tmp_path), cache=False)
+    monkeypatch.setattr("ijepa_enhanced.data.catalog.PATIENCE", -1.0)
+    open_catalog(FolderSource(tmp_path), cache=False)
     assert caplog.messages == [f"Scanning {tmp_path}: {number} of 3 images" for number in (1, 2, 3)]
 
 
 def test_summary_by_hand(folder):
     # Sides of 20, 20 and 30 px; aspects of 4, 1 and 1 / 9. Quantiles lie on straight lines between them.
-    assert summary(build_index(FolderSource(folder), cache=False)) == {
+    assert summary(open_catalog(FolderSource(folder), cache=False)) == {
         "images": 3,
         "unreadable": 2,
         "labels": 2,
@@ -251,8 +252,8 @@ def test_summary_by_hand(folder):
 @pytest.mark.skipif(not (DATA / "caltech-101").is_dir(), reason=f"no caltech-101 in {DATA} (set IJEPA_DATA)")
 def test_caltech_sizes_are_those_of_its_own_table(cache):
     source = open_source(str(DATA / "caltech-101" / "val-000000.tar"))
-    index = build_index(source)
-    assert_same(index, build_index(source))
+    index = open_catalog(source)
+    assert_same(index, open_catalog(source))
     assert summary(index)["images"] == 1434
     assert index.unreadable == ()
     with open(DATA / "caltech-101" / "samples.tsv", newline="") as file:
@@ -263,7 +264,7 @@ def test_caltech_sizes_are_those_of_its_own_table(cache):
 
 
 def test_a_part_of_an_index_is_in_the_order_asked_for(folder):
-    whole = build_index(open_source(str(folder)), cache=False)
+    whole = open_catalog(open_source(str(folder)), cache=False)
     part = whole.select(np.array([2, 0]))
     assert part.keys == [whole.keys[2], whole.keys[0]]
     for name in ("heights", "widths", "rows", "labels"):

@@ -5,8 +5,9 @@ import os
 import pytest
 from PIL import Image
 
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import SourceError, open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.errors import SourceError
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_labels_may_be_left_out(folder, name, text):
 
 def test_what_is_missing_is_unreadable(folder):
     source = opened(folder, "list.csv", "path,label\n3.png,dog\nnope.png,dog\na/1.png,\n")
-    index = build_index(source, cache=False)
+    index = open_catalog(source, cache=False)
     assert index.keys == ["3.png"]
     assert index.unreadable == (
         ("nope.png", "cannot be read: No such file or directory"),
@@ -67,16 +68,16 @@ def test_what_is_missing_is_unreadable(folder):
 
 def test_what_cannot_be_a_path_is_unreadable(folder):
     source = opened(folder, "list.jsonl", '{"path": "a\\u0000.png"}\n{"path": "3.png"}\n')
-    assert build_index(source).unreadable == (("a\0.png", "cannot be read: embedded null byte"),)
+    assert open_catalog(source).unreadable == (("a\0.png", "cannot be read: embedded null byte"),)
 
 
 def test_a_list_or_an_image_that_changed_is_indexed_anew(folder):
-    assert build_index(opened(folder, "list.csv", "path,label\n3.png,\na/1.png,0\n")).keys == ["a/1.png"]
+    assert open_catalog(opened(folder, "list.csv", "path,label\n3.png,\na/1.png,0\n")).keys == ["a/1.png"]
     source = opened(folder, "list.csv", "path,label\n3.png,0\na/1.png,0\n")
-    assert build_index(source).keys == ["3.png", "a/1.png"]
+    assert open_catalog(source).keys == ["3.png", "a/1.png"]
     Image.new("RGB", (6, 9)).save(folder / "3.png")
     os.utime(folder / "3.png", (1, 1))
-    assert build_index(source).heights.tolist() == [9, 1]
+    assert open_catalog(source).heights.tolist() == [9, 1]
 
 
 REFUSED = {

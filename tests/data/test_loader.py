@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ijepa_enhanced.data.augment import AugmentConfig, augment
-from ijepa_enhanced.data.images import patchify, unpatchify
-from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.augment import augment
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.config import AugmentConfig, DataConfig
+from ijepa_enhanced.data.decode import patchify, unpatchify
 from ijepa_enhanced.data.loader import SHARED_BYTES, PackDataset, make_loader, masked
-from ijepa_enhanced.data.plan import Cursor, DataConfig, Pack, Plan
-from ijepa_enhanced.data.sources import FolderSource
+from ijepa_enhanced.data.plan import Cursor, Pack, Plan
+from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.masks import MaskConfig, draw_masks
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
@@ -30,7 +31,7 @@ from ijepa_enhanced.randomness import Purpose, generator
 
 PATCH = 8
 SEED = 11
-CONFIG = DataConfig(tokens_per_pack=512, min_side=48, max_side=96, views=2, packs_per_step=2)
+CONFIG = DataConfig(tokens_per_pack=512, min_resolution=48, max_resolution=96, views=2, packs_per_step=2)
 
 # One or two processors are enough for these tests; PyTorch warns of more workers than processors.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -59,19 +60,19 @@ class Scene:
 
     def __init__(self, folder: Path, config: DataConfig = CONFIG) -> None:
         self.source = FolderSource(folder)
-        self.index: Index = build_index(self.source, cache=False)
-        self.plan = Plan(self.index, config, PATCH, SEED)
+        self.catalog: Catalog = open_catalog(self.source, cache=False)
+        self.plan = Plan(self.catalog, config, PATCH, SEED)
         epoch = self.plan.epoch(3)
         self.packs: list[Pack] = [epoch[number] for number in range(len(epoch))]
 
     def dataset(self, masks: MaskConfig | None = None, **merging: Any) -> PackDataset:
-        return PackDataset(self.source, self.index, PATCH, masks, SEED, **merging)
+        return PackDataset(self.source, self.catalog, PATCH, masks, SEED, **merging)
 
 
 @pytest.fixture
 def scene(folder: Path) -> Scene:
     made = Scene(folder)
-    assert len(made.index.rows) == 11
+    assert len(made.catalog.rows) == 11
     assert len(made.packs) > 2
     return made
 
@@ -107,11 +108,11 @@ def test_a_view_is_the_crop_resized_and_cut_into_patches(scene: Scene) -> None:
     assert type(batch) is Batch
     assert len(batch.packed.split()) == len(pack.images) > 4
     for number, patches in enumerate(batch.packed.split()):
-        row = int(scene.index.rows[pack.images[number]])
+        row = int(scene.catalog.rows[pack.images[number]])
         top, left, height, width = pack.boxes[number].tolist()
         rows, cols = pack.grids[number].tolist()
         with Image.open(scene.source.root / scene.source.keys[row]) as image:
-            assert (image.height, image.width) == (scene.index.heights[row - 1], scene.index.widths[row - 1])
+            assert (image.height, image.width) == (scene.catalog.heights[row - 1], scene.catalog.widths[row - 1])
             box = (left, top, min(left + width, image.width), min(top + height, image.height))
             pixels = np.asarray(image.resize((cols * PATCH, rows * PATCH), Image.Resampling.BICUBIC, box))
         assert patches.dtype == torch.uint8
@@ -124,7 +125,7 @@ def test_a_view_is_the_crop_resized_and_cut_into_patches(scene: Scene) -> None:
 def test_a_batch_says_whose_views_it_holds(scene: Scene) -> None:
     for pack in scene.packs:
         batch = scene.dataset()[pack]
-        assert batch.image_ids.tolist() == scene.index.rows[pack.images].tolist()
+        assert batch.image_ids.tolist() == scene.catalog.rows[pack.images].tolist()
         assert batch.image_ids.min() > 0, "rows of the source, whose first cannot be read"
         classes = [scene.source.keys[row][0] for row in batch.image_ids.tolist()]
         assert batch.labels is not None
@@ -152,7 +153,7 @@ def test_masks_are_those_of_the_image_s_own_generator(scene: Scene) -> None:
         assert_same(Batch(**whole), scene.dataset()[pack])
         expected = []
         for image, view, (rows, cols) in zip(pack.images, pack.views, pack.grids.tolist(), strict=True):
-            row = int(scene.index.rows[image])
+            row = int(scene.catalog.rows[image])
             rng = generator(SEED, Purpose.MASKS, epoch=3, image=row, view=int(view))
             expected.append(draw_masks(rows, cols, config, rng))
         assert pack.views.max() == 1
@@ -169,7 +170,7 @@ def test_every_view_is_changed_by_its_own_generator(scene: Scene) -> None:
         expected = []
         views = zip(plain.packed.split(), pack.grids.tolist(), pack.images, pack.views, strict=True)
         for patches, (rows, cols), image, number in views:
-            rng = generator(SEED, Purpose.AUGMENT, 3, int(scene.index.rows[image]), int(number))
+            rng = generator(SEED, Purpose.AUGMENT, 3, int(scene.catalog.rows[image]), int(number))
             pixels = augment(unpatchify(patches.numpy(), rows, cols, PATCH), config, rng)
             expected.append(torch.from_numpy(patchify(pixels, PATCH)))
         assert torch.equal(changed.packed.values, torch.cat(expected))
@@ -281,7 +282,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_named(scene: Scene, pla
     pack = scene.packs[0]
     images = pack.images[:: CONFIG.views]
     image = images[{"first": 0, "middle": len(images) // 2, "last": -1}[place]]
-    row = int(scene.index.rows[image])
+    row = int(scene.catalog.rows[image])
     without = pack.select(pack.images != image)
     dataset = scene.dataset(MaskConfig())
     expected = dataset[without]
@@ -306,7 +307,7 @@ def test_local_views_lie_apart_whole_and_after_the_context_in_what_the_student_s
     masked, small = pack.select(~pack.whole), pack.select(pack.whole)
     assert_same_stream(batch.packed, masked.grids)
     assert_same_stream(batch.whole, small.grids)
-    assert batch.image_ids.tolist() == scene.index.rows[masked.images].tolist()
+    assert batch.image_ids.tolist() == scene.catalog.rows[masked.images].tolist()
     assert batch.tokens == pack.grids.prod(axis=1).sum()
     # The others are what they would be without them, and every local view is the crop of its own box.
     alone = scene.dataset(MaskConfig())[masked]
@@ -333,7 +334,7 @@ def test_an_image_that_cannot_be_decoded_takes_its_local_views_with_it(folder: P
     pack = scene.packs[0]
     image = pack.images[5]
     expected = scene.dataset()[pack.select(pack.images != image)]
-    damage(scene, int(scene.index.rows[image]))
+    damage(scene, int(scene.catalog.rows[image]))
     batch = scene.dataset()[pack]
     assert batch.whole is not None
     assert expected.whole is not None
@@ -343,11 +344,11 @@ def test_an_image_that_cannot_be_decoded_takes_its_local_views_with_it(folder: P
 
 @pytest.mark.parametrize("masks", [None, MaskConfig()])
 def test_a_pack_of_which_nothing_can_be_decoded_is_an_empty_batch(scene: Scene, masks: MaskConfig | None) -> None:
-    for row in scene.index.rows.tolist():
+    for row in scene.catalog.rows.tolist():
         damage(scene, row)
     pack = scene.packs[0]
     batch = scene.dataset(masks)[pack]
-    assert [row for row, _ in batch.unreadable] == scene.index.rows[pack.images[::2]].tolist()
+    assert [row for row, _ in batch.unreadable] == scene.catalog.rows[pack.images[::2]].tolist()
     assert batch.packed.values.shape == (0, PATCH * PATCH * 3)
     assert batch.packed.segments.lengths == ()
     assert batch.packed.grids.shape == (0, 2)
@@ -365,7 +366,7 @@ def test_a_pack_of_which_nothing_can_be_decoded_is_an_empty_batch(scene: Scene, 
 
 
 def test_batches_are_the_same_and_in_order_whoever_makes_them(scene: Scene) -> None:
-    damage(scene, int(scene.index.rows[scene.packs[0].images[2]]))
+    damage(scene, int(scene.catalog.rows[scene.packs[0].images[2]]))
     packs = list(itertools.islice(scene.plan.packs(Cursor(0, 0)), 2 * len(scene.packs) + 1))
     assert {pack.cursor.epoch for pack in packs} >= {0, 1}
     dataset = scene.dataset(MaskConfig())
@@ -394,7 +395,7 @@ class Half(PackDataset):
 
 
 def test_tensors_that_numpy_lacks_are_handed_over_too(scene: Scene) -> None:
-    (numbers,) = make_loader(Half(scene.source, scene.index, PATCH), scene.packs[:1], workers=1)
+    (numbers,) = make_loader(Half(scene.source, scene.catalog, PATCH), scene.packs[:1], workers=1)
     assert torch.equal(numbers, torch.arange(3, dtype=torch.bfloat16))
 
 
@@ -419,6 +420,6 @@ class _Process(PackDataset):
 
 
 def test_what_is_sent_to_the_trainers_group_does_not_reach_its_workers(scene: Scene) -> None:
-    ((process, group),) = make_loader(_Process(scene.source, scene.index, PATCH), scene.packs[:1], workers=1)
+    ((process, group),) = make_loader(_Process(scene.source, scene.catalog, PATCH), scene.packs[:1], workers=1)
     assert process != os.getpid()
     assert group != os.getpgrp()

@@ -9,16 +9,20 @@ from PIL import Image
 
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.config import load_config
-from ijepa_enhanced.data.cache import InMemory
-from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.in_memory import InMemory
 from ijepa_enhanced.data.loader import PackDataset
-from ijepa_enhanced.data.mixed import MixedSource
-from ijepa_enhanced.data.plan import Cursor, DataConfig, Plan, PlanError
-from ijepa_enhanced.data.source import Source, SourceError
-from ijepa_enhanced.data.sources import FolderSource, SyntheticSource, open_source
+from ijepa_enhanced.data.plan import Cursor, Plan
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.data.sources.mixed import MixedSource
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.sources.synthetic import SyntheticSource
+from ijepa_enhanced.errors import PlanError, SourceError
 from ijepa_enhanced.masks import MaskConfig
 
-CONFIG = DataConfig(tokens_per_pack=512, min_side=32, max_side=64)
+CONFIG = DataConfig(tokens_per_pack=512, min_resolution=32, max_resolution=64)
 
 
 def folder(root: Path, *names: str, start: int = 1) -> Path:
@@ -39,15 +43,15 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
-def index_of(shares: list[float] | None, count: int = 2000, size: int = 64) -> Index:
+def index_of(shares: list[float] | None, count: int = 2000, size: int = 64) -> Catalog:
     """Images all of one size."""
     sides = np.full(count, size, dtype=np.int32)
     drawn = None if shares is None else np.repeat(shares, count // len(shares))
     keys = [str(row) for row in range(count)]
-    return Index(sides, sides, np.arange(count), None, None, keys, (), "hash", drawn)
+    return Catalog(sides, sides, np.arange(count), None, None, keys, (), "hash", drawn)
 
 
-def shown(index: Index, epoch: int = 0, seed: int = 0) -> list[int]:
+def shown(index: Catalog, epoch: int = 0, seed: int = 0) -> list[int]:
     return sorted(Plan(index, CONFIG, 8, seed).epoch(epoch).images.tolist())
 
 
@@ -158,11 +162,11 @@ def test_a_fingerprint_changes_with_any_part_and_with_their_order(two: tuple[Pat
 
 def test_an_index_knows_shares_of_what_can_be_read(two: tuple[Path, Path]) -> None:
     (two[0] / "ant" / "0.png").write_bytes(b"")
-    index = build_index(open_source(f"{two[0]} + {two[1]}@2"))
+    index = open_catalog(open_source(f"{two[0]} + {two[1]}@2"))
     assert index.shares is not None
     assert index.shares.tolist() == [0.5, 0.5, 1.0, 1.0]
     assert index.unreadable == (("1:ant/0.png", "empty file"),)
-    hashes = {build_index(open_source(f"{two[0]}@{weight} + {two[1]}@2")).hash for weight in (1, 1.5, 2)}
+    hashes = {open_catalog(open_source(f"{two[0]}@{weight} + {two[1]}@2")).hash for weight in (1, 1.5, 2)}
     assert len(hashes) == 3, "a run cannot go on with other weights"
     assert index.select(np.array([3, 0])).shares is None
 
@@ -208,7 +212,7 @@ def test_equal_weights_are_the_plan_of_no_weights() -> None:
 def test_what_an_epoch_does_not_show_is_not_counted() -> None:
     index = index_of([1.0, 0.2])
     index.heights[1500:] = index.widths[1500:] = 1
-    epoch = Plan(index, DataConfig(tokens_per_pack=512, min_side=None, max_side=None), 8, 0).epoch(0)
+    epoch = Plan(index, DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None), 8, 0).epoch(0)
     assert epoch.too_small == pytest.approx(100, abs=36)
     assert len(epoch.images) == pytest.approx(1100, abs=36)
 
@@ -217,12 +221,12 @@ def test_too_few_images_in_an_epoch_are_refused() -> None:
     index = index_of([1.0, 1e-9], count=4, size=64)
     index.heights[:1] = index.widths[:1] = 1
     with pytest.raises(PlanError, match=r"and 1 of 2 have\."):
-        Plan(index, DataConfig(tokens_per_pack=512, min_side=None, max_side=None), 8, 0).epoch(0)
+        Plan(index, DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None), 8, 0).epoch(0)
 
 
 def test_batches_say_which_row_of_the_mix_they_show(two: tuple[Path, Path]) -> None:
     source: Source = MixedSource([FolderSource(two[0]), FolderSource(two[1])], [1, 1], "a mix")
-    index = build_index(source, cache=False)
+    index = open_catalog(source, cache=False)
     plan = Plan(index, CONFIG, 8, 0)
     batch = PackDataset(source, index, 8, MaskConfig())[next(plan.packs(Cursor(0, 0)))]
     colours = [int(view.float().mean() * 3) for view in batch.packed.split()]
@@ -235,7 +239,7 @@ def test_a_run_on_a_mix(pictures: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("ijepa_enhanced.data.synthetic.IMAGES", {"train": 8, "val": 8})
     spec = f"{pictures} + synthetic@0.5"
     options = (
-        "--data.tokens_per_pack 256 --data.min_side 32 --data.max_side 48 --data.workers 0 --encoder.variant Ti "
+        "--data.tokens_per_pack 256 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 --encoder.variant Ti "
         "--encoder.patch_size 8 --encoder.depth 1 --predictor.width 32 --predictor.depth 1 --predictor.heads 2 "
         "--steps 2 --data.cache memory"
     )

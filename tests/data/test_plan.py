@@ -12,25 +12,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ijepa_enhanced.data.index import Index
-from ijepa_enhanced.data.plan import (
-    Cursor,
-    DataConfig,
-    EpochPlan,
-    Pack,
-    Plan,
-    PlanError,
-    balance,
-    cut_into_packs,
-    fit_grids,
-    inference_packs,
-)
+from ijepa_enhanced.data.catalog import Catalog
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.packing import balance, cut_into_packs
+from ijepa_enhanced.data.plan import Cursor, EpochPlan, Pack, Plan, inference_packs
+from ijepa_enhanced.errors import PlanError
 
 
-def make_index(sizes: Iterable[tuple[int, int]], name: str = "an index") -> Index:
+def make_index(sizes: Iterable[tuple[int, int]], name: str = "an index") -> Catalog:
     heights, widths = np.array(list(sizes), dtype=np.int32).reshape(-1, 2).T
     rows = np.arange(len(heights), dtype=np.int64)
-    return Index(heights, widths, rows, None, None, [str(row) for row in rows], (), name)
+    return Catalog(heights, widths, rows, None, None, [str(row) for row in rows], (), name)
 
 
 def photographs(count: int, seed: int = 0) -> list[tuple[int, int]]:
@@ -229,12 +222,12 @@ def test_an_epoch_shows_every_image_once_and_all_its_views_side_by_side(config: 
     epoch = make_plan(config).epoch(0)
     packs = [epoch[number] for number in range(len(epoch))]
     images = np.concatenate([pack.images for pack in packs])
-    assert Counter(images.tolist()) == dict.fromkeys(range(len(SIZES)), config.views)
+    assert Counter(images.tolist()) == dict.fromkeys(range(len(SIZES)), config.masked_views)
     for number, pack in enumerate(packs):
         assert pack.cursor == (0, number)
         assert 0 < pack.grids.prod(axis=1).sum() == epoch.pack_tokens[number] <= 512
-        assert pack.views.tolist() == list(range(config.views)) * (len(pack.images) // config.views)
-        blocks = pack.images.reshape(-1, config.views)
+        assert pack.views.tolist() == list(range(config.masked_views)) * (len(pack.images) // config.masked_views)
+        blocks = pack.images.reshape(-1, config.masked_views)
         assert (blocks == blocks[:, :1]).all()
         assert len(np.unique(blocks[:, 0])) == len(blocks)
     assert [len(epoch.offsets), epoch.offsets[0], epoch.offsets[-1]] == [len(packs) + 1, 0, len(SIZES)]
@@ -245,7 +238,7 @@ def test_an_epoch_shows_every_image_once_and_all_its_views_side_by_side(config: 
     [
         DataConfig(tokens_per_pack=8192),
         DataConfig(tokens_per_pack=8192, views=2, min_crop=0.01, max_crop=0.01),
-        DataConfig(tokens_per_pack=8192, min_side=None, max_side=None, min_crop=1.0),
+        DataConfig(tokens_per_pack=8192, min_resolution=None, max_resolution=None, min_crop=1.0),
     ],
 )
 def test_crops_lie_inside_their_image_with_the_area_asked_for_and_its_aspect(config: DataConfig) -> None:
@@ -277,7 +270,13 @@ def test_crops_lie_inside_their_image_with_the_area_asked_for_and_its_aspect(con
 
 def test_local_views_are_small_crops_at_half_the_side_beside_their_images_others() -> None:
     config = DataConfig(
-        tokens_per_pack=8192, views=2, local_views=3, min_side=160, max_side=320, min_crop=0.4, max_view_tokens=400
+        tokens_per_pack=8192,
+        views=2,
+        local_views=3,
+        min_resolution=160,
+        max_resolution=320,
+        min_crop=0.4,
+        max_view_tokens=400,
     )
     epoch = make_plan(config, [(1000, 1000)] * 200).epoch(0)
     sides, areas = np.sqrt(epoch.grids.prod(axis=2)) * 16, epoch.boxes[..., 2:].prod(axis=2) / 1000**2
@@ -301,15 +300,15 @@ def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them
     config = DataConfig(
         tokens_per_pack=8192,
         views=1,
-        whole_views=1,
+        global_views=1,
         local_views=1,
-        min_side=160,
-        max_side=320,
+        min_resolution=160,
+        max_resolution=320,
         min_crop=0.4,
         max_view_tokens=400,
     )
     epoch = make_plan(config, [(1000, 1000)] * 200).epoch(0)
-    plain = dataclasses.replace(config, views=2, whole_views=0)
+    plain = dataclasses.replace(config, views=2, global_views=0)
     other = make_plan(plain, [(1000, 1000)] * 200).epoch(0)
     # The same draws, so the same views; images are dealt alike too.
     assert (epoch.boxes == other.boxes).all()
@@ -320,7 +319,9 @@ def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them
 
 def test_a_view_that_is_not_masked_may_be_of_one_token() -> None:
     """2 x 2 patches can be masked; the crop of another view may be a single one."""
-    config = DataConfig(tokens_per_pack=64, views=1, whole_views=1, min_side=None, max_side=None, min_crop=0.05)
+    config = DataConfig(
+        tokens_per_pack=64, views=1, global_views=1, min_resolution=None, max_resolution=None, min_crop=0.05
+    )
     plan = make_plan(config, [(40, 40)] * 300)
     epoch = plan.epoch(0)
     masked, whole = epoch.grids.prod(axis=2).T
@@ -330,18 +331,20 @@ def test_a_view_that_is_not_masked_may_be_of_one_token() -> None:
 
 
 def test_local_views_need_not_be_large_enough_to_mask_and_have_a_quarter_of_the_limit() -> None:
-    config = DataConfig(tokens_per_pack=512, local_views=2, min_side=32, max_side=32, min_crop=1.0, max_view_tokens=20)
+    config = DataConfig(
+        tokens_per_pack=512, local_views=2, min_resolution=32, max_resolution=32, min_crop=1.0, max_view_tokens=20
+    )
     epoch = make_plan(config, [(64, 64)] * 4).epoch(0)
     assert epoch.too_small == 0
     assert epoch.grids.prod(axis=2).tolist() == [[4, 1, 1]] * 4
-    large = dataclasses.replace(config, min_side=320, max_side=320)
+    large = dataclasses.replace(config, min_resolution=320, max_resolution=320)
     epoch = make_plan(large, [(64, 64)] * 4).epoch(0)
     assert epoch.grids.prod(axis=2).tolist() == [[16, 4, 4]] * 4, "the largest squares within 20 and 5 tokens"
     assert epoch.limited == 12
 
 
 def test_sides_and_crops_use_the_whole_of_their_ranges() -> None:
-    config = DataConfig(min_side=160, max_side=640, min_crop=0.2, max_crop=0.8)
+    config = DataConfig(min_resolution=160, max_resolution=640, min_crop=0.2, max_crop=0.8)
     epoch = make_plan(config, [(1000, 1000)] * 400).epoch(0)
     sides = np.sqrt(epoch.grids.prod(axis=2)) * 16
     crops = epoch.boxes[..., 2:].prod(axis=2) / 1000**2
@@ -357,7 +360,7 @@ def test_sides_and_crops_use_the_whole_of_their_ranges() -> None:
 
 
 def test_native_views_have_the_size_of_their_crop_and_are_never_enlarged() -> None:
-    config = DataConfig(tokens_per_pack=8 * 4096, min_side=None, max_side=None, min_crop=1.0)
+    config = DataConfig(tokens_per_pack=8 * 4096, min_resolution=None, max_resolution=None, min_crop=1.0)
     epoch = make_plan(config, [(160, 320), (320, 160), (48, 48)]).epoch(0)
     order = np.argsort(epoch.images)
     assert epoch.grids[order, 0].tolist() == [[10, 20], [20, 10], [3, 3]]
@@ -380,7 +383,7 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
 
 
 def test_images_whose_views_are_too_small_are_left_out_and_counted() -> None:
-    config = DataConfig(tokens_per_pack=512, min_side=None, max_side=None, min_crop=1.0)
+    config = DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None, min_crop=1.0)
     # Patches of 16 px: 3 tokens, 4 tokens, none, 2 x 2, 1 x 3.
     epoch = make_plan(config, [(16, 48), (16, 64), (5, 5), (32, 32), (8, 50)]).epoch(0)
     assert sorted(epoch.images.tolist()) == [1, 3]
@@ -388,11 +391,11 @@ def test_images_whose_views_are_too_small_are_left_out_and_counted() -> None:
 
 
 def test_an_image_is_left_out_when_any_of_its_views_is_too_small() -> None:
-    config = DataConfig(tokens_per_pack=512, views=2, min_side=None, max_side=None, min_crop=0.5)
+    config = DataConfig(tokens_per_pack=512, views=2, min_resolution=None, max_resolution=None, min_crop=0.5)
     epoch = make_plan(config, [(40, 40)] * 200).epoch(0)
     # 40 px are 2 x 2 patches from a crop of 24 px on, sqrt(0.5) = 28 px: all have enough.
     assert epoch.too_small == 0
-    config = DataConfig(tokens_per_pack=512, views=2, min_side=None, max_side=None, min_crop=0.1)
+    config = DataConfig(tokens_per_pack=512, views=2, min_resolution=None, max_resolution=None, min_crop=0.1)
     epoch = make_plan(config, [(40, 40)] * 400).epoch(0)
     # Below 0.36 of the area it is 1 x 1: 0.26 / 0.9 of the views, so 1 - (1 - 0.289) ** 2 = 49% of the images.
     bound = 5 * math.sqrt(0.25 / 400)
@@ -402,7 +405,7 @@ def test_an_image_is_left_out_when_any_of_its_views_is_too_small() -> None:
 
 
 def test_views_that_are_scaled_down_to_the_limit_are_counted() -> None:
-    config = DataConfig(tokens_per_pack=800, min_side=None, max_side=None, min_crop=1.0)
+    config = DataConfig(tokens_per_pack=800, min_resolution=None, max_resolution=None, min_crop=1.0)
     assert config.view_limit == 100
     epoch = make_plan(config, [(160, 160), (161, 160), (320, 320), (64, 64), (5, 5)]).epoch(0)
     assert (epoch.limited, epoch.too_small) == (2, 1)
@@ -427,12 +430,12 @@ def test_fill_and_its_ceiling_by_hand() -> None:
     [([], "0 of 0 have"), ([(500, 500)], "1 of 1 have"), ([(16, 16), (500, 500), (16, 47)], "1 of 3 have")],
 )
 def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tuple[int, int]], have: str) -> None:
-    config = DataConfig(tokens_per_pack=512, min_side=None, max_side=None, min_crop=1.0)
+    config = DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None, min_crop=1.0)
     with pytest.raises(PlanError) as error:
         make_plan(config, sizes).epoch(0)
     assert str(error.value) == (
         f"Training needs at least 2 images whose views have 4 patches of 16 px or more, and {have}. "
-        "Add images, raise data.min_side, or take a smaller encoder.patch_size."
+        "Add images, raise data.min_resolution, or take a smaller encoder.patch_size."
     )
     assert isinstance(error.value, ValueError)
 
@@ -442,18 +445,24 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
     [
         ({"tokens_per_pack": 0}, "data.tokens_per_pack must be at least 1, not 0."),
         ({"packs_per_step": 0}, "data.packs_per_step must be at least 1, not 0."),
-        ({"views": -1}, "data.views must be at least 1, not -1."),
+        ({"views": -1}, "data.masked_views must be at least 1, not -1."),
         ({"workers": -1}, "data.workers must be at least 0, not -1."),
         (
-            {"min_side": None},
-            "data.min_side and data.max_side must both be numbers, or both null for native size.",
+            {"min_resolution": None},
+            "data.min_resolution and data.max_resolution must both be numbers, or both null for native size.",
         ),
-        ({"max_side": None}, "data.min_side and data.max_side must both be numbers, or both null for native size."),
         (
-            {"min_side": 300},
-            "data.min_side and data.max_side must satisfy 1 <= min <= max, not 300 and 224.",
+            {"max_resolution": None},
+            "data.min_resolution and data.max_resolution must both be numbers, or both null for native size.",
         ),
-        ({"min_side": 0}, "data.min_side and data.max_side must satisfy 1 <= min <= max, not 0 and 224."),
+        (
+            {"min_resolution": 300},
+            "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, not 300 and 224.",
+        ),
+        (
+            {"min_resolution": 0},
+            "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, not 0 and 224.",
+        ),
         ({"min_crop": 0.0}, "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, not 0.0 and 1.0."),
         ({"max_crop": 1.5}, "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, not 0.3 and 1.5."),
         ({"max_crop": 0.2}, "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, not 0.3 and 0.2."),
@@ -469,7 +478,7 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
             "data.tokens_per_pack (16384) cannot hold the views of one image (9 of up to 2048 tokens). "
             "Raise it, or lower data.max_view_tokens.",
         ),
-        ({"whole_views": -1}, "data.whole_views must be at least 0, not -1."),
+        ({"global_views": -1}, "data.global_views must be at least 0, not -1."),
         ({"local_views": -1}, "data.local_views must be at least 0, not -1."),
         (
             {"tokens_per_pack": 1000, "views": 2, "local_views": 6, "max_view_tokens": 300},
@@ -496,7 +505,14 @@ def test_settings_that_cannot_be_met_are_refused(settings: dict[str, Any], messa
 
 def test_settings_at_their_bounds_are_taken() -> None:
     config = DataConfig(
-        tokens_per_pack=32, views=8, min_side=1, max_side=1, min_crop=1.0, max_crop=1.0, max_unreadable=0.0, workers=0
+        tokens_per_pack=32,
+        views=8,
+        min_resolution=1,
+        max_resolution=1,
+        min_crop=1.0,
+        max_crop=1.0,
+        max_unreadable=0.0,
+        workers=0,
     )
     assert config.view_limit == 4
     assert DataConfig(tokens_per_pack=1000, views=4, max_view_tokens=250).view_limit == 250
@@ -509,10 +525,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tokens_per_pack": {"tokens_per_pack": 520},
     "packs_per_step": {"packs_per_step": 3},
     "views": {"views": 2},
-    "whole_views": {"whole_views": 1},
+    "global_views": {"global_views": 1},
     "local_views": {"local_views": 2},
-    "min_side": {"min_side": 100},
-    "max_side": {"max_side": 230},
+    "min_resolution": {"min_resolution": 100},
+    "max_resolution": {"max_resolution": 230},
     "min_crop": {"min_crop": 0.4},
     "max_crop": {"max_crop": 0.9},
     "max_view_tokens": {"max_view_tokens": 60},

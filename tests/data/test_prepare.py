@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_enhanced.data.images import decode_views
-from ijepa_enhanced.data.sources import FolderSource, SourceError, open_source
-from ijepa_enhanced.prepare import MANIFEST, check, prepare
+from ijepa_enhanced.data.decode import decode_views
+from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.errors import SourceError
 
 COUNT = 44
 
@@ -53,7 +55,7 @@ DROPPED = [
 def prepared(photos, tmp_path_factory):
     """What an undisturbed run makes of them."""
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(FolderSource(photos), folder, max_side=240, shard_size=1)
+    prepare(FolderSource(photos), folder, max_resolution=240, shard_size=1)
     return folder
 
 
@@ -99,7 +101,7 @@ def test_images_are_shrunk_to_the_side_and_never_enlarged(tmp_path):
     for name, (height, width) in sizes.items():
         (tmp_path / name).mkdir()
         smooth(rng, height, width).save(tmp_path / name / "0.png")
-    prepare(FolderSource(tmp_path), tmp_path / "out", max_side=120, quality=95)
+    prepare(FolderSource(tmp_path), tmp_path / "out", max_resolution=120, quality=95)
     source = open_source(str(tmp_path / "out"))
     assert [source.size(row) for row in range(3)] == [(60, 240), (1, 31_749), (50, 20)]
     box, size = np.array([[0, 0, 300, 1200]]), np.array([[60, 240]])
@@ -129,8 +131,8 @@ def test_nothing_of_the_day_or_the_machine_is_in_it(prepared):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ijepa_enhanced.prepare import prepare
-from ijepa_enhanced.data.sources import FolderSource
+from ijepa_enhanced.data.prepare import prepare
+from ijepa_enhanced.data.sources.folder import FolderSource
 
 def die(done, total):
     if done == int(last):
@@ -244,7 +246,7 @@ def nothing(folder):
 OTHERWISE = "{} was prepared with {}. Name another folder, or delete this one."
 REFUSED = {
     "other images": (nothing, {}, "{} was prepared from other images. Name another folder, or delete this one."),
-    "another side": (nothing, {"max_side": 100}, OTHERWISE.format("{}", "max_side 240, not 100")),
+    "another side": (nothing, {"max_resolution": 100}, OTHERWISE.format("{}", "max_resolution 240, not 100")),
     "another quality": (nothing, {"quality": 80}, OTHERWISE.format("{}", "quality 90, not 80")),
     "another size of shards": (nothing, {"shard_size": 2}, OTHERWISE.format("{}", "shard_size 1, not 2")),
     "something else": (
@@ -277,7 +279,7 @@ def test_folders_that_are_refused(photos, copy, spoil, settings, message):
     before = contents(copy)
     source = FolderSource(photos / "bee" if "other images" in message else photos)
     with pytest.raises(SourceError) as error:
-        prepare(source, copy, **{"max_side": 240, "shard_size": 1, **settings})
+        prepare(source, copy, **{"max_resolution": 240, "shard_size": 1, **settings})
     assert str(error.value) == message.format(copy)
     assert contents(copy) == before
 

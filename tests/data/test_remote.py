@@ -15,7 +15,8 @@ from PIL import Image
 
 from ijepa_enhanced.data import remote
 from ijepa_enhanced.data.remote import TRIES, fetch
-from ijepa_enhanced.data.sources import SourceError, open_source
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.errors import SourceError
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,13 @@ import pytest
 from PIL import Image
 
 from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import HEAD, FolderSource, SourceError, SyntheticSource, TarSource, open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.base import HEAD
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.sources.synthetic import SyntheticSource
+from ijepa_enhanced.data.sources.tar import TarSource
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -398,7 +402,7 @@ def test_an_index_is_not_that_of_another_key(tmp_path):
     """Which images lack a label is in the cache, and another key may have it."""
     shard(tmp_path / "a.tar", described(b'{"class": 0, "kind": 1}', b'{"kind": 2}'))
     spec = f"{tmp_path}/a.tar#label="
-    found = [build_index(open_source(f"{spec}{key}")).labels.tolist() for key in ("class", "kind", "class")]
+    found = [open_catalog(open_source(f"{spec}{key}")).labels.tolist() for key in ("class", "kind", "class")]
     assert found == [[0], [1, 2], [0]]
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import SourceError, open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 SPECIES = ["dog", "ant", "cat"]
 
@@ -165,7 +165,7 @@ def test_string_labels_are_numbered_in_the_order_of_the_alphabet(tmp_path):
 def test_rows_without_a_label_are_left_out_unless_all_are(tmp_path):
     some = open_source(str(parquet(tmp_path / "a.parquet", image=cells(0, 3), label=["dog", None, "ant"])))
     assert some.labels.tolist() == [1, -1, 0]
-    assert build_index(some, cache=False).unreadable == (("a.parquet:1", "no label, which others have"),)
+    assert open_catalog(some, cache=False).unreadable == (("a.parquet:1", "no label, which others have"),)
     dataset(labels=(-1, -1)).to_parquet(tmp_path / "b.parquet")
     none = open_source(str(tmp_path / "b.parquet"))
     assert (none.labels, none.classes, heights(none)) == (None, None, [1, 2])
@@ -186,7 +186,7 @@ def test_images_beside_the_table(tmp_path):
     image = pa.array([{"bytes": None, "path": path} for path in paths[:2]] + [None])
     source = open_source(str(parquet(tmp_path / "a.parquet", image=image)))
     assert source.size(0) == (9, 6)
-    unreadable = dict(build_index(source, cache=False).unreadable)
+    unreadable = dict(open_catalog(source, cache=False).unreadable)
     assert unreadable == {
         "a.parquet:1": "cannot be read: No such file or directory",
         "a.parquet:2": "no image in this row",
@@ -205,8 +205,8 @@ def test_damaged_rows_are_unreadable(tmp_path):
 
 def test_nothing_is_written_beside_the_data(splits):
     before = sorted(path for path in splits.rglob("*"))
-    build_index(open_source(str(splits)), cache=False)
-    build_index(open_source(f"hf://{splits}"), cache=False)
+    open_catalog(open_source(str(splits)), cache=False)
+    open_catalog(open_source(f"hf://{splits}"), cache=False)
     assert sorted(path for path in splits.rglob("*")) == before
 
 
@@ -219,14 +219,14 @@ def test_a_changed_file_is_read_anew(tmp_path):
     after = open_source(str(path))
     assert (heights(before), heights(after)) == ([1, 2, 3], [8, 9, 10])
     assert before.fingerprint() != after.fingerprint()
-    assert build_index(after).heights.tolist() == [8, 9, 10]
+    assert open_catalog(after).heights.tolist() == [8, 9, 10]
 
 
 def test_slices_of_one_file_are_different_sources(splits):
     first, second = (open_source(f"hf://{splits}:train[{rows}]") for rows in (":2", "2:4"))
     assert first.fingerprint() != second.fingerprint()
-    assert build_index(first).heights.tolist() == [1, 2]
-    assert build_index(second).heights.tolist() == [3, 4]
+    assert open_catalog(first).heights.tolist() == [1, 2]
+    assert open_catalog(second).heights.tolist() == [3, 4]
 
 
 def test_a_copy_for_another_process_is_small_and_reads_the_same(splits):

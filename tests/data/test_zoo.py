@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from ijepa_enhanced.data.images import UnreadableImage, decode_views
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import FolderSource
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.decode import decode_views
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.errors import UnreadableImage
 
 COLOURS = np.array([[[220, 30, 40], [40, 200, 60]], [[50, 60, 210], [230, 220, 40]]], dtype=np.uint8)
 RGB = COLOURS.repeat(16, axis=0).repeat(24, axis=1)
@@ -334,7 +335,7 @@ def test_what_is_not_and_why(zoo, name):
 
 def test_the_index_of_the_zoo(zoo):
     """Headers tell of all but damaged bodies, at 32 x 48 px."""
-    index = build_index(zoo, cache=False)
+    index = open_catalog(zoo, cache=False)
     bodies = {name for name in index.keys if name in UNREADABLE}
     assert {*index.keys} == {*SHOWN, *bodies}
     assert bodies >= {"cut in the middle.jpg", "cut in the middle.png"}

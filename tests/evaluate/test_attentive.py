@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.evaluate import attentive as attentive_module
 from ijepa_enhanced.evaluate.attentive import AttentiveClassifier, attentive, segment_softmax
-from ijepa_enhanced.evaluate.tokens import Images, Setting, Tokens, stored_tokens, uncounted
-from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, Tokens, stored_tokens, uncounted
+from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.packed import Segments
 
 
@@ -59,14 +59,14 @@ def encoder() -> Encoder:
 
 
 @pytest.fixture
-def images(pictures: Path) -> Images:
+def images(pictures: Path) -> LabelledSource:
     source = open_source(str(pictures))
-    return Images(source, build_index(source))
+    return LabelledSource(source, open_catalog(source))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_stored_tokens_are_those_of_the_maps(encoder: Encoder, images: Images, rate: float) -> None:
-    setting = Setting(32, merge_rate=rate, workers=0, tokens_per_pack=64)
+def test_stored_tokens_are_those_of_the_maps(encoder: Encoder, images: LabelledSource, rate: float) -> None:
+    setting = InferenceConfig(32, merge_rate=rate, workers=0, tokens_per_pack=64)
     maps = encoder.feature_maps([images.source.open(row) for row in range(10)], 32, rate)
     with stored_tokens(encoder, images, setting, uncounted) as tokens:
         assert tokens.grids.tolist() == [[*view.shape[:2]] for view in maps]
@@ -77,9 +77,9 @@ def test_stored_tokens_are_those_of_the_maps(encoder: Encoder, images: Images, r
         assert tokens.labels.tolist() == [0] * 5 + [1] * 5
 
 
-def test_stored_tokens_leave_no_file(encoder: Encoder, images: Images, index_cache: Path) -> None:
+def test_stored_tokens_leave_no_file(encoder: Encoder, images: LabelledSource, index_cache: Path) -> None:
     before = set(index_cache.iterdir())
-    with stored_tokens(encoder, images, Setting(32, workers=0), uncounted):
+    with stored_tokens(encoder, images, InferenceConfig(32, workers=0), uncounted):
         assert set(index_cache.iterdir()) == before, "nor does a process that is killed"
     assert set(index_cache.iterdir()) == before
 
@@ -103,9 +103,9 @@ def test_it_finds_one_patch_in_many_that_the_mean_hides(monkeypatch: pytest.Monk
     assert right.double().mean() > 0.9
 
 
-def test_it_scores_and_repeats(encoder: Encoder, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_scores_and_repeats(encoder: Encoder, images: LabelledSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attentive_module, "LEAST_STEPS", 20)
-    first, again = (dict(attentive(encoder, images, images, Setting(32, workers=0), seed=3)) for _ in range(2))
+    first, again = (dict(attentive(encoder, images, images, InferenceConfig(32, workers=0), seed=3)) for _ in range(2))
     assert first == again
     names = ["attentive", "attentive_top5", "attentive_mean_per_class", "attentive_low", "attentive_high"]
     assert list(first) == names

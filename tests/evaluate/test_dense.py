@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.sources import SourceError
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate import dense as dense_module
 from ijepa_enhanced.evaluate.dense import dense, mean_iou, open_maps, patch_labels
-from ijepa_enhanced.evaluate.tokens import Setting
-from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.evaluate.tokens import InferenceConfig
+from ijepa_enhanced.models.config import EncoderConfig
 
-SETTING = Setting(48, workers=0)
+SETTING = InferenceConfig(48, workers=0)
 
 
 def test_pixels_of_patches_by_hand() -> None:
@@ -89,9 +88,9 @@ def test_no_more_images_are_used_than_are_allowed(
 def test_the_synthetic_images_have_label_maps(encoder: Encoder) -> None:
     maps = open_maps("synthetic", "val")
     labels = maps.label_map(5)
-    assert labels.shape == (maps.index.heights[5], maps.index.widths[5])
-    assert maps.index.labels is not None
-    assert np.unique(labels).tolist() == [0, 1 + maps.index.labels[5]]
+    assert labels.shape == (maps.catalog.heights[5], maps.catalog.widths[5])
+    assert maps.catalog.labels is not None
+    assert np.unique(labels).tolist() == [0, 1 + maps.catalog.labels[5]]
 
 
 def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: Path) -> None:

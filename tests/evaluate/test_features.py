@@ -10,16 +10,18 @@ import torch
 from PIL import Image
 
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.index import Index, build_index
-from ijepa_enhanced.data.sources import FolderSource, open_source
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.errors import NotFiniteError
 from ijepa_enhanced.evaluate import features
 from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
-from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting
-from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
+from ijepa_enhanced.models.config import EncoderConfig
 
 # Norm of the difference by the norm, as in test_encoder.py: float32 rounding in other sizes of pack.
 BOUND = 2e-6
-SMALL = Setting(32, tokens_per_pack=64, workers=0)
+SMALL = InferenceConfig(32, tokens_per_pack=64, workers=0)
 """Several packs of few images."""
 
 
@@ -49,7 +51,9 @@ def test_features_are_those_of_embed_in_the_order_of_the_source(
 ) -> None:
     source = open_source(str(pictures))
     found = extract(
-        encoder, Images(source, build_index(source)), Setting(side, tokens_per_pack=tokens_per_pack, workers=0)
+        encoder,
+        LabelledSource(source, open_catalog(source)),
+        InferenceConfig(side, tokens_per_pack=tokens_per_pack, workers=0),
     )
     paths = [pictures / name / f"{n}.{'jpg' if n % 2 else 'png'}" for name in ("dark", "light") for n in range(5)]
     expected = encoder.embed(paths, side=side)
@@ -64,9 +68,10 @@ def test_features_are_those_of_embed_in_the_order_of_the_source(
 
 def test_workers_change_nothing(encoder: Encoder, pictures: Path) -> None:
     source = open_source(str(pictures))
-    index = build_index(source)
+    index = open_catalog(source)
     alone, beside = (
-        extract(encoder, Images(source, index), dataclasses.replace(SMALL, workers=workers)) for workers in (0, 1)
+        extract(encoder, LabelledSource(source, index), dataclasses.replace(SMALL, workers=workers))
+        for workers in (0, 1)
     )
     assert torch.equal(alone.values, beside.values)
     assert torch.equal(alone.image_ids, beside.image_ids)
@@ -75,7 +80,7 @@ def test_workers_change_nothing(encoder: Encoder, pictures: Path) -> None:
 def test_progress_counts_the_images(encoder: Encoder, pictures: Path) -> None:
     source = open_source(str(pictures))
     done: list[int] = []
-    extract(encoder, Images(source, build_index(source)), SMALL, progress=done.append)
+    extract(encoder, LabelledSource(source, open_catalog(source)), SMALL, progress=done.append)
     assert done == sorted(set(done))
     assert len(done) > 1
     assert done[-1] == 10
@@ -83,9 +88,9 @@ def test_progress_counts_the_images(encoder: Encoder, pictures: Path) -> None:
 
 def test_half_precision_is_close_and_stored_in_float32(encoder: Encoder, pictures: Path) -> None:
     source = open_source(str(pictures))
-    index = build_index(source)
+    index = open_catalog(source)
     exact, half = (
-        extract(encoder, Images(source, index), Setting(32, dtype, workers=0))
+        extract(encoder, LabelledSource(source, index), InferenceConfig(32, dtype, workers=0))
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert half.values.dtype == torch.float32
@@ -98,8 +103,10 @@ def test_half_precision_is_close_and_stored_in_float32(encoder: Encoder, picture
 def test_unreadable_images_are_left_out_and_named(encoder: Encoder, damaged: Path, tokens_per_pack: int) -> None:
     """With small packs the damaged image is a pack of its own, which is then empty."""
     source = open_source(str(damaged))
-    index = build_index(source)
-    found = extract(encoder, Images(source, index), Setting(40, tokens_per_pack=tokens_per_pack, workers=0))
+    index = open_catalog(source)
+    found = extract(
+        encoder, LabelledSource(source, index), InferenceConfig(40, tokens_per_pack=tokens_per_pack, workers=0)
+    )
     assert found.image_ids.tolist() == [0, 1, 3, 5]
     assert found.labels is None
     expected = encoder.embed([damaged / f"{number}.png" for number in (0, 1, 3, 5)], side=40)
@@ -118,7 +125,7 @@ def test_thumbnails_by_hand(tmp_path: Path) -> None:
         Image.fromarray(pixels if name == "a" else pixels[:, ::-1]).save(tmp_path / name / "0.png")
     (tmp_path / "b" / "1.png").write_bytes((tmp_path / "b" / "0.png").read_bytes()[:-60])
     source = open_source(str(tmp_path))
-    found = thumbnails(source, build_index(source), side=8)
+    found = thumbnails(source, open_catalog(source), side=8)
     left, right = [1.0, 0.0, 0.2], [0.0, 0.4, 1.0]
     assert found.values.shape == (2, 8 * 8 * 3)
     outer = found.values.view(2, 8, 8, 3)[:, :, [0, 1, 6, 7]]
@@ -136,7 +143,9 @@ def test_a_layer_counts_as_if_it_were_the_last(pictures: Path, merge_rate: float
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(variant="Ti", depth=6, patch_size=8)).eval()
     source = open_source(str(pictures))
-    found = extract(encoder, Images(source, build_index(source)), Setting(40, workers=0, merge_rate=merge_rate))
+    found = extract(
+        encoder, LabelledSource(source, open_catalog(source)), InferenceConfig(40, workers=0, merge_rate=merge_rate)
+    )
     assert found.layers is not None
     assert found.layers.shape == (10, 4, 192)
     assert torch.equal(found.layers[:, -1], found.values)
@@ -166,8 +175,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "features"
 
 
-def cached(encoder: Encoder, source: FolderSource, index: Index, side: int = 32, rate: float = 0.0) -> Features:
-    return extract(encoder, Images(source, index), dataclasses.replace(SMALL, side=side, merge_rate=rate), cache=True)
+def cached(encoder: Encoder, source: FolderSource, index: Catalog, side: int = 32, rate: float = 0.0) -> Features:
+    return extract(
+        encoder, LabelledSource(source, index), dataclasses.replace(SMALL, side=side, merge_rate=rate), cache=True
+    )
 
 
 def test_what_was_extracted_is_not_extracted_again(encoder: Encoder, damaged: Path, cache: Path) -> None:
@@ -175,7 +186,7 @@ def test_what_was_extracted_is_not_extracted_again(encoder: Encoder, damaged: Pa
     for path in damaged.glob("*.png"):
         path.rename(damaged / "a" / path.name)
     source = CountedSource(damaged)
-    index = build_index(source)
+    index = open_catalog(source)
     first = cached(encoder, source, index)
     opened = source.opened
     second = cached(encoder, source, index)
@@ -190,7 +201,7 @@ def test_what_was_extracted_is_not_extracted_again(encoder: Encoder, damaged: Pa
 
 def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pictures: Path, cache: Path) -> None:
     source = open_source(str(pictures))
-    index = build_index(source)
+    index = open_catalog(source)
     cached(encoder, source, index)
     other = copy.deepcopy(encoder)
     with torch.no_grad():
@@ -206,27 +217,27 @@ def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pic
     ]
     for number, (network, some, side, rate) in enumerate(cases, start=2):
         found = cached(network, source, some, side, rate)
-        fresh = extract(network, Images(source, some), dataclasses.replace(SMALL, side=side, merge_rate=rate))
+        fresh = extract(network, LabelledSource(source, some), dataclasses.replace(SMALL, side=side, merge_rate=rate))
         assert torch.equal(found.values, fresh.values)
         assert len(list(cache.iterdir())) == number
-    extract(encoder, Images(source, index), dataclasses.replace(SMALL, dtype=torch.bfloat16), cache=True)
+    extract(encoder, LabelledSource(source, index), dataclasses.replace(SMALL, dtype=torch.bfloat16), cache=True)
     assert len(list(cache.iterdir())) == len(cases) + 2
 
 
 def test_an_image_that_changed_is_read_again(encoder: Encoder, damaged: Path, cache: Path) -> None:
     source = open_source(str(damaged))
-    before = cached(encoder, source, build_index(source))
+    before = cached(encoder, source, open_catalog(source))
     rng = np.random.default_rng(1)
     Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(damaged / "0.png", compress_level=0)
-    after = cached(encoder, source, build_index(source))
+    after = cached(encoder, source, open_catalog(source))
     assert not torch.equal(before.values[0], after.values[0])
     assert torch.equal(before.values[1:], after.values[1:])
 
 
 def test_an_interrupted_extraction_goes_on_where_it_stopped(encoder: Encoder, pictures: Path, cache: Path) -> None:
     source = CountedSource(pictures)
-    index = build_index(source)
-    whole = extract(encoder, Images(source, index), SMALL)
+    index = open_catalog(source)
+    whole = extract(encoder, LabelledSource(source, index), SMALL)
     source.opened = 0
 
     def interrupt(images: int) -> None:
@@ -234,12 +245,12 @@ def test_an_interrupted_extraction_goes_on_where_it_stopped(encoder: Encoder, pi
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract(encoder, Images(source, index), SMALL, progress=interrupt, cache=True)
+        extract(encoder, LabelledSource(source, index), SMALL, progress=interrupt, cache=True)
     files = list(cache.glob("*/*"))
     assert all(path.name.endswith(".safetensors") and not path.name.startswith(".") for path in files)
     before, source.opened = source.opened, 0
     done: list[int] = []
-    found = extract(encoder, Images(source, index), SMALL, progress=done.append, cache=True)
+    found = extract(encoder, LabelledSource(source, index), SMALL, progress=done.append, cache=True)
     # Only the pack that was being counted is lost.
     assert 10 - before <= source.opened < 10
     assert done == sorted(set(done))
@@ -252,7 +263,7 @@ def test_a_damaged_cache_is_made_anew(
     encoder: Encoder, pictures: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = open_source(str(pictures))
-    index = build_index(source)
+    index = open_catalog(source)
     first = cached(encoder, source, index)
     path = min(cache.glob("*/*"))
     whole = path.read_bytes()
@@ -269,7 +280,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     encoder: Encoder, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = open_source(str(pictures))
-    index = build_index(source)
+    index = open_catalog(source)
     (tmp_path / "file").touch()
     monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "file"))
     assert len(cached(encoder, source, index).values) == 10
@@ -282,5 +293,5 @@ def test_what_is_no_number_is_an_error_and_not_cached(encoder: Encoder, pictures
         spoilt.patch_embed.bias[0] = torch.inf
     source = open_source(str(pictures))
     with pytest.raises(NotFiniteError, match=f"The features of dark/0.png of {pictures} are not finite"):
-        cached(spoilt, source, build_index(source))
+        cached(spoilt, source, open_catalog(source))
     assert not list(cache.glob("*/*"))

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.loader import PackDataset
 from ijepa_enhanced.data.plan import Pack
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.evaluate import finetune as finetune_module
-from ijepa_enhanced.evaluate.finetune import Classifier, FinetuneConfig, finetune, mixed, parameter_groups
-from ijepa_enhanced.evaluate.tokens import Images, Setting
-from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.evaluate.config import FinetuneConfig
+from ijepa_enhanced.evaluate.finetune import Classifier, finetune, mixed, parameter_groups
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
+from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.packed import Packed, Segments
 
 
@@ -30,8 +31,8 @@ def encoder() -> Encoder:
 def test_it_learns_and_repeats(encoder: Encoder, pictures: Path, rate: float, mixup: float) -> None:
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     source = open_source(str(pictures))
-    images = Images(source, build_index(source))
-    setting = Setting(32, merge_rate=rate, workers=0)
+    images = LabelledSource(source, open_catalog(source))
+    setting = InferenceConfig(32, merge_rate=rate, workers=0)
     config = FinetuneConfig(epochs=30, lr=1e-3, mixup=mixup)
     first, again = (dict(finetune(encoder, images, images, setting, seed=1, config=config)) for _ in range(2))
     names = ["finetune", "finetune_top5", "finetune_mean_per_class", "finetune_low", "finetune_high"]
@@ -54,8 +55,12 @@ def test_views_are_as_large_as_those_that_are_scored(
 
     monkeypatch.setattr(finetune_module, "make_loader", spy)
     source = open_source(str(pictures))
-    images = Images(source, build_index(source))
-    list(finetune(encoder, images, images, Setting(48, workers=0, tokens_per_pack=64), config=FinetuneConfig(epochs=1)))
+    images = LabelledSource(source, open_catalog(source))
+    list(
+        finetune(
+            encoder, images, images, InferenceConfig(48, workers=0, tokens_per_pack=64), config=FinetuneConfig(epochs=1)
+        )
+    )
     # 48 x 48 px are 36 patches; at other aspect ratios that is rounded.
     assert len(tokens) == 10
     assert 30 <= min(tokens) <= max(tokens) <= 42

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ijepa_enhanced.evaluate import knn
-from ijepa_enhanced.evaluate.knn import comparable, knn_classify
+from ijepa_enhanced.evaluate.knn import knn_classify, standardize
 
 
 def brute_force(train, labels, queries, k, temperature):
@@ -83,7 +83,7 @@ def test_a_dimension_constant_in_training_is_ignored_whatever_the_queries_hold()
     # would blow up to the size of a real feature.
     more_train = torch.cat([train, torch.full((len(train), 1), 0.1)], dim=1)
     more_queries = torch.cat([queries, torch.randn(len(queries), 1, generator=torch.Generator().manual_seed(0))], dim=1)
-    standardised, standardised_queries, _, _ = comparable(more_train, labels, more_queries)
+    standardised, standardised_queries, _, _ = standardize(more_train, labels, more_queries)
     assert not standardised[:, -1].any()
     assert not standardised_queries[:, -1].any()
     assert torch.equal(knn_classify(more_train, labels, more_queries), knn_classify(train, labels, queries))
@@ -91,7 +91,7 @@ def test_a_dimension_constant_in_training_is_ignored_whatever_the_queries_hold()
 
 def test_standardised_over_train_alone():
     train, labels, queries = map(torch.from_numpy, problem())
-    standardised, standardised_queries, classes, numbers = comparable(train, labels, queries)
+    standardised, standardised_queries, classes, numbers = standardize(train, labels, queries)
     torch.testing.assert_close(standardised.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
     torch.testing.assert_close(standardised.square().mean(0), torch.ones(8), atol=1e-4, rtol=0)
     expected = (queries - train.mean(0)) / train.std(0, correction=0)

@@ -12,28 +12,28 @@ import torch
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.models.encoder import EncoderConfig
+from ijepa_enhanced.models.config import EncoderConfig
 
 PROTOCOLS = """
 import dataclasses, json, sys
 import torch
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.distributed import ranks_of_run
 from ijepa_enhanced.evaluate import attentive, finetune, features
-from ijepa_enhanced.evaluate.tokens import Images, Setting
+from ijepa_enhanced.evaluate.tokens import Images, InferenceConfig
 
 encoder = Encoder.from_pretrained(sys.argv[1])
 source = open_source(sys.argv[2])
-images = Images(source, build_index(source))
+images = LabelledSource(source, open_catalog(source))
 for module in (attentive, finetune):  # logits tell more than scores
     module.classification = lambda name, logits, classes, labels: [(name, logits.tolist()), ("labels", labels.tolist())]
 attentive.EPOCHS = attentive.LEAST_STEPS = 5
 features.PACKS_PER_PART = 2
 config = finetune.FinetuneConfig(epochs=3, drop_path=0.0, flip=0.0, min_crop=1.0)
 with ranks_of_run() as ranks:
-    setting = Setting(32, tokens_per_pack=64, workers=0, ranks=ranks)
+    setting = InferenceConfig(32, tokens_per_pack=64, workers=0, ranks=ranks)
     found = {}
     for turn in ("made", "cached"):
         done = []
@@ -124,7 +124,17 @@ def test_two_ranks_find_what_one_finds(encoder: Path, pictures: Path, tmp_path: 
 def test_evaluate_under_torchrun_speaks_with_one_voice(
     encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["evaluate", str(encoder), "--train", str(pictures), "--val", str(pictures), "--side", "32", "--json"]
+    arguments = [
+        "evaluate",
+        str(encoder),
+        "--train",
+        str(pictures),
+        "--val",
+        str(pictures),
+        "--resolution",
+        "32",
+        "--json",
+    ]
     monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "alone"))
     assert main(arguments) == 0
     expected = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -150,7 +160,7 @@ def test_ranks_with_other_weights_are_refused(encoder: Path, pictures: Path, tmp
         other.blocks.norm.bias[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
     (tmp_path / "disagreeing.py").write_text(DISAGREEING)
-    what = ("--train", str(pictures), "--val", str(pictures), "--side", "32")
+    what = ("--train", str(pictures), "--val", str(pictures), "--resolution", "32")
     code, stdout, stderr = launch(
         2, tmp_path / "cache", str(tmp_path / "disagreeing.py"), str(encoder), str(tmp_path / "other"), *what
     )

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_enhanced.data.index import Index, build_index
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate import sweep
 from ijepa_enhanced.evaluate.cost import peak_bytes
 from ijepa_enhanced.evaluate.sweep import Point, advice, choose, frontier, network_costs, write_points
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.packed import Packed
 
@@ -79,11 +80,11 @@ def test_a_csv_has_every_point_and_says_which_are_on_the_frontier(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def index(pictures: Path) -> Index:
-    return build_index(open_source(str(pictures)))
+def index(pictures: Path) -> Catalog:
+    return open_catalog(open_source(str(pictures)))
 
 
-def test_operations_are_a_mean_over_the_images_of_all_sources(index: Index) -> None:
+def test_operations_are_a_mean_over_the_images_of_all_sources(index: Catalog) -> None:
     encoder = Encoder(EncoderConfig("Ti", 8, 2)).eval()
     shapes = [(36, 56), (20, 200)]
     (packed,) = encoder.packs([np.zeros((*shape, 3), np.uint8) for shape in shapes], 40)
@@ -97,13 +98,13 @@ def test_operations_are_a_mean_over_the_images_of_all_sources(index: Index) -> N
     assert other["gflops_per_image"] == pytest.approx((expected.sum() + expected[0]) / 3e9)
 
 
-def of_sizes(index: Index, shapes: list[tuple[int, int]]) -> Index:
+def of_sizes(index: Catalog, shapes: list[tuple[int, int]]) -> Catalog:
     """An index of images of other heights and widths."""
     heights, widths = np.array(shapes, np.int32).T
     return dataclasses.replace(index, heights=heights, widths=widths, rows=np.arange(len(shapes)))
 
 
-def test_memory_is_that_of_the_fullest_pack(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_that_of_the_fullest_pack(index: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "TOKENS_PER_PACK", 1000)
     encoder = Encoder(EncoderConfig("Ti", 8, 1)).eval()
     large = of_sizes(index, [(200, 200)] * 3)
@@ -121,7 +122,7 @@ def test_memory_is_that_of_the_fullest_pack(index: Index, monkeypatch: pytest.Mo
     assert 0.2 * expected < few["peak_megabytes"] < 0.6 * expected
 
 
-def test_speed_is_in_images_of_the_mean_number_of_patches(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_in_images_of_the_mean_number_of_patches(index: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever images the timed pack holds: here two seconds a pack, of 625 patches, are given."""
     monkeypatch.setattr(sweep, "seconds_by_turns", lambda runs, device: [2.0] * len(runs))
     monkeypatch.setattr(sweep, "TOKENS_PER_PACK", 1000)

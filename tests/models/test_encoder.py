@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa_enhanced import Encoder
-from ijepa_enhanced.data.images import UnreadableImage, patchify
+from ijepa_enhanced.data.decode import patchify
+from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.blocks import SinCosPositions
-from ijepa_enhanced.models.encoder import EncoderConfig, PatchMLP
+from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.vit import PatchMLP
 from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed
 

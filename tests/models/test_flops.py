@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
+from ijepa_enhanced import encoder
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.merge_plan import MergePlan
-from ijepa_enhanced.models import blocks, encoder, predictor
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.models import blocks, predictor
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.flops import encoder_flops, predictor_flops, step_flops
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops import merging
 from ijepa_enhanced.packed import MaskedBatch, Packed
 
@@ -35,11 +37,11 @@ def dense_matches(directions: Tensor, tiles: Tensor, start: int, stop: int) -> T
 
 @pytest.fixture(autouse=True)
 def countable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products that the counter knows, and no spare rows, which are not counted as work."""
+    """Products that the counter knows, and no pad rows, which are not counted as work."""
     monkeypatch.setattr(blocks, "attention", dense)
     monkeypatch.setattr(merging, "best_matches", dense_matches)
     for module in (blocks, encoder, predictor):
-        monkeypatch.setattr(module, "spare_rows", lambda x: x)
+        monkeypatch.setattr(module, "pad_rows", lambda x: x)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, [0.0, 0.25, 0.5]])

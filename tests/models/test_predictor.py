@@ -8,7 +8,8 @@ import torch
 
 from ijepa_enhanced.data.loader import masked
 from ijepa_enhanced.masks import ViewMasks
-from ijepa_enhanced.models.predictor import Predictor, PredictorConfig
+from ijepa_enhanced.models.config import PredictorConfig
+from ijepa_enhanced.models.predictor import Predictor
 from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Segments, Selection
 
 WIDTH = 24

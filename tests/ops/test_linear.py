@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_enhanced.ops import linear
-from ijepa_enhanced.ops.linear import Linear, spare_rows
+from ijepa_enhanced.ops.linear import Linear, pad_rows
 
 ROUNDING = 2**-24 * 1536**0.5
 """Of a float32 sum of 1,536 products in any order: roundings of 2 ** -24 that add up as a random walk."""
@@ -114,12 +114,12 @@ def test_rows_with_gaps_and_layers_without_bias() -> None:
         torch.testing.assert_close(bare(wide[:, :384]), wide[:, :384] @ bare.weight.T)
 
 
-def test_spare_rows_make_few_numbers_of_many() -> None:
-    rows = {tokens: len(spare_rows(torch.ones(tokens, 1))) for tokens in range(1, 5000)}
+def test_pad_rows_make_few_numbers_of_many() -> None:
+    rows = {tokens: len(pad_rows(torch.ones(tokens, 1))) for tokens in range(1, 5000)}
     assert all(0 <= count - tokens <= max(7, min(63, tokens / 16)) for tokens, count in rows.items())
     # Multiples of 8 up to 256, of 16 up to 512, of 32 up to 1,024, of 64 above.
     assert len(set(rows.values())) == 32 + 16 + 16 + (5056 - 1024) // 64
-    assert spare_rows(torch.ones(5, 2)).tolist() == 5 * [[1, 1]] + 3 * [[0, 0]]
+    assert pad_rows(torch.ones(5, 2)).tolist() == 5 * [[1, 1]] + 3 * [[0, 0]]
 
 
 def test_it_compiles_into_one_graph() -> None:

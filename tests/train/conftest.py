@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_enhanced.data.plan import DataConfig
-from ijepa_enhanced.models.encoder import EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
-from ijepa_enhanced.train.loop import TrainConfig
-from ijepa_enhanced.train.monitor import MonitorConfig
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.train.config import MonitorConfig, TrainConfig
 
 
 @pytest.fixture
@@ -28,7 +26,9 @@ def photos(tmp_path: Path) -> Path:
 def tiny(photos: Path) -> TrainConfig:
     """A run of 12 steps that straddles epochs: a checkpoint every 3, a line of the log every 2, a look every 4."""
     return TrainConfig(
-        data=DataConfig(str(photos), tokens_per_pack=256, packs_per_step=2, min_side=32, max_side=48, workers=0),
+        data=DataConfig(
+            str(photos), tokens_per_pack=256, packs_per_step=2, min_resolution=32, max_resolution=48, workers=0
+        ),
         encoder=EncoderConfig("Ti", 8, depth=1),
         predictor=PredictorConfig(32, 1, 2),
         monitor=MonitorConfig(every=4, images=16),

@@ -6,17 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
-from ijepa_enhanced.models.encoder import EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
-from ijepa_enhanced.train.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    read_progress,
-    save_checkpoint,
-)
-from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings
+from ijepa_enhanced.errors import CheckpointError
+from ijepa_enhanced.jepa import JEPA
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.objective import ObjectiveConfig
+from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
+from ijepa_enhanced.train.config import OptimConfig
+from ijepa_enhanced.train.optimizer import make_optimizer, set_step, step_settings
 
 
 def trained(seed: int) -> tuple[JEPA, torch.optim.Optimizer]:

@@ -13,13 +13,14 @@ import torch
 import yaml
 
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.data.cache import InMemory
-from ijepa_enhanced.data.source import SourceError
-from ijepa_enhanced.data.sources import FolderSource
-from ijepa_enhanced.distributed import RankError, Ranks, is_main, ranks_of_run
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.data.in_memory import InMemory
+from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.distributed import Ranks, is_main, ranks_of_run
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import RankError, SourceError
+from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import Meter, TrainConfig, train
+from ijepa_enhanced.train.loop import Meter, train
 
 SAME = ("loss", "prediction", "stabilizer", "invariance", "fill", "grad_norm", "rankme", "knn", "best", "epoch")
 """What a log holds about the run, not about the machine."""

@@ -7,12 +7,12 @@ import torch
 
 from ijepa_enhanced.cli import parse
 from ijepa_enhanced.commands.setup import train_config
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
-from ijepa_enhanced.evaluate.tokens import Images, Setting
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.train.loop import train
 
 # The difference of two accuracies near 10% on 2,048 images has a standard error of 0.94 points.
@@ -29,7 +29,8 @@ def test_the_quickstart_beats_its_random_start(tmp_path: Path) -> None:
     scores = []
     for encoder in (start, Encoder.from_pretrained(tmp_path / "run")):
         known, asked = (
-            extract(encoder, Images(source, build_index(source)), Setting(64, torch.bfloat16)) for source in sources
+            extract(encoder, LabelledSource(source, open_catalog(source)), InferenceConfig(64, torch.bfloat16))
+            for source in sources
         )
         scores.append(dict(score(known, asked)))
     # Nearest neighbours gain less, down to 3 points with some seeds (docs/log.md).

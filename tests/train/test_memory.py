@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from ijepa_enhanced.data.loader import check_shared_memory
-from ijepa_enhanced.data.source import SourceError
 from ijepa_enhanced.devices import autocast_dtype, say_too_old
+from ijepa_enhanced.errors import RunError, SourceError
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.train import loop
-from ijepa_enhanced.train.loop import RunError, TrainConfig, train
+from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.loop import train
 
 CUDA = torch.device("cuda")
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_enhanced.merge_plan import MergeConfig, MergePlan
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.blocks import Blocks
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.models.config import MergeConfig
 from ijepa_enhanced.train import loop
+from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import TrainConfig, train
+from ijepa_enhanced.train.loop import train
 
 
 @pytest.fixture

@@ -15,31 +15,31 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_enhanced.data.index import Index, build_index
-from ijepa_enhanced.data.plan import DataConfig, Plan
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.plan import Plan
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast_dtype
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
-from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
-from ijepa_enhanced.merge_plan import MergeConfig
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.jepa import JEPA, Losses
+from ijepa_enhanced.models.config import EncoderConfig, MergeConfig, PredictorConfig
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import Batch, MaskedBatch
+from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import TrainConfig, train
+from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.monitor import (
     COST,
     MOST_LOOKS,
     PASSES,
     VIEWS,
     History,
-    MonitorConfig,
     Probe,
     default_images,
     steps_between_looks,
 )
-from ijepa_enhanced.train.optimizer import OptimConfig
 
 SIGNS = {"rankme", "lidar", "spread", "cosine", "knn"}
 FLOAT32 = torch.autocast("cpu", enabled=False)
@@ -48,7 +48,9 @@ FLOAT32 = torch.autocast("cpu", enabled=False)
 def small_run(seed: int, **changes: object) -> TrainConfig:
     """30 steps of about 20 views, looked at every 5, with a teacher that follows at once."""
     config = TrainConfig(
-        data=DataConfig("synthetic", tokens_per_pack=512, min_side=32, max_side=48, max_view_tokens=36, workers=0),
+        data=DataConfig(
+            "synthetic", tokens_per_pack=512, min_resolution=32, max_resolution=48, max_view_tokens=36, workers=0
+        ),
         encoder=EncoderConfig("Ti", 8, depth=2),
         predictor=PredictorConfig(32, 1, 2),
         optim=OptimConfig(lr=3e-3, warmup=0.1, ema=0.9),
@@ -86,7 +88,7 @@ def test_the_alarm_fires_when_a_run_collapses(
     (words,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert words.startswith("The run collapses: at the last 2 looks ")
     assert "spread and 1 - cosine were below a quarter of their peak." in words
-    assert words.endswith(f"Step {log[-1]['best']} is kept in best/. Raise objective.stabilizer or lower optim.lr.")
+    assert words.endswith(f"Step {log[-1]['best']} is kept in best/. Raise objective.vicreg_weight or lower optim.lr.")
     # Nothing from within the collapse, whatever its nearest neighbours say.
     assert log[-1]["best"] < alarms[0] - 5
 
@@ -174,7 +176,7 @@ def test_a_resumed_run_remembers_what_was_seen(
 
 def probe_of(config: TrainConfig) -> Probe:
     source = open_source(config.data.source)
-    plan = Plan(build_index(source), config.data, config.encoder.patch_size, config.seed)
+    plan = Plan(open_catalog(source), config.data, config.encoder.patch_size, config.seed)
     return Probe(
         source, plan, plan.epoch(0).images, config.monitor.images or 512, config.encoder, config.merging.teacher_rate
     )
@@ -206,7 +208,7 @@ def test_whole_images_once_and_eight_crops_of_each_object(tiny: TrainConfig) -> 
     source = probe.dataset.source
     for pack in probe.image_packs:
         for image, box, grid in zip(pack.images, pack.boxes, pack.grids, strict=True):
-            assert (*box,) == (0, 0, *source.size(int(probe.dataset.index.rows[image])))
+            assert (*box,) == (0, 0, *source.size(int(probe.dataset.catalog.rows[image])))
             # 48 px are 36 patches of 8 px, of which tokens_per_pack / 8 = 32 are allowed.
             assert 24 <= grid.prod() <= 32
     crops = Counter(row for row, _ in shown(probe.crops))
@@ -392,5 +394,5 @@ def test_values_out_of_range_are_refused(values: dict[str, int], message: str) -
 def test_many_classes_are_looked_at_in_more_images(classes: int | None, images: int) -> None:
     labels = None if classes is None else np.arange(3000) % classes
     sizes = np.full(3000, 64)
-    index = Index(sizes, sizes, np.arange(3000), labels, None, [""] * 3000, (), "")
+    index = Catalog(sizes, sizes, np.arange(3000), labels, None, [""] * 3000, (), "")
     assert default_images(index) == images

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from ijepa_enhanced.config import load_config
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.checkpoint import latest_checkpoint
+from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import RunError, TrainConfig, train
+from ijepa_enhanced.train.loop import train
 
 RATES = ("views_per_second", "tokens_per_second", "data_wait", "watch_seconds")
 """What a log holds about the machine, not about the run."""

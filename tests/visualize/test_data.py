@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.data.images import decode_whole
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import FolderSource
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.decode import decode_whole
+from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.visualize.data import NEAR, THUMBNAIL_SIDE, class_sizes, perceptual_hash, survey
 
 
@@ -45,7 +45,7 @@ def named(source, pairs):
 
 def test_duplicates(photos):
     source = FolderSource(photos)
-    seen = survey(source, build_index(source))
+    seen = survey(source, open_catalog(source))
     assert seen.rows == list(range(27))
     assert named(source, seen.identical) == {("a copy.png", "01.png"), ("one more.png", "01.png")}
     assert {name for name, _ in named(source, seen.near)} == {"compressed.jpg", "grey.png", "small.png", "pale.png"}
@@ -58,7 +58,7 @@ def test_identical_is_the_size_too(tmp_path):
     for side in (300, 600):
         Image.new("RGB", (side, side), "red").save(tmp_path / f"{side}.png")
     source = FolderSource(tmp_path)
-    seen = survey(source, build_index(source))
+    seen = survey(source, open_catalog(source))
     assert (seen.identical, seen.near) == ([], [(1, 0)])
 
 
@@ -73,21 +73,21 @@ def test_modes_and_what_cannot_be_decoded(photos):
     path = photos / "ant" / "00.png"
     path.write_bytes(path.read_bytes()[:-3000])
     source = FolderSource(photos)
-    seen = survey(source, build_index(source))
+    seen = survey(source, open_catalog(source))
     assert seen.unreadable == [(0, "cannot be decoded: image file is truncated")]
     assert seen.rows == list(range(1, 27))
     assert seen.modes == {"RGB": 24, "RGBA": 1, "L": 1}
 
 
 def test_classes_are_counted(photos):
-    assert class_sizes(build_index(FolderSource(photos))) == {"bee": 22, "ant": 5}
-    assert class_sizes(build_index(FolderSource(photos / "ant"))) == {}
+    assert class_sizes(open_catalog(FolderSource(photos))) == {"bee": 22, "ant": 5}
+    assert class_sizes(open_catalog(FolderSource(photos / "ant"))) == {}
 
 
 def test_only_some_of_many_are_looked_at(photos, monkeypatch):
     monkeypatch.setattr("ijepa_enhanced.visualize.data.MOST", 9)
     source = FolderSource(photos)
-    seen = survey(source, build_index(source))
+    seen = survey(source, open_catalog(source))
     assert len(seen.rows) == 9
     assert seen.rows == sorted(set(seen.rows))
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.visualize.features import MARK, RAMP, SIDE, draw_features, pca_maps, similarity_map
 from ijepa_enhanced.visualize.views import MARGIN
 

@@ -15,13 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
-from ijepa_enhanced.data.plan import DataConfig
+from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.evaluate.features import Features
-from ijepa_enhanced.models.encoder import EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.train.config import OptimConfig, TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import TrainConfig, train
-from ijepa_enhanced.train.optimizer import OptimConfig
+from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.visualize.page import MOST_POINTS, Line, chart, thinned, ticks
 from ijepa_enhanced.visualize.report import CURVES, NOT_CURVES, write_report
 from ijepa_enhanced.visualize.samples import NEIGHBOURS, SAMPLES, nearest
@@ -105,7 +104,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(photos: Path, **changes: Any) -> TrainConfig:
     tiny = TrainConfig(
         data=DataConfig(
-            str(photos), tokens_per_pack=256, packs_per_step=2, min_side=32, max_side=48, workers=0, max_unreadable=0.5
+            str(photos),
+            tokens_per_pack=256,
+            packs_per_step=2,
+            min_resolution=32,
+            max_resolution=48,
+            workers=0,
+            max_unreadable=0.5,
         ),
         encoder=EncoderConfig("Ti", 8, depth=1),
         predictor=PredictorConfig(32, 1, 2),
@@ -193,7 +198,7 @@ def test_settings_that_are_not_the_default_are_marked(page: Page) -> None:
         )
     }
     assert marked.keys() == {
-        "source", "tokens_per_pack", "packs_per_step", "min_side", "max_side", "workers", "max_unreadable",
+        "source", "tokens_per_pack", "packs_per_step", "min_resolution", "max_resolution", "workers", "max_unreadable",
         "variant", "patch_size", "depth", "width", "heads", "steps", "log_every",
     }  # fmt: skip
     assert marked["tokens_per_pack"] == ("256", "16384")
@@ -259,7 +264,7 @@ def test_images_without_labels_and_of_native_size_are_shown_too(run: Path, photo
     for path in photos.glob("*/[01]*.jpg"):
         shutil.copy(path, tmp_path / "flat")
     shutil.rmtree(run / "checkpoints")
-    reconfigure(run, "data", source=str(tmp_path / "flat"), min_side=None, max_side=None)
+    reconfigure(run, "data", source=str(tmp_path / "flat"), min_resolution=None, max_resolution=None)
     page = report(tmp_path / "report.html", run)
     assert {name: rest for name, *rest in page.rows("data")}["labels"] == ["none"]
     html = page.text.partition('<section id="nearest-neighbours">')[2].partition("</section>")[0]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.data.images import unpatchify
+from ijepa_enhanced.data.decode import unpatchify
 from ijepa_enhanced.data.loader import masks_of
 from ijepa_enhanced.masks import MaskConfig, ViewMasks
 from ijepa_enhanced.packed import Batch, MaskedBatch, Packed

@@ -19,15 +19,18 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.benchmarks.step import matrix_products
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
-from ijepa_enhanced.data.images import decode_views, patchify, upright_size
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.plan import fit_grids
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.decode import decode_views, patchify, upright_size
+from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
+from ijepa_enhanced.encoder import CPU_TOKENS, Encoder, Preprocessing
 from ijepa_enhanced.evaluate.cost import seconds_by_turns
-from ijepa_enhanced.models.encoder import CPU_TOKENS, PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
+from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
+from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
@@ -67,7 +70,7 @@ def run(
     lengths = [image.shape[0] * image.shape[1] // patch**2 for image in images]
     methods: dict[tuple[str, float], Embed] = {}
     with torch.inference_mode():
-        encoder = Encoder(config).eval().to(device)
+        encoder = Encoder(VisionTransformer(config), Preprocessing()).eval().to(device)
         for rate in RATES:
             methods["ours", rate] = ours(encoder, images, rate)
         absent: dict[str, str] = {}
@@ -115,7 +118,7 @@ def run(
 def read(source: str, count: int, patch: int) -> Images:
     """`count` images spread over a source, at `SCALE`, of at most `MOST_TOKENS`."""
     opened = open_source(source)
-    rows = build_index(opened, cache=False).rows  # as in `step`
+    rows = open_catalog(opened, cache=False).rows  # as in `step`
     images = []
     for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)].tolist():
         image = opened.open(row)
@@ -133,7 +136,7 @@ def under(dtype: torch.dtype, device: torch.device, embed: Embed) -> None:
 
 def ours(encoder: Encoder, images: Images, rate: float) -> Embed:
     """What `Encoder.embed` does once it has read the images."""
-    device = encoder.pixel_scale.device
+    device = encoder.device
     packs = []
     for packed in encoder.packs(images, None):
         plan = encoder.merge_plan(packed.segments, rate)
@@ -164,7 +167,7 @@ def timm_naflexvit(config: EncoderConfig, images: Images, device: torch.device) 
         patches = patchify(image, side).astype(np.float32).reshape(rows * cols, -1, 3)
         places = np.stack(np.divmod(np.arange(rows * cols), cols), axis=1)
         sample = {
-            "patches": torch.from_numpy((patches / 255 - PIXEL_MEAN) / PIXEL_STD).float().flatten(1),
+            "patches": torch.from_numpy((patches / 255 - IMAGENET_MEAN) / IMAGENET_STD).float().flatten(1),
             "patch_coord": torch.from_numpy(places),
             "patch_valid": torch.ones(rows * cols, dtype=torch.bool),
         }
@@ -230,7 +233,7 @@ PEERS = {
 
 def normalised(image: NDArray[np.uint8], device: torch.device) -> Tensor:
     """Pixels [h, w, 3] -> float32 [3, h, w]."""
-    pixels = (torch.from_numpy(image) / 255 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    pixels = (torch.from_numpy(image) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     return pixels.permute(2, 0, 1).contiguous().to(device)
 
 

@@ -18,10 +18,12 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
-from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.loader import PackDataset
-from ijepa_enhanced.data.plan import DataConfig, Plan
-from ijepa_enhanced.data.sources import Source, open_source
+from ijepa_enhanced.data.plan import Plan
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.masks import MaskConfig
 
 PATCH_SIZE = 16
@@ -44,22 +46,22 @@ def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
 
 def _run(source: str, name: str, csv: bool) -> dict[str, Any]:
     opened = open_source(source)
-    index = build_index(opened, cache=False)
+    catalog = open_catalog(opened, cache=False)
     config = DataConfig(tokens_per_pack=8192)
     datasets = {
-        "loader": PackDataset(opened, index, PATCH_SIZE),
-        "loader with masks": PackDataset(opened, index, PATCH_SIZE, MaskConfig()),
+        "loader": PackDataset(opened, catalog, PATCH_SIZE),
+        "loader with masks": PackDataset(opened, catalog, PATCH_SIZE, MaskConfig()),
     }
-    epoch = Plan(index, config, PATCH_SIZE, seed=0).epoch(0)
+    epoch = Plan(catalog, config, PATCH_SIZE, seed=0).epoch(0)
     packs = [epoch[number] for number in range(min(PACKS, len(epoch)))]
-    files = {row: _bytes(opened, row) for pack in packs for row in index.rows[pack.images].tolist()}
+    files = {row: _bytes(opened, row) for pack in packs for row in catalog.rows[pack.images].tolist()}
     images = sum(len(pack.images) for pack in packs)
 
     def bare() -> None:
         for pack in packs:
             sizes = (pack.grids * PATCH_SIZE).tolist()
             for row, (top, left, height, width), (rows, cols) in zip(
-                index.rows[pack.images].tolist(), pack.boxes.tolist(), sizes, strict=True
+                catalog.rows[pack.images].tolist(), pack.boxes.tolist(), sizes, strict=True
             ):
                 image = Image.open(BytesIO(files[row])).convert("RGB")
                 box = (left, top, min(left + width, image.width), min(top + height, image.height))

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.merge_plan import MergePlan, merged_lengths
 from ijepa_enhanced.models.blocks import Block
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed
 
@@ -90,9 +92,9 @@ def cost(view: int, width: int, device: torch.device) -> dict[str, Any]:
 def speed(source: str, device: torch.device) -> list[dict[str, Any]]:
     """A row for each of `RATES`."""
     opened = open_source(source)
-    rows = build_index(opened).rows
+    rows = open_catalog(opened).rows
     images = [opened.open(row) for row in rows[np.linspace(0, len(rows) - 1, IMAGES).astype(int)].tolist()]
-    encoder = Encoder(EncoderConfig(VARIANT)).eval().to(device)
+    encoder = Encoder(VisionTransformer(EncoderConfig(VARIANT)), Preprocessing()).eval().to(device)
     packed = Packed.concatenate(list(encoder.packs(images, SIDE)))
     plans = [encoder.merge_plan(packed.segments, rate) for rate in RATES]
     moved = [plan and plan.to(device) for plan in plans]

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
-from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.loader import PackDataset
-from ijepa_enhanced.data.plan import DataConfig, EpochPlan, Plan
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.plan import EpochPlan, Plan
+from ijepa_enhanced.data.sources.open import open_source
 
 IMAGENET_IMAGES = 1_281_167
 SAMPLE = 100_000
@@ -20,7 +21,7 @@ PACKS_LOADED = 8
 """Packs that are really decoded to count padding in what the trainer gets."""
 
 
-def imagenet_like(count: int) -> Index:
+def imagenet_like(count: int) -> Catalog:
     """Sizes like ImageNet's: most photographs at 500 px on the longer side in 4:3, the rest spread log-normally.
 
     The mean is near the 469 x 387 px that is often quoted for its training set; only the spread matters here.
@@ -30,7 +31,7 @@ def imagenet_like(count: int) -> Index:
     aspect = np.where(rng.random(count) < 0.6, 0.75, rng.uniform(0.4, 1.0, count))
     shorter = np.maximum(1, longer * aspect).astype(np.int32)
     upright = rng.random(count) < 0.27
-    return Index(
+    return Catalog(
         heights=np.where(upright, longer, shorter),
         widths=np.where(upright, shorter, longer),
         rows=np.arange(count),
@@ -45,12 +46,12 @@ def imagenet_like(count: int) -> Index:
 def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
     """Print the table and return `budget_use` and `padding_tokens` of `source`."""
     opened = open_source(source)
-    index = build_index(opened)
-    native = DataConfig(min_side=None, max_side=None, max_crop=1.0, min_crop=1.0)
+    catalog = open_catalog(opened)
+    native = DataConfig(min_resolution=None, max_resolution=None, max_crop=1.0, min_crop=1.0)
     rows, padding_tokens = [], 0
     for name, sizes, config in (
-        (source, index, native),
-        (source, index, DataConfig()),
+        (source, catalog, native),
+        (source, catalog, DataConfig()),
         ("ImageNet-like", imagenet_like(SAMPLE), native),
         ("ImageNet-like", imagenet_like(SAMPLE), DataConfig()),
         ("ImageNet-like", imagenet_like(IMAGENET_IMAGES), DataConfig()),
@@ -59,8 +60,8 @@ def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
         plan = Plan(sizes, config, PATCH_SIZE, seed=0)
         epoch = plan.epoch(0)
         rows.append(_row(name, config, epoch, time.perf_counter() - start))
-        if sizes is index:
-            dataset = PackDataset(opened, index, PATCH_SIZE)
+        if sizes is catalog:
+            dataset = PackDataset(opened, catalog, PATCH_SIZE)
             for number in range(min(PACKS_LOADED, len(epoch))):
                 batch = dataset[epoch[number]]
                 padding_tokens += len(batch.packed.values) - sum(batch.packed.segments.lengths)
@@ -77,7 +78,7 @@ def _row(name: str, config: DataConfig, epoch: EpochPlan, seconds: float) -> dic
     return {
         "images": len(epoch.images),
         "source": name,
-        "sides": "native" if config.min_side is None else f"{config.min_side}-{config.max_side}",
+        "sides": "native" if config.min_resolution is None else f"{config.min_resolution}-{config.max_resolution}",
         "packs": len(epoch),
         "budget_use": epoch.budget_use,
         "fill": epoch.fill,

@@ -29,20 +29,23 @@ from torch.profiler import ProfilerActivity
 
 from ijepa_enhanced.benchmarks.attention import exponent, growth_tokens
 from ijepa_enhanced.benchmarks.table import bar, print_table, write_csv
-from ijepa_enhanced.data.index import build_index
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.loader import PackDataset, masks_of
-from ijepa_enhanced.data.plan import DataConfig, Plan
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.plan import Plan
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import peak_bytes, quiet_profiler, seconds_by_turns
-from ijepa_enhanced.evaluate.tokens import Images
-from ijepa_enhanced.jepa import JEPA, ObjectiveConfig
+from ijepa_enhanced.evaluate.tokens import LabelledSource
+from ijepa_enhanced.jepa import JEPA, StepSize
 from ijepa_enhanced.masks import MaskConfig, ViewMasks
 from ijepa_enhanced.models.blocks import Block, Blocks, FactorizedPositions
-from ijepa_enhanced.models.encoder import CHANNELS, PIXEL_MEAN, PIXEL_STD, Encoder, EncoderConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.flops import step_flops
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.models.vit import CHANNELS, VisionTransformer
+from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import Linear
+from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_enhanced.packed import MaskedBatch
 
 TURNS = 3
@@ -82,7 +85,7 @@ def run(
 ) -> dict[str, Any]:
     """Print tables of parts, kernels, methods, and packs of ever more tokens; return the last encoder's figures.
 
-    Images of `synthetic` are drawn, not decoded.
+    LabelledSource of `synthetic` are drawn, not decoded.
 
     Args:
         source: the images.
@@ -106,7 +109,7 @@ def run(
     methods: list[dict[str, Any]] = []
     opened = open_source(source)
     # Uncached, as a bare GPU image has nothing to read or write the cache with.
-    images = Images(opened, build_index(opened, cache=False))
+    images = LabelledSource(opened, open_catalog(opened, cache=False))
     budget = tokens or TOKENS[device.type]
     for config in configs:
         try:
@@ -154,7 +157,7 @@ def run(
 
 
 def measure(
-    config: EncoderConfig, images: Images, tokens: int, device: torch.device, compiled: bool
+    config: EncoderConfig, images: LabelledSource, tokens: int, device: torch.device, compiled: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """The parts and the kernels of our step, and whole steps of ours and, where it fits, of the original's method."""
     predictor = PREDICTORS.get(config.variant, PredictorConfig())
@@ -273,7 +276,7 @@ def kernel_rows(encoder: str, step: Callable[[], object], device: torch.device) 
     return [*rows, row("all others", events[KERNELS:])]
 
 
-def grown(training: Training, config: EncoderConfig, images: Images, tokens: int) -> dict[str, Any]:
+def grown(training: Training, config: EncoderConfig, images: LabelledSource, tokens: int) -> dict[str, Any]:
     """Our step on a pack of so many tokens."""
     packs = list(load(config, images, tokens, 1, training.clock))
     call = partial(training.steps, packs)
@@ -295,12 +298,12 @@ def our_training(config: EncoderConfig, device: torch.device, compiled: bool) ->
     return Training(model, device, clock)
 
 
-def load(config: EncoderConfig, images: Images, tokens: int, packs: int, clock: Clock) -> Iterator[MaskedBatch]:
+def load(config: EncoderConfig, images: LabelledSource, tokens: int, packs: int, clock: Clock) -> Iterator[MaskedBatch]:
     """The first `packs` packs of training, at the default sizes and masks."""
-    plan = Plan(images.index, DataConfig(tokens_per_pack=tokens, max_view_tokens=ROW), config.patch_size, seed=0).epoch(
-        0
-    )
-    dataset = PackDataset(images.source, images.index, config.patch_size, MaskConfig())
+    plan = Plan(
+        images.catalog, DataConfig(tokens_per_pack=tokens, max_view_tokens=ROW), config.patch_size, seed=0
+    ).epoch(0)
+    dataset = PackDataset(images.source, images.catalog, config.patch_size, MaskConfig())
     for number in range(min(packs, len(plan))):
         with clock.part("decode"):
             batch = dataset[plan[number]]
@@ -379,8 +382,10 @@ class OurStep(JEPA):
 
     def loss(self, batch: MaskedBatch) -> Tensor:
         """Of a step of one pack."""
-        total: Tensor = self(batch, len(batch.targets.index), 1).total
-        return total
+        batch = self.preprocess(batch)
+        features = self.features(batch)
+        size = StepSize(len(batch.targets.index), 1)
+        return self.losses(self.predict(features, batch), self.targets(batch), features, batch, size).total
 
 
 class Training:
@@ -455,7 +460,7 @@ def lay_out(batch: MaskedBatch, masks: Sequence[ViewMasks], config: EncoderConfi
     where = torch.from_numpy(np.concatenate([ROW * row + slot for row, slot in zip(rows_of, slots, strict=True)]))
     patches = torch.zeros(count * ROW, batch.packed.values.shape[1])
     pixels = batch.packed.values.unflatten(1, (-1, CHANNELS)) / 255
-    patches[where] = ((pixels - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)).flatten(1)
+    patches[where] = ((pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).flatten(1)
     places = torch.zeros(count * ROW, 2, dtype=torch.int64)
     places[where] = batch.packed.positions.long().clamp(max=config.max_grid - 1)
     views = torch.full((count * ROW,), -1)
@@ -494,7 +499,7 @@ class OriginalStep(nn.Module):
 
     def __init__(self, encoder: EncoderConfig, predictor: PredictorConfig) -> None:
         super().__init__()
-        self.student = Encoder(encoder)
+        self.student = VisionTransformer(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.embed = Linear(self.student.width, predictor.width)
         self.mask_token = nn.Parameter(torch.randn(predictor.width))
@@ -538,7 +543,7 @@ def look_up(positions: FactorizedPositions, places: Tensor) -> Tensor:
     return positions.rows[places[..., 0]] + positions.cols[places[..., 1]]
 
 
-def encode(encoder: Encoder, patches: Tensor, places: Tensor, views: Tensor) -> Tensor:
+def encode(encoder: VisionTransformer, patches: Tensor, places: Tensor, views: Tensor) -> Tensor:
     """Features of padded rows: [B, T, P * P * C] -> [B, T, D]."""
     x = encoder.patch_embed(patches) + look_up(cast(FactorizedPositions, encoder.positions), places)
     return dense(encoder.blocks, x, views)

@@ -28,27 +28,20 @@ from ijepa_enhanced.commands.setup import (
     random_start,
     share_cores,
 )
-from ijepa_enhanced.config import RequestError, load_config, nearest
+from ijepa_enhanced.config import load_config
 from ijepa_enhanced.devices import autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import NotFiniteError, RequestError, RunError, did_you_mean
 from ijepa_enhanced.evaluate.attentive import attentive
+from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.evaluate.dense import dense, open_maps
 from ijepa_enhanced.evaluate.features import extract, hash_weights, thumbnails
-from ijepa_enhanced.evaluate.finetune import FinetuneConfig, finetune
+from ijepa_enhanced.evaluate.finetune import finetune
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, score
-from ijepa_enhanced.evaluate.sweep import (
-    Point,
-    advice,
-    choose,
-    frontier,
-    network_costs,
-    setting_name,
-    write_points,
-)
-from ijepa_enhanced.evaluate.tokens import Images, NotFiniteError, Setting, warn_of_unreadable
+from ijepa_enhanced.evaluate.sweep import Point, advice, choose, frontier, network_costs, setting_name, write_points
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.models.encoder import Encoder
-from ijepa_enhanced.train.loop import RunError
 from ijepa_enhanced.visualize.frontier import draw_frontier
 
 logger = logging.getLogger(__name__)
@@ -72,7 +65,7 @@ def add_options(command: ArgumentParser) -> None:
         type=str,
         nargs="+",
         metavar="NAME=VALUES",
-        help="score every combination, such as side=112,224 merge_rate=0,0.05,0.1, and say which to choose",
+        help="score every combination, such as resolution=112,224 merge_rate=0,0.05,0.1, and say which to choose",
     )
     command.add_argument(
         "--out", type=str, default=None, metavar="DIR", help="folder for sweep.csv and sweep.png (default: RUN)"
@@ -113,9 +106,9 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
             raise RequestError(f"{name} must be at least 0, not {options[name]}.")
     for protocol in options.protocols:
         if protocol not in PROTOCOLS:
-            raise RequestError(f"No protocol '{protocol}'.{nearest(protocol, list(PROTOCOLS))}")
+            raise RequestError(f"No protocol '{protocol}'.{did_you_mean(protocol, list(PROTOCOLS))}")
     combinations = sweep_settings(options) if options.sweep else []
-    check_setting(options.side, options.merge_rate)
+    check_setting(options.resolution, options.merge_rate)
     share_cores(options.workers)
     encoder = load_encoder(options.run).to(ranks.device)
     dtype = autocast_dtype("auto", ranks.device)
@@ -123,19 +116,19 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     with ranks.one_first():
         maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
         train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
-    hashes, weights = [each.index.hash for each in (train, val)], hash_weights(encoder)
+    hashes, weights = [each.catalog.hash for each in (train, val)], hash_weights(encoder)
     ranks.agree(
         {
-            "images": [*hashes, *(each.index.hash for each in maps)],
+            "images": [*hashes, *(each.catalog.hash for each in maps)],
             "encoder": weights,
             "precision": dtype,
             "PyTorch": torch.__version__,
         }
     )
-    setting = Setting(options.side, dtype, options.merge_rate, options.workers, ranks=ranks)
+    setting = InferenceConfig(options.resolution, dtype, options.merge_rate, options.workers, ranks=ranks)
     if combinations:
         return sweep(options, combinations, encoder, train, val, setting)
-    warn_of_side(Path(options.run), options.side)
+    warn_of_side(Path(options.run), options.resolution)
     subjects: dict[str, Encoder | None] = {}
     if options.baselines or options.random_init:
         subjects["random start"] = random_start(encoder, Path(options.run))
@@ -159,7 +152,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
         return 0
     show(evaluation)
     if (run := Path(options.run)).joinpath("config.yaml").is_file():
-        settings = {name: options[name] for name in ("train", "val", "side", "merge_rate", "seed")}
+        settings = {name: options[name] for name in ("train", "val", "resolution", "merge_rate", "seed")}
         settings |= {"images": hashes, "weights": weights}
         keep(evaluation, settings, run / "evaluation.json")
     print_json(options, evaluation["random start" if options.random_init else "trained"])
@@ -167,7 +160,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
 
 
 def scores_of_features(
-    options: Namespace, encoder: Encoder | None, train: Images, val: Images, setting: Setting
+    options: Namespace, encoder: Encoder | None, train: LabelledSource, val: LabelledSource, setting: InferenceConfig
 ) -> dict[str, float]:
     """What the protocols that share features say, of an encoder or of raw pixels; nothing if none of them is wanted."""
     protocols = [protocol for protocol in options.protocols if protocol in FEATURE_PROTOCOLS]
@@ -176,9 +169,9 @@ def scores_of_features(
     both = []
     for images in (train, val):
         if encoder is None:
-            found = thumbnails(images.source, images.index)
+            found = thumbnails(images.source, images.catalog)
         else:
-            with counting(images.source.name, len(images.index.rows)) as progress:
+            with counting(images.source.name, len(images.catalog.rows)) as progress:
                 found = extract(encoder, images, setting, progress, cache=True)
         warn_of_unreadable(images.source, found.unreadable)
         both.append(found)
@@ -236,9 +229,9 @@ def sweep(
     options: Namespace,
     settings: list[tuple[int | None, float]],
     encoder: Encoder,
-    train: Images,
-    val: Images,
-    setting: Setting,
+    train: LabelledSource,
+    val: LabelledSource,
+    setting: InferenceConfig,
 ) -> int:
     """Score a table of settings of one encoder."""
     name, network = "trained", encoder
@@ -246,45 +239,49 @@ def sweep(
         name, network = "random start", random_start(encoder, Path(options.run))
     logger.info("Timing the network at %d settings", len(settings))
     main = setting.ranks.main
-    costs = network_costs(network, [train.index, val.index], settings if main else [], setting.dtype)
+    costs = network_costs(network, [train.catalog, val.catalog], settings if main else [], setting.dtype)
     found = []
-    for side, rate in settings:
-        logger.info("Scoring: %s, %s", name, setting_name(side, rate))
-        shown = dataclasses.replace(setting, side=side, merge_rate=rate)
+    for resolution, rate in settings:
+        logger.info("Scoring: %s, %s", name, setting_name(resolution, rate))
+        shown = dataclasses.replace(setting, resolution=resolution, merge_rate=rate)
         found.append(scores_of_features(options, network, train, val, shown))
     if not main:
         return 0
     fields = [field.name for field in dataclasses.fields(Point)]
     points = []
-    for (side, rate), cost, scores in zip(settings, costs, found, strict=True):
-        points.append(Point(side, rate, **{key: scores[key] for key in fields if key in scores}, **cost))
+    for (resolution, rate), cost, scores in zip(settings, costs, found, strict=True):
+        points.append(Point(resolution, rate, **{key: scores[key] for key in fields if key in scores}, **cost))
     show_sweep(points, Path(options.out or options.run))
     print_json(options, dataclasses.asdict(choose(points)) | {"sweep": [dataclasses.asdict(point) for point in points]})
     return 0
 
 
-def warn_of_side(folder: Path, side: int | None) -> None:
+def warn_of_side(folder: Path, resolution: int | None) -> None:
     """Say where a run is shown images much larger or smaller than those that it was trained on.
 
     Half as large again still scores about as well (docs/recipe.md); of smaller ones nothing was measured.
     """
-    if side is None or not (folder / "config.yaml").is_file():
+    if resolution is None or not (folder / "config.yaml").is_file():
         return
     data = load_config(folder).data
-    if data.min_side is None or data.max_side is None or data.min_side / 2 <= side <= 1.5 * data.max_side:
+    if (
+        data.min_resolution is None
+        or data.max_resolution is None
+        or data.min_resolution / 2 <= resolution <= 1.5 * data.max_resolution
+    ):
         return
     logger.warning(
-        "%s was trained at sides of %d to %d px, and is scored at %d: more suitable is --side %d.",
+        "%s was trained at resolutions of %d to %d px, and is scored at %d: more suitable is --resolution %d.",
         folder,
-        data.min_side,
-        data.max_side,
-        side,
-        data.max_side,
+        data.min_resolution,
+        data.max_resolution,
+        resolution,
+        data.max_resolution,
     )
 
 
 def sweep_settings(options: Namespace) -> list[tuple[int | None, float]]:
-    """The combinations of side and merge rate that `--sweep` names; one that it leaves out is that of its own option.
+    """Return the resolutions and merge rates that `--sweep` combines; its own option gives one that it leaves out.
 
     Raises:
         RequestError: it names something else, or a value that cannot be.
@@ -293,20 +290,20 @@ def sweep_settings(options: Namespace) -> list[tuple[int | None, float]]:
         raise RequestError("--sweep scores one encoder: leave --baselines out.")
     if set(options.protocols) != set(DEFAULT_PROTOCOLS):
         raise RequestError("--sweep scores by knn and linear: leave --protocols out.")
-    sides: list[int | None] = [options.side]
+    resolutions: list[int | None] = [options.resolution]
     rates: list[float] = [options.merge_rate]
     for part in options.sweep:
         name, _, values = part.partition("=")
-        if name not in ("side", "merge_rate"):
-            raise RequestError(f"--sweep takes side=... and merge_rate=..., not '{part}'.")
+        if name not in ("resolution", "merge_rate"):
+            raise RequestError(f"--sweep takes resolution=... and merge_rate=..., not '{part}'.")
         try:
-            if name == "side":
-                sides = [None if value == "null" else int(value) for value in values.split(",")]
+            if name == "resolution":
+                resolutions = [None if value == "null" else int(value) for value in values.split(",")]
             else:
                 rates = [float(value) for value in values.split(",")]
         except ValueError as error:
             raise RequestError(f"--sweep takes numbers with commas between them, not '{part}'.") from error
-    settings = list(dict.fromkeys(itertools.product(sides, rates)))
+    settings = list(dict.fromkeys(itertools.product(resolutions, rates)))
     for setting in settings:
         check_setting(*setting)
     return settings
@@ -315,10 +312,10 @@ def sweep_settings(options: Namespace) -> list[tuple[int | None, float]]:
 def show_sweep(points: list[Point], folder: Path) -> None:
     """Print a sweep as a table and what to choose, and write it and its plot into a folder."""
     best, chosen = frontier(points, "linear"), choose(points)
-    table = Table("side", "merge rate", "kNN-20", "linear", "images/s", "GFLOPs", "peak MB", "")
+    table = Table("resolution", "merge rate", "kNN-20", "linear", "images/s", "GFLOPs", "peak MB", "")
     for point in points:
         table.add_row(
-            "native" if point.side is None else str(point.side),
+            "native" if point.resolution is None else str(point.resolution),
             f"{point.merge_rate:g}",
             f"{point.knn20:.1%}",
             f"{point.linear:.1%}",

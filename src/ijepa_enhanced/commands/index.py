@@ -6,8 +6,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import print_counts, print_json
-from ijepa_enhanced.data.index import build_index, summary
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.catalog import open_catalog, summary
+from ijepa_enhanced.data.sources.open import open_source
 
 
 def add_options(command: ArgumentParser) -> None:
@@ -17,10 +17,10 @@ def add_options(command: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Scan a source and print what is in it."""
-    index = build_index(open_source(options.source))
-    counts = summary(index)
+    catalog = open_catalog(open_source(options.source))
+    counts = summary(catalog)
     print_counts(counts)
-    for key, reason in index.unreadable:
+    for key, reason in catalog.unreadable:
         print(f"  unreadable  {key}: {reason}")
     print_json(options, counts)
     return 0

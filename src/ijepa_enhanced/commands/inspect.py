@@ -20,13 +20,12 @@ from ijepa_enhanced.commands.setup import (
     train_config,
 )
 from ijepa_enhanced.commands.train import first_batch
-from ijepa_enhanced.config import RequestError, load_config
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.index import LISTED, build_index, report_unreadable, summary
+from ijepa_enhanced.config import load_config
+from ijepa_enhanced.data.catalog import LISTED, open_catalog, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import best_device
-from ijepa_enhanced.train.loop import RunError
+from ijepa_enhanced.errors import RequestError, RunError, UnreadableImage
 from ijepa_enhanced.visualize.data import class_sizes, draw_survey, survey
 from ijepa_enhanced.visualize.features import draw_features
 from ijepa_enhanced.visualize.merges import draw_merges
@@ -80,19 +79,19 @@ def add_data_options(picture: ArgumentParser) -> None:
 def inspect_data(options: Namespace) -> int:
     """Draw some images of a source and how large they are; count modes, labels and duplicates."""
     source = open_source(options.source)
-    index = build_index(source)
-    report_unreadable(index)
-    if not len(index.rows):
-        raise RunError(f"None of the {len(index.unreadable)} images of {options.source} can be read.")
-    seen = survey(source, index)
+    catalog = open_catalog(source)
+    report_unreadable(catalog)
+    if not len(catalog.rows):
+        raise RunError(f"None of the {len(catalog.unreadable)} images of {options.source} can be read.")
+    seen = survey(source, catalog)
     for row, reason in seen.unreadable:
         logger.warning("Left out: %s: %s", source.keys[row], reason)
     if not seen.rows:
         raise RunError(f"None of the {len(seen.unreadable)} images of {options.source} can be decoded.")
     folder = Path(options.out)
-    pictures = draw_survey(source, index, seen, folder)
-    sizes = class_sizes(index)
-    counts = summary(index) | {
+    pictures = draw_survey(source, catalog, seen, folder)
+    sizes = class_sizes(catalog)
+    counts = summary(catalog) | {
         "modes": seen.modes,
         "looked_at": len(seen.rows),
         "identical": len(seen.identical),
@@ -130,7 +129,7 @@ def inspect_pack(name: str, options: Namespace) -> int:
 
 def inspect_merges(options: Namespace) -> int:
     """Draw what merges in images."""
-    check_setting(options.side, options.merge_rate)
+    check_setting(options.resolution, options.merge_rate)
     if options.merge_rate == 0:
         raise RequestError("At a merge rate of 0 nothing merges: ask for one up to 0.5.")
     encoder = load_encoder(options.run).to(best_device())
@@ -139,7 +138,9 @@ def inspect_merges(options: Namespace) -> int:
         if not path.is_file():
             raise RequestError(f"No file {path}.")
         # Two folders may hold images of one name.
-        drawn[f"merges-{number:02d}-{path.stem}.png"] = draw_merges(encoder, path, options.side, options.merge_rate)
+        drawn[f"merges-{number:02d}-{path.stem}.png"] = draw_merges(
+            encoder, path, options.resolution, options.merge_rate
+        )
     folder = Path(options.out)
     for name, picture in drawn.items():
         save_png(picture, folder / name)
@@ -150,7 +151,7 @@ def inspect_merges(options: Namespace) -> int:
 
 def inspect_features(options: Namespace) -> int:
     """Draw images' features."""
-    check_setting(options.side, 0.0)
+    check_setting(options.resolution, 0.0)
     encoder = load_encoder(options.run).to(best_device())
     for path in map(Path, options.images):
         if not path.is_file():
@@ -158,7 +159,9 @@ def inspect_features(options: Namespace) -> int:
     folder = Path(options.out)
     picture = folder / "features.png"
     try:
-        grids = draw_features(encoder, options.images, picture, options.patch and tuple(options.patch), options.side)
+        grids = draw_features(
+            encoder, options.images, picture, options.patch and tuple(options.patch), options.resolution
+        )
     except UnreadableImage:
         raise
     except ValueError as error:

@@ -10,12 +10,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import counting_bars, print_counts, print_json
-from ijepa_enhanced.config import RequestError
-from ijepa_enhanced.data.index import LISTED, build_index
+from ijepa_enhanced.data.catalog import LISTED, open_catalog
+from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
 from ijepa_enhanced.data.remote import fetch
-from ijepa_enhanced.data.sources import is_remote, open_source
-from ijepa_enhanced.prepare import MANIFEST, check, prepare
-from ijepa_enhanced.train.loop import RunError
+from ijepa_enhanced.data.sources.open import is_remote, open_source
+from ijepa_enhanced.errors import RequestError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ def add_options(command: ArgumentParser) -> None:
         "source", type=str, help="the images, remote ones too; with --check, a folder that was prepared"
     )
     command.add_argument("out", type=str, nargs="?", default=None, help="folder for the shards")
-    command.add_argument("--max-side", type=int, default=256, help="largest sqrt(height * width) in pixels")
+    command.add_argument("--max-resolution", type=int, default=256, help="largest sqrt(height * width) in pixels")
     command.add_argument("--quality", type=int, default=90, help="of the JPEG files, 1 to 100")
     command.add_argument("--workers", type=int, default=1, help="processes that decode and encode; 0: this one does")
     command.add_argument("--shard-size", type=int, default=128, help="megabytes at which a shard is closed")
@@ -42,7 +41,7 @@ def _prepare(options: Namespace) -> int:
     if options.out is None:
         raise RequestError("Missing: out.")
     for name, least, most in (
-        ("max_side", 1, None),
+        ("max_resolution", 1, None),
         ("quality", 1, 100),
         ("workers", 0, None),
         ("shard_size", 1, None),
@@ -62,7 +61,7 @@ def _prepare(options: Namespace) -> int:
         manifest = prepare(
             source,
             folder,
-            options.max_side,
+            options.max_resolution,
             options.quality,
             options.workers,
             options.shard_size,
@@ -76,7 +75,7 @@ def _prepare(options: Namespace) -> int:
         logger.warning("Dropped: %d more, which %s lists.", len(manifest["dropped"]) - LISTED, folder / MANIFEST)
     if not manifest["shards"]:
         raise RunError(f"None of the {len(manifest['dropped'])} images of {options.source} can be decoded.")
-    build_index(open_source(str(folder)))
+    open_catalog(open_source(str(folder)))
     counts = {
         "images": sum(shard["images"] for shard in manifest["shards"]),
         "dropped": len(manifest["dropped"]),

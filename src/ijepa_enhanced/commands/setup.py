@@ -16,15 +16,15 @@ from jsonargparse import ArgumentParser, Namespace
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 
-from ijepa_enhanced.config import RequestError, load_config, recipe_names
-from ijepa_enhanced.data.index import build_index, report_unreadable
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.config import load_config, recipe_names
+from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.distributed import is_main
-from ijepa_enhanced.evaluate.tokens import Images
-from ijepa_enhanced.models.encoder import Encoder
-from ijepa_enhanced.train.loop import RunError, TrainConfig
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import RequestError, RunError
+from ijepa_enhanced.evaluate.tokens import LabelledSource
+from ijepa_enhanced.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def add_encoder(command: ArgumentParser) -> None:
     """The options that say which encoder, at which size."""
     command.add_argument("run", type=str, help="a run, or a folder with an encoder")
     command.add_argument(
-        "--side", type=int | None, default=224, help="sqrt(height * width) in pixels; null: native size"
+        "--resolution", type=int | None, default=224, help="sqrt(height * width) in pixels; null: native size"
     )
 
 
@@ -85,10 +85,10 @@ def print_counts(counts: dict[str, Any]) -> None:
         print(f"{name:>12}  {shown}")
 
 
-def check_setting(side: int | None, merge_rate: float) -> None:
+def check_setting(resolution: int | None, merge_rate: float) -> None:
     """Raise RequestError where an encoder cannot be run with them."""
-    if side is not None and side < 1:
-        raise RequestError(f"side must be at least 1, not {side}.")
+    if resolution is not None and resolution < 1:
+        raise RequestError(f"resolution must be at least 1, not {resolution}.")
     if not 0 <= merge_rate <= 0.5:
         raise RequestError(f"merge_rate must lie between 0 and 0.5, not {merge_rate}.")
 
@@ -99,12 +99,7 @@ def load_encoder(path: str) -> Encoder:
     Raises:
         RequestError: there is none, or it cannot be read.
     """
-    try:
-        return Encoder.from_pretrained(path)
-    except FileNotFoundError as error:
-        raise RequestError(str(error)) from error
-    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise RequestError(f"What {path} holds is no encoder of this program, or damaged: {error}") from error
+    return Encoder.from_pretrained(path)
 
 
 def share_cores(workers: int) -> None:
@@ -120,64 +115,64 @@ def share_cores(workers: int) -> None:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
 
 
-def labelled(spec: str, part: str) -> Images:
-    """A source and its index.
+def labelled(spec: str, part: str) -> LabelledSource:
+    """A source and its catalog.
 
     Raises:
         RequestError: the source has no labels.
         RunError: it has no image that can be read.
     """
     source = open_source(spec, part)
-    index = build_index(source)
-    if index.labels is None:
+    catalog = open_catalog(source)
+    if catalog.labels is None:
         raise RequestError(
             f"{spec} has no labels, and scoring needs them: put the images of each class into a folder of its own, "
             "or a .cls file beside each image of a shard."
         )
-    report_unreadable(index, f"Left out of {spec}")
-    if not len(index.rows):
-        raise RunError(f"None of the {len(index.unreadable)} images of {spec} can be read.")
-    return Images(source, index)
+    report_unreadable(catalog, f"Left out of {spec}")
+    if not len(catalog.rows):
+        raise RunError(f"None of the {len(catalog.unreadable)} images of {spec} can be read.")
+    return LabelledSource(source, catalog)
 
 
-def labelled_images(train_spec: str, val_spec: str) -> list[Images]:
+def labelled_images(train_spec: str, val_spec: str) -> list[LabelledSource]:
     """The images of training and validation, the latter's classes numbered as the former's.
 
     Raises:
         RequestError: images lack labels, there is one class only, or a class of validation is missing in training.
     """
     train, val = (labelled(*spec) for spec in ((train_spec, "train"), (val_spec, "val")))
-    assert train.index.labels is not None
-    assert val.index.labels is not None
-    only = np.unique(train.index.labels)
+    assert train.catalog.labels is not None
+    assert val.catalog.labels is not None
+    only = np.unique(train.catalog.labels)
     if len(only) < 2:
         raise RequestError(
-            f"{train_spec} has images of one class only, '{train.index.class_name(only[0])}'; "
+            f"{train_spec} has images of one class only, '{train.catalog.class_name(only[0])}'; "
             "scoring needs two or more."
         )
     numbers = class_numbers(train, val)
     if train.source.fingerprint() == val.source.fingerprint():
         logger.warning("%s: the same images for training and validation, so scores say nothing of others.", val_spec)
-    return [train, Images(val.source, dataclasses.replace(val.index, labels=numbers))]
+    return [train, LabelledSource(val.source, dataclasses.replace(val.catalog, labels=numbers))]
 
 
-def class_numbers(train: Images, val: Images) -> NDArray[np.int64]:
+def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int64]:
     """The labels of the validation source as the training source numbers their classes: int64 [N].
 
     Raises:
         RequestError: a class that has images in the validation source has none in the training source.
     """
-    assert train.index.labels is not None
-    assert val.index.labels is not None
-    found, inverse = np.unique(val.index.labels, return_inverse=True)
+    assert train.catalog.labels is not None
+    assert val.catalog.labels is not None
+    found, inverse = np.unique(val.catalog.labels, return_inverse=True)
     numbers = found
-    if train.index.classes is not None and val.index.classes is not None:
-        places = {name: number for number, name in enumerate(train.index.classes)}
-        numbers = np.array([places.get(val.index.class_name(label), -1) for label in found.tolist()])
+    if train.catalog.classes is not None and val.catalog.classes is not None:
+        places = {name: number for number, name in enumerate(train.catalog.classes)}
+        numbers = np.array([places.get(val.catalog.class_name(label), -1) for label in found.tolist()])
     for label, number in zip(found.tolist(), numbers.tolist(), strict=True):
-        if number not in train.index.labels:
-            name = val.index.class_name(label)
-            listed = train.index.classes is not None and name in train.index.classes
+        if number not in train.catalog.labels:
+            name = val.catalog.class_name(label)
+            listed = train.catalog.classes is not None and name in train.catalog.classes
             lacks = (
                 f"of which {train.source.name} has no readable image" if listed else f"that {train.source.name} has not"
             )
@@ -190,5 +185,4 @@ def random_start(encoder: Encoder, run: Path) -> Encoder:
     encoder in one; else 0."""
     folder = run.resolve().parent if run.name in ("encoder", "best") else run
     seed = load_config(folder).seed if (folder / "config.yaml").is_file() else 0
-    torch.manual_seed(seed)
-    return Encoder(encoder.config).eval().to(encoder.pixel_scale.device)
+    return Encoder.random(encoder.config, encoder.preprocessing, seed).to(encoder.device)

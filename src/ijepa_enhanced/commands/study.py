@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import print_json, share_cores, train_config
-from ijepa_enhanced.config import RequestError
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.study import load_study, run_study, summary
-from ijepa_enhanced.train.loop import TrainConfig
+from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.visualize.report import write_report
 
 NOTHING = "-"
@@ -61,7 +61,7 @@ def configure(flags: list[str]) -> TrainConfig:
     Raises:
         RequestError: a flag is wrong, or means a run and not a way to train.
     """
-    from ijepa_enhanced.cli import parse  # which knows this command too
+    from ijepa_enhanced.cli import parse
 
     for flag in flags:
         if flag.partition("=")[0] in ("--run", "--resume", "--seed", "--print_config", "--json"):

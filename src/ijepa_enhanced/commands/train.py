@@ -12,15 +12,17 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import add_configuration, hush_others, print_json, share_cores, train_config
-from ijepa_enhanced.config import RequestError, check_resumable, check_unchanged, load_config
-from ijepa_enhanced.data.index import build_index, report_unreadable
+from ijepa_enhanced.config import check_resumable, check_unchanged, load_config
+from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.distributed import is_main
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.packed import Batch
+from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import TrainConfig, train
+from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.report import write_report
 from ijepa_enhanced.visualize.views import draw_masked_views
@@ -84,11 +86,11 @@ def show(config: TrainConfig, folder: Path) -> list[Path]:
 def first_batch(config: TrainConfig, source: str) -> Batch:
     """The first pack that a run of `config` on `source` trains on, without its masks."""
     opened = open_source(source)
-    index = build_index(opened)
-    plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
-    dataset = PackDataset(opened, index, config.encoder.patch_size, seed=config.seed, changes=config.augment)
+    catalog = open_catalog(opened)
+    plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
+    dataset = PackDataset(opened, catalog, config.encoder.patch_size, seed=config.seed, changes=config.augment)
     batch = dataset[plan.epoch(0)[0]]
-    report_unreadable(index)
+    report_unreadable(catalog)
     for row, reason in batch.unreadable:
         logger.warning("Left out: %s: %s", opened.keys[row], reason)
     return batch

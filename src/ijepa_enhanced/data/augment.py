@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+
+from ijepa_enhanced.data.config import AugmentConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 """How far each is drawn from 1, and the hue from 0, in turns (BYOL, arXiv 2006.07733, appendix B)."""
@@ -19,27 +20,6 @@ SOLARIZE_FROM = 128
 """Values from here on are inverted (BYOL, appendix B)."""
 LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Probabilities, each for every view by itself; 0 is never. docs/recipe.md has what each is worth."""
-
-    flip: float = 0.0
-    """Mirrored left to right."""
-    color: float = 0.0
-    """Brightness, contrast, saturation and hue drawn anew."""
-    gray: float = 0.0
-    """Without colour."""
-    blur: float = 0.0
-    """Gaussian blur."""
-    solarize: float = 0.0
-    """Bright values inverted."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if not 0.0 <= getattr(self, field.name) <= 1.0:
-                raise ValueError(f"augment.{field.name} must lie between 0 and 1, not {getattr(self, field.name)}.")
 
 
 def augment(pixels: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_enhanced.data.augment import AugmentConfig, augment
-from ijepa_enhanced.data.cache import MEGABYTE, SHARED_MEMORY
-from ijepa_enhanced.data.images import UnreadableImage, decode_views, patchify
-from ijepa_enhanced.data.index import Index
+from ijepa_enhanced.data.augment import augment
+from ijepa_enhanced.data.catalog import Catalog
+from ijepa_enhanced.data.config import AugmentConfig
+from ijepa_enhanced.data.decode import decode_views, patchify
+from ijepa_enhanced.data.in_memory import MEGABYTE, SHARED_MEMORY
 from ijepa_enhanced.data.plan import Pack
-from ijepa_enhanced.data.source import Source, SourceError
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
 from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Segments, Selection
@@ -47,7 +49,7 @@ class PackDataset(Dataset[Batch]):
     """Makes the batch of a pack; the pack says everything, so a worker needs no state of the epoch."""
 
     source: Source
-    index: Index
+    catalog: Catalog
     """The sizes and labels of its images."""
     patch_size: int
     """P."""
@@ -81,7 +83,7 @@ class PackDataset(Dataset[Batch]):
         unreadable = []
         starts = np.flatnonzero(np.diff(pack.images, prepend=-1)).tolist()
         for first, last in itertools.pairwise([*starts, len(pack.images)]):
-            row = int(self.index.rows[pack.images[first]])
+            row = int(self.catalog.rows[pack.images[first]])
             try:
                 sizes = pack.grids[first:last] * self.patch_size
                 views = decode_views(self.source.open(row), pack.boxes[first:last], sizes)
@@ -96,15 +98,15 @@ class PackDataset(Dataset[Batch]):
             except UnreadableImage as error:
                 unreadable.append((row, str(error)))
                 kept[first:last] = False
-        masked_views, whole_views = (pack.select(kept & own) for own in (~pack.whole, pack.whole))
+        masked_views, global_views = (pack.select(kept & own) for own in (~pack.whole, pack.whole))
         packed, whole = (
             Packed.of_grids(own[:count], views.grids)
-            for own, count, views in zip(patches, filled, (masked_views, whole_views), strict=True)
+            for own, count, views in zip(patches, filled, (masked_views, global_views), strict=True)
         )
         batch = Batch(
             packed,
-            torch.from_numpy(self.index.rows[masked_views.images]),
-            None if self.index.labels is None else torch.from_numpy(self.index.labels[masked_views.images]),
+            torch.from_numpy(self.catalog.rows[masked_views.images]),
+            None if self.catalog.labels is None else torch.from_numpy(self.catalog.labels[masked_views.images]),
             pack.cursor,
             tuple(unreadable),
             whole=whole if pack.whole.any() else None,

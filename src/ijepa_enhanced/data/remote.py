@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ijepa_enhanced.data.source import CLASSES, EXTENSIONS, SourceError
-from ijepa_enhanced.data.sources import HEIC, expand
+from ijepa_enhanced.data.sources.base import CLASSES, EXTENSIONS
+from ijepa_enhanced.data.sources.folder import HEIC
+from ijepa_enhanced.data.sources.open import expand
+from ijepa_enhanced.errors import SourceError
 from ijepa_enhanced.files import replacing
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.linear import calibrated_loss, stratified_split
 from ijepa_enhanced.evaluate.scores import classification
-from ijepa_enhanced.evaluate.tokens import Counting, Images, Setting, Tokens, help_store, stored_tokens, uncounted
+from ijepa_enhanced.evaluate.tokens import (
+    Counting,
+    InferenceConfig,
+    LabelledSource,
+    Tokens,
+    help_store,
+    stored_tokens,
+    uncounted,
+)
 from ijepa_enhanced.models.blocks import LAYER_NORM_EPS, init_weights
-from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.packed import Segments, segment_ids
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.schedules import cosine
@@ -80,7 +88,12 @@ def segment_softmax(logits: Tensor, ids: Tensor, segments: int) -> Tensor:
 
 
 def attentive(
-    encoder: Encoder, train: Images, val: Images, setting: Setting, seed: int = 0, counting: Counting = uncounted
+    encoder: Encoder,
+    train: LabelledSource,
+    val: LabelledSource,
+    setting: InferenceConfig,
+    seed: int = 0,
+    counting: Counting = uncounted,
 ) -> Iterator[tuple[str, float]]:
     """`attentive`, and what comes with it (see `scores.classification`).
 
@@ -113,7 +126,7 @@ def attentive(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(generator(seed, Purpose.PROTOCOL).integers(2**63)))
             start = AttentiveClassifier(encoder.width, encoder.config.shape.heads, len(classes))
-        start.to(encoder.pixel_scale.device)
+        start.to(encoder.device)
         losses = []
         for rate in RATES:
             probe = _trained(start, known, numbers, fitted, rate, seed, counting)

@@ -14,13 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.images import FAILURES, UnreadableImage, open_image
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.plan import fit_grids
-from ijepa_enhanced.data.sources import SourceError, open_source
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.decode import FAILURES, open_image
+from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate.linear import STRENGTHS, softmax_regression
-from ijepa_enhanced.evaluate.tokens import Counting, Images, Setting, help_store, stored_tokens, uncounted
-from ijepa_enhanced.models.encoder import Encoder
+from ijepa_enhanced.evaluate.tokens import (
+    Counting,
+    InferenceConfig,
+    LabelledSource,
+    help_store,
+    stored_tokens,
+    uncounted,
+)
 from ijepa_enhanced.randomness import Purpose, generator
 
 IGNORED = 255
@@ -30,7 +38,7 @@ MOST_PATCHES = 2**18
 
 
 @dataclass(frozen=True)
-class LabelledMaps(Images):
+class LabelledMaps(LabelledSource):
     """Images with the label of each of their pixels."""
 
     label_map: Callable[[int], NDArray[np.uint8]]
@@ -50,7 +58,7 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
     """
     if spec == "synthetic":
         source = open_source(spec, part)
-        return LabelledMaps(source, build_index(source), partial(synthetic.label_map, part))
+        return LabelledMaps(source, open_catalog(source), partial(synthetic.label_map, part))
     root = Path(spec).expanduser()
     if not ((root / "images").is_dir() and (root / "labels").is_dir()):
         raise SourceError(
@@ -59,7 +67,7 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
         )
     source = open_source(str(root / "images"), part)
     paths = [(root / "labels" / key).with_suffix(".png") for key in source.keys]
-    return LabelledMaps(source, build_index(source), lambda row: _read_map(paths[row]))
+    return LabelledMaps(source, open_catalog(source), lambda row: _read_map(paths[row]))
 
 
 def _read_map(path: Path) -> NDArray[np.uint8]:
@@ -78,7 +86,7 @@ def dense(
     encoder: Encoder,
     train: LabelledMaps,
     val: LabelledMaps,
-    setting: Setting,
+    setting: InferenceConfig,
     seed: int = 0,
     counting: Counting = uncounted,
 ) -> Iterator[tuple[str, float]]:
@@ -102,11 +110,13 @@ def dense(
         NotFiniteError: a feature is not finite.
     """
     rng = generator(seed, Purpose.PROTOCOL)
-    index = train.index
-    grids = fit_grids(index.heights, index.widths, setting.side, encoder.config.patch_size, setting.tokens_per_pack)
-    order = rng.permutation(len(index.rows))
+    catalog = train.catalog
+    grids = fit_grids(
+        catalog.heights, catalog.widths, setting.resolution, encoder.config.patch_size, setting.tokens_per_pack
+    )
+    order = rng.permutation(len(catalog.rows))
     few = np.sort(order[np.cumsum(grids[order].prod(axis=1)) <= MOST_PATCHES])
-    chosen = Images(train.source, index.select(few))
+    chosen = LabelledSource(train.source, catalog.select(few))
     if not setting.ranks.main:
         help_store(encoder, (chosen, val), setting)
         return
@@ -162,8 +172,8 @@ def _need_labels(labels: int, maps: LabelledMaps) -> None:
 
 def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
     labels = maps.label_map(row)
-    image = int(np.searchsorted(maps.index.rows, row))
-    size = int(maps.index.heights[image]), int(maps.index.widths[image])
+    image = int(np.searchsorted(maps.catalog.rows, row))
+    size = int(maps.catalog.heights[image]), int(maps.catalog.widths[image])
     if labels.shape != size:
         raise UnreadableImage(
             f"The label map of {maps.source.keys[row]} of {maps.source.name} has {labels.shape[0]} x {labels.shape[1]} "

@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ijepa_enhanced.data.images import UnreadableImage, decode_views
-from ijepa_enhanced.data.index import Index, cache_folder
-from ijepa_enhanced.data.source import UNREAD, Source
-from ijepa_enhanced.evaluate.tokens import Images, Setting, need_images, packs_of, reduced_packs
+from ijepa_enhanced.data.catalog import Catalog, cache_folder
+from ijepa_enhanced.data.decode import decode_views
+from ijepa_enhanced.data.sources.base import UNREAD, Source
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import UnreadableImage
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, need_images, packs_of, reduced_packs
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import Batch
 
@@ -59,8 +60,8 @@ class Features:
 
 def extract(
     encoder: Encoder,
-    images: Images,
-    setting: Setting,
+    images: LabelledSource,
+    setting: InferenceConfig,
     progress: Callable[[int], None] | None = None,
     cache: bool = False,
 ) -> Features:
@@ -71,9 +72,9 @@ def extract(
         images: the source.
         setting: how they are shown to the encoder. On other ranks than the main one what is returned is empty.
         progress: called with the number of images done.
-        cache: keep what is found in the user's cache folder (see `build_index`) and read what is there, a file for
+        cache: keep what is found in the user's cache folder (see `open_catalog`) and read what is there, a file for
             every `PACKS_PER_PART` packs. They are found by a digest of all that features depend on: weights and
-            architecture, the files and their index, and the setting. What cannot be read is made anew; what
+            architecture, the files and their catalog, and the setting. What cannot be read is made anew; what
             cannot be written is a warning.
 
     Raises:
@@ -81,8 +82,8 @@ def extract(
         NotFiniteError: a feature is not finite; nothing of its part is cached.
         ValueError: a merge rate out of range.
     """
-    index, ranks = images.index, setting.ranks
-    packs = packs_of(encoder, index, setting)
+    catalog, ranks = images.catalog, setting.ranks
+    packs = packs_of(encoder, catalog, setting)
     cuts = [packs[start : start + PACKS_PER_PART] for start in range(0, len(packs), PACKS_PER_PART)]
     found: list[_Part | None] = [None] * len(cuts)
     if cache and ranks.main:
@@ -109,10 +110,10 @@ def extract(
     need_images(done, images.source)
     layers = torch.cat([part.layers for part in parts if len(part.layers)])
     image_ids = torch.cat([part.image_ids for part in parts])
-    readable = np.isin(index.rows, image_ids)
+    readable = np.isin(catalog.rows, image_ids)
     return Features(
         layers[:, -1],
-        None if index.labels is None else torch.from_numpy(index.labels[readable]),
+        None if catalog.labels is None else torch.from_numpy(catalog.labels[readable]),
         image_ids,
         {row: reason for part in parts for row, reason in part.unreadable.items()},
         sum(part.seconds for part in parts),
@@ -178,14 +179,14 @@ class _Part(NamedTuple):
             logger.warning("The features cannot be cached in %s: %s", path.parent, error)
 
 
-def _digest(encoder: Encoder, images: Images, setting: Setting) -> str:
+def _digest(encoder: Encoder, images: LabelledSource, setting: InferenceConfig) -> str:
     """The name of all that features depend on."""
     format_of = (FORMAT, LAYERS, PACKS_PER_PART)
-    where = (encoder.config, encoder.pixel_scale.device.type, images.source.fingerprint(), images.index.hash)
+    where = (encoder.config, encoder.device.type, images.source.fingerprint(), images.catalog.hash)
     limit = setting.tokens_per_pack
-    shown = (setting.side, setting.dtype, limit, encoder.at_once(limit), setting.merge_rate)
+    shown = (setting.resolution, setting.dtype, limit, encoder.at_once(limit), setting.merge_rate)
     digest = hashlib.sha256(repr((*format_of, *where, *shown)).encode())
-    digest.update(images.index.rows.tobytes())
+    digest.update(images.catalog.rows.tobytes())
     digest.update(hash_weights(encoder).encode())
     return digest.hexdigest()
 
@@ -199,12 +200,12 @@ def hash_weights(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def thumbnails(source: Source, index: Index, side: int = 16) -> Features:
+def thumbnails(source: Source, catalog: Catalog, side: int = 16) -> Features:
     """The floor that any encoder must beat: each image squashed to `side` x `side` RGB pixels, [N, side * side * 3]."""
     start = time.perf_counter()
     values, kept, unreadable = [], [], {}
-    for image, row in enumerate(index.rows.tolist()):
-        box = np.array([[0, 0, index.heights[image], index.widths[image]]], dtype=np.float32)
+    for image, row in enumerate(catalog.rows.tolist()):
+        box = np.array([[0, 0, catalog.heights[image], catalog.widths[image]]], dtype=np.float32)
         try:
             pixels = decode_views(source.open(row), box, np.array([[side, side]]))[0]
         except UnreadableImage as error:
@@ -213,6 +214,6 @@ def thumbnails(source: Source, index: Index, side: int = 16) -> Features:
         values.append(torch.from_numpy(pixels.reshape(-1)) / 255)
         kept.append(image)
     need_images(len(values), source)
-    rows = torch.from_numpy(index.rows[kept])
-    labels = None if index.labels is None else torch.from_numpy(index.labels[kept])
+    rows = torch.from_numpy(catalog.rows[kept])
+    labels = None if catalog.labels is None else torch.from_numpy(catalog.labels[kept])
     return Features(torch.stack(values), labels, rows, unreadable, time.perf_counter() - start)

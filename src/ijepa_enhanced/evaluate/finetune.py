@@ -6,7 +6,6 @@ import copy
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,16 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_enhanced.data.augment import AugmentConfig
+from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.loader import PackDataset, make_loader
-from ijepa_enhanced.data.plan import DataConfig, Plan
+from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.devices import autocast
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import NotFiniteError
+from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.evaluate.scores import classification
 from ijepa_enhanced.evaluate.tokens import (
     Counting,
-    Images,
-    NotFiniteError,
-    Setting,
+    InferenceConfig,
+    LabelledSource,
     need_images,
     packs_of,
     reduced_packs,
@@ -31,58 +32,12 @@ from ijepa_enhanced.evaluate.tokens import (
     warn_of_unreadable,
 )
 from ijepa_enhanced.merge_plan import MergePlan
-from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import Batch, Packed, segment_ids
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.schedules import warmup_cosine
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Fine-tuning. Epochs, decays, warm-up and drop path are MAE's for ViT-B (arXiv 2111.06377, table 9)."""
-
-    epochs: int = 100
-    """Passes over the training images."""
-    lr: float = 5e-4
-    """Peak learning rate of the last layer. A step is one pack, so it does not scale with a batch."""
-    layer_decay: float = 0.75
-    """Learning rate of a layer by that of the layer above it (BEiT, arXiv 2106.08254, appendix H)."""
-    weight_decay: float = 0.05
-    """Decoupled, on matrices only."""
-    warmup: float = 0.05
-    """Fraction of all steps over which the learning rate rises."""
-    drop_path: float = 0.1
-    """Chance that a view skips half of the last block; that of earlier blocks rises to it on a straight line from 0
-    (stochastic depth, arXiv 1603.09382)."""
-    label_smoothing: float = 0.0
-    """Share of the target that all classes have in common; MAE's is 0.1."""
-    mixup: float = 0.0
-    """Both parameters of the Beta distribution that two images are mixed by; 0: never. Images of two sizes cannot be
-    mixed as pixels: their pooled features are (manifold mixup, arXiv 1806.05236), with those of their own rank."""
-    min_crop: float = 0.3
-    """Smallest area of the random crop, as a fraction of the image."""
-    flip: float = 0.5
-    """Chance that a crop is mirrored left to right."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"finetune.{name} must be above 0, not {getattr(self, name)}.")
-        for name in ("weight_decay", "mixup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"finetune.{name} must be at least 0, not {getattr(self, name)}.")
-        for name in ("layer_decay", "min_crop"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"finetune.{name} must be above 0 and at most 1, not {getattr(self, name)}.")
-        for name in ("drop_path", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"finetune.{name} must be at least 0 and below 1, not {getattr(self, name)}.")
-        for name in ("warmup", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"finetune.{name} must lie between 0 and 1, not {getattr(self, name)}.")
 
 
 class Classifier(nn.Module):
@@ -101,12 +56,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.width, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        device = encoder.pixel_scale.device
+        device = encoder.device
         self.to(device)
         self.random = torch.Generator(device).manual_seed(seed)
         self.cu_seqlens: list[Tensor] = []
         """Of the stream before each layer and after the last, for the pack that is being seen."""
-        layers = list(self.encoder.blocks.layers)
+        layers = list(self.encoder.network.blocks.layers)
         for number, layer in enumerate(layers):
             chance = drop_path * (number + 1) / len(layers)
             # Only the second half of a block comes after its merging.
@@ -117,30 +72,30 @@ class Classifier(nn.Module):
         if not self.training or not chance:
             return output
         cu_seqlens = self.cu_seqlens[stream]
-        # One more than there are views, for a stream's spare rows.
+        # One more than there are views, for a stream's pad rows.
         kept = torch.rand(len(cu_seqlens), generator=self.random, device=output.device) >= chance
         return output * (kept / (1 - chance)).to(output.dtype)[segment_ids(cu_seqlens, len(output)), None]
 
     def pooled(self, packed: Packed, plan: MergePlan | None) -> Tensor:
         """Patches of V views -> the means of their tokens [V, D]."""
-        streams = [packed.segments] * (len(self.encoder.blocks.layers) + 1) if plan is None else plan.segments
+        streams = [packed.segments] * (len(self.encoder.network.blocks.layers) + 1) if plan is None else plan.segments
         self.cu_seqlens = [segments.cu_seqlens for segments in streams]
         return segment_mean(self.encoder(packed, plan), packed.segments.cu_seqlens)
 
 
 def finetune(
     encoder: Encoder,
-    train: Images,
-    val: Images,
-    setting: Setting,
+    train: LabelledSource,
+    val: LabelledSource,
+    setting: InferenceConfig,
     seed: int = 0,
     counting: Counting = uncounted,
     config: FinetuneConfig | None = None,
 ) -> Iterator[tuple[str, float]]:
     """`finetune`, and what comes with it (see `scores.classification`): of the last step, none is chosen.
 
-    AdamW over random crops, resized to the side that is scored, a pack a step, whose views the ranks share; the encoder
-    that is given does not change.
+    AdamW over random crops, resized to the resolution that is scored, a pack a step, whose views the ranks share; the
+    encoder that is given does not change.
 
     Args:
         encoder: on the device to train on.
@@ -156,9 +111,9 @@ def finetune(
         NotFiniteError: gradients or features are not finite.
     """
     config = config or FinetuneConfig()
-    assert train.index.labels is not None
-    assert val.index.labels is not None
-    classes = torch.from_numpy(np.unique(train.index.labels))
+    assert train.catalog.labels is not None
+    assert val.catalog.labels is not None
+    classes = torch.from_numpy(np.unique(train.catalog.labels))
     rng = generator(seed, Purpose.PROTOCOL)
     model = Classifier(encoder, len(classes), config.drop_path, int(rng.integers(2**62)) + setting.ranks.rank).train()
     _train(model, train, classes, setting, seed, rng, counting, config)
@@ -170,33 +125,33 @@ def finetune(
 
 def _train(
     model: Classifier,
-    train: Images,
+    train: LabelledSource,
     classes: Tensor,
-    setting: Setting,
+    setting: InferenceConfig,
     seed: int,
     rng: np.random.Generator,
     counting: Counting,
     config: FinetuneConfig,
 ) -> None:
-    source, index, encoder, ranks = train.source, train.index, model.encoder, setting.ranks
+    source, catalog, encoder, ranks = train.source, train.catalog, model.encoder, setting.ranks
     views = DataConfig(
         tokens_per_pack=setting.tokens_per_pack,
-        min_side=setting.side,
-        max_side=setting.side,
+        min_resolution=setting.resolution,
+        max_resolution=setting.resolution,
         min_crop=config.min_crop,
         max_view_tokens=setting.tokens_per_pack,
     )
-    plan = Plan(index, views, encoder.config.patch_size, seed)
+    plan = Plan(catalog, views, encoder.config.patch_size, seed)
     first = plan.epoch(0)
     if first.too_small:
         logger.warning("Too small to fine-tune on: %d images of %s.", first.too_small, source.name)
     steps = config.epochs * len(first)
     own = slice(ranks.rank, None, ranks.world)
     packs = (epoch[n].select(own) for epoch in map(plan.epoch, itertools.count()) for n in range(len(epoch)))
-    depth, device = encoder.config.shape.depth, encoder.pixel_scale.device
+    depth, device = encoder.config.shape.depth, encoder.device
     dataset = PackDataset(
         source,
-        index,
+        catalog,
         encoder.config.patch_size,
         seed=seed,
         depth=depth,
@@ -247,13 +202,13 @@ def parameter_groups(model: Classifier, config: FinetuneConfig) -> list[dict[str
     The head and the last LayerNorm have all of it, block l of `depth` (from 0) layer_decay ** (depth - l), and what
     comes before the blocks layer_decay ** (depth + 1). Vectors and tables of positions do not decay.
     """
-    depth = len(model.encoder.blocks.layers)
+    depth = len(model.encoder.network.blocks.layers)
     groups = []
     for name, parameter in model.named_parameters():
-        if name.startswith("encoder.blocks.layers."):
-            below = depth - int(name.split(".")[3])
+        if name.startswith("encoder.network.blocks.layers."):
+            below = depth - int(name.split(".")[4])
         else:
-            below = 0 if name.startswith(("head.", "encoder.blocks.")) else depth + 1
+            below = 0 if name.startswith(("head.", "encoder.network.blocks.")) else depth + 1
         decays = parameter.ndim > 1 and "positions" not in name
         decay = config.weight_decay if decays else 0.0
         groups.append({"params": [parameter], "share": config.layer_decay**below, "weight_decay": decay})
@@ -268,7 +223,9 @@ def mixed(pooled: Tensor, targets: Tensor, alpha: float, rng: np.random.Generato
 
 
 @torch.inference_mode()
-def _predict(model: Classifier, images: Images, setting: Setting, counting: Counting) -> list[tuple[Tensor, Tensor]]:
+def _predict(
+    model: Classifier, images: LabelledSource, setting: InferenceConfig, counting: Counting
+) -> list[tuple[Tensor, Tensor]]:
     """Logits [n, C] and labels int64 [n] of the readable images of each pack that has any; the main rank's."""
 
     def reduce(batch: Batch, layers: list[Tensor]) -> tuple[dict[int, str], list[tuple[Tensor, Tensor]]]:
@@ -278,10 +235,10 @@ def _predict(model: Classifier, images: Images, setting: Setting, counting: Coun
         logits = model.head(segment_mean(layers[-1], batch.packed.segments.cu_seqlens))
         return dict(batch.unreadable), [(logits.cpu(), batch.labels.cpu())]
 
-    packs = packs_of(model.encoder, images.index, setting)
+    packs = packs_of(model.encoder, images.catalog, setting)
     scored: list[tuple[Tensor, Tensor]] = []
     unreadable: dict[int, str] = {}
-    with counting(images.source.name, len(images.index.rows)) as progress:
+    with counting(images.source.name, len(images.catalog.rows)) as progress:
         for left_out, shown in reduced_packs(model.encoder, images, packs, setting, reduce):
             unreadable |= left_out
             scored += shown

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def comparable(train: Tensor, train_labels: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def standardize(train: Tensor, train_labels: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What every probe starts from: standardised features and numbered classes.
 
     Each dimension is shifted and scaled to mean 0 and standard deviation 1 over `train`. One that is constant there
@@ -48,7 +48,7 @@ def knn_classify(
 
     A neighbour of cosine similarity s votes with weight exp(s / temperature) (Wu et al., arXiv 1805.01978, section
     3.4, whose 0.07 is the default); k = 20 is DINO's (arXiv 2104.14294, section 3.2). Features are standardised
-    first, see `comparable`. All images as similar as the k-th vote, so that the answer never depends on the order of
+    first, see `standardize`. All images as similar as the k-th vote, so that the answer never depends on the order of
     `train`; among classes of equal votes the smallest label wins.
 
     Args:
@@ -62,11 +62,11 @@ def knn_classify(
         int64 [M], labels out of `train_labels`.
 
     Raises:
-        ValueError: `k` or `temperature` is not positive, or as `comparable`.
+        ValueError: `k` or `temperature` is not positive, or as `standardize`.
     """
     if k < 1 or temperature <= 0:
         raise ValueError(f"k and temperature must be positive, not {k} and {temperature}.")
-    train, queries, classes, numbers = comparable(train, train_labels, queries)
+    train, queries, classes, numbers = standardize(train, train_labels, queries)
     train, queries = F.normalize(train), F.normalize(queries)
     votes = F.one_hot(numbers, len(classes)).float()
     predicted = []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_enhanced.evaluate.knn import comparable
+from ijepa_enhanced.evaluate.knn import standardize
 from ijepa_enhanced.randomness import Purpose, generator
 
 STRENGTHS = tuple(10 ** (-power / 2) for power in range(2, 11))
@@ -23,7 +23,7 @@ TEMPERATURES = tuple(2 ** (power / 2) for power in range(-8, 17))
 
 @torch.no_grad()
 def linear_probe(train: Tensor, train_labels: Tensor, queries: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Softmax regression on standardised features (see `knn.comparable`).
+    """Softmax regression on standardised features (see `knn.standardize`).
 
     The strength of its regularisation is chosen on a fifth of `train`, stratified; the layer is then trained again on
     all of it. Choosing by `calibrated_loss` is what makes the score repeat over seeds: the best accuracy on so few
@@ -40,9 +40,9 @@ def linear_probe(train: Tensor, train_labels: Tensor, queries: Tensor, seed: int
         ascending.
 
     Raises:
-        ValueError: as `knn.comparable`.
+        ValueError: as `knn.standardize`.
     """
-    train, queries, classes, numbers = comparable(train, train_labels, queries)
+    train, queries, classes, numbers = standardize(train, train_labels, queries)
     # The column of ones carries the bias.
     train, queries = F.pad(train, (0, 1), value=1.0), F.pad(queries, (0, 1), value=1.0)
     targets = F.one_hot(numbers, len(classes)).to(train.dtype)

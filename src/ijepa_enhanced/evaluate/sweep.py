@@ -1,4 +1,4 @@
-"""The dial that trades accuracy for speed: what each setting of side and merge rate costs and buys."""
+"""The dial that trades accuracy for speed: what each setting of resolution and merge rate costs and buys."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ijepa_enhanced.data.index import Index
-from ijepa_enhanced.data.plan import cut_into_packs, fit_grids
+from ijepa_enhanced.data.catalog import Catalog
+from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.packing import cut_into_packs
 from ijepa_enhanced.devices import autocast
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.models.encoder import Encoder
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.packed import Packed
 
@@ -30,7 +31,7 @@ CLOSE = 0.005
 class Point:
     """One setting and what was found with it."""
 
-    side: int | None
+    resolution: int | None
     """sqrt(height * width) in pixels; None is native size."""
     merge_rate: float
     """Share of its tokens that each layer merges into others."""
@@ -71,41 +72,43 @@ def choose(points: Sequence[Point]) -> Point:
 def advice(points: Sequence[Point]) -> str:
     """One sentence that says which setting to take."""
     best, chosen = max(points, key=lambda p: (p.linear, p.network_images_per_second)), choose(points)
-    name = setting_name(chosen.side, chosen.merge_rate)
+    name = setting_name(chosen.resolution, chosen.merge_rate)
     if chosen is best:
         return f"Take {name}: nothing faster comes within {100 * CLOSE:g} points of its linear {best.linear:.1%}."
     faster = chosen.network_images_per_second / best.network_images_per_second
     return (
         f"Take {name}: linear {chosen.linear:.1%} at {faster:.1f} times the speed of the best, "
-        f"{setting_name(best.side, best.merge_rate)}, with {best.linear:.1%}."
+        f"{setting_name(best.resolution, best.merge_rate)}, with {best.linear:.1%}."
     )
 
 
-def setting_name(side: int | None, merge_rate: float) -> str:
+def setting_name(resolution: int | None, merge_rate: float) -> str:
     """How people are told of a setting."""
-    return f"side {'native' if side is None else side}, merge rate {merge_rate:g}"
+    return f"resolution {'native' if resolution is None else resolution}, merge rate {merge_rate:g}"
 
 
 @torch.inference_mode()
 def network_costs(
-    encoder: Encoder, indices: Sequence[Index], settings: Sequence[tuple[int | None, float]], dtype: torch.dtype
+    encoder: Encoder, indices: Sequence[Catalog], settings: Sequence[tuple[int | None, float]], dtype: torch.dtype
 ) -> list[dict[str, float]]:
-    """What the network takes at each setting of side and merge rate: the last three fields of `Point`.
+    """What the network takes at each setting of resolution and merge rate: the last three fields of `Point`.
 
     Operations are counted over all images of the sources. Time and memory are those of the fullest pack that `extract`
     makes of them; black images do, since both depend on shapes alone. The packs run by turns, so that the speeds
     compare on a busy machine too.
     """
-    device, config = encoder.pixel_scale.device, encoder.config
+    device, config = encoder.device, encoder.config
     budget = encoder.at_once(TOKENS_PER_PACK)
     runs, images, gflops = [], [], []
-    for side, rate in settings:
-        grids = [fit_grids(each.heights, each.widths, side, config.patch_size, TOKENS_PER_PACK) for each in indices]
+    for resolution, rate in settings:
+        grids = [
+            fit_grids(each.heights, each.widths, resolution, config.patch_size, TOKENS_PER_PACK) for each in indices
+        ]
         lengths = np.concatenate(grids).prod(axis=1)
         packs = [part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1), budget)]
         fullest = max(packs, key=lambda pack: int(pack.prod(axis=1).sum()))
         tokens = int(fullest.prod(axis=1).sum())
-        packed = Packed.of_grids(np.zeros((tokens, len(encoder.pixel_scale)), np.uint8), fullest)
+        packed = Packed.of_grids(np.zeros((tokens, len(encoder.normalize.scale)), np.uint8), fullest)
         plan = encoder.merge_plan(packed.segments, rate)
         # Entered for each pack, as `extract` does: autocast keeps its copies of the weights for as long.
         runs.append(autocast(device, dtype)(partial(encoder, packed.to(device), plan and plan.to(device))))

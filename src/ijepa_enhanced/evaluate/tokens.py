@@ -14,26 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.index import Index, cache_folder
+from ijepa_enhanced.data.catalog import Catalog, cache_folder
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Pack, inference_packs
-from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.distributed import Ranks
-from ijepa_enhanced.merge_plan import MergePlan
-from ijepa_enhanced.models.encoder import Encoder
-from ijepa_enhanced.ops.merging import chain, unmerge
-from ijepa_enhanced.packed import Batch, Packed, segment_ids
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import NotFiniteError, UnreadableImage
+from ijepa_enhanced.packed import Batch, segment_ids
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_PACK = 16384
 """Most tokens of an image, and of what an encoder sees at once."""
-
-
-class NotFiniteError(ValueError):
-    """An encoder computes what is no number; the message says where."""
 
 
 Reduced = TypeVar("Reduced")
@@ -50,10 +44,10 @@ def uncounted(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @dataclass(frozen=True)
-class Setting:
+class InferenceConfig:
     """How an encoder is run over a source: whole images, no crop."""
 
-    side: int | None
+    resolution: int | None
     """sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size."""
     dtype: torch.dtype = torch.float32
     """Precision of the matrix products."""
@@ -69,24 +63,24 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Images:
-    """A source and its index."""
+class LabelledSource:
+    """A source and its catalog."""
 
     source: Source
-    index: Index
+    catalog: Catalog
 
 
-def packs_of(encoder: Encoder, index: Index, setting: Setting) -> list[Pack]:
-    """Every image of the index once, whole, in order, in packs that suit the encoder's device."""
+def packs_of(encoder: Encoder, catalog: Catalog, setting: InferenceConfig) -> list[Pack]:
+    """Every image of the catalog once, whole, in order, in packs that suit the encoder's device."""
     limit = setting.tokens_per_pack
-    return inference_packs(index, setting.side, encoder.config.patch_size, limit, encoder.at_once(limit))
+    return inference_packs(catalog, setting.resolution, encoder.config.patch_size, limit, encoder.at_once(limit))
 
 
 def reduced_packs(
     encoder: Encoder,
-    images: Images,
+    images: LabelledSource,
     packs: Sequence[Pack],
-    setting: Setting,
+    setting: InferenceConfig,
     reduce: Callable[[Batch, list[Tensor]], Reduced],
     layers: int = 1,
 ) -> Iterator[Reduced]:
@@ -104,7 +98,7 @@ def reduced_packs(
 
 @torch.inference_mode()
 def token_batches(
-    encoder: Encoder, images: Images, packs: Iterable[Pack], setting: Setting, layers: int = 1
+    encoder: Encoder, images: LabelledSource, packs: Iterable[Pack], setting: InferenceConfig, layers: int = 1
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Each pack on the encoder's device, and what the last `layers` layers make of its patches: [T, D] each.
 
@@ -115,16 +109,16 @@ def token_batches(
         NotFiniteError: a feature of the last layer is not finite.
     """
     source, dtype = images.source, setting.dtype
-    device, config = encoder.pixel_scale.device, encoder.config
+    device, config = encoder.device, encoder.config
     dataset = PackDataset(
-        source, images.index, config.patch_size, depth=config.shape.depth, merge_rate=setting.merge_rate
+        source, images.catalog, config.patch_size, depth=config.shape.depth, merge_rate=setting.merge_rate
     )
     for batch in make_loader(dataset, packs, setting.workers, pin_memory=device.type == "cuda"):
         moved = batch.to(device, non_blocking=True)
         outputs: list[Tensor] = []
         if len(batch.image_ids):
             with autocast(device, dtype):
-                outputs = last_layers(encoder, moved.packed, moved.merge_plan, layers)
+                outputs = encoder.last_layers(moved.packed, moved.merge_plan, layers)
             finite = outputs[-1].isfinite().all(dim=1)
             if not finite.all():
                 view = segment_ids(moved.packed.segments.cu_seqlens, len(finite))[~finite][0]
@@ -133,30 +127,6 @@ def token_batches(
                     f"The features of {key} of {source.name} are not finite: this encoder cannot be used."
                 )
         yield moved, outputs
-
-
-def last_layers(encoder: Encoder, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
-    """The outputs [T, D] of the last `count` layers, or of all where there are fewer; see `token_batches`."""
-    layers = list(encoder.blocks.layers)
-    streams: list[Tensor] = []
-    # What goes into a layer's first LayerNorm is the output of the layer before.
-    hooks = [
-        layer.get_submodule("norm1").register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
-        for layer in layers[max(1, len(layers) - count + 1) :]
-    ]
-    try:
-        features, merges = encoder.merged(packed, plan)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    segments = [packed.segments] * len(streams) if plan is None else plan.segments[-len(streams) - 1 : -1]
-    before = [encoder.blocks.norm(x[: own.total]) for x, own in zip(streams, segments, strict=True)]
-    outputs = [*before, features]
-    if plan is None:
-        return outputs
-    origins = [None, *itertools.accumulate(merges, chain)]
-    merged = [origins[sum(plan.active[: number + 1])] for number in range(len(layers))][-len(outputs) :]
-    return [x if origin is None else unmerge(x, origin) for x, origin in zip(outputs, merged, strict=True)]
 
 
 class Tokens(NamedTuple):
@@ -175,7 +145,9 @@ class Tokens(NamedTuple):
 
 
 @contextmanager
-def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: Counting) -> Iterator[Tokens]:
+def stored_tokens(
+    encoder: Encoder, images: LabelledSource, setting: InferenceConfig, counting: Counting
+) -> Iterator[Tokens]:
     """The tokens of all images after the last LayerNorm, for as long as the context lasts; the main rank's.
 
     They take 2 * D bytes each, in a file in the user's cache folder that has no name there: it is gone
@@ -185,13 +157,13 @@ def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: 
         UnreadableImage: none of the images can be decoded.
         OSError: the disk is full.
     """
-    source, index = images.source, images.index
+    source, catalog = images.source, images.catalog
     parts: list[Tokens] = []
     unreadable: dict[int, str] = {}
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        with counting(source.name, len(index.rows)) as progress:
+        with counting(source.name, len(catalog.rows)) as progress:
             for part, left_out in _tokens_of_packs(encoder, images, setting):
                 unreadable |= left_out
                 if len(part.image_ids):
@@ -213,14 +185,16 @@ def stored_tokens(encoder: Encoder, images: Images, setting: Setting, counting: 
         )
 
 
-def help_store(encoder: Encoder, sources: Iterable[Images], setting: Setting) -> None:
+def help_store(encoder: Encoder, sources: Iterable[LabelledSource], setting: InferenceConfig) -> None:
     """What every other rank does while the main one enters `stored_tokens` of these, one after the other."""
     for images in sources:
         for _ in _tokens_of_packs(encoder, images, setting):
             pass
 
 
-def _tokens_of_packs(encoder: Encoder, images: Images, setting: Setting) -> Iterator[tuple[Tokens, dict[int, str]]]:
+def _tokens_of_packs(
+    encoder: Encoder, images: LabelledSource, setting: InferenceConfig
+) -> Iterator[tuple[Tokens, dict[int, str]]]:
     """The tokens of the images of each pack, on the CPU, and row and reason of those that could not be decoded."""
 
     def reduce(batch: Batch, layers: list[Tensor]) -> tuple[Tokens, dict[int, str]]:
@@ -229,7 +203,7 @@ def _tokens_of_packs(encoder: Encoder, images: Images, setting: Setting) -> Iter
         lengths = torch.tensor(shown.packed.segments.lengths)
         return Tokens(values, lengths, shown.packed.grids, shown.image_ids, shown.labels), dict(batch.unreadable)
 
-    return reduced_packs(encoder, images, packs_of(encoder, images.index, setting), setting, reduce)
+    return reduced_packs(encoder, images, packs_of(encoder, images.catalog, setting), setting, reduce)
 
 
 def warn_of_unreadable(source: Source, unreadable: Mapping[int, str]) -> None:

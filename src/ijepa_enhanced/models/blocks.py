@@ -1,7 +1,8 @@
 """What the encoder and the predictor are made of: pre-norm transformer blocks over packed streams, and positions."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.ops.attention import attention
-from ijepa_enhanced.ops.linear import Linear, spare_rows
+from ijepa_enhanced.ops.linear import Linear, pad_rows
 from ijepa_enhanced.ops.merging import Merge, match, merge
 from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d
 from ijepa_enhanced.packed import Segments, segment_ids
@@ -39,7 +40,7 @@ class FeedForward(nn.Module):
 
 
 class Block(FeedForward):
-    """A block whose tokens attend to all tokens of their segment.
+    """A pre-norm block whose tokens attend to all tokens of their view.
 
     Args:
         width: D.
@@ -53,6 +54,33 @@ class Block(FeedForward):
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
+
+    def forward(
+        self, x: Tensor, segments: Segments, sizes: Tensor | None = None, plan: MergePlan | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor | None, Merge | None]:
+        """Attend, merge what the plan says, and transform each token.
+
+        Tokens are merged between attention and MLP by their keys averaged over heads (ToMe, arXiv 2210.09461,
+        section 3).
+
+        Args:
+            x: [T, D], and pad rows after them on a CPU (`ops.linear.pad_rows`).
+            segments: the views of the T tokens.
+            sizes: float32 [T], how many patches each token stands for; None: one each.
+            plan: None: nothing merges.
+            layer: number of this block in the plan.
+
+        Returns:
+            [T', D] with its pad rows; the sizes of the T' tokens, None while all are 1; what merged, None if nothing.
+        """
+        x, keys = self.attend(x, segments, sizes)
+        if plan is None or not plan.active[layer]:
+            return self.transform(x), sizes, None
+        tokens = plan.totals[layer]
+        merging = match(keys[:tokens].mean(dim=1, dtype=torch.float32), plan, layer)
+        sizes = x.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
+        x, sizes = merge(x[:tokens], sizes, merging)
+        return self.transform(pad_rows(x)), sizes, merging
 
     def attend(self, x: Tensor, segments: Segments, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The first half: [T, D] -> [T, D], and the keys of all tokens [T, H, K]; `sizes` as for `attention`."""
@@ -101,33 +129,40 @@ class Blocks(nn.Module):
         self.layers = nn.ModuleList(Block(width, heads, round(width * mlp_ratio)) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.recompute = False
-        """Whether the backward pass computes what is inside a block again, of which then only two [T, D] are kept
+        """Whether the backward pass computes what is inside a block again, of which then only the input [T, D] is kept
         (activation checkpointing, arXiv 1604.06174)."""
 
-    def forward(self, x: Tensor, segments: Segments, plan: MergePlan | None = None) -> tuple[Tensor, list[Merge]]:
-        """[T, D] -> [T', D], normalised, and what was merged on the way, layer after layer.
+    def forward(
+        self, x: Tensor, segments: Segments, plan: MergePlan | None = None, count: int = 1
+    ) -> tuple[list[Tensor], list[Merge | None]]:
+        """Run all blocks on [T, D].
 
-        With a plan, the tokens of its active layers are merged between attention and MLP by their keys averaged over
-        heads (ToMe, arXiv 2210.09461, section 3), and from there on each counts as many times as it has patches.
+        Args:
+            x: [T, D].
+            segments: the views of the T tokens.
+            plan: what merges in each block; None: nothing.
+            count: how many blocks' outputs to return; all of them if there are fewer.
+
+        Returns:
+            The outputs of the last `count` blocks after the final LayerNorm, [T', D] each, where T' shrinks as tokens
+            merge; and what each block merged, None for those that merge nothing.
         """
-        tokens, sizes, merges = len(x), None, []
-        x = spare_rows(x)
-        for number, layer in enumerate(cast(Iterable[Block], self.layers)):
-            x, keys = self._run(layer.attend, x, segments, sizes)
-            if plan is not None and plan.active[number]:
-                merging = match(keys[:tokens].mean(dim=1, dtype=torch.float32), plan, number)
-                sizes = x.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
-                x, sizes = merge(x[:tokens], sizes, merging)
-                tokens, x = len(x), spare_rows(x)
-                merges.append(merging)
-                segments = plan.segments[number + 1]
-            x = self._run(layer.transform, x)
-        return self.norm(x)[:tokens], merges
-
-    def _run(self, half: Callable[..., Any], *args: Any) -> Any:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(half, *args, use_reentrant=False, preserve_rng_state=False)
-        return half(*args)
+        tokens, sizes = len(x), None
+        x = pad_rows(x)
+        outputs: list[Tensor] = []
+        merges: list[Merge | None] = []
+        for number, block in enumerate(self.layers):
+            call: Callable[..., Any] = block
+            if self.recompute and torch.is_grad_enabled():
+                call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            x, sizes, merging = call(x, segments, sizes, plan, number)
+            merges.append(merging)
+            if plan is not None:
+                # A host-side number of the plan, not len(x): on a CPU pad rows follow the tokens.
+                segments, tokens = plan.segments[number + 1], plan.totals[number + 1]
+            if number >= len(self.layers) - count:
+                outputs.append(self.norm(x)[:tokens])
+        return outputs, merges
 
 
 class FactorizedPositions(nn.Module):
@@ -148,9 +183,10 @@ class FactorizedPositions(nn.Module):
         """[T, 2] positions in grids [V, 2] -> [T, D]."""
         coordinates = _coordinates(positions, grids, cu_seqlens, self.size)
         rows, cols = (interpolation_weights(axis, self.size) for axis in coordinates)
-        # In float32 under autocast too: the residual stream starts here and keeps this precision.
+        # In float32 at least, under autocast too: the residual stream starts here and keeps this precision.
+        dtype = torch.promote_types(torch.float32, self.rows.dtype)
         with torch.autocast(rows.device.type, enabled=False):
-            return rows @ self.rows + cols @ self.cols
+            return rows.to(dtype) @ self.rows.to(dtype) + cols.to(dtype) @ self.cols.to(dtype)
 
 
 class SinCosPositions(nn.Module):

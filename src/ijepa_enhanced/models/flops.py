@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.merge_plan import layer_rates, merged_lengths
-from ijepa_enhanced.models.encoder import CHANNELS, PATCH_MLP_RATIO, EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.vit import CHANNELS, PATCH_MLP_RATIO
 
 Lengths = Sequence[int] | NDArray[np.integer]
 Counts = NDArray[np.int64]

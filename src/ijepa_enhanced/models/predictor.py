@@ -1,35 +1,12 @@
 """The predictor: from the context's features to those of the hidden tokens."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from ijepa_enhanced.models.blocks import LAYER_NORM_EPS, CrossBlock, FactorizedPositions, init_weights
-from ijepa_enhanced.ops.linear import Linear, spare_rows
+from ijepa_enhanced.models.config import PredictorConfig
+from ijepa_enhanced.ops.linear import Linear, pad_rows
 from ijepa_enhanced.packed import Packed
-
-HEAD_MULTIPLE = 8
-"""What FlashAttention wants the width of a head to be a multiple of."""
-
-
-@dataclass(frozen=True)
-class PredictorConfig:
-    """The predictor's size; defaults are those of the original for ViT-S (width 256, depth 4)."""
-
-    width: int = 256
-    """Width of its tokens: narrower than the encoder's is better (I-JEPA, arXiv 2301.08243, ablations)."""
-    depth: int = 4
-    """Number of blocks."""
-    heads: int = 4
-    """Attention heads, each of a width that is a multiple of 8."""
-
-    def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads) < 1 or self.width % (HEAD_MULTIPLE * self.heads):
-            raise ValueError(
-                f"predictor.width must be a positive multiple of {HEAD_MULTIPLE} * predictor.heads, not {self.width} "
-                f"with {self.heads} heads, and predictor.depth at least 1, not {self.depth}."
-            )
 
 
 class Predictor(nn.Module):
@@ -62,8 +39,8 @@ class Predictor(nn.Module):
 
         Of the streams `context` and `targets`, of the same V views, only places are read.
         """
-        seen = self.embed(spare_rows(features)) + spare_rows(self._places(context))
-        x = spare_rows(self.mask_token + self._places(targets))
+        seen = self.embed(pad_rows(features)) + pad_rows(self._places(context))
+        x = pad_rows(self.mask_token + self._places(targets))
         for layer in self.layers:
             x = layer(x, targets.segments, seen, context.segments)
         return self.head(self.norm(x))[: len(targets.positions)]

@@ -33,7 +33,7 @@ def attention(
     Args:
         q: [T, H, K] queries.
         k: [S, H, K] keys; v: [S, H, K] values. S is T in self-attention. On a CPU rows may follow the last segment
-            (`ops.linear.spare_rows`), which are no one's: results and gradients are 0 there.
+            (`ops.linear.pad_rows`), which are no one's: results and gradients are 0 there.
         segments: of the queries.
         sizes: float32 [S], or without the rows behind the last segment: patches that each key stands for; None where
             all are single ones. No gradient flows to it.

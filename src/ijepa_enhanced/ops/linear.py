@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on x86 by MKL, which on AMD's processors is half as fast as oneDNN, and applies GELU
 in a second pass over fresh memory. oneDNN's product, which PyTorch has for compiled graphs, does both at once
-(docs/log.md). It compiles a product for each shape, which is why a stream is given spare rows.
+(docs/log.md). It compiles a product for each shape, which is why a stream is given pad rows.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = 
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
 
 
-def spare_rows(x: Tensor) -> Tensor:
+def pad_rows(x: Tensor) -> Tensor:
     """[T, N], on a CPU with some zero rows behind it, so that their number comes again.
 
     oneDNN compiles a product for each number of rows, which takes several times as long as a small product itself, and

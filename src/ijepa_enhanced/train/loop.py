@@ -9,99 +9,40 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
-from ijepa_enhanced.data.augment import AugmentConfig
-from ijepa_enhanced.data.cache import SHARED_MEMORY, InMemory, free_memory
-from ijepa_enhanced.data.index import LISTED, Index, build_index, report_unreadable
+from ijepa_enhanced.data.catalog import LISTED, Catalog, open_catalog, report_unreadable
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.in_memory import SHARED_MEMORY, InMemory, free_memory
 from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
-from ijepa_enhanced.data.plan import Cursor, DataConfig, EpochPlan, Plan
-from ijepa_enhanced.data.sources import open_source
+from ijepa_enhanced.data.plan import Cursor, EpochPlan, Plan
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
+from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.errors import ResumeError, RunError
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.jepa import JEPA, Losses, ObjectiveConfig
-from ijepa_enhanced.masks import MIN_TOKENS, MaskConfig
-from ijepa_enhanced.merge_plan import MergeConfig
-from ijepa_enhanced.models.encoder import EncoderConfig
-from ijepa_enhanced.models.predictor import PredictorConfig
+from ijepa_enhanced.jepa import JEPA, Losses, StepSize
+from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
+from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
-from ijepa_enhanced.train.monitor import History, MonitorConfig, start_watch
-from ijepa_enhanced.train.optimizer import OptimConfig, make_optimizer, set_step, step_settings
+from ijepa_enhanced.train.monitor import History, start_watch
+from ijepa_enhanced.train.optimizer import make_optimizer, set_step, step_settings
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("prediction", "stabilizer", "invariance")
+PARTS = ("prediction", "vicreg", "contrastive")
 """Of the loss, as they are logged: before their weights."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that defines a training run."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    merging: MergeConfig = field(default_factory=MergeConfig)
-    predictor: PredictorConfig = field(default_factory=PredictorConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    steps: int | None = None
-    """Optimizer steps of the run. Null: as many as `epochs` take."""
-    epochs: float = 100.0
-    """Passes over the images, where `steps` is null."""
-    seed: int = 0
-    """Of the weights, the plan and the masks."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the matrix products; weights and sums stay float32. Auto: bf16 where the device has it."""
-    compile: bool = False
-    """Compile student, teacher and predictor with `torch.compile`."""
-    activation_checkpointing: bool = False
-    """Compute what is inside the student's blocks again in the backward pass: less memory, more time (docs/log.md)."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
-    log_every: int = 10
-    """Steps between lines of the log; there is one at each look of the watch too."""
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}.")
-        unmasked = {name: getattr(self.data, name) for name in ("whole_views", "local_views")}
-        if self.objective.invariance and self.data.views + sum(unmasked.values()) < 2:
-            raise ValueError(
-                "objective.invariance compares views of one image: set data.views to 2, or data.whole_views or "
-                "data.local_views above 0."
-            )
-        for name, count in unmasked.items():
-            if count and not self.objective.invariance:
-                raise ValueError(f"data.{name} serve objective.invariance alone: set that above 0, or them to 0.")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs must be above 0, not {self.epochs}.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie between 0 and 2**63, not {self.seed}.")
-
-
-class RunError(RuntimeError):
-    """The run cannot go on."""
-
-
-class ResumeError(ValueError):
-    """The run's checkpoint does not fit what is asked."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +84,9 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     device = ranks.device
     source = open_source(config.data.source)
     with ranks.one_first():
-        index = build_index(source)
-    unreadable = Unreadable(index, config.data.max_unreadable)
-    plan = Plan(index, config.data, config.encoder.patch_size, config.seed)
+        catalog = open_catalog(source)
+    unreadable = Unreadable(catalog, config.data.max_unreadable)
+    plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
     packs, own_packs = config.data.packs_per_step, plan.share(ranks.world)
     first_epoch = plan.epoch(0)
     say_what_is_left_out(first_epoch, config)
@@ -171,8 +112,9 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
             temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     torch.manual_seed(config.seed)
-    model = JEPA(config.encoder, config.predictor, config.objective, config.data.views).to(device)
+    model = JEPA(config.encoder, config.predictor, config.objective, config.data.masked_views).to(device)
     optimizer = make_optimizer(model)
+    encoder = Encoder(model.teacher, Preprocessing(resolution=config.data.max_resolution))
     learned = [value for value in model.parameters() if value.requires_grad]
     done, images_shown, log_bytes, cursor = 0, 0, 0, Cursor(0, 0)
     meter, seen = Meter(), History()
@@ -193,13 +135,13 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     if done == total:
         logger.warning("%s is finished: all %d steps are done.", folder, total)
         if ranks.main:  # it may have been stopped between the checkpoint and this
-            model.teacher.save_pretrained(folder / "encoder")
+            encoder.save_pretrained(folder / "encoder")
     else:
         logger.info(
             "Training: %s steps of %s tokens on %s images of %s, %.3g epochs%s.",
             f"{total:,}",
             f"{packs * config.data.tokens_per_pack:,}",
-            f"{len(index.rows):,}",
+            f"{len(catalog.rows):,}",
             source.name,
             total * packs / len(first_epoch),
             f"; going on after step {done:,}" if done else "",
@@ -218,13 +160,13 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
     )
     model.student.blocks.recompute = config.activation_checkpointing
     if config.compile:
-        for network in (model.student, model.teacher, model.predictor):
+        for network in filter(None, (model.student, model.teacher, model.predictor)):
             network.compile(dynamic=True)
     products = autocast(device, autocast_dtype(config.precision, device))
 
     dataset = PackDataset(
         source,
-        index,
+        catalog,
         config.encoder.patch_size,
         config.masks,
         config.seed,
@@ -264,10 +206,10 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
                 "torch": torch.__version__,
             }
             save_checkpoint(checkpoints, done, model, optimizer, progress)
-            model.teacher.save_pretrained(folder / "encoder")
+            encoder.save_pretrained(folder / "encoder")
 
         if watch and ranks.main and not done:
-            watch.look(0, model.teacher, products)  # for comparison; there is no line of the log yet
+            watch.look(0, encoder, products)  # for comparison; there is no line of the log yet
         meter.restart_clock()
         while done < total:
             with meter.waiting():
@@ -284,8 +226,15 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
             set_step(optimizer, settings)
             for batch in shown:
                 with products:
-                    losses = model(batch.to(device, non_blocking=True), step_target_tokens, packs)
-                losses.total.backward()
+                    shown_batch = model.preprocess(batch.to(device, non_blocking=True))
+                    targets = model.targets(shown_batch)
+                    features = model.features(shown_batch)
+                    predicted = model.predict(features, shown_batch)
+                    losses = model.losses(
+                        predicted, targets, features, shown_batch, StepSize(step_target_tokens, packs)
+                    )
+                if losses.total.requires_grad:
+                    losses.total.backward()
                 meter.add(losses, batch)
             ranks.sum_gradients(learned)
             grad_norm = nn.utils.clip_grad_norm_(learned, config.optim.clip)
@@ -295,7 +244,7 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
 
             done += 1
             meter.steps += 1
-            images_shown += sum(share.views for share in shares) // config.data.views
+            images_shown += sum(share.views for share in shares) // config.data.masked_views
             epoch, pack = max(share.last for share in shares)
             cursor = Cursor(epoch, pack + 1)
             looking = watch is not None and watch.due(done)
@@ -308,9 +257,9 @@ def _train(config: TrainConfig, folder: Path, resume: bool, ranks: Ranks) -> Out
                     bar.update(done, describe(values))
                 if watch and looking:
                     if ranks.main:
-                        values |= watch.look(done, model.teacher, products)
+                        values |= watch.look(done, encoder, products)
                         if seen.best_step == done:
-                            model.teacher.save_pretrained(folder / "best")
+                            encoder.save_pretrained(folder / "best")
                     meter.restart_clock()
                 if log:
                     log.write(done, values)
@@ -392,14 +341,14 @@ def say_what_is_left_out(plan: EpochPlan, config: TrainConfig) -> None:
 class Unreadable:
     """The distinct images of a source that cannot be read, and how many of them a run puts up with."""
 
-    def __init__(self, index: Index, limit: float) -> None:
-        self.headers = dict(index.unreadable)
+    def __init__(self, catalog: Catalog, limit: float) -> None:
+        self.headers = dict(catalog.unreadable)
         self.found: dict[int, str] = {}
-        self.index = index
+        self.catalog = catalog
         self.limit = limit
-        self.images = len(index.rows) + len(self.headers)
+        self.images = len(catalog.rows) + len(self.headers)
         self._check()
-        report_unreadable(index)
+        report_unreadable(catalog)
 
     def __len__(self) -> int:
         return len(self.headers) + len(self.found)
@@ -417,7 +366,7 @@ class Unreadable:
                 self._check()
 
     def _key(self, row: int) -> str:
-        return self.index.keys[int(np.searchsorted(self.index.rows, row))]
+        return self.catalog.keys[int(np.searchsorted(self.catalog.rows, row))]
 
     def _check(self) -> None:
         reasons = self.headers | {self._key(row): reason for row, reason in self.found.items()}

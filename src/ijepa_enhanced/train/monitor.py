@@ -20,16 +20,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_enhanced.data.index import Index
+from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.loader import PackDataset
-from ijepa_enhanced.data.plan import EpochPlan, Pack, Plan, PlanError
-from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.data.plan import EpochPlan, Pack, Plan
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import PlanError
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
-from ijepa_enhanced.models.encoder import Encoder, EncoderConfig
+from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import Batch
 from ijepa_enhanced.randomness import Purpose, generator
+from ijepa_enhanced.train.config import MonitorConfig
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +55,6 @@ OBJECT_SHARE = 4
 """n of LiDAR is D / 4 objects, whose n (q - 1) = 7 D / 4 differences between views span the D dimensions."""
 
 
-@dataclass(frozen=True)
-class MonitorConfig:
-    """The collapse watch."""
-
-    every: int | None = None
-    """Steps between looks at the teacher; there is one after the last step too. 0: never. Null: as often as 3% of the
-    run's computing pays for, at most 100 times."""
-    images: int | None = None
-    """Images of the training source that are looked at. The accuracy of their nearest neighbours has a standard error
-    of at most 0.5 / sqrt(images). Null: 512, or 20 of each class, as many as the neighbours that vote, where that is
-    more, and 4,096 at most: with 5 of each of 101 classes it did not see what a run learned (docs/log.md)."""
-
-    def __post_init__(self) -> None:
-        if self.every is not None and self.every < 0:
-            raise ValueError(f"monitor.every must be null or at least 0, not {self.every}.")
-        if self.images is not None and self.images < 2:
-            raise ValueError(f"monitor.images must be at least 2, not {self.images}.")
-
-
 class Probe:
     """A fixed set of images and crops, decoded when first looked at and then kept as uint8 patches.
 
@@ -78,8 +62,8 @@ class Probe:
 
     Args:
         source: the training images.
-        plan: the run's: what is drawn depends on its seed, its index and how it cuts views.
-        candidates: positions in the index of the images that are large enough to train on.
+        plan: the run's: what is drawn depends on its seed, its catalog and how it cuts views.
+        candidates: positions in the catalog of the images that are large enough to train on.
         images: the most to draw.
         encoder: the teacher's architecture.
         merge_rate: the teacher's, so that it is looked at as the loss sees it, and as cheaply.
@@ -99,16 +83,16 @@ class Probe:
     ) -> None:
         rng = generator(plan.seed, Purpose.PROBE)
         drawn = rng.permutation(np.sort(candidates))[:images]
-        index = plan.index.select(drawn)
-        objects = plan.index.select(drawn[: max(2, encoder.shape.width // OBJECT_SHARE)])
+        catalog = plan.catalog.select(drawn)
+        objects = plan.catalog.select(drawn[: max(2, encoder.shape.width // OBJECT_SHARE)])
         seed = int(rng.integers(2**63))  # training draws from the run's
-        crop = dataclasses.replace(plan.config, views=1, whole_views=0, local_views=0)
-        whole = dataclasses.replace(crop, min_crop=1.0, max_crop=1.0, min_side=crop.max_side)
+        crop = dataclasses.replace(plan.config, masked_views=1, global_views=0, local_views=0)
+        whole = dataclasses.replace(crop, min_crop=1.0, max_crop=1.0, min_resolution=crop.max_resolution)
         # One view an image and epoch, since VIEWS views of one image may not fit a pack.
         cropping = Plan(objects, crop, plan.patch_size, seed)
-        self.image_packs = _packs(Plan(index, whole, plan.patch_size, seed).epoch(0))
+        self.image_packs = _packs(Plan(catalog, whole, plan.patch_size, seed).epoch(0))
         self.crop_packs = [pack for epoch in range(VIEWS) for pack in _packs(cropping.epoch(epoch))]
-        self.dataset = PackDataset(source, index, plan.patch_size, depth=encoder.shape.depth, merge_rate=merge_rate)
+        self.dataset = PackDataset(source, catalog, plan.patch_size, depth=encoder.shape.depth, merge_rate=merge_rate)
 
     @property
     def tokens(self) -> int:
@@ -166,7 +150,7 @@ def pooled(teacher: Encoder, batches: list[Batch], autocast: torch.autocast) -> 
     Returns:
         Rows of the images int64 [V], their labels int64 [V] or None, and the mean of each view's tokens float32 [V, D].
     """
-    device = teacher.pixel_scale.device
+    device = teacher.device
     means = [torch.empty(0, teacher.width)]
     for batch in batches:
         packed, plan = batch.packed.to(device), batch.merge_plan and batch.merge_plan.to(device)
@@ -203,9 +187,9 @@ def steps_between_looks(config: MonitorConfig, look_tokens: int, steps: int, ste
     return math.ceil(math.ceil(steps / looks) / log_every) * log_every if looks > 0 else 0
 
 
-def default_images(index: Index) -> int:
+def default_images(catalog: Catalog) -> int:
     """How many images are looked at, see `MonitorConfig.images`."""
-    classes = 0 if index.labels is None else len(np.unique(index.labels))
+    classes = 0 if catalog.labels is None else len(np.unique(catalog.labels))
     return min(MOST, max(FEWEST, A_CLASS * classes))
 
 
@@ -278,7 +262,7 @@ class Watch:
         if history.low == PATIENCE:
             logger.warning(
                 "The run collapses: at the last %d looks %s were below a quarter of their peak. "
-                "The encoder no longer tells images apart. %s Raise objective.stabilizer or lower optim.lr.",
+                "The encoder no longer tells images apart. %s Raise objective.vicreg_weight or lower optim.lr.",
                 PATIENCE,
                 " and ".join(fallen),
                 f"Step {history.best_step} is kept in best/." if history.best_step else "No step was worth keeping.",
@@ -313,7 +297,7 @@ def start_watch(
     if config.every == 0:
         return None
     try:
-        images = config.images or default_images(plan.index)
+        images = config.images or default_images(plan.catalog)
         probe = Probe(source, plan, first_epoch.images, images, encoder, merge_rate)
     except PlanError:
         logger.warning("No collapse watch: too few images are large enough to crop.")

@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ijepa_enhanced.schedules import cosine, linear, warmup_cosine
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer and its schedules; every schedule is a function of the step and of the run's fixed length."""
-
-    lr: float = 1e-3
-    """Peak learning rate (the original's, arXiv 2301.08243 appendix A.1 and this project's predecessor agree)."""
-    final_lr: float = 1e-6
-    """Learning rate at the last step, reached on half a cosine."""
-    warmup: float = 0.05
-    """Fraction of all steps over which the learning rate rises."""
-    weight_decay: float = 0.04
-    """Decoupled weight decay at the first step, on matrices only."""
-    final_weight_decay: float = 0.4
-    """Weight decay at the last step (arXiv 2301.08243, appendix A.1), reached on half a cosine as in the paper's code;
-    its text has a straight line."""
-    ema: float = 0.996
-    """Teacher's momentum at the first step."""
-    final_ema: float = 1.0
-    """Teacher's momentum at the last step, reached on a straight line (arXiv 2301.08243, appendix A.1)."""
-    clip: float = 1.0
-    """Largest norm of all gradients together; larger ones are scaled down to it."""
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optim.{name} must be above 0, not {getattr(self, name)}.")
-        for name in ("final_lr", "weight_decay", "final_weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optim.{name} must be at least 0, not {getattr(self, name)}.")
-        for name in ("warmup", "ema", "final_ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name} must lie between 0 and 1, not {getattr(self, name)}.")
+from ijepa_enhanced.train.config import OptimConfig
 
 
 class StepSettings(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 from ijepa_enhanced.visualize.plot import plot
 
 PANELS = {
-    "loss": ("loss", "prediction", "stabilizer", "invariance"),
+    "loss": ("loss", "prediction", "vicreg", "contrastive"),
     "views / s": ("views_per_second",),
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),

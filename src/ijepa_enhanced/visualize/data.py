@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.data.images import UnreadableImage, decode_whole
-from ijepa_enhanced.data.index import Index
-from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.data.catalog import Catalog
+from ijepa_enhanced.data.decode import decode_whole
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.visualize.plot import plot
 from ijepa_enhanced.visualize.views import save_png, sheet_of
 
@@ -43,9 +44,9 @@ class Survey:
     """Rows that cannot be decoded, and why."""
 
 
-def survey(source: Source, index: Index) -> Survey:
+def survey(source: Source, catalog: Catalog) -> Survey:
     """Decode the images of a source, at most `MOST`, and compare them with each other."""
-    count = len(index.rows)
+    count = len(catalog.rows)
     chosen = np.sort(np.random.default_rng(0).choice(count, min(MOST, count), replace=False))
     rows: list[int] = []
     modes: Counter[str] = Counter()
@@ -54,7 +55,7 @@ def survey(source: Source, index: Index) -> Survey:
     first: dict[bytes, int] = {}
     hashes: dict[int, NDArray[np.uint64]] = {}
     for position in chosen.tolist():
-        row = int(index.rows[position])
+        row = int(catalog.rows[position])
         try:
             image = source.open(row)
             pixels = decode_whole(image, THUMBNAIL_SIDE)
@@ -63,7 +64,7 @@ def survey(source: Source, index: Index) -> Survey:
             continue
         rows.append(row)
         modes[image.mode] += 1
-        size = np.array([index.heights[position], index.widths[position]])
+        size = np.array([catalog.heights[position], catalog.widths[position]])
         same = first.setdefault(hashlib.sha256(size.tobytes() + pixels.tobytes()).digest(), row)
         if same == row:
             hashes[row] = perceptual_hash(pixels)
@@ -82,16 +83,16 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.packbits([grey[1:, 1:] > grey[1:, :-1], grey[1:, 1:] > grey[:-1, 1:]]).view(np.uint64)
 
 
-def class_sizes(index: Index) -> dict[str, int]:
+def class_sizes(catalog: Catalog) -> dict[str, int]:
     """How many images each class has, the largest first; empty where there are no labels."""
-    if index.labels is None:
+    if catalog.labels is None:
         return {}
-    numbers, counts = np.unique(index.labels, return_counts=True)
-    names = map(index.class_name, numbers.tolist())
+    numbers, counts = np.unique(catalog.labels, return_counts=True)
+    names = map(catalog.class_name, numbers.tolist())
     return dict(sorted(zip(names, counts.tolist(), strict=True), key=lambda entry: -entry[1]))
 
 
-def draw_survey(source: Source, index: Index, seen: Survey, folder: Path) -> list[Path]:
+def draw_survey(source: Source, catalog: Catalog, seen: Survey, folder: Path) -> list[Path]:
     """Write `images.png`, `duplicates.png` where there are any, and, with matplotlib, `sizes.png`; their paths."""
     shown = np.random.default_rng(0).permutation(seen.rows)[:SHOWN].tolist()
     pictures = [folder / "images.png"]
@@ -100,7 +101,7 @@ def draw_survey(source: Source, index: Index, seen: Survey, folder: Path) -> lis
     if pairs:
         pictures.append(folder / "duplicates.png")
         save_png(sheet_of([_side_by_side(*(_thumbnail(source, row) for row in pair)) for pair in pairs]), pictures[-1])
-    if _draw_sizes(index, folder / "sizes.png"):
+    if _draw_sizes(catalog, folder / "sizes.png"):
         pictures.append(folder / "sizes.png")
     return pictures
 
@@ -128,10 +129,10 @@ def _side_by_side(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[
     return np.concatenate(padded, axis=1)
 
 
-def _draw_sizes(index: Index, path: Path) -> bool:
+def _draw_sizes(catalog: Catalog, path: Path) -> bool:
     """Histograms of sides, aspect ratios and classes; False without matplotlib."""
-    heights, widths = index.heights.astype(np.float64), index.widths.astype(np.float64)
-    sizes = list(class_sizes(index).values())
+    heights, widths = catalog.heights.astype(np.float64), catalog.widths.astype(np.float64)
+    sizes = list(class_sizes(catalog).values())
     with plot(path, 12, 3) as figure:
         if figure is None:
             return False

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ijepa_enhanced.data.images import unpatchify
-from ijepa_enhanced.models.encoder import Encoder, ImageLike
+from ijepa_enhanced.data.decode import unpatchify
+from ijepa_enhanced.encoder import Encoder, ImageLike
 from ijepa_enhanced.visualize.views import MARGIN, enlarged, save_png, sheet_of
 
 SIDE = 280
@@ -82,7 +82,7 @@ def draw_features(
     images: Sequence[ImageLike],
     path: Path,
     patch: tuple[int, int] | None = None,
-    side: int | None = 224,
+    resolution: int | None = 224,
 ) -> list[tuple[int, int]]:
     """Write a PNG with each image as the encoder sees it, and beside it its features.
 
@@ -94,7 +94,7 @@ def draw_features(
         images: at least one.
         path: of the PNG.
         patch: row and column, from 0, in the grid of every image.
-        side: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
+        resolution: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
 
     Returns:
         Rows and columns of each image's grid, which `patch` is counted in.
@@ -103,9 +103,9 @@ def draw_features(
         UnreadableImage: an image cannot be decoded.
         ValueError: an image has no such patch, or a feature is not finite.
     """
-    maps = encoder.feature_maps(images, side)
+    maps = encoder.feature_maps(images, resolution)
     grids = [(features.shape[0], features.shape[1]) for features in maps]
-    views = [view for packed in encoder.packs(images, side) for view in packed.split()]
+    views = [view for packed in encoder.packs(images, resolution) for view in packed.split()]
     pictures = []
     for patches, features, colours in zip(views, maps, pca_maps(maps), strict=True):
         rows, cols = features.shape[:2]

@@ -23,10 +23,14 @@ def draw_frontier(points: Sequence[Point], path: Path) -> bool:
             best = frontier(points, score)[::-1]
             steps = [(point.network_images_per_second, 100 * getattr(point, score)) for point in best]
             axes.step(*zip(*steps, strict=True), where="pre", color="0.8", zorder=0)
-            for side in dict.fromkeys(point.side for point in points):
-                group = sorted((point for point in points if point.side == side), key=lambda point: point.merge_rate)
+            for resolution in dict.fromkeys(point.resolution for point in points):
+                group = sorted(
+                    (point for point in points if point.resolution == resolution), key=lambda point: point.merge_rate
+                )
                 at = [(point.network_images_per_second, 100 * getattr(point, score)) for point in group]
-                (line,) = axes.plot(*zip(*at, strict=True), label=f"side {'native' if side is None else side}")
+                (line,) = axes.plot(
+                    *zip(*at, strict=True), label=f"resolution {'native' if resolution is None else resolution}"
+                )
                 for point, place in zip(group, at, strict=True):
                     inside = line.get_color() if point in best else "white"
                     axes.plot(*place, "o", color=line.get_color(), markerfacecolor=inside)

@@ -1,15 +1,13 @@
 """Pictures of token merging: which patches of an image have become one token, layer after layer."""
 
-from functools import reduce
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ijepa_enhanced.data.images import unpatchify
-from ijepa_enhanced.models.encoder import Encoder, ImageLike
-from ijepa_enhanced.ops.merging import chain
+from ijepa_enhanced.data.decode import unpatchify
+from ijepa_enhanced.encoder import Encoder, ImageLike
+from ijepa_enhanced.models.vit import patches_to_tokens
 from ijepa_enhanced.visualize.views import enlarged, sheet_of
 
 DEPTHS = 3
@@ -22,12 +20,12 @@ CAPTION = 18
 
 @torch.inference_mode()
 def regions(
-    encoder: Encoder, image: ImageLike, side: int | None, merge_rate: float
+    encoder: Encoder, image: ImageLike, resolution: int | None, merge_rate: float
 ) -> tuple[NDArray[np.uint8], list[NDArray[np.int64]]]:
     """The pixels of an image that an encoder sees, and the token that each patch is in after each layer.
 
     Args:
-        encoder, image, side: as for `Encoder.embed`.
+        encoder, image, resolution: as for `Encoder.embed`.
         merge_rate: share of its tokens that each layer merges into others, above 0.
 
     Returns:
@@ -37,25 +35,25 @@ def regions(
         UnreadableImage: the image cannot be decoded.
         ValueError: the merge rate is out of range, or 0.
     """
-    (packed,) = encoder.packs([image], side)
+    (packed,) = encoder.packs([image], resolution)
     plan = encoder.merge_plan(packed.segments, merge_rate)
     if plan is None:
         raise ValueError("At a merge rate of 0 there is nothing to see.")
-    device = encoder.pixel_scale.device
-    _, merges = encoder.merged(packed.to(device), plan.to(device))
+    device = encoder.device
+    _, merges = encoder.network.tokens(encoder.normalize(packed.to(device)), plan.to(device))
     rows, cols = packed.grids[0].tolist()
     pixels = unpatchify(packed.values.numpy(), rows, cols, encoder.config.patch_size)
-    stages = [reduce(chain, merges[: number + 1]).origin.cpu().numpy() for number in range(len(merges))]
+    stages = [merge.origin.cpu().numpy() for merge in patches_to_tokens(merges) if merge is not None]
     return pixels, [stage.reshape(rows, cols) for stage in stages]
 
 
-def draw_merges(encoder: Encoder, image: ImageLike, side: int | None, merge_rate: float) -> Image.Image:
+def draw_merges(encoder: Encoder, image: ImageLike, resolution: int | None, merge_rate: float) -> Image.Image:
     """An image as the encoder sees it, and beside it what its tokens stand for after several layers.
 
     Every token's patches have their mean colour and one outline, light around dark regions and dark around light ones.
     Patches of a token need not touch. Arguments and errors are those of `regions`.
     """
-    pixels, stages = regions(encoder, image, side, merge_rate)
+    pixels, stages = regions(encoder, image, resolution, merge_rate)
     rows, cols = stages[0].shape
     cell = max(4, round(SIDE / (rows * cols) ** 0.5))
     whole = Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)

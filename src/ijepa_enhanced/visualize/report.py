@@ -23,8 +23,8 @@ import torch
 import yaml
 from PIL import Image
 
-from ijepa_enhanced.data.augment import AugmentConfig
-from ijepa_enhanced.data.index import LISTED, summary
+from ijepa_enhanced.data.catalog import LISTED, summary
+from ijepa_enhanced.data.config import AugmentConfig
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.visualize.page import Line, chart, document, key, note, picture, table
@@ -47,8 +47,8 @@ CURVES = {
     "Learning": {
         "loss": Curve("Loss"),
         "prediction": Curve("Prediction loss", "smooth L1"),
-        "stabilizer": Curve("Stabilizer", "before its weight"),
-        "invariance": Curve("Invariance of views", "before its weight"),
+        "vicreg": Curve("VICReg loss", "before its weight"),
+        "contrastive": Curve("Contrastive loss", "before its weight"),
         "grad_norm": Curve("Gradient norm", "before clipping"),
     },
     "Features on the fixed probe images": {
@@ -80,7 +80,7 @@ NOTHING = "\N{EN DASH}"
 
 FRACTIONS = ("knn", "linear", "lowshot", "attentive", "finetune", "dense")
 """Beginnings of the names of scores that are fractions of 1."""
-TERMS = ("stabilizer", "invariance")
+TERMS = ("vicreg", "contrastive")
 """Of the loss, that a run may do without."""
 DETAILS = ("_mean_per_class", "_low", "_high", "_top5")
 """Ends of the names of what stands beside another score, or only in evaluation.json."""
@@ -248,11 +248,11 @@ def _data_facts(run: Run) -> dict[str, str]:
         if counted := run.logged("unreadable"):
             facts["unreadable"] = f"{counted[-1][1]:,}"
         return facts
-    counts, plan = summary(run.images.index), run.images.plan
+    counts, plan = summary(run.images.catalog), run.images.plan
     facts["images"] = f"{counts['images']:,}"
     facts["unreadable"] = f"{len(_unreadable(run)):,}"
     facts["labels"] = f"{counts['labels']:,}" if counts["labels"] else "none"
-    for title, name in (("side in px, the root of height x width", "side"), ("width / height", "aspect")):
+    for title, name in (("resolution in px, sqrt(height x width)", "resolution"), ("width / height", "aspect")):
         facts[title] = ", ".join(f"{value:.3g} ({part})" for part, value in counts[name].items())
     facts["an epoch"] = (
         f"{len(plan):,} packs of {plan.pack_tokens.mean():,.0f} tokens, {plan.grids[..., 0].size:,} views"
@@ -269,7 +269,7 @@ def _unreadable(run: Run) -> dict[str, str]:
     if run.images is None:
         return {f"number {row}": reason for row, reason in found.items()}
     keys = run.images.source.keys
-    return dict(run.images.index.unreadable) | {keys[row]: reason for row, reason in found.items()}
+    return dict(run.images.catalog.unreadable) | {keys[row]: reason for row, reason in found.items()}
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -325,7 +325,7 @@ def _masks(run: Run) -> str:
     pack = first.select(np.flatnonzero(~first.whole)[:VIEWS_SHOWN])
     patch_size = run.config["encoder"]["patch_size"]
     changes = AugmentConfig(**run.config.get("augment", {}))
-    dataset = PackDataset(images.source, images.index, patch_size, seed=run.config["seed"], changes=changes)
+    dataset = PackDataset(images.source, images.catalog, patch_size, seed=run.config["seed"], changes=changes)
     batch = dataset[pack]
     if not len(batch.image_ids):
         return note("None of the first images can be decoded.")

@@ -12,16 +12,17 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from ijepa_enhanced.data.index import build_index
-from ijepa_enhanced.data.plan import DataConfig, EpochPlan, Plan
-from ijepa_enhanced.data.sources import open_source
-from ijepa_enhanced.evaluate.tokens import Images
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.plan import EpochPlan, Plan
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.masks import MaskConfig
-from ijepa_enhanced.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
-class TrainedOn(Images):
+class TrainedOn(LabelledSource):
     """The images that a run was trained on, if they are still there."""
 
     plan: EpochPlan
@@ -137,8 +138,8 @@ def _find_images(config: dict[str, Any], trained: str | None) -> TrainedOn:
     """The images of a run; `trained` is the hash of its plan, where a checkpoint tells it."""
     data = DataConfig(**config["data"])
     source = open_source(data.source)
-    index = build_index(source)
-    plan = Plan(index, data, config["encoder"]["patch_size"], config["seed"])
+    catalog = open_catalog(source)
+    plan = Plan(catalog, data, config["encoder"]["patch_size"], config["seed"])
     if trained not in (None, plan.hash):
         raise ValueError("they have changed since")
-    return TrainedOn(source, index, plan.epoch(0), MaskConfig(**config["masks"]))
+    return TrainedOn(source, catalog, plan.epoch(0), MaskConfig(**config["masks"]))

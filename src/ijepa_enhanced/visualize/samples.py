@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.data.images import UnreadableImage, decode_views, upright_size
-from ijepa_enhanced.data.sources import Source
+from ijepa_enhanced.data.decode import decode_views, upright_size
+from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import autocast_dtype, best_device
+from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.features import Features, extract
-from ijepa_enhanced.evaluate.tokens import Images, Setting
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.visualize.features import pca_maps
 from ijepa_enhanced.visualize.page import key, note, picture
 from ijepa_enhanced.visualize.run import Run
@@ -46,11 +47,11 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
     images = next((run.images for run in runs if run.images is not None), None)
     if images is None or not trained:
         return {}
-    count = len(images.index.rows)
+    count = len(images.catalog.rows)
     chosen = np.random.default_rng(0).choice(count, min(GALLERY, count), replace=False)
-    gallery = Images(images.source, images.index.select(np.sort(chosen)))
+    gallery = LabelledSource(images.source, images.catalog.select(np.sort(chosen)))
     samples: dict[int, Image.Image] = {}
-    for row in images.index.rows[chosen].tolist():
+    for row in images.catalog.rows[chosen].tolist():
         with suppress(UnreadableImage):
             samples[row] = _thumbnail(images.source, row, SAMPLE_SIDE)
         if len(samples) == SAMPLES:
@@ -60,18 +61,20 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
     neighbours: list[Neighbours] = []
     try:
         for _, run, encoder in trained:
-            side, workers = run.config["data"]["max_side"], run.config["data"]["workers"]
+            resolution, workers = run.config["data"]["max_resolution"], run.config["data"]["workers"]
             features = extract(
-                encoder.to(device), gallery, Setting(side, autocast_dtype("auto", device), workers=workers)
+                encoder.to(device),
+                gallery,
+                InferenceConfig(resolution, autocast_dtype("auto", device), workers=workers),
             )
             neighbours.append(nearest(features, list(samples), NEIGHBOURS))
-            maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples], side)))
+            maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples], resolution)))
     except (UnreadableImage, ValueError) as error:
         return {"Feature maps": note(f"There are no feature maps and no neighbours: {error}")}
     keys = [key(place, run.name) if len(runs) > 1 else "" for place, run, _ in trained]
     return {
         "Feature maps": _feature_maps(images, samples, maps, keys),
-        "Nearest neighbours": _neighbours(images, neighbours, len(gallery.index.rows), keys),
+        "Nearest neighbours": _neighbours(images, neighbours, len(gallery.catalog.rows), keys),
     }
 
 
@@ -95,7 +98,10 @@ def nearest(features: Features, rows: Sequence[int], count: int) -> Neighbours:
 
 
 def _feature_maps(
-    images: Images, samples: dict[int, Image.Image], maps: Sequence[list[NDArray[np.uint8]]], keys: Sequence[str]
+    images: LabelledSource,
+    samples: dict[int, Image.Image],
+    maps: Sequence[list[NDArray[np.uint8]]],
+    keys: Sequence[str],
 ) -> str:
     """A figure for each sample: the image, and its map by each of the encoders."""
     figures = []
@@ -118,7 +124,7 @@ def _feature_maps(
     )
 
 
-def _neighbours(images: Images, found: Sequence[Neighbours], among: int, keys: Sequence[str]) -> str:
+def _neighbours(images: LabelledSource, found: Sequence[Neighbours], among: int, keys: Sequence[str]) -> str:
     """A line for each sample and encoder: the image, and those nearest to it."""
     labels = images.source.labels
     shown = functools.cache(lambda row: _shown(_thumbnail(images.source, row, THUMBNAIL_SIDE), images.source.keys[row]))
@@ -141,15 +147,15 @@ def _neighbours(images: Images, found: Sequence[Neighbours], among: int, keys: S
     return note(text) + shares + "".join(lines)
 
 
-def _thumbnail(source: Source, row: int, side: int) -> Image.Image:
-    """An image of `side`, sqrt(height * width) in pixels of the page, at its own aspect ratio.
+def _thumbnail(source: Source, row: int, resolution: int) -> Image.Image:
+    """An image of `resolution`, sqrt(height * width) in pixels of the page, at its own aspect ratio.
 
     Raises:
         UnreadableImage: it cannot be decoded.
     """
     image = source.open(row)
     height, width = upright_size(image)
-    scale = SHARPNESS * side / math.sqrt(height * width)
+    scale = SHARPNESS * resolution / math.sqrt(height * width)
     size = np.maximum(1, np.rint([[height * scale, width * scale]])).astype(np.int64)
     return Image.fromarray(decode_views(image, np.array([[0, 0, height, width]]), size)[0])
 
@@ -158,7 +164,7 @@ def _shown(thumbnail: Image.Image, alt: str) -> str:
     return picture(thumbnail, alt, round(thumbnail.height / SHARPNESS))
 
 
-def _label(images: Images, row: int) -> str:
+def _label(images: LabelledSource, row: int) -> str:
     """The name of an image's class, or its number; empty where there are none."""
     labels = images.source.labels
-    return "" if labels is None else images.index.class_name(int(labels[row]))
+    return "" if labels is None else images.catalog.class_name(int(labels[row]))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 0.2
-"""Of the cosines of `views_agree`; MoCo v3 takes it for ViT, in its code (arXiv 2104.02057)."""
+"""Of the cosines of `nt_xent`; MoCo v3 takes it for ViT, in its code (arXiv 2104.02057)."""
 
 
 def variance_covariance(z: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def variance_covariance(z: Tensor) -> Tensor:
     return variance + off_diagonal / width / 25.0
 
 
-def views_agree(z: Tensor) -> Tensor:
+def nt_xent(z: Tensor) -> Tensor:
     """How well each view tells the others of its image from the views of all other images of a pack: float32 scalar.
 
     For two views i and j of one image, with s the cosine over `TEMPERATURE`: minus the logarithm of exp(s_ij) over

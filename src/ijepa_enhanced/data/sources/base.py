@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.data.images import UnreadableImage, open_image, upright_size
+from ijepa_enhanced.data.decode import open_image, upright_size
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 """Of files and members that are taken for images, in small or capital letters."""
@@ -30,10 +31,6 @@ UNREAD = "cannot be read"
 """How the reason begins where the fault is not the image's but the disk's or the network's."""
 HEAD = 64 * 1024
 """Bytes in which nearly every header ends: all that is read of an image to learn its size."""
-
-
-class SourceError(ValueError):
-    """The images cannot be found; the message says why and what to do."""
 
 
 class Source(ABC):

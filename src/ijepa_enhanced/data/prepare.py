@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_enhanced.data.images import UnreadableImage, decode_whole
-from ijepa_enhanced.data.index import Index, build_index
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.decode import decode_whole
 from ijepa_enhanced.data.loader import serve_the_parent
-from ijepa_enhanced.data.source import CLASSES, Source, SourceError
+from ijepa_enhanced.data.sources.base import CLASSES, Source
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.files import replacing
 
 FORMAT = 1
@@ -48,7 +49,7 @@ class Manifest(TypedDict):
     source: str
     """Its name."""
     settings: dict[str, Any]
-    """With the index's hash."""
+    """With the catalog's hash."""
     classes: str | None
     """SHA-256 of `classes.txt`, or None where there is none."""
     shards: list[Shard]
@@ -60,7 +61,7 @@ class Manifest(TypedDict):
 def prepare(
     source: Source,
     folder: Path,
-    max_side: int = 256,
+    max_resolution: int = 256,
     quality: int = 90,
     workers: int = 0,
     shard_size: int = 128,
@@ -74,7 +75,7 @@ def prepare(
     Args:
         source: the images.
         folder: made where there is none.
-        max_side: larger images are shrunk to it; sqrt(height * width) in pixels.
+        max_resolution: larger images are shrunk to it; sqrt(height * width) in pixels.
         quality: of JPEG, 1 to 100.
         workers: processes that decode and encode; 0 does it in this one.
         shard_size: a shard is closed when it has as many megabytes.
@@ -83,23 +84,23 @@ def prepare(
     Raises:
         SourceError: no image can be read, or the folder holds something else, or images prepared in another way.
     """
-    index = build_index(source)
-    if not len(index.rows):
-        raise SourceError(f"None of the {len(index.unreadable)} images of {source.name} can be read.")
+    catalog = open_catalog(source)
+    if not len(catalog.rows):
+        raise SourceError(f"None of the {len(catalog.unreadable)} images of {source.name} can be read.")
     settings = {
-        "images": index.hash,
-        "max_side": max_side,
+        "images": catalog.hash,
+        "max_resolution": max_resolution,
         "quality": quality,
         "shard_size": shard_size,
         "pillow": PIL.__version__,
     }
-    manifest = _begin(source, index, folder, settings)
+    manifest = _begin(source, catalog, folder, settings)
     shards, dropped = manifest["shards"], manifest["dropped"]
-    done = sum(shard["images"] for shard in shards) + len(dropped) - len(index.unreadable)
+    done = sum(shard["images"] for shard in shards) + len(dropped) - len(catalog.unreadable)
     images: Iterator[torch.Tensor | str] = iter(
         DataLoader(
-            _Encoded(source, index, max_side, quality),
-            sampler=range(done, 0 if manifest["complete"] else len(index.rows)),
+            _Encoded(source, catalog, max_resolution, quality),
+            sampler=range(done, 0 if manifest["complete"] else len(catalog.rows)),
             batch_size=None,
             num_workers=workers,
             worker_init_fn=serve_the_parent,
@@ -107,20 +108,20 @@ def prepare(
     )
 
     def kept() -> Iterator[tuple[int, bytes]]:
-        """The images that can be read, with their position in the index; the others are noted."""
+        """The images that can be read, with their position in the catalog; the others are noted."""
         for position, image in enumerate(images, start=done):
             if isinstance(image, str):
-                dropped.append({"key": index.keys[position], "reason": image})
+                dropped.append({"key": catalog.keys[position], "reason": image})
             else:
                 yield position, image.numpy().tobytes()
             if progress:
-                progress(position + 1, len(index.rows))
+                progress(position + 1, len(catalog.rows))
 
     encoded = kept()
     for first in encoded:
         path = folder / f"images-{len(shards):06d}.tar"
         with replacing(path) as partial:
-            count = _write_shard(partial, index, itertools.chain([first], encoded), shard_size * MEGABYTE)
+            count = _write_shard(partial, catalog, itertools.chain([first], encoded), shard_size * MEGABYTE)
             shards.append(
                 {"name": path.name, "images": count, "bytes": partial.stat().st_size, "sha256": _hash(partial)}
             )
@@ -152,17 +153,17 @@ def check(folder: Path) -> list[str]:
 
 
 class _Encoded(Dataset[torch.Tensor | str]):
-    """The images of an index as JPEG files, uint8 [bytes], or the reason why there is none."""
+    """The images of a catalog as JPEG files, uint8 [bytes], or the reason why there is none."""
 
-    def __init__(self, source: Source, index: Index, max_side: int, quality: int) -> None:
+    def __init__(self, source: Source, catalog: Catalog, max_resolution: int, quality: int) -> None:
         self.source = source
-        self.rows = index.rows
-        self.max_side = max_side
+        self.rows = catalog.rows
+        self.max_resolution = max_resolution
         self.quality = quality
 
     def __getitem__(self, position: int) -> torch.Tensor | str:
         try:
-            pixels = decode_whole(self.source.open(int(self.rows[position])), self.max_side)
+            pixels = decode_whole(self.source.open(int(self.rows[position])), self.max_resolution)
         except UnreadableImage as error:
             return str(error)
         buffer = io.BytesIO()
@@ -170,12 +171,12 @@ class _Encoded(Dataset[torch.Tensor | str]):
         return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
-def _begin(source: Source, index: Index, folder: Path, settings: dict[str, Any]) -> Manifest:
+def _begin(source: Source, catalog: Catalog, folder: Path, settings: dict[str, Any]) -> Manifest:
     """The manifest of what is done already, and a folder without what a killed run left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(".*.partial"):
         partial.unlink()
-    names = None if index.classes is None else "".join(f"{name}\n" for name in index.classes).encode()
+    names = None if catalog.classes is None else "".join(f"{name}\n" for name in catalog.classes).encode()
     if (folder / MANIFEST).exists():
         manifest = _load(folder)
         for name, value in settings.items():
@@ -192,7 +193,7 @@ def _begin(source: Source, index: Index, folder: Path, settings: dict[str, Any])
             "settings": settings,
             "classes": None if names is None else hashlib.sha256(names).hexdigest(),
             "shards": [],
-            "dropped": [{"key": key, "reason": reason} for key, reason in index.unreadable],
+            "dropped": [{"key": key, "reason": reason} for key, reason in catalog.unreadable],
             "complete": False,
         }
         _save(manifest, folder)
@@ -202,17 +203,17 @@ def _begin(source: Source, index: Index, folder: Path, settings: dict[str, Any])
     return manifest
 
 
-def _write_shard(path: Path, index: Index, images: Iterator[tuple[int, bytes]], limit: int) -> int:
+def _write_shard(path: Path, catalog: Catalog, images: Iterator[tuple[int, bytes]], limit: int) -> int:
     """Write images until there are `limit` bytes, or no more of them; their number."""
     count = 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for position, image in images:
-            sample = f"{index.rows[position]:09d}"
-            height, width = index.heights[position].item(), index.widths[position].item()
-            origin = {"key": index.keys[position], "height": height, "width": width}
+            sample = f"{catalog.rows[position]:09d}"
+            height, width = catalog.heights[position].item(), catalog.widths[position].item()
+            origin = {"key": catalog.keys[position], "height": height, "width": width}
             members = {f"{sample}.jpg": image, f"{sample}.json": json.dumps(origin).encode()}
-            if index.labels is not None:
-                members[f"{sample}.cls"] = str(index.labels[position]).encode()
+            if catalog.labels is not None:
+                members[f"{sample}.cls"] = str(catalog.labels[position]).encode()
             for name, data in members.items():
                 member = tarfile.TarInfo(name)
                 member.size = len(data)

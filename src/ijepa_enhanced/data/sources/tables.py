@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.source import PARTS, FileSource, SourceError, fingerprint_of, label_array, number_labels
+from ijepa_enhanced.data.sources.base import PARTS, FileSource, fingerprint_of, label_array, number_labels
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 Columns = Mapping[str, str]
 """The names of the `image` and `label` columns, and of the Hub's `config`, as far as the user gave them."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.data.source import Source
+from ijepa_enhanced.data.sources.base import Source
 
 
 class MixedSource(Source):

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.source import Source, SourceError
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from ijepa_enhanced.errors import UnreadableImage
+
 MAX_PIXELS = 89_478_485
 """Larger images are refused: Pillow's own limit against files that decompress to more than memory holds."""
 
@@ -66,10 +68,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class UnreadableImage(ValueError):  # noqa: N818 - it reads as what it is
-    """An image that cannot be shown; the message is the reason, in words."""
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -130,18 +128,18 @@ def decode_views(
     return views
 
 
-def decode_whole(image: Image.Image, max_side: float) -> NDArray[np.uint8]:
-    """The whole image as `decode_views` shows it, [height, width, 3], shrunk where it is larger than `max_side`.
+def decode_whole(image: Image.Image, max_resolution: float) -> NDArray[np.uint8]:
+    """The whole image as `decode_views` shows it, [height, width, 3], shrunk where it is larger than `max_resolution`.
 
     Args:
         image: see `decode_views`.
-        max_side: sqrt(height * width) in pixels.
+        max_resolution: sqrt(height * width) in pixels.
 
     Raises:
         UnreadableImage: the pixels cannot be decoded.
     """
     height, width = upright_size(image)
-    scale = min(1.0, max_side / math.sqrt(height * width))
+    scale = min(1.0, max_resolution / math.sqrt(height * width))
     size = np.rint([[height * scale, width * scale]]).clip(1, LONGEST).astype(np.int64)
     return decode_views(image, np.array([[0, 0, height, width]]), size)[0]
 

@@ -1,4 +1,4 @@
-"""The index: the size and label of every readable image of a source, from one scan of headers, cached."""
+"""The catalog: the size and label of every readable image of a source, from one scan of headers, cached."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_enhanced.data.images import UnreadableImage
-from ijepa_enhanced.data.source import UNREAD, Source
+from ijepa_enhanced.data.sources.base import UNREAD, Source
+from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ QUANTILES = (5, 25, 50, 75, 95)
 
 
 @dataclass(frozen=True)
-class Index:
+class Catalog:
     """The N readable images of a source, in its order."""
 
     heights: NDArray[np.int32]
@@ -52,7 +52,7 @@ class Index:
     unreadable: tuple[tuple[str, str], ...]
     """(key, reason) of every image whose header cannot be read."""
     hash: str
-    """SHA-256 of rows, sizes, labels, shares and keys: equal wherever the images lie. A part of an index keeps the
+    """SHA-256 of rows, sizes, labels, shares and keys: equal wherever the images lie. A part of a catalog keeps the
     whole's."""
     shares: NDArray[np.float64] | None = None
     """[N] the fraction of the epochs that show each image, or None where that is all of them."""
@@ -61,7 +61,7 @@ class Index:
         """What users call a class: its name, or where classes have none, its number."""
         return str(label) if self.classes is None else self.classes[label]
 
-    def select(self, images: NDArray[np.integer]) -> Index:
+    def select(self, images: NDArray[np.integer]) -> Catalog:
         """Some of the images, by position, in that order; every epoch shows all of them."""
         return dataclasses.replace(
             self,
@@ -74,7 +74,7 @@ class Index:
         )
 
 
-def build_index(source: Source, cache: bool = True) -> Index:
+def open_catalog(source: Source, cache: bool = True) -> Catalog:
     """Scan the headers of a source, or read what an earlier scan of the same files found.
 
     Args:
@@ -100,25 +100,25 @@ def build_index(source: Source, cache: bool = True) -> Index:
     digest = hashlib.sha256(os.fsencode("\0".join(keys)))
     for values in (rows, heights, widths, labels, shares):
         digest.update(b"" if values is None else values.tobytes())
-    return Index(heights, widths, rows, labels, source.classes, keys, tuple(unreadable), digest.hexdigest(), shares)
+    return Catalog(heights, widths, rows, labels, source.classes, keys, tuple(unreadable), digest.hexdigest(), shares)
 
 
-def report_unreadable(index: Index, heading: str = "Left out") -> None:
+def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:
     """Log the images whose header cannot be read, the first `LISTED` with their reason."""
-    for key, reason in index.unreadable[:LISTED]:
+    for key, reason in catalog.unreadable[:LISTED]:
         logger.warning("%s: %s: %s", heading, key, reason)
-    if len(index.unreadable) > LISTED:
-        logger.warning("%s: %d more, which `ijepa index` lists.", heading, len(index.unreadable) - LISTED)
+    if len(catalog.unreadable) > LISTED:
+        logger.warning("%s: %d more, which `ijepa index` lists.", heading, len(catalog.unreadable) - LISTED)
 
 
-def summary(index: Index) -> dict[str, Any]:
+def summary(catalog: Catalog) -> dict[str, Any]:
     """What `ijepa index` shows.
 
     Returns:
-        `images`, `unreadable` and `labels` (distinct ones) are counts; `side` (sqrt(height * width) in pixels) and
-        `aspect` (width / height) map "5%" to "95%" to quantiles, and are empty without images.
+        `images`, `unreadable` and `labels` (distinct ones) are counts; `resolution` (sqrt(height * width) in pixels)
+        and `aspect` (width / height) map "5%" to "95%" to quantiles, and are empty without images.
     """
-    heights, widths = index.heights.astype(np.float64), index.widths.astype(np.float64)
+    heights, widths = catalog.heights.astype(np.float64), catalog.widths.astype(np.float64)
 
     def quantiles(values: NDArray[np.float64]) -> dict[str, float]:
         if not len(values):
@@ -126,10 +126,10 @@ def summary(index: Index) -> dict[str, Any]:
         return {f"{percent}%": round(float(np.percentile(values, percent)), 3) for percent in QUANTILES}
 
     return {
-        "images": len(index.rows),
-        "unreadable": len(index.unreadable),
-        "labels": 0 if index.labels is None else len(np.unique(index.labels)),
-        "side": quantiles(np.sqrt(heights * widths)),
+        "images": len(catalog.rows),
+        "unreadable": len(catalog.unreadable),
+        "labels": 0 if catalog.labels is None else len(np.unique(catalog.labels)),
+        "resolution": quantiles(np.sqrt(heights * widths)),
         "aspect": quantiles(widths / heights),
     }
 
@@ -169,7 +169,7 @@ def _load(path: Path) -> _Scan | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("The cached index %s cannot be read and is made anew: %s", path, error)
+        logger.warning("The cached catalog %s cannot be read and is made anew: %s", path, error)
         return None
 
 
@@ -184,4 +184,4 @@ def _save(path: Path, scan: _Scan) -> None:
         with replacing(path) as partial:
             pq.write_table(table, partial)
     except OSError as error:
-        logger.warning("The index cannot be cached in %s: %s", path.parent, error)
+        logger.warning("The catalog cannot be cached in %s: %s", path.parent, error)

@@ -1,0 +1,75 @@
+"""Images that a CSV or JSONL file lists."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ijepa_enhanced.data.sources.base import (
+    fingerprint_of,
+    number_labels,
+)
+from ijepa_enhanced.data.sources.folder import PathSource
+from ijepa_enhanced.errors import SourceError
+
+LISTS = (".csv", ".jsonl")
+
+
+class ListSource(PathSource):
+    """The images that a list names, in its order: CSV with the columns `path` and, if it likes, `label`, or JSONL.
+
+    Paths are relative to the list. Labels are class numbers from 0 or class names, numbered in the order of the
+    alphabet.
+
+    Raises:
+        SourceError: the list cannot be read, is damaged, has no column `path`, or is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.path = path
+        self.root = path.parent
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                images = list(json_lines(file, self.name) if path.suffix == ".jsonl" else csv.DictReader(file))
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path} is not text in UTF-8.") from error
+        except csv.Error as error:
+            raise SourceError(f"{path} cannot be read: {error}.") from error
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+        if not images:
+            raise SourceError(f"No images in {path}. Every line names one, after a first line path,label in CSV.")
+        for number, image in enumerate(images, start=1):
+            if not image.get("path"):
+                named = ", ".join(str(name) for name in image)
+                raise SourceError(f"Image {number} of {path} has no 'path', but {named}.")
+        self.keys = [str(image["path"]) for image in images]
+        written = [None if image.get("label") in (None, "") else str(image["label"]) for image in images]
+        if any(label is not None for label in written):
+            self.labels, self.classes = number_labels(written, None, self.name)
+
+    def fingerprint(self) -> str:
+        """See `Source`."""
+        # The list says which images lack a label.
+        return fingerprint_of([("", self.path), *((key, self.root / key) for key in self.keys)])
+
+
+def json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
+    """Yield the object of each line that is not blank.
+
+    Raises:
+        SourceError: a line is not a JSON object.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise SourceError(f"Line {number} of {name} is not JSON: {error}.") from error
+            if not isinstance(values, dict):
+                raise SourceError(f'Line {number} of {name} is not of the form {{"path": ..., "label": ...}}.')
+            yield values

@@ -1,0 +1,53 @@
+"""The built-in synthetic images as a source."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from ijepa_enhanced.data import synthetic
+from ijepa_enhanced.data.sources.base import (
+    Source,
+)
+from ijepa_enhanced.errors import SourceError
+
+
+class SyntheticSource(Source):
+    """The built-in synthetic images of one part, `train` or `val`.
+
+    Raises:
+        SourceError: there is no such part.
+    """
+
+    def __init__(self, part: str = "train") -> None:
+        if part not in synthetic.IMAGES:
+            raise SourceError(f"The synthetic images have the parts {' and '.join(synthetic.IMAGES)}, not '{part}'.")
+        self.name = "synthetic"
+        self.part = part
+        rows = range(synthetic.IMAGES[part])
+        self.keys = [f"{part}-{row:05d}" for row in rows]
+        self.headers = np.array([synthetic.header(part, row) for row in rows])
+        self.labels = self.headers[:, 2].copy()
+        self.classes = list(synthetic.CLASSES)
+
+    def read(self, row: int) -> bytes:
+        """See `Source`."""
+        return synthetic.render(self.part, row).pixels.tobytes()
+
+    def length(self, row: int) -> int:
+        """See `Source`."""
+        height, width = self.size(row)
+        return height * width * 3
+
+    def restore(self, row: int, data: bytes) -> Image.Image:
+        """See `Source`."""
+        return Image.frombytes("RGB", self.size(row)[::-1], data)
+
+    def size(self, row: int) -> tuple[int, int]:
+        """See `Source`."""
+        height, width, _ = self.headers[row].tolist()
+        return height, width
+
+    def fingerprint(self) -> str:
+        """See `Source`."""
+        return f"synthetic-{synthetic.VERSION}-{self.part}-{len(self.keys)}"

@@ -1,0 +1,501 @@
+"""`Encoder`: a network with its preprocessing, and everything that people do with it from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ijepa_enhanced.data.decode import decode_views, open_image, patchify, upright_size
+from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.loader import serve_the_parent
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.errors import EncoderError, NotFiniteError, UnreadableImage
+from ijepa_enhanced.files import replacing
+from ijepa_enhanced.merge_plan import MergePlan, plan_merges
+from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.vit import CHANNELS, VisionTransformer
+from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from ijepa_enhanced.packed import Packed, Segments
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Of config.json. Raised when an older file cannot be read; 1 had no preprocessing."""
+
+TOKENS_PER_PACK = 16384
+"""Most tokens of an image, and most tokens in memory at once."""
+
+CPU_TOKENS = 4096
+"""Most tokens of a pack on a CPU: two tenths faster than 16,384, though a tenth slower where much is merged in bfloat16
+(docs/log.md). An image with more tokens is a pack of its own."""
+
+FAR = (0.5, 1.5)
+"""An encoder is warned to be used at a resolution below or above these multiples of the trained one: half as large
+again still scores about as well (docs/recipe.md); smaller ones were not measured."""
+
+ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
+"""A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or
+its path."""
+
+Resolution = int | Literal["native"] | None
+"""sqrt(height * width) in pixels after resizing with the aspect ratio kept; `native`: images keep their size; None: the
+resolution that the encoder was trained at."""
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become what a network sees, and its tokens one feature."""
+
+    resolution: int | None = None
+    """sqrt(height * width) in pixels that the network was trained at, the largest if there were several; None: native
+    size."""
+    channels: int = CHANNELS
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of each channel, on [0, 1]."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Of each channel, on [0, 1]."""
+    pooling: Literal["mean"] = "mean"
+    """The feature of an image: the mean of its patches' features."""
+
+
+class Encoder(nn.Module):
+    """A network with its preprocessing.
+
+        encoder = Encoder.from_pretrained("runs/pets")
+        z = encoder.embed(["a.jpg", "b.png"])
+
+    Args:
+        network: any vision transformer; it is not copied.
+        preprocessing: how its images are made.
+    """
+
+    def __init__(self, network: VisionTransformer, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocessing = preprocessing
+        self.normalize = Normalize(preprocessing.mean, preprocessing.std, network.config.patch_size)
+        self.to(next(network.parameters()).device)
+
+    @classmethod
+    def random(cls, config: EncoderConfig, preprocessing: Preprocessing, seed: int) -> Encoder:
+        """Return an untrained encoder, in evaluation mode, on the CPU: the start of a run with that seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(VisionTransformer(config), preprocessing).eval()
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The architecture of the network."""
+        return self.network.config
+
+    @property
+    def width(self) -> int:
+        """D, the width of a feature."""
+        return self.network.width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.normalize.scale.device
+
+    def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
+        """uint8 patches [T, P * P * C] -> features [T, D]; see `VisionTransformer.forward`."""
+        features: Tensor = self.network(self.normalize(packed), plan)
+        return features
+
+    def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
+        """uint8 patches [T, P * P * C] -> the outputs [T, D] of the last `count` blocks."""
+        return self.network.last_layers(self.normalize(packed), plan, count)
+
+    def embed(
+        self,
+        images: Iterable[ImageLike],
+        resolution: Resolution = None,
+        merge_rate: float | Sequence[float] = 0.0,
+        precision: Precision = "auto",
+        tokens_per_pack: int = TOKENS_PER_PACK,
+    ) -> Tensor:
+        """Return one feature an image: the mean of its tokens.
+
+        The same file gives the same feature as a path, as bytes and as a PIL image that has just been opened. A PIL
+        image whose pixels are loaded is resized from these, while a large JPEG file is decoded at a fraction of its
+        size, so there the features differ a little.
+
+        Args:
+            images: N images of any sizes. They are read one at a time, so a generator need not hold more than one.
+            resolution: see `Resolution`.
+            merge_rate: the share of its tokens that each layer merges into others, from 0 to 0.5, or one for each
+                layer: faster, and less exact (docs/merging.md has the figures).
+            precision: of the matrix products. `auto`: what `torch.autocast` says if it is entered, else float32 on a
+                CPU, and bfloat16 on a GPU that has it.
+            tokens_per_pack: most tokens of an image, and most in memory at once; lower it when memory is short. A CPU
+                takes at most 4,096 at once, or one image.
+
+        Returns:
+            float32 [N, D] on the encoder's device.
+
+        Raises:
+            UnreadableImage: an image cannot be decoded; the message says which, if it is a path, and why.
+            OSError: a file cannot be read.
+            TypeError: an item is not an image, or `images` is a single image.
+            ValueError: a merge rate or a resolution out of range.
+        """
+        pooled = [
+            segment_mean(features, packed.segments.cu_seqlens)
+            for packed, features in self._features(images, resolution, merge_rate, precision, tokens_per_pack)
+        ]
+        return torch.cat(pooled) if pooled else torch.empty(0, self.width, device=self.device)
+
+    def embed_iter(
+        self,
+        images: str | Path | Source | Iterable[ImageLike],
+        workers: int = 0,
+        on_error: Literal["raise", "skip", "nan"] = "raise",
+        resolution: Resolution = None,
+        merge_rate: float | Sequence[float] = 0.0,
+        precision: Precision = "auto",
+        tokens_per_pack: int = TOKENS_PER_PACK,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the key and the feature of each image, in order, pack by pack; memory does not grow with their number.
+
+        Args:
+            images: a source, as `ijepa train` takes it, or images as for `embed`.
+            workers: processes that decode; 0 decodes in this one. What a generator yields travels to them.
+            on_error: what an image that cannot be decoded does: `raise` UnreadableImage, `skip` the image, or yield
+                `nan` for each number of its feature.
+            resolution, merge_rate, precision, tokens_per_pack: as for `embed`.
+
+        Yields:
+            The key of the image in its source, or its path, or its number as text; and float32 [D] on the host.
+
+        Raises:
+            SourceError: there is no such source.
+            ValueError: `on_error` is none of the three, or as for `embed`.
+            UnreadableImage, OSError, TypeError: as for `embed`.
+        """
+        if on_error not in ("raise", "skip", "nan"):
+            raise ValueError(f"on_error must be raise, skip or nan, not '{on_error}'.")
+        if isinstance(images, (str, Path)):
+            images = open_source(str(images))
+        source = images if isinstance(images, Source) else None
+        items = range(len(images.keys)) if isinstance(images, Source) else images
+        decoder = _Decoder(source, self._pixels(resolution), self.config.patch_size, tokens_per_pack, on_error)
+        loader = DataLoader(
+            decoder,
+            sampler=items,  # any iterable will do
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            worker_init_fn=serve_the_parent,
+        )
+        waiting: list[tuple[str, bool]] = []
+        pack = _Pack(self.at_once(tokens_per_pack))
+
+        def results() -> Iterator[tuple[str, Tensor]]:
+            features = iter(())
+            if pack.grids:
+                (found,) = [
+                    segment_mean(x, packed.segments.cu_seqlens).cpu()
+                    for packed, x in self._run([pack.take()], merge_rate, precision)
+                ]
+                features = iter(found)
+            for key, decoded in waiting:
+                if decoded:
+                    yield key, next(features)
+                elif on_error == "nan":
+                    yield key, torch.full((self.width,), torch.nan)
+            waiting.clear()
+
+        for number, (name, view, grid) in enumerate(loader):
+            key = source.keys[number] if source is not None else str(number) if name is None else name
+            if view is not None and not pack.fits(grid):
+                yield from results()
+            if view is not None:
+                pack.add(view, grid)
+            waiting.append((key, view is not None))
+        yield from results()
+
+    def feature_maps(
+        self,
+        images: Iterable[ImageLike],
+        resolution: Resolution = None,
+        merge_rate: float | Sequence[float] = 0.0,
+        precision: Precision = "auto",
+        tokens_per_pack: int = TOKENS_PER_PACK,
+    ) -> list[Tensor]:
+        """Return each image's features in their places: N tensors [rows, columns, D]; arguments as for `embed`."""
+        maps: list[Tensor] = []
+        for packed, features in self._features(images, resolution, merge_rate, precision, tokens_per_pack):
+            views = torch.split(features, list(packed.segments.lengths))
+            maps += [view.view(*grid, self.width) for view, grid in zip(views, packed.grids.tolist(), strict=True)]
+        return maps
+
+    def patch_tokens(
+        self,
+        images: Iterable[ImageLike],
+        resolution: Resolution = None,
+        merge_rate: float | Sequence[float] = 0.0,
+        precision: Precision = "auto",
+        tokens_per_pack: int = TOKENS_PER_PACK,
+    ) -> list[Tensor]:
+        """Return the features of each image's patches, row by row: N tensors [patches, D]; arguments as for `embed`."""
+        maps = self.feature_maps(images, resolution, merge_rate, precision, tokens_per_pack)
+        return [features.flatten(0, 1) for features in maps]
+
+    def _features(
+        self,
+        images: Iterable[ImageLike],
+        resolution: Resolution,
+        merge_rate: float | Sequence[float],
+        precision: Precision,
+        tokens_per_pack: int,
+    ) -> Iterator[tuple[Packed, Tensor]]:
+        return self._run(self.packs(images, resolution, tokens_per_pack), merge_rate, precision)
+
+    def _run(
+        self, packs: Iterable[Packed], merge_rate: float | Sequence[float], precision: Precision
+    ) -> Iterator[tuple[Packed, Tensor]]:
+        """Yield each pack on the encoder's device, and its features float32 [T, D]."""
+        if precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision must be auto, fp32 or bf16, not '{precision}'.")
+        # `auto` on a CPU is float32; on CUDA ragged streams have no kernel in float32 (ops/attention.py).
+        as_it_is = precision == "auto" and (self.device.type == "cpu" or torch.is_autocast_enabled(self.device.type))
+        for packed in packs:
+            plan = self.merge_plan(packed.segments, merge_rate)
+            moved = packed.to(self.device)
+            products = nullcontext() if as_it_is else autocast(self.device, autocast_dtype(precision, self.device))
+            # Around the network alone: the caller's generator and what the caller does with a result are its own.
+            # Not inference mode, whose tensors no layer on top could learn from.
+            with torch.no_grad(), products:
+                features = self(moved, plan and plan.to(self.device))
+            yield moved, features.float()
+
+    def packs(
+        self,
+        images: Iterable[ImageLike],
+        resolution: Resolution = None,
+        tokens_per_pack: int = TOKENS_PER_PACK,
+    ) -> Iterator[Packed]:
+        """Yield the packs of uint8 patches that `embed` shows the network, on the CPU; arguments and errors as there."""
+        if isinstance(images, (str, bytes, Path, Image.Image, Tensor)):
+            raise TypeError("embed takes several images: put a single one into a list.")
+        pixels = self._pixels(resolution)
+        pack = _Pack(self.at_once(tokens_per_pack))
+        for image in images:
+            view, grid = _decode(image, pixels, self.config.patch_size, tokens_per_pack)
+            if not pack.fits(grid):
+                yield pack.take()
+            pack.add(view, grid)
+            del image, view  # a generator's image is let go before the next is asked for
+        if pack.grids:
+            yield pack.take()
+
+    def _pixels(self, resolution: Resolution) -> int | None:
+        """Return the resolution in pixels, None for native size, and warn if it is far from the trained one."""
+        if resolution is None:
+            return self.preprocessing.resolution
+        if resolution == "native":
+            return None
+        if not isinstance(resolution, int) or resolution < 1:
+            raise ValueError(f"resolution must be a number of pixels from 1, or 'native', not {resolution!r}.")
+        self.check_resolution(resolution)
+        return resolution
+
+    def check_resolution(self, resolution: int | None) -> None:
+        """Log a warning if images are to be shown much smaller or larger than in training."""
+        trained = self.preprocessing.resolution
+        if resolution is None or trained is None:
+            return
+        low, high = FAR
+        if not low * trained <= resolution <= high * trained:
+            logger.warning(
+                "The encoder was trained at a resolution of %d px and is used at %d px, where its features are worse. "
+                "Leave the resolution out to use the trained one.",
+                trained,
+                resolution,
+            )
+
+    def at_once(self, tokens: int) -> int:
+        """Return how many of so many tokens to compute at once: on a CPU at most `CPU_TOKENS`."""
+        return min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens
+
+    def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
+        """Return what merging at `rate` does to views of these lengths, on the CPU; None if that is nothing."""
+        return plan_merges(segments.lengths, rate, self.config.shape.depth)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, which is created."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "architecture": dataclasses.asdict(self.config),
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+        }
+        with replacing(folder / "model.safetensors") as temporary:
+            save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
+        with replacing(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Encoder:
+        """Return the encoder of a run, or of a folder that `save_pretrained` wrote; in evaluation mode, on the CPU.
+
+        Raises:
+            EncoderError: the folder holds no encoder, one of an older version, or one that is damaged.
+            NotFiniteError: a weight is not finite.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        if (folder / "encoder").is_dir():
+            folder = folder / "encoder"
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            raise EncoderError(
+                f"No encoder in {path}: expected config.json and model.safetensors there or in its folder 'encoder'."
+            )
+        try:
+            config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+            if config.get("format") != FORMAT:
+                raise EncoderError(
+                    f"{folder} was written by another version of ijepa_enhanced, which did not record its "
+                    "preprocessing. Train it again, or write config.json in the form that docs/decisions.md gives."
+                )
+            preprocessing = Preprocessing(**config["preprocessing"])
+            preprocessing = dataclasses.replace(
+                preprocessing, mean=tuple(preprocessing.mean), std=tuple(preprocessing.std)
+            )
+            network = VisionTransformer(EncoderConfig(**config["architecture"]))
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+        except EncoderError:
+            raise
+        except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+            raise EncoderError(f"{folder} does not hold an encoder that can be read: {error}") from error
+        for name, value in network.state_dict().items():
+            if not value.isfinite().all():
+                raise NotFiniteError(f"The weights {name} in {folder} are not finite: this encoder cannot be used.")
+        return cls(network, preprocessing).eval()
+
+
+class _Pack:
+    """Decoded images that wait for the network.
+
+    Args:
+        budget: most tokens, unless one image alone has more.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.views: list[NDArray[np.uint8]] = []
+        self.grids: list[NDArray[np.int64]] = []
+
+    def fits(self, grid: NDArray[np.int64]) -> bool:
+        tokens = sum(int(each.prod()) for each in self.grids)
+        return not self.grids or tokens + int(grid.prod()) <= self.budget
+
+    def add(self, view: NDArray[np.uint8], grid: NDArray[np.int64]) -> None:
+        self.views.append(view)
+        self.grids.append(grid)
+
+    def take(self) -> Packed:
+        """Return the images as one stream and begin a new pack."""
+        packed = Packed.of_grids(np.concatenate(self.views), np.concatenate(self.grids))
+        self.views, self.grids = [], []
+        return packed
+
+
+class _Decoder(Dataset[Any]):
+    """Decodes items of `embed_iter`, in a worker: (path or None, patches or None, grid)."""
+
+    def __init__(
+        self, source: Source | None, resolution: int | None, patch_size: int, limit: int, on_error: str
+    ) -> None:
+        self.source = source
+        self.resolution = resolution
+        self.patch_size = patch_size
+        self.limit = limit
+        self.on_error = on_error
+
+    def __getitem__(self, item: Any) -> tuple[str | None, NDArray[np.uint8] | None, NDArray[np.int64]]:
+        name = str(item) if isinstance(item, (str, Path)) else None
+        try:
+            if self.source is None:
+                image = item
+            else:
+                name = self.source.keys[item]
+                image = self.source.open(item)
+            return name, *_decode(image, self.resolution, self.patch_size, self.limit, name)
+        except (UnreadableImage, OSError):
+            if self.on_error == "raise":
+                raise
+            return name, None, np.empty((0, 2), np.int64)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _decode(
+    image: ImageLike, resolution: int | None, patch_size: int, limit: int, name: str | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return an image as patches uint8 [rows * columns, P * P * C], and its grid int64 [1, 2]."""
+    try:
+        opened = _open(image)
+        size = np.array([upright_size(opened)])
+        grid = fit_grids(size[:, 0], size[:, 1], resolution, patch_size, limit=limit)
+        (view,) = decode_views(opened, np.concatenate([0 * size, size], axis=1), grid * patch_size)
+    except UnreadableImage as error:
+        name = str(image) if isinstance(image, (str, Path)) else name
+        raise UnreadableImage(f"{name}: {error}" if name else str(error)) from error
+    return patchify(view, patch_size), grid
+
+
+def _open(image: ImageLike) -> Image.Image:
+    if isinstance(image, Image.Image):
+        # The file of an image that was opened and not yet decoded, as if its path had been given.
+        file = getattr(image, "fp", None)
+        if isinstance(image, Image.Image) and file is not None and not isinstance(file, io.BytesIO):
+            try:
+                position = file.tell()
+                file.seek(0)
+                data = file.read()
+                file.seek(position)
+            except (OSError, ValueError):
+                return image
+            return open_image(data)
+        return image
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != CHANNELS:
+            raise TypeError(f"A tensor must be uint8 [3, height, width], not {image.dtype} {[*image.shape]}.")
+        return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != CHANNELS:
+            raise TypeError(f"An array must be uint8 [height, width, 3], not {image.dtype} {[*image.shape]}.")
+        return Image.fromarray(image)
+    if isinstance(image, bytes):
+        return open_image(image)
+    if not isinstance(image, (str, Path)):
+        raise TypeError(f"An image is a PIL image, an array, a tensor, bytes or a path, not {type(image).__name__}.")
+    return open_image(Path(image).read_bytes())
