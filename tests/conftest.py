@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.loader import masked
 from ijepa_enhanced.masks import MaskConfig, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
-from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
+from ijepa_enhanced.packed import Packed
 from ijepa_enhanced.randomness import Purpose, generator
 
 # Two, as on the smallest machine we promise to run on; fewer where the caller asks for fewer.

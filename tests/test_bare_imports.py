@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "src" / "ijepa_enhanced"
 
 def modules() -> list[str]:
     """All of these places, files that are written later too."""
-    files = [ROOT / "packed.py", ROOT / "jepa.py", ROOT / "data" / "images.py"]
+    files = [ROOT / "packed.py", ROOT / "jepa.py", ROOT / "data" / "decode.py"]
     for folder in ("ops", "models", "benchmarks"):
         files += sorted((ROOT / folder).rglob("*.py"))
     names = [path.relative_to(ROOT.parent).with_suffix("").parts for path in files]

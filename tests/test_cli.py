@@ -24,9 +24,9 @@ from PIL import Image
 from ijepa_enhanced import cli
 from ijepa_enhanced.commands import index, inspect
 from ijepa_enhanced.commands.setup import share_cores
-from ijepa_enhanced.config import load_config
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.train.logging import SummaryWriter
+from ijepa_enhanced.train.saved import load_config
 from ijepa_enhanced.visualize.merges import draw_merges
 
 TINY = {
@@ -654,7 +654,7 @@ def test_each_worker_has_a_core(monkeypatch):
 
 def test_sides_that_a_run_never_saw_are_pointed_out(run: Run, pictures: Path) -> None:
     trained = load_config(run.folder).data
-    told = f"{run.folder} was trained at sides of {trained.min_resolution} to {trained.max_resolution} px, and is scored at "
+    told = "The encoder was trained at a resolution of "
     for side, warned in (
         (trained.max_resolution, False),
         (4 * trained.max_resolution, True),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
-from ijepa_enhanced.packed import MaskedBatch
 
 # Norm of the difference by the norm. Fused kernels round in other places: float32 is 6e-8, measured 4e-7.
 BOUND = 2e-6

@@ -9,17 +9,10 @@ import yaml
 
 from ijepa_enhanced.cli import parse
 from ijepa_enhanced.commands.setup import train_config
-from ijepa_enhanced.config import (
-    FREE_ON_RESUME,
-    check_resumable,
-    config_of_run,
-    find_config,
-    flatten,
-    load_config,
-    recipe_names,
-)
+from ijepa_enhanced.config import find_config, recipe_names
 from ijepa_enhanced.errors import RequestError, did_you_mean
 from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.saved import FREE_ON_RESUME, check_resumable, config_of_run, flatten, load_config
 
 
 def refused(file: Path) -> str:

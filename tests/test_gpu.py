@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ijepa_enhanced import Encoder
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
@@ -17,7 +18,7 @@ from ijepa_enhanced.evaluate.sweep import network_costs
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
-from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
+from ijepa_enhanced.packed import Packed, Segments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,8 +123,10 @@ def test_a_run_and_its_scores(pictures: Path, tmp_path: Path, capsys: pytest.Cap
     ).main
     run = tmp_path / "run"
     tiny = "--encoder.variant Ti --encoder.patch_size 8 --encoder.depth 2 --predictor.width 32 --predictor.depth 1"
-    data = "--data.tokens_per_pack 512 --data.masked_views 2 --data.local_views 2 --data.min_resolution 32 --data.max_resolution 48"
-    loss = f"--predictor.heads 2 --objective.contrastive_weight 1 --merging.teacher_rate {rate} --merging.student_rate {rate}"
+    data = "--data.tokens_per_pack 512 --data.masked_views 2 --data.local_views 2"
+    data += " --data.min_resolution 32 --data.max_resolution 48"
+    loss = "--predictor.heads 2 --objective.contrastive_weight 1 "
+    loss += f"--merging.teacher_rate {rate} --merging.student_rate {rate}"
     length = "--data.workers 1 --steps 6 --log_every 2 --checkpoint_every 3 --monitor.every 3"
     what = f"train {tiny} {data} {loss} {length} --data.source {pictures} --run {run}"
     assert main(what.split()) == 0, capsys.readouterr().err

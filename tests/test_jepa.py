@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.losses import nt_xent, variance_covariance
@@ -22,7 +23,7 @@ from ijepa_enhanced.models.vit import PIXEL_MEAN, PIXEL_STD
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import HAS_BF16
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
+from ijepa_enhanced.packed import Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.train.loop import Meter
 

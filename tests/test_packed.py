@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_enhanced.packed import Batch, Packed, Segments, Selection, segment_ids
+from ijepa_enhanced.batch import Batch
+from ijepa_enhanced.packed import Packed, Segments, Selection, segment_ids
 
 
 def stream(*grids: tuple[int, int], first: int = 0) -> Packed:

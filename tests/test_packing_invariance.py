@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
-from ijepa_enhanced.packed import MaskedBatch, Packed, Segments
+from ijepa_enhanced.packed import Packed, Segments
 
 # Norm of the difference by the norm. A matrix product of another number of rows adds in another order, so bitwise
 # equality cannot be had; float32 rounds at 6e-8. The largest over 400 random packs were 6.1e-7 for a view's features,

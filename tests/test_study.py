@@ -33,7 +33,8 @@ from ijepa_enhanced.study import (
 )
 
 TINY = (
-    "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 --encoder.variant Ti "
+    "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 "
+    "--encoder.variant Ti "
     "--encoder.patch_size 8 --encoder.depth 1 --predictor.width 32 --predictor.depth 1 --predictor.heads 2 "
     "--steps 4 --log_every 1 --monitor.every 2 --monitor.images 16"
 )

@@ -17,7 +17,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ijepa_enhanced.commands import Command, benchmark, evaluate, index, inspect, prepare, report, study, train
-from ijepa_enhanced.config import config_of_run, find_config
+from ijepa_enhanced.config import find_config
 from ijepa_enhanced.distributed import is_one_of_many
 from ijepa_enhanced.errors import (
     CheckpointError,
@@ -30,6 +30,7 @@ from ijepa_enhanced.errors import (
     UnreadableImage,
     did_you_mean,
 )
+from ijepa_enhanced.train.saved import config_of_run
 
 logger = logging.getLogger("ijepa_enhanced")
 

@@ -295,7 +295,7 @@ class Encoder(nn.Module):
         resolution: Resolution = None,
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> Iterator[Packed]:
-        """Yield the packs of uint8 patches that `embed` shows the network, on the CPU; arguments and errors as there."""
+        """Yield the packs of uint8 patches that `embed` shows the network, on the CPU; arguments as there."""
         if isinstance(images, (str, bytes, Path, Image.Image, Tensor)):
             raise TypeError("embed takes several images: put a single one into a list.")
         pixels = self._pixels(resolution)

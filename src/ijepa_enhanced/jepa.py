@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.losses import nt_xent, variance_covariance
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.predictor import Predictor
@@ -19,7 +20,7 @@ from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalize
-from ijepa_enhanced.packed import MaskedBatch, Packed
+from ijepa_enhanced.packed import Packed
 
 PROJECTOR_HIDDEN, PROJECTED = 512, 64
 """Widths of the projector's hidden layer and of its result, the only ones measured (docs/log.md)."""

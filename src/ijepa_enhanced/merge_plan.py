@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_enhanced.packed import Segments, _Movable
+from ijepa_enhanced.packed import Movable, Segments
 
 TILE = 64
 """Tokens on each side of a block of similarities."""
@@ -65,7 +65,7 @@ def layer_rates(rate: float | Sequence[float], depth: int) -> list[Fraction]:
 
 
 @dataclass(frozen=True)
-class MergePlan(_Movable):
+class MergePlan(Movable):
     """What the layers of a network do to one pack; made on the host, in the loader's worker.
 
     A compiled region may read the plain numbers, layer by layer; of `segments`, as ever, not the lengths.

@@ -11,27 +11,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:  # it is made of Segments
-    from ijepa_enhanced.merge_plan import MergePlan
 
-
-class _Movable:
+class Movable:
     """Moving a dataclass moves every field that can be moved."""
 
     def _map(self, method: str, *args: Any, **kwargs: Any) -> Self:
         moved = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, (Tensor, _Movable)):
+            if isinstance(value, (Tensor, Movable)):
                 moved[field.name] = getattr(value, method)(*args, **kwargs)
-            elif isinstance(value, tuple) and all(isinstance(part, _Movable) for part in value):
+            elif isinstance(value, tuple) and all(isinstance(part, Movable) for part in value):
                 moved[field.name] = tuple(getattr(part, method)(*args, **kwargs) for part in value)
         return dataclasses.replace(self, **moved)  # type: ignore[type-var]
 
@@ -45,7 +42,7 @@ class _Movable:
 
 
 @dataclass(frozen=True)
-class Segments(_Movable):
+class Segments(Movable):
     """Where each view begins and ends in a stream of T tokens.
 
     `lengths` is for the host alone and is never read inside a compiled region, where every new value would
@@ -90,7 +87,7 @@ def segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Selection(_Movable):
+class Selection(Movable):
     """Some tokens of every view of a stream, in the stream's order."""
 
     index: Tensor
@@ -100,7 +97,7 @@ class Selection(_Movable):
 
 
 @dataclass(frozen=True)
-class Packed(_Movable):
+class Packed(Movable):
     """A ragged stream of V views."""
 
     values: Tensor
@@ -156,43 +153,3 @@ class Packed(_Movable):
             torch.cat([stream.grids for stream in streams]),
             segments,
         )
-
-
-@dataclass(frozen=True)
-class Batch(_Movable):
-    """One pack as the loader yields it. V may be 0 when no image of the pack could be read."""
-
-    packed: Packed
-    """uint8 patches; normalised on the device."""
-    image_ids: Tensor
-    """int64 [V]: the row of each view's image in the source."""
-    labels: Tensor | None
-    """int64 [V], or None where the source has none."""
-    cursor: tuple[int, int]
-    """Epoch and number of the pack in the plan."""
-    unreadable: tuple[tuple[int, str], ...]
-    """(row, reason) of each image that the plan put in this pack and that could not be decoded."""
-    whole: Packed | None = dataclasses.field(default=None, kw_only=True)
-    """uint8 patches of the views of the same images that the student sees whole and the teacher never; None where there
-    are none."""
-    merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
-    """How the encoder, in training the teacher, merges the tokens of `packed`; None where it does not."""
-
-    @property
-    def tokens(self) -> int:
-        """Of all views, the whole ones included."""
-        return self.packed.segments.total + (0 if self.whole is None else self.whole.segments.total)
-
-
-@dataclass(frozen=True)
-class MaskedBatch(Batch):
-    """A batch with the masks of I-JEPA drawn on every view but the whole ones."""
-
-    context: Selection
-    """The Tc tokens of `packed` that the student sees."""
-    targets: Selection
-    """The Tq tokens of the target blocks, each once, whose features are predicted."""
-    seen: Segments
-    """Of all that the student sees: the context of every masked view, then every whole view."""
-    seen_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
-    """How the student merges these tokens; None where it does not."""

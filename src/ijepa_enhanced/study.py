@@ -17,18 +17,19 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ijepa_enhanced.commands.setup import labelled_images, load_encoder, random_start
-from ijepa_enhanced.config import check_resumable, check_unchanged, load_config
+from ijepa_enhanced.commands.setup import load_encoder
 from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import NotFiniteError, RequestError, RunError, did_you_mean
 from ijepa_enhanced.evaluate.features import extract
+from ijepa_enhanced.evaluate.labelled import labelled_pair
 from ijepa_enhanced.evaluate.protocol import score
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_config, random_start
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
     """
     configs = {arm: configure(_split(f"{study.common} {flags}")) for arm, flags in study.arms.items()}
     train_source = study.train or next(iter(configs.values())).data.source
-    images = labelled_images(train_source, study.val)
+    images = labelled_pair(train_source, study.val)
     _check_same(study, configs, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "study.yaml") as temporary:

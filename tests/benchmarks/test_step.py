@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.benchmarks import step
 from ijepa_enhanced.data.loader import masks_of
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.masks import MaskConfig
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
-from ijepa_enhanced.packed import MaskedBatch
 
 GRIDS = [(5, 7), (12, 15), (3, 3), (9, 9), (16, 16), (2, 11)]
 CONFIG = EncoderConfig("Ti", 8, depth=2)

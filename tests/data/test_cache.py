@@ -193,7 +193,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     assert len(InMemory(FolderSource(pictures)).memory) == size
     monkeypatch.setattr(loop, "free_memory", lambda: free | {place: 2 * size - 1})
     monkeypatch.setattr(InMemory, "_place", lambda *_: pytest.fail("it was read"))
-    options = "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 --encoder.patch_size 8"
+    options = (
+        "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 "
+        "--encoder.patch_size 8"
+    )
     run = tmp_path / "run"
     code = main(
         ["train", *options.split(), "--data.source", str(pictures), "--data.cache", "memory", "--run", str(run)]

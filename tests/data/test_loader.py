@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.augment import augment
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
@@ -26,7 +27,7 @@ from ijepa_enhanced.data.plan import Cursor, Pack, Plan
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.masks import MaskConfig, draw_masks
 from ijepa_enhanced.merge_plan import MergePlan
-from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
+from ijepa_enhanced.packed import Packed
 from ijepa_enhanced.randomness import Purpose, generator
 
 PATCH = 8

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.config import load_config
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.in_memory import InMemory
@@ -21,6 +20,7 @@ from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.data.sources.synthetic import SyntheticSource
 from ijepa_enhanced.errors import PlanError, SourceError
 from ijepa_enhanced.masks import MaskConfig
+from ijepa_enhanced.train.saved import load_config
 
 CONFIG = DataConfig(tokens_per_pack=512, min_resolution=32, max_resolution=64)
 
@@ -239,7 +239,8 @@ def test_a_run_on_a_mix(pictures: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("ijepa_enhanced.data.synthetic.IMAGES", {"train": 8, "val": 8})
     spec = f"{pictures} + synthetic@0.5"
     options = (
-        "--data.tokens_per_pack 256 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 --encoder.variant Ti "
+        "--data.tokens_per_pack 256 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 "
+        "--encoder.variant Ti "
         "--encoder.patch_size 8 --encoder.depth 1 --predictor.width 32 --predictor.depth 1 --predictor.heads 2 "
         "--steps 2 --data.cache memory"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_enhanced import encoder
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.merge_plan import MergePlan
@@ -18,7 +19,7 @@ from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.flops import encoder_flops, predictor_flops, step_flops
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops import merging
-from ijepa_enhanced.packed import MaskedBatch, Packed
+from ijepa_enhanced.packed import Packed
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *segments: Any, **keys: Any) -> Tensor:

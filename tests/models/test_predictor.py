@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.loader import masked
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.models.config import PredictorConfig
 from ijepa_enhanced.models.predictor import Predictor
-from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Segments, Selection
+from ijepa_enhanced.packed import Packed, Segments, Selection
 
 WIDTH = 24
 

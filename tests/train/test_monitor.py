@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.plan import Plan
@@ -26,7 +27,6 @@ from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
 from ijepa_enhanced.jepa import JEPA, Losses
 from ijepa_enhanced.models.config import EncoderConfig, MergeConfig, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
-from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train

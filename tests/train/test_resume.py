@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from ijepa_enhanced.config import load_config
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.train import loop
@@ -21,6 +20,7 @@ from ijepa_enhanced.train.checkpoint import latest_checkpoint
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.saved import load_config
 
 RATES = ("views_per_second", "tokens_per_second", "data_wait", "watch_seconds")
 """What a log holds about the machine, not about the run."""

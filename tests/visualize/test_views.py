@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.decode import unpatchify
 from ijepa_enhanced.data.loader import masks_of
 from ijepa_enhanced.masks import MaskConfig, ViewMasks
-from ijepa_enhanced.packed import Batch, MaskedBatch, Packed
+from ijepa_enhanced.packed import Packed
 from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.views import (
     COLOURS,

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.benchmarks.attention import exponent, growth_tokens
 from ijepa_enhanced.benchmarks.table import bar, print_table, write_csv
 from ijepa_enhanced.data.catalog import open_catalog
@@ -46,7 +47,6 @@ from ijepa_enhanced.models.vit import CHANNELS, VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_enhanced.packed import MaskedBatch
 
 TURNS = 3
 PACKS = 2

@@ -22,13 +22,10 @@ from ijepa_enhanced.commands.setup import (
     check_setting,
     counting_bars,
     hush_others,
-    labelled_images,
     load_encoder,
     print_json,
-    random_start,
     share_cores,
 )
-from ijepa_enhanced.config import load_config
 from ijepa_enhanced.devices import autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
@@ -38,10 +35,12 @@ from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.evaluate.dense import dense, open_maps
 from ijepa_enhanced.evaluate.features import extract, hash_weights, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
+from ijepa_enhanced.evaluate.labelled import labelled_pair
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, score
 from ijepa_enhanced.evaluate.sweep import Point, advice, choose, frontier, network_costs, setting_name, write_points
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
 from ijepa_enhanced.files import replacing
+from ijepa_enhanced.train.saved import load_config, random_start
 from ijepa_enhanced.visualize.frontier import draw_frontier
 
 logger = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> int:
     specs = ((options.train, "train"), (options.val, "val"))
     with ranks.one_first():
         maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
-        train, val = maps if set(options.protocols) == {"dense"} else labelled_images(options.train, options.val)
+        train, val = maps if set(options.protocols) == {"dense"} else labelled_pair(options.train, options.val)
     hashes, weights = [each.catalog.hash for each in (train, val)], hash_weights(encoder)
     ranks.agree(
         {

@@ -20,12 +20,12 @@ from ijepa_enhanced.commands.setup import (
     train_config,
 )
 from ijepa_enhanced.commands.train import first_batch
-from ijepa_enhanced.config import load_config
 from ijepa_enhanced.data.catalog import LISTED, open_catalog, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RequestError, RunError, UnreadableImage
+from ijepa_enhanced.train.saved import load_config
 from ijepa_enhanced.visualize.data import class_sizes, draw_survey, survey
 from ijepa_enhanced.visualize.features import draw_features
 from ijepa_enhanced.visualize.merges import draw_merges

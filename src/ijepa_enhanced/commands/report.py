@@ -9,9 +9,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import print_json
-from ijepa_enhanced.config import config_of_run, find_config
+from ijepa_enhanced.config import find_config
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.saved import config_of_run
 from ijepa_enhanced.visualize.report import write_report
 
 

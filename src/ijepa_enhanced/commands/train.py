@@ -10,19 +10,19 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.commands import Command
 from ijepa_enhanced.commands.setup import add_configuration, hush_others, print_json, share_cores, train_config
-from ijepa_enhanced.config import check_resumable, check_unchanged, load_config
 from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.errors import RequestError
-from ijepa_enhanced.packed import Batch
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_config
 from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.report import write_report
 from ijepa_enhanced.visualize.views import draw_masked_views

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.augment import augment
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig
@@ -33,7 +34,7 @@ from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
-from ijepa_enhanced.packed import Batch, MaskedBatch, Packed, Segments, Selection
+from ijepa_enhanced.packed import Packed, Segments, Selection
 from ijepa_enhanced.randomness import Purpose, generator
 
 PREFETCH = 2

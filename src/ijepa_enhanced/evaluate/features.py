@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.catalog import Catalog, cache_folder
 from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.sources.base import UNREAD, Source
@@ -26,7 +27,6 @@ from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, need_images, packs_of, reduced_packs
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.packed import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Plan
@@ -33,7 +34,7 @@ from ijepa_enhanced.evaluate.tokens import (
 )
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.packed import Batch, Packed, segment_ids
+from ijepa_enhanced.packed import Packed, segment_ids
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.schedules import warmup_cosine
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.catalog import Catalog, cache_folder
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Pack, inference_packs
@@ -22,7 +23,7 @@ from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import NotFiniteError, UnreadableImage
-from ijepa_enhanced.packed import Batch, segment_ids
+from ijepa_enhanced.packed import segment_ids
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.catalog import LISTED, Catalog, open_catalog, report_unreadable
 from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.in_memory import SHARED_MEMORY, InMemory, free_memory
@@ -32,7 +33,6 @@ from ijepa_enhanced.errors import ResumeError, RunError
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.jepa import JEPA, Losses, StepSize
 from ijepa_enhanced.masks import MIN_TOKENS
-from ijepa_enhanced.packed import Batch, MaskedBatch
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, load_checkpoint, read_progress, save_checkpoint
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import ProgressBar, RunLog

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.loader import PackDataset
 from ijepa_enhanced.data.plan import EpochPlan, Pack, Plan
@@ -30,7 +31,6 @@ from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.packed import Batch
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.train.config import MonitorConfig
 

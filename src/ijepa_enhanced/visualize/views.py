@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.decode import unpatchify
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.masks import ViewMasks
-from ijepa_enhanced.packed import Batch, Packed
+from ijepa_enhanced.packed import Packed
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 

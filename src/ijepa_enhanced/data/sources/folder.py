@@ -9,11 +9,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from ijepa_enhanced.data.sources.base import (
-    EXTENSIONS,
-    FileSource,
-    fingerprint_of,
-)
+from ijepa_enhanced.data.sources.base import EXTENSIONS, FileSource, fingerprint_of
 from ijepa_enhanced.errors import SourceError
 
 HEIC = (".heic", ".heif")

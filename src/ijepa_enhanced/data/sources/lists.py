@@ -8,10 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ijepa_enhanced.data.sources.base import (
-    fingerprint_of,
-    number_labels,
-)
+from ijepa_enhanced.data.sources.base import fingerprint_of, number_labels
 from ijepa_enhanced.data.sources.folder import PathSource
 from ijepa_enhanced.errors import SourceError
 

@@ -8,10 +8,7 @@ import re
 from glob import glob
 from pathlib import Path
 
-from ijepa_enhanced.data.sources.base import (
-    PARTS,
-    Source,
-)
+from ijepa_enhanced.data.sources.base import PARTS, Source
 from ijepa_enhanced.data.sources.folder import FolderSource, cannot_list, is_image
 from ijepa_enhanced.data.sources.lists import LISTS, ListSource
 from ijepa_enhanced.data.sources.mixed import MixedSource

@@ -6,9 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.sources.base import (
-    Source,
-)
+from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import SourceError
 
 

@@ -13,13 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ijepa_enhanced.data.sources.base import (
-    CLASSES,
-    EXTENSIONS,
-    FileSource,
-    fingerprint_of,
-    number_labels,
-)
+from ijepa_enhanced.data.sources.base import CLASSES, EXTENSIONS, FileSource, fingerprint_of, number_labels
 from ijepa_enhanced.data.sources.folder import HEIC
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
