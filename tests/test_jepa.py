@@ -294,7 +294,7 @@ def test_local_views_count_in_the_invariance_and_nowhere_else(make_batch: MakeBa
     model = JEPA(
         EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID),
         PredictorConfig(32, 1, 2),
-        ObjectiveConfig(0.1, invariance=1.0),
+        ObjectiveConfig(0.1, contrastive_weight=1.0),
         views=2,
     )
     batch = make_batch([(5, 4), (2, 9), (4, 4), (3, 6)])
@@ -329,7 +329,9 @@ def test_the_rate_of_views_counts_local_ones_too(make_batch: MakeBatch, make_str
 def test_a_single_view_and_its_local_ones_agree(make_batch: MakeBatch, make_stream: MakeStream) -> None:
     torch.manual_seed(0)
     model = JEPA(
-        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID), PredictorConfig(32, 1, 2), ObjectiveConfig(0.0, invariance=1.0)
+        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID),
+        PredictorConfig(32, 1, 2),
+        ObjectiveConfig(0.0, contrastive_weight=1.0),
     )
     batch = make_batch([(5, 4), (2, 9)])
     assert model(with_local(batch, make_stream([(2, 3), (3, 3)], seed=1)), 10, 1).invariance > 0
@@ -449,4 +451,4 @@ def test_a_student_that_merges_learns_through_its_means(make_batch: MakeBatch) -
 
 def test_a_negative_weight_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"^objective\.stabilizer must be at least 0, not -0\.1\.$"):
-        ObjectiveConfig(stabilizer=-0.1)
+        ObjectiveConfig(vicreg_weight=-0.1)

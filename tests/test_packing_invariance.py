@@ -64,7 +64,7 @@ def encoder() -> Encoder:
 @pytest.fixture(scope="module")
 def jepa() -> JEPA:
     torch.manual_seed(1)
-    jepa = JEPA(CONFIG, PredictorConfig(width=32, depth=2, heads=2), ObjectiveConfig(stabilizer=0.0))
+    jepa = JEPA(CONFIG, PredictorConfig(width=32, depth=2, heads=2), ObjectiveConfig(vicreg_weight=0.0))
     livelier(jepa)
     return jepa
 

@@ -33,9 +33,9 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
-    on_machine: int = 1
+    local_world_size: int = 1
     """How many of them run on this machine."""
-    place: int = 0
+    local_rank: int = 0
     """The number of this one among those."""
 
     @property
@@ -56,7 +56,7 @@ class Ranks:
             dist.all_gather_object(found, value)
         return found
 
-    def to_main(self, value: Any) -> list[Any]:
+    def gather_to_rank0(self, value: Any) -> list[Any]:
         """What each rank has, by rank, on the main one, and nothing on the others; see `gather`."""
         if self.world == 1:
             return [value]
@@ -104,11 +104,15 @@ class Ranks:
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """One rank of each machine runs what is inside, then the others, which find in its cache what it put there."""
-        if self.place:
+        """Run what is inside on rank 0, then on the first rank of each other machine, then on all others.
+
+        What one of them puts into a cache the next ones find there, on their machine or in a folder that all share.
+        """
+        turn = 0 if self.main else 1 if not self.local_rank else 2
+        for _ in range(turn):
             self.gather(None)
         yield
-        if not self.place:
+        for _ in range(2 - turn):
             self.gather(None)
 
 
@@ -133,15 +137,17 @@ def ranks_of_run() -> Iterator[Ranks]:
         yield Ranks(best_device())
         return
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    place, on_machine = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if 0 < gpus < on_machine:
-        raise RankError(f"torchrun started {on_machine} processes here, and there are {gpus} GPUs: one each is needed.")
-    device = torch.device("cuda", place) if gpus else torch.device("cpu")
+    local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if 0 < gpus < local_world_size:
+        raise RankError(
+            f"torchrun started {local_world_size} processes here, and there are {gpus} GPUs: one each is needed."
+        )
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
     # What the hosts tell each other goes by gloo, beside the gradients of the devices.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-    yield Ranks(device, dist.get_rank(), dist.get_world_size(), on_machine, place)
+    yield Ranks(device, dist.get_rank(), dist.get_world_size(), local_world_size, local_rank)
     # Not after an error: the others may wait for this process, and only its end, which torchrun sees, frees them.
     dist.destroy_process_group()
 

@@ -128,6 +128,10 @@ class JEPA(nn.Module):
         )
         return Losses(total, prediction.detach(), vicreg.detach(), contrastive.detach())
 
+    def trainable(self) -> list[nn.Parameter]:
+        """Return the parameters that learn: all but the teacher's."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student."""

@@ -32,7 +32,7 @@ from ijepa_enhanced.randomness import Purpose, generator
 
 PATCH = 8
 SEED = 11
-CONFIG = DataConfig(tokens_per_pack=512, min_resolution=48, max_resolution=96, views=2, packs_per_step=2)
+CONFIG = DataConfig(tokens_per_pack=512, min_resolution=48, max_resolution=96, masked_views=2, packs_per_step=2)
 
 # One or two processors are enough for these tests; PyTorch warns of more workers than processors.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -217,7 +217,7 @@ def test_an_image_above_the_budget_is_refused() -> None:
 # --- one epoch
 
 
-@pytest.mark.parametrize("config", [SMALL, DataConfig(tokens_per_pack=512, views=3, min_crop=0.1, max_crop=0.4)])
+@pytest.mark.parametrize("config", [SMALL, DataConfig(tokens_per_pack=512, masked_views=3, min_crop=0.1, max_crop=0.4)])
 def test_an_epoch_shows_every_image_once_and_all_its_views_side_by_side(config: DataConfig) -> None:
     epoch = make_plan(config).epoch(0)
     packs = [epoch[number] for number in range(len(epoch))]
@@ -237,7 +237,7 @@ def test_an_epoch_shows_every_image_once_and_all_its_views_side_by_side(config: 
     "config",
     [
         DataConfig(tokens_per_pack=8192),
-        DataConfig(tokens_per_pack=8192, views=2, min_crop=0.01, max_crop=0.01),
+        DataConfig(tokens_per_pack=8192, masked_views=2, min_crop=0.01, max_crop=0.01),
         DataConfig(tokens_per_pack=8192, min_resolution=None, max_resolution=None, min_crop=1.0),
     ],
 )
@@ -391,11 +391,11 @@ def test_images_whose_views_are_too_small_are_left_out_and_counted() -> None:
 
 
 def test_an_image_is_left_out_when_any_of_its_views_is_too_small() -> None:
-    config = DataConfig(tokens_per_pack=512, views=2, min_resolution=None, max_resolution=None, min_crop=0.5)
+    config = DataConfig(tokens_per_pack=512, masked_views=2, min_resolution=None, max_resolution=None, min_crop=0.5)
     epoch = make_plan(config, [(40, 40)] * 200).epoch(0)
     # 40 px are 2 x 2 patches from a crop of 24 px on, sqrt(0.5) = 28 px: all have enough.
     assert epoch.too_small == 0
-    config = DataConfig(tokens_per_pack=512, views=2, min_resolution=None, max_resolution=None, min_crop=0.1)
+    config = DataConfig(tokens_per_pack=512, masked_views=2, min_resolution=None, max_resolution=None, min_crop=0.1)
     epoch = make_plan(config, [(40, 40)] * 400).epoch(0)
     # Below 0.36 of the area it is 1 x 1: 0.26 / 0.9 of the views, so 1 - (1 - 0.289) ** 2 = 49% of the images.
     bound = 5 * math.sqrt(0.25 / 400)
@@ -515,7 +515,7 @@ def test_settings_at_their_bounds_are_taken() -> None:
         workers=0,
     )
     assert config.view_limit == 4
-    assert DataConfig(tokens_per_pack=1000, views=4, max_view_tokens=250).view_limit == 250
+    assert DataConfig(tokens_per_pack=1000, masked_views=4, max_view_tokens=250).view_limit == 250
 
 
 # --- the hash

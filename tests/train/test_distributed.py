@@ -20,9 +20,10 @@ from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RankError, SourceError
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import Meter, train
+from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.meter import Meter
 
-SAME = ("loss", "prediction", "stabilizer", "invariance", "fill", "grad_norm", "rankme", "knn", "best", "epoch")
+SAME = ("loss", "prediction", "vicreg", "contrastive", "fill", "grad_norm", "rankme", "knn", "best", "epoch")
 """What a log holds about the run, not about the machine."""
 
 
@@ -31,8 +32,8 @@ def whole(tiny: TrainConfig) -> TrainConfig:
     """Two packs a step, in float32, two views of each image that are to agree."""
     return dataclasses.replace(
         tiny,
-        data=dataclasses.replace(tiny.data, views=2),
-        objective=dataclasses.replace(tiny.objective, invariance=1.0),
+        data=dataclasses.replace(tiny.data, masked_views=2),
+        objective=dataclasses.replace(tiny.objective, contrastive_weight=1.0),
         precision="fp32",
         steps=6,
         checkpoint_every=3,
@@ -85,7 +86,7 @@ def test_two_ranks_are_as_one_and_each_goes_on_as_the_other(whole: TrainConfig, 
     assert len(read_log(tmp_path / "one")) == 3
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert stdout.splitlines().count(str(tmp_path / "two")) == 1, "one of them speaks"
-    assert stderr.count("Collapse watch: every") == 1
+    assert stderr.count("Monitoring every") == 1
     assert (tmp_path / "two" / "report.html").is_file()
 
     (tmp_path / "one").rename(tmp_path / "first")

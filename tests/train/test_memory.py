@@ -29,7 +29,7 @@ def test_a_gpu_that_is_too_small_says_which_settings_fit(
     def exhausted(*_: object) -> Never:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(JEPA, "forward", exhausted)
+    monkeypatch.setattr(JEPA, "features", exhausted)
     config = with_data(tiny, tokens_per_pack=600, packs_per_step=2)
     with pytest.raises(RunError) as raised:
         train(config, tmp_path / "run")
@@ -37,8 +37,8 @@ def test_a_gpu_that_is_too_small_says_which_settings_fit(
         "The GPU's memory does not hold what a pack of 600 tokens needs. In a new run, set data.tokens_per_pack to 300"
         ", data.packs_per_step to 4 and data.max_view_tokens to 75: half as much at once, and as much in a step."
     )
-    with pytest.raises(RunError, match=r"In a new run, take a smaller encoder, or smaller or fewer views\.$"):
-        train(with_data(config, views=2, max_view_tokens=200), tmp_path / "other")
+    with pytest.raises(RunError, match=r"In a new run, use a smaller encoder, or smaller or fewer views\.$"):
+        train(with_data(config, masked_views=2, max_view_tokens=200), tmp_path / "other")
 
 
 def test_workers_are_refused_what_shared_memory_cannot_hold(

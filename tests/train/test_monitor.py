@@ -14,17 +14,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from ijepa_enhanced.batch import Batch, MaskedBatch
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.config import DataConfig
-from ijepa_enhanced.data.plan import Plan
+from ijepa_enhanced.data.plan import Pack, Plan
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.devices import autocast_dtype
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.distributed import Ranks
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
-from ijepa_enhanced.jepa import JEPA, Losses
+from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.models.config import EncoderConfig, MergeConfig, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
@@ -32,16 +34,15 @@ from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.monitor import (
     COST,
-    MOST_LOOKS,
+    MOST_PROBES,
     PASSES,
-    VIEWS,
     History,
-    Probe,
     default_images,
-    steps_between_looks,
+    steps_between_probes,
 )
+from ijepa_enhanced.train.probe import VIEWS, ProbeSet
 
-SIGNS = {"rankme", "lidar", "spread", "cosine", "knn"}
+METRICS = {"rankme", "lidar", "spread", "cosine", "knn"}
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
 
@@ -62,21 +63,18 @@ def small_run(seed: int, **changes: object) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def without_stop_gradient(model: JEPA, batch: MaskedBatch, step_target_tokens: int, step_packs: int) -> Losses:
-    """I-JEPA's loss with a gradient through the targets too, which a constant makes nought."""
-    targets = F.layer_norm(model.student(batch.packed)[batch.targets.index].float(), (model.student.width,))
-    visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
-    predicted = model.predictor(model.student(visible), visible, hidden).float()
-    loss = F.smooth_l1_loss(predicted, targets, reduction="sum") / targets.shape[1] / step_target_tokens
-    return Losses(loss, loss.detach(), torch.zeros(()), torch.zeros(()))
+def with_gradient(model: JEPA, batch: MaskedBatch) -> Tensor:
+    """I-JEPA's targets with a gradient through them, so that a constant brings the loss to zero."""
+    features = model.student(batch.packed)[batch.targets.index].float()
+    return F.layer_norm(features, features.shape[-1:])
 
 
 def test_the_alarm_fires_when_a_run_collapses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(JEPA, "forward", without_stop_gradient)
+    monkeypatch.setattr(JEPA, "targets", with_gradient)
     config = small_run(
-        0, objective=ObjectiveConfig(0.0), optim=OptimConfig(lr=3e-3, warmup=0.1, ema=0.0, final_ema=0.0)
+        0, objective=ObjectiveConfig(vicreg_weight=0.0), optim=OptimConfig(lr=3e-3, warmup=0.1, ema=0.0, final_ema=0.0)
     )
     with caplog.at_level(logging.INFO):
         train(config, tmp_path / "run")
@@ -86,7 +84,7 @@ def test_the_alarm_fires_when_a_run_collapses(
     assert alarms[0] <= 25
     assert alarms == list(range(alarms[0], 31, 5))
     (words,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert words.startswith("The run collapses: at the last 2 looks ")
+    assert words.startswith("The run collapses: at the last 2 probes ")
     assert "spread and 1 - cosine were below a quarter of their peak." in words
     assert words.endswith(f"Step {log[-1]['best']} is kept in best/. Raise objective.vicreg_weight or lower optim.lr.")
     # Nothing from within the collapse, whatever its nearest neighbours say.
@@ -99,7 +97,7 @@ def test_it_never_fires_on_a_healthy_run(seed: int, tmp_path: Path) -> None:
     log = read_log(tmp_path / "run")
     assert [line["step"] for line in log] == list(range(5, 31, 5))
     assert [line["alarm"] for line in log] == [0] * 6
-    assert all(line.keys() >= SIGNS for line in log)
+    assert all(line.keys() >= METRICS for line in log)
 
 
 def test_watching_changes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -112,7 +110,7 @@ def test_watching_changes_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     assert torch.equal(after, torch.get_rng_state())
     weights, others = (Encoder.from_pretrained(tmp_path / run).state_dict() for run in ("watched", "unwatched"))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    learnt = ("step", "loss", "prediction", "stabilizer", "fill", "grad_norm")
+    learnt = ("step", "loss", "prediction", "vicreg", "fill", "grad_norm")
     watched, alone = (
         [[line[name] for name in learnt] for line in read_log(tmp_path / run)] for run in ("watched", "unwatched")
     )
@@ -125,10 +123,10 @@ def test_looks_are_logged_at_their_steps_and_at_the_end(tiny: TrainConfig, tmp_p
     train(config, tmp_path / "run")
     log = {line["step"]: line for line in read_log(tmp_path / "run")}
     assert list(log) == [2, 4, 5, 6, 8, 10, 12]
-    looked = [step for step, line in log.items() if SIGNS & line.keys()]
+    looked = [step for step, line in log.items() if METRICS & line.keys()]
     assert looked == [5, 10, 12]
     for step in looked:
-        assert log[step].keys() >= SIGNS | {"loss", "alarm", "best", "watch_seconds"}
+        assert log[step].keys() >= METRICS | {"loss", "alarm", "best", "monitor_seconds"}
 
 
 def declining(config: TrainConfig) -> TrainConfig:
@@ -143,11 +141,12 @@ def test_best_is_the_teacher_of_the_step_that_is_said(tiny: TrainConfig, tmp_pat
     log = {line["step"]: line for line in read_log(tmp_path / "run")}
     best = max(log, key=lambda step: (log[step]["knn"], step))
     assert log[20]["best"] == best < 20
-    signs = {step: {name: log[step][name] for name in SIGNS} for step in (best, 20)}
+    metrics = {step: {name: log[step][name] for name in METRICS} for step in (best, 20)}
     probe = probe_of(config)
-    autocast = torch.autocast("cpu", autocast_dtype("auto", torch.device("cpu")))
-    assert probe.signs(Encoder.from_pretrained(tmp_path / "run" / "best"), autocast) == signs[best]
-    assert probe.signs(Encoder.from_pretrained(tmp_path / "run"), autocast) == signs[20]
+    cpu = torch.device("cpu")
+    precision = autocast(cpu, autocast_dtype("auto", cpu))
+    assert probe.metrics(Encoder.from_pretrained(tmp_path / "run" / "best"), precision, Ranks()) == metrics[best]
+    assert probe.metrics(Encoder.from_pretrained(tmp_path / "run"), precision, Ranks()) == metrics[20]
 
 
 def test_a_resumed_run_remembers_what_was_seen(
@@ -166,7 +165,7 @@ def test_a_resumed_run_remembers_what_was_seen(
     assert not train(config, tmp_path / "run").finished
     assert train(config, tmp_path / "run", resume=True).finished
     whole, resumed = (
-        [{name: line[name] for name in (*SIGNS, "alarm", "best")} for line in read_log(tmp_path / run)]
+        [{name: line[name] for name in (*METRICS, "alarm", "best")} for line in read_log(tmp_path / run)]
         for run in ("whole", "run")
     )
     assert resumed == whole
@@ -174,70 +173,73 @@ def test_a_resumed_run_remembers_what_was_seen(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def probe_of(config: TrainConfig) -> Probe:
+def encoder_of(config: TrainConfig) -> Encoder:
+    return Encoder.random(config.encoder, Preprocessing(), seed=0)
+
+
+def probe_of(config: TrainConfig) -> ProbeSet:
     source = open_source(config.data.source)
     plan = Plan(open_catalog(source), config.data, config.encoder.patch_size, config.seed)
-    return Probe(
+    return ProbeSet(
         source, plan, plan.epoch(0).images, config.monitor.images or 512, config.encoder, config.merging.teacher_rate
     )
 
 
-def shown(batches: list[Batch]) -> list[tuple[int, bytes]]:
+def shown(probe: ProbeSet, packs: list[Pack]) -> list[tuple[int, bytes]]:
     """Each view's row and its patches."""
     return [
         (int(row), view.numpy().tobytes())
-        for batch in batches
+        for batch in map(probe.batch, packs)
         for row, view in zip(batch.image_ids, batch.packed.split(), strict=True)
     ]
 
 
 def test_the_seed_alone_decides_what_is_looked_at(tiny: TrainConfig) -> None:
     first, same = probe_of(tiny), probe_of(tiny)
-    assert shown(first.images) == shown(same.images)
-    assert shown(first.crops) == shown(same.crops)
+    assert shown(first, first.images) == shown(same, same.images)
+    assert shown(first, first.crops) == shown(same, same.crops)
     other = probe_of(dataclasses.replace(tiny, seed=1))
-    assert {row for row, _ in shown(first.images)} != {row for row, _ in shown(other.images)}
+    assert {row for row, _ in shown(first, first.images)} != {row for row, _ in shown(other, other.images)}
     # The crops of other seeds differ, even those of the same image.
-    assert not set(shown(first.crops)) & set(shown(other.crops))
+    assert not set(shown(first, first.crops)) & set(shown(other, other.crops))
 
 
 def test_whole_images_once_and_eight_crops_of_each_object(tiny: TrainConfig) -> None:
     probe = probe_of(tiny)
-    rows = [row for row, _ in shown(probe.images)]
+    rows = [row for row, _ in shown(probe, probe.images)]
     assert len(rows) == len(set(rows)) == 16
     source = probe.dataset.source
-    for pack in probe.image_packs:
+    for pack in probe.images:
         for image, box, grid in zip(pack.images, pack.boxes, pack.grids, strict=True):
             assert (*box,) == (0, 0, *source.size(int(probe.dataset.catalog.rows[image])))
             # 48 px are 36 patches of 8 px, of which tokens_per_pack / 8 = 32 are allowed.
             assert 24 <= grid.prod() <= 32
-    crops = Counter(row for row, _ in shown(probe.crops))
+    crops = Counter(row for row, _ in shown(probe, probe.crops))
     assert crops == dict.fromkeys(rows, 8)
-    assert len({view for _, view in shown(probe.crops)}) == 8 * 16
-    assert probe.tokens == sum(batch.packed.segments.total for batch in probe.images + probe.crops)
-    assert all(pack.grids.prod(axis=1).sum() <= 256 for pack in probe.image_packs + probe.crop_packs)
+    assert len({view for _, view in shown(probe, probe.crops)}) == 8 * 16
+    assert probe.tokens == sum(probe.batch(pack).packed.segments.total for pack in probe.images + probe.crops)
+    assert all(pack.grids.prod(axis=1).sum() <= 256 for pack in probe.images + probe.crops)
 
 
 def test_lidar_has_enough_views_for_the_width() -> None:
     config = small_run(0, monitor=MonitorConfig(every=5, images=512))
-    objects = Counter(image for pack in probe_of(config).crop_packs for image in pack.images.tolist())
+    objects = Counter(image for pack in probe_of(config).crops for image in pack.images.tolist())
     assert len(objects) * (VIEWS - 1) > config.encoder.shape.width
     assert set(objects.values()) == {VIEWS}
 
 
 def test_signs_are_those_of_the_same_images_looked_at_by_hand(tiny: TrainConfig) -> None:
     config = dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, max_view_tokens=64))
-    torch.manual_seed(0)
-    encoder = Encoder(config.encoder).eval()
+    encoder = encoder_of(config)
     probe = probe_of(config)
     source = probe.dataset.source
-    rows = [row for row, _ in shown(probe.images)]
-    z = encoder.embed([Path(config.data.source, source.keys[row]) for row in rows], side=48)
+    rows = [row for row, _ in shown(probe, probe.images)]
+    z = encoder.embed([Path(config.data.source, source.keys[row]) for row in rows], resolution=48)
     labels = torch.tensor([source.labels[row] for row in rows])
     predicted = torch.cat([knn_classify(z[8:], labels[8:], z[:8]), knn_classify(z[:8], labels[:8], z[8:])])
-    signs = probe.signs(encoder, FLOAT32)
-    lidar_of_crops = signs.pop("lidar")
-    assert signs == pytest.approx(
+    metrics = probe.metrics(encoder, FLOAT32, Ranks())
+    lidar_of_crops = metrics.pop("lidar")
+    assert metrics == pytest.approx(
         {
             "rankme": rankme(z),
             "spread": spread(z),
@@ -247,7 +249,7 @@ def test_signs_are_those_of_the_same_images_looked_at_by_hand(tiny: TrainConfig)
         rel=1e-5,
     )
     views: dict[int, list[torch.Tensor]] = {}
-    for batch in probe.crops:
+    for batch in map(probe.batch, probe.crops):
         features = encoder(batch.packed).split(batch.packed.segments.lengths)
         for row, feature in zip(batch.image_ids.tolist(), features, strict=True):
             views.setdefault(row, []).append(feature.mean(dim=0))
@@ -258,8 +260,8 @@ def test_signs_are_those_of_the_same_images_looked_at_by_hand(tiny: TrainConfig)
 
 def test_the_teacher_merges_as_in_training(tiny: TrainConfig) -> None:
     merging = dataclasses.replace(tiny, merging=MergeConfig(teacher_rate=0.3))
-    encoder = Encoder(tiny.encoder)
-    assert probe_of(tiny).signs(encoder, FLOAT32) != probe_of(merging).signs(encoder, FLOAT32)
+    encoder = encoder_of(tiny)
+    assert probe_of(tiny).metrics(encoder, FLOAT32, Ranks()) != probe_of(merging).metrics(encoder, FLOAT32, Ranks())
 
 
 def test_unlabelled_images_have_no_knn_and_a_best_all_the_same(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_unlabelled_images_have_no_knn_and_a_best_all_the_same(tiny: TrainConfig
 def test_one_class_tells_nothing(tiny: TrainConfig) -> None:
     for path in Path(tiny.data.source, "b").iterdir():
         path.unlink()
-    assert probe_of(tiny).signs(Encoder(tiny.encoder), FLOAT32).keys() == SIGNS - {"knn"}
+    assert probe_of(tiny).metrics(encoder_of(tiny), FLOAT32, Ranks()).keys() == METRICS - {"knn"}
 
 
 def test_images_that_cannot_be_decoded_are_left_out(tiny: TrainConfig) -> None:
@@ -287,11 +289,11 @@ def test_images_that_cannot_be_decoded_are_left_out(tiny: TrainConfig) -> None:
     for path in photos[2:]:
         path.write_bytes(path.read_bytes()[:-200])  # headers are fine
     probe = probe_of(dataclasses.replace(tiny, monitor=MonitorConfig(4, 24)))
-    assert {row for row, _ in shown(probe.images)} == {0, 1}
-    assert probe.signs(Encoder(tiny.encoder), FLOAT32).keys() == SIGNS - {"knn"}
+    assert {row for row, _ in shown(probe, probe.images)} == {0, 1}
+    assert probe.metrics(encoder_of(tiny), FLOAT32, Ranks()).keys() == METRICS - {"knn"}
     photos[0].write_bytes(b"")
     probe = probe_of(dataclasses.replace(tiny, monitor=MonitorConfig(4, 24)))
-    assert probe.signs(Encoder(tiny.encoder), FLOAT32) == {}
+    assert probe.metrics(encoder_of(tiny), FLOAT32, Ranks()) == {}
 
 
 @given(
@@ -301,78 +303,79 @@ def test_images_that_cannot_be_decoded_are_left_out(tiny: TrainConfig) -> None:
     log_every=st.integers(1, 500),
 )
 def test_the_watch_costs_no_more_than_it_may(look: int, steps: int, step_tokens: float, log_every: int) -> None:
-    every = steps_between_looks(MonitorConfig(), look, steps, step_tokens, log_every)
+    every = steps_between_probes(MonitorConfig(), look, steps, step_tokens, log_every)
     paid = COST * PASSES * step_tokens * steps
     if every:
         looks = 1 + len({*range(every, steps + 1, every), steps})
         assert looks * look <= paid * (1 + 1e-9)
-        assert looks <= MOST_LOOKS + 1
+        assert looks <= MOST_PROBES + 1
         assert every % log_every == 0
     else:
         assert 2 * look > paid * (1 - 1e-9)
 
 
-def test_steps_between_looks_by_hand() -> None:
+def test_steps_between_probes_by_hand() -> None:
     # 3% of 2 * 1,000 * 1,000 tokens are 60,000, six looks of 10,000: one at the start and five in 1,000 steps.
-    assert steps_between_looks(MonitorConfig(), 10_000, 1000, 1000.0, 1) == 200
-    assert steps_between_looks(MonitorConfig(), 10_000, 1000, 1000.0, 30) == 210
-    assert steps_between_looks(MonitorConfig(), 40_000, 1000, 1000.0, 1) == 0
-    assert steps_between_looks(MonitorConfig(every=7), 40_000, 1000, 1000.0, 10) == 7
-    assert steps_between_looks(MonitorConfig(), 1, 10**6, 1000.0, 1) == 10**4
+    assert steps_between_probes(MonitorConfig(), 10_000, 1000, 1000.0, 1) == 200
+    assert steps_between_probes(MonitorConfig(), 10_000, 1000, 1000.0, 30) == 210
+    assert steps_between_probes(MonitorConfig(), 40_000, 1000, 1000.0, 1) == 0
+    assert steps_between_probes(MonitorConfig(every=7), 40_000, 1000, 1000.0, 10) == 7
+    assert steps_between_probes(MonitorConfig(), 1, 10**6, 1000.0, 1) == 10**4
 
 
 def test_a_run_too_short_for_it_says_so(tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="ijepa_enhanced"):
         train(dataclasses.replace(tiny, monitor=MonitorConfig(), steps=2), tmp_path / "run")
     assert (
-        "No collapse watch: it would cost more than 3% of so short a run. monitor.every forces it." in caplog.messages
+        "The run is not monitored: that would cost more than 3% of so short a run. monitor.every forces it."
+        in caplog.messages
     )
     assert not (tmp_path / "run" / "best").exists()
 
 
-def signs(rankme: float, lidar: float, spread: float, cosine: float, **knn: float) -> dict[str, float]:
+def found(rankme: float, lidar: float, spread: float, cosine: float, **knn: float) -> dict[str, float]:
     return {"rankme": rankme, "lidar": lidar, "spread": spread, "cosine": cosine, **knn}
 
 
 def test_the_alarm_takes_two_signs_at_two_looks() -> None:
     history = History()
-    assert history.add(0, signs(8, 6, 0.4, 0.8)) == []
-    assert history.add(1, signs(40, 6, 0.4, 0.8)) == []
-    assert history.add(2, signs(9, 6, 0.4, 0.8)) == ["rankme"]
-    assert history.add(3, signs(9, 6, 0.4, 0.8)) == ["rankme"]
+    assert history.add(0, found(8, 6, 0.4, 0.8)) == []
+    assert history.add(1, found(40, 6, 0.4, 0.8)) == []
+    assert history.add(2, found(9, 6, 0.4, 0.8)) == ["rankme"]
+    assert history.add(3, found(9, 6, 0.4, 0.8)) == ["rankme"]
     assert not history.alarm  # one sign alone misleads
-    assert history.add(4, signs(9, 6, 0.4, 0.96)) == ["rankme", "1 - cosine"]
+    assert history.add(4, found(9, 6, 0.4, 0.96)) == ["rankme", "1 - cosine"]
     assert not history.alarm
-    assert history.add(5, signs(40, 6, 0.05, 0.9)) == ["spread"]
-    history.add(6, signs(9, 1, 0.4, 0.8))
+    assert history.add(5, found(40, 6, 0.05, 0.9)) == ["spread"]
+    history.add(6, found(9, 1, 0.4, 0.8))
     assert not history.alarm  # not in a row
-    history.add(7, signs(9, 6, 0.05, 0.8))
+    history.add(7, found(9, 6, 0.05, 0.8))
     assert history.alarm
-    history.add(8, signs(40, 6, 0.4, 0.8))
+    history.add(8, found(40, 6, 0.4, 0.8))
     assert not history.alarm
 
 
 def test_best_is_the_highest_knn_and_of_equals_the_last() -> None:
     history = History()
     for step, knn in enumerate([0.9, 0.1, 0.3, 0.2, 0.3, 0.25]):
-        history.add(step, signs(8, 6, 0.4, 0.8, knn=knn))
+        history.add(step, found(8, 6, 0.4, 0.8, knn=knn))
     assert (history.best_step, history.best) == (4, 0.3)
-    history.add(6, signs(1, 1, 0.01, 0.99, knn=0.5))
+    history.add(6, found(1, 1, 0.01, 0.99, knn=0.5))
     assert history.best_step == 4  # collapsed
 
 
 def test_best_without_labels_is_the_highest_product() -> None:
     history = History()
-    history.add(1, signs(10, 5, 0.4, 0.8))
-    history.add(2, signs(20, 5, 0.1, 0.5))  # 5, where the first is 4
-    history.add(3, signs(30, 5, 0.1, 0.7))  # 4.5
+    history.add(1, found(10, 5, 0.4, 0.8))
+    history.add(2, found(20, 5, 0.1, 0.5))  # 5, where the first is 4
+    history.add(3, found(30, 5, 0.1, 0.7))  # 4.5
     assert history.best_step == 2
 
 
 def test_what_is_remembered_survives_a_checkpoint() -> None:
     history = History()
     for step in range(3):
-        history.add(step, signs(1 / 3 + step, 0.1, 2 / 7, 0.3, knn=0.7))
+        history.add(step, found(1 / 3 + step, 0.1, 2 / 7, 0.3, knn=0.7))
     assert History(**json.loads(json.dumps(dataclasses.asdict(history)))) == history
 
 

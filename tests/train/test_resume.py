@@ -14,15 +14,16 @@ import pytest
 import torch
 
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import RunError
+from ijepa_enhanced.errors import ResumeError, RunError
 from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.checkpoint import latest_checkpoint
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.meter import Meter
 from ijepa_enhanced.train.saved import load_config
 
-RATES = ("views_per_second", "tokens_per_second", "data_wait", "watch_seconds")
+RATES = ("views_per_second", "tokens_per_second", "data_wait", "monitor_seconds", "monitor_share")
 """What a log holds about the machine, not about the run."""
 
 
@@ -98,18 +99,18 @@ def test_stopping_before_the_first_step_changes_nothing(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(tiny, tmp_path / "whole")
-    original, run = loop.Meter.waiting, tmp_path / "run"
+    original, run = Meter.waiting, tmp_path / "run"
 
-    def stop(meter: loop.Meter) -> Any:
+    def stop(meter: Meter) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return original(meter)
 
-    monkeypatch.setattr(loop.Meter, "waiting", stop)
+    monkeypatch.setattr(Meter, "waiting", stop)
     outcome = train(tiny, run)
     assert (outcome.finished, outcome.steps) == (False, 0)
-    monkeypatch.setattr(loop.Meter, "waiting", original)
+    monkeypatch.setattr(Meter, "waiting", original)
     assert train(tiny, run, resume=True).finished
-    assert f"{run} has no checkpoint yet: it begins anew." in caplog.messages
+    assert f"{run} has no checkpoint yet: it starts from the first step." in caplog.messages
     assert same_encoder(run, tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")
 
@@ -173,7 +174,7 @@ def test_what_diverged_is_not_saved(tiny: TrainConfig, tmp_path: Path, monkeypat
                 model.student.blocks.norm.weight.fill_(torch.nan)
 
     monkeypatch.setattr(loop.JEPA, "update_teacher", diverge)
-    with pytest.raises(RunError, match=r"^The loss is not finite at step 6: "):
+    with pytest.raises(RunError, match=r"^The loss is not finite at step 6\. "):
         train(config, tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name == "step-00000003"
@@ -188,8 +189,8 @@ def test_the_run_keeps_the_configuration_it_was_started_with(tiny: TrainConfig, 
 def test_a_checkpoint_of_other_images_is_refused(tiny: TrainConfig, tmp_path: Path, photos: Path) -> None:
     train(dataclasses.replace(tiny, steps=1), tmp_path / "run")
     next(photos.rglob("*.png")).unlink()
-    with pytest.raises(loop.ResumeError) as error:
+    with pytest.raises(ResumeError) as error:
         train(tiny, tmp_path / "run", resume=True)
     assert str(error.value) == (
-        f"{tmp_path / 'run'} was trained on other images or with another plan; start a new run instead."
+        f"{tmp_path / 'run'} was trained on other images or with another plan. Start a new run instead."
     )

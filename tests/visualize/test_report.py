@@ -306,7 +306,7 @@ def test_what_is_logged_now_and_then_is_drawn_where_it_is(run: Path, tmp_path: P
 def test_a_collapse_is_said_first(run: Path, tmp_path: Path, alarms: list[float], said: str | None) -> None:
     log = read_log(run)
     for step, alarm in zip((2, 4, 6), alarms, strict=True):
-        log[step - 1] |= {"alarm": alarm, "best": 2, "watch_seconds": 0.5}
+        log[step - 1] |= {"alarm": alarm, "best": 2, "monitor_seconds": 0.5}
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     page = report(tmp_path / "report.html", run)
     assert ("The run collapsed" in page.said()) == (said is not None)

@@ -94,7 +94,7 @@ def reduced_packs(
     own = token_batches(encoder, images, packs[ranks.rank :: ranks.world], setting, layers)
     for _ in range(0, len(packs), ranks.world):
         found = [reduce(*tokens) for tokens in itertools.islice(own, 1)]
-        yield from itertools.chain(*ranks.to_main(found))
+        yield from itertools.chain(*ranks.gather_to_rank0(found))
 
 
 @torch.inference_mode()

@@ -1,4 +1,7 @@
-"""Checkpoints: `torch.distributed.checkpoint` into a temporary folder, flushed to disk, then renamed."""
+"""Checkpoints: `torch.distributed.checkpoint` as safetensors into a temporary folder, flushed to disk, then renamed.
+
+Safetensors holds numbers alone, so loading a checkpoint, whoever wrote it, executes nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from ijepa_enhanced.errors import CheckpointError
 
 KEPT = 2
-"""Newest checkpoints kept: one more than needed, should the last one's disk block go bad."""
+"""Newest checkpoints kept: one more than needed, in case the disk block of the last one goes bad."""
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+"""One tensor for each moment, by the name of its parameter, as safetensors wants them."""
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
     """Write `folder/step-NNNNNNNN` with the model, the optimizer and `progress` (JSON), and drop all but the newest.
 
-    Nothing under its final name is ever incomplete: all is written beside it, flushed and renamed. A checkpoint
-    of that step that is already there is left as it is.
+    Nothing under its final name is ever incomplete: everything is written beside it, flushed and renamed. A checkpoint
+    of that step that is already there stays as it is.
 
     Raises:
-        CheckpointError: the disk is full, say; the previous checkpoints are untouched.
+        CheckpointError: it cannot be written, say because the disk is full; the previous checkpoints are untouched.
     """
     final = folder / f"step-{step:08d}"
     if final.exists():
@@ -39,15 +46,15 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        weights, moments = get_state_dict(model, optimizer)
         with _single_process():
-            state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=True)
+            writer = HuggingFaceStorageWriter(str(partial))
+            state_dict_saver.save(_tensors(model, optimizer), storage_writer=writer, no_dist=True)
         (partial / "progress.json").write_text(json.dumps(progress))
         for written in (*partial.iterdir(), partial):
             _flush(written)
         partial.rename(final)
         _flush(folder)
-    except (OSError, CheckpointException) as error:
+    except (OSError, CheckpointException, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = latest_checkpoint(folder)
         survivor = f"The previous one, {kept}, is intact." if kept else "There is no earlier one."
@@ -58,12 +65,12 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None."""
+    """Return the newest complete checkpoint in `folder`, or None."""
     return next(reversed(_checkpoints(folder)), None)
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `progress`.
+    """Return what `save_checkpoint` was given as `progress`.
 
     Raises:
         CheckpointError: it is damaged.
@@ -79,21 +86,43 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
     """Load weights and moments in place.
 
     Raises:
-        CheckpointError: it is damaged, or of another architecture.
+        CheckpointError: it is damaged, of another architecture, or of an older version.
     """
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    if not any(checkpoint.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{checkpoint} holds no safetensors: another version of ijepa_enhanced wrote it. Start a new run."
+        )
+    tensors = _tensors(model, optimizer)
     try:
         with _single_process():
-            state_dict_loader.load(state, checkpoint_id=checkpoint, no_dist=True)
-    except (OSError, ValueError, CheckpointException) as error:
+            state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
         raise _unreadable(checkpoint, error) from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    weights, moments = _state(model, optimizer)
+    for name, value in tensors.items():
+        kind, _, name = name.partition(".")
+        (weights if kind == "model" else moments)[name] = value
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
+
+
+def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return weights as `model.NAME` and moments as `optimizer.state.NAME.KIND`.
+
+    Learning rate and weight decay are no part of it: the schedules set them at every step.
+    """
+    weights, moments = _state(model, optimizer)
+    named = [("model", *item) for item in weights.items()] + [("optimizer", *item) for item in moments.items()]
+    return {f"{kind}.{name}": value for kind, name, value in named if isinstance(value, Tensor)}
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    weights, moments = get_state_dict(model, optimizer, options=FLAT)
+    return dict(weights), dict(moments)
 
 
 @contextmanager
 def _single_process() -> Iterator[None]:
-    """Without PyTorch's warning that there is no process group, which is what `no_dist` says already."""
+    """Hide PyTorch's warning that there is no process group, which is what `no_dist` asks for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
@@ -113,12 +142,12 @@ def _flush(path: Path) -> None:
 
 def _unreadable(checkpoint: Path, error: BaseException) -> CheckpointError:
     others = [path for path in _checkpoints(checkpoint.parent) if path != checkpoint]
-    way_out = f"Delete it to go on from {others[-1]}." if others else "There is no other one."
+    way_out = f"Delete it to resume from {others[-1]}." if others else "There is no other one."
     return CheckpointError(f"Could not read checkpoint {checkpoint}: {_reason(error)}. {way_out}")
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's own words, which PyTorch wraps in its own."""
+    """Return the operating system's words, which PyTorch wraps in its own."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error

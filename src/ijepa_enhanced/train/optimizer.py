@@ -20,7 +20,7 @@ class StepSettings(NamedTuple):
 
 
 def step_settings(config: OptimConfig, step: int, total: int) -> StepSettings:
-    """Learning rate, weight decay and EMA momentum of `step` (from 0) of `total`."""
+    """Return learning rate, weight decay and EMA momentum of `step` (from 0) of `total`."""
     return StepSettings(
         warmup_cosine(step, total, round(config.warmup * total), config.lr, config.final_lr),
         cosine(step, total, config.weight_decay, config.final_weight_decay),
@@ -29,19 +29,19 @@ def step_settings(config: OptimConfig, step: int, total: int) -> StepSettings:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) on all parameters that learn: matrices decay; biases, norms and tokens do not.
+    """Return AdamW (arXiv 1711.05101) for all trainable parameters: matrices decay; biases, norms and tokens do not.
 
     Decoupled decay matters: with Adam's coupled decay I-JEPA collapses. Learning rate and decay are set each step.
     """
-    learned = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     fixed = {
         name
-        for name, value in learned
+        for name, value in trainable
         if value.ndim < 2 or name.endswith(("mask_token", "positions.rows", "positions.cols"))
     }
     groups = [
-        {"params": [value for name, value in learned if name not in fixed], "decay": True},
-        {"params": [value for name, value in learned if name in fixed], "decay": False},
+        {"params": [value for name, value in trainable if name not in fixed], "decay": True},
+        {"params": [value for name, value in trainable if name in fixed], "decay": False},
     ]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 

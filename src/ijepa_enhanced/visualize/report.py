@@ -68,7 +68,7 @@ CURVES = {
         "tokens_per_second": Curve("Tokens", "1/s", from_zero=True),
         "data_wait": Curve("Waiting for data", "of time", percent=True, from_zero=True),
         "fill": Curve("Budget use", "tokens of packs", percent=True),
-        "watch_seconds": Curve("A look of the watch", "s", from_zero=True),
+        "monitor_seconds": Curve("A look of the watch", "s", from_zero=True),
     },
 }
 """Keys of the log, in groups. What else a log holds is drawn under its own name."""

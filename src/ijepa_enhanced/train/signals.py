@@ -1,0 +1,28 @@
+"""Stopping a run by a signal without losing the step it is at."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+from typing import Self
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM only set `requested`; a second signal acts as it would have before."""
+
+    def __enter__(self) -> Self:
+        self.requested = False
+        self.before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+        logger.warning("%s: finishing this step, then saving.", signal.Signals(number).name)
+        signal.signal(number, self.before[signal.Signals(number)])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

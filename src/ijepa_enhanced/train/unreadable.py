@@ -1,0 +1,65 @@
+"""Images that cannot be read, and how many of them a run tolerates."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+
+from ijepa_enhanced.data.catalog import LISTED, Catalog, report_unreadable
+from ijepa_enhanced.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+
+class Unreadable:
+    """The distinct images of a run that cannot be read.
+
+    Args:
+        catalog: of the training images. Those whose header cannot be read count from the start.
+        limit: fraction of the images that may be unreadable.
+
+    Raises:
+        RunError: more headers than the limit allows cannot be read.
+    """
+
+    def __init__(self, catalog: Catalog, limit: float) -> None:
+        self.catalog = catalog
+        self.limit = limit
+        self.found: dict[int, str] = {}
+        """Row and reason of each image whose header can be read and whose pixels cannot."""
+        self._check()
+        report_unreadable(catalog)
+
+    def __len__(self) -> int:
+        return len(self.catalog.unreadable) + len(self.found)
+
+    def add(self, unreadable: Iterable[tuple[int, str]]) -> None:
+        """Count the row and reason of each image that could not be decoded, and log those that are new.
+
+        Raises:
+            RunError: there are now more than the limit.
+        """
+        for row, reason in unreadable:
+            if row not in self.found:
+                self.found[row] = reason
+                logger.warning("Left out: %s: %s", self._key(row), reason)
+                self._check()
+
+    def _key(self, row: int) -> str:
+        return self.catalog.keys[int(np.searchsorted(self.catalog.rows, row))]
+
+    def _check(self) -> None:
+        images = len(self.catalog.rows) + len(self.catalog.unreadable)
+        if len(self) <= self.limit * images:
+            return
+        decoded = ((self._key(row), reason) for row, reason in self.found.items())
+        shown = itertools.islice(itertools.chain(self.catalog.unreadable, decoded), LISTED)
+        listed = "\n".join(f"  {key}: {reason}" for key, reason in shown)
+        more = f"\n  and {len(self) - LISTED} more" if len(self) > LISTED else ""
+        raise RunError(
+            f"{len(self)} of {images} images cannot be read, more than data.max_unreadable ({self.limit:.2%}) allows:\n"
+            f"{listed}{more}\nRemove them, or raise data.max_unreadable."
+        )
