@@ -56,6 +56,7 @@ def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(
 
     def run(batch: MaskedBatch) -> list[Tensor]:
         """Features, predictions, and the gradients of the student and the predictor."""
+        batch = jepa.preprocess(batch)
         with torch.no_grad():
             features = jepa.teacher(batch.packed, batch.merge_plan)
         visible, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)

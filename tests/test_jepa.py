@@ -11,21 +11,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.losses import nt_xent, variance_covariance
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
-from ijepa_enhanced.merge_plan import merged_lengths
+from ijepa_enhanced.merge_plan import merged_lengths, plan_merges
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, FeedForward
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.predictor import Predictor
-from ijepa_enhanced.models.vit import PIXEL_MEAN, PIXEL_STD
+from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import HAS_BF16
 from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_enhanced.packed import Packed, Segments
 from ijepa_enhanced.randomness import Purpose, generator
-from ijepa_enhanced.train.loop import Meter
+from ijepa_enhanced.train.meter import Meter
+from one_pack import pack_losses
 
 MakeBatch = Callable[..., MaskedBatch]
 MakeStream = Callable[..., Packed]
@@ -38,11 +39,13 @@ HEADS, PREDICTOR_HEADS, MAX_GRID = 3, 2, 6
 GRIDS = [(5, 4), (2, 9), (7, 7), (1, 4), (3, 2)]
 
 
-def make_jepa(stabilizer: float) -> JEPA:
+def make_jepa(vicreg_weight: float) -> JEPA:
     """Student, predictor and a teacher of its own, with weights large enough that every part matters."""
     torch.manual_seed(0)
     encoder = EncoderConfig(variant="Ti", depth=2, patch_size=8, max_grid=MAX_GRID)
-    model = JEPA(encoder, PredictorConfig(width=32, depth=2, heads=PREDICTOR_HEADS), ObjectiveConfig(stabilizer))
+    model = JEPA(
+        encoder, PredictorConfig(width=32, depth=2, heads=PREDICTOR_HEADS), ObjectiveConfig(vicreg_weight=vicreg_weight)
+    )
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.ndim == 2:
@@ -91,9 +94,9 @@ def plain_position(positions: FactorizedPositions, token: int, rows: int, cols: 
     return entry(positions.rows, token // cols, rows) + entry(positions.cols, token % cols, cols)
 
 
-def plain_encoder(encoder: Encoder, patches: Tensor, tokens: list[int], rows: int, cols: int) -> Tensor:
+def plain_encoder(encoder: VisionTransformer, patches: Tensor, tokens: list[int], rows: int, cols: int) -> Tensor:
     """The features of some tokens of a view, which see only each other."""
-    mean, std = torch.tensor(PIXEL_MEAN, dtype=torch.float64), torch.tensor(PIXEL_STD, dtype=torch.float64)
+    mean, std = torch.tensor(IMAGENET_MEAN, dtype=torch.float64), torch.tensor(IMAGENET_STD, dtype=torch.float64)
     pixels = (patches.double().unflatten(1, (-1, 3)) / 255 - mean) / std
     x = pixels.flatten(1) @ encoder.patch_embed.weight.T + encoder.patch_embed.bias
     x = x + torch.stack([plain_position(encoder.positions, token, rows, cols) for token in range(rows * cols)])
@@ -149,21 +152,21 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).norm() / expected.norm()).detach())
 
 
-@pytest.mark.parametrize("stabilizer", [0.0, 0.1])
+@pytest.mark.parametrize("vicreg_weight", [0.0, 0.1])
 def test_the_packed_loss_and_its_gradients_are_those_of_the_plain_method(
-    make_batch: MakeBatch, stabilizer: float
+    make_batch: MakeBatch, vicreg_weight: float
 ) -> None:
     """In the reference the targets are constants, so a gradient through them would show."""
-    model = make_jepa(stabilizer)
+    model = make_jepa(vicreg_weight)
     batch, patches, masks = parts(make_batch)
-    losses = model(batch, len(batch.targets.index), 1)
+    losses = pack_losses(model, batch, len(batch.targets.index), 1)
     losses.total.backward()
 
     plain = copy.deepcopy(model).double()
     plain.zero_grad()
     prediction, pooled = plain_jepa(plain, patches, masks)
-    # The stabilizer itself, in numpy, is the matter of test_regularizers.py; it computes in float32.
-    expected = prediction + stabilizer * variance_covariance(torch.stack(pooled))
+    # The term itself, in numpy, is the matter of test_losses.py; it computes in float32.
+    expected = prediction + vicreg_weight * variance_covariance(torch.stack(pooled))
     expected.backward()
 
     assert distance(losses.prediction, prediction) < BOUND
@@ -177,7 +180,7 @@ def test_the_packed_loss_and_its_gradients_are_those_of_the_plain_method(
 def test_no_gradient_reaches_the_teacher(make_batch: MakeBatch) -> None:
     model = make_jepa(0.1)
     batch = make_batch(GRIDS, 3)
-    model(batch, len(batch.targets.index), 1).total.backward()
+    pack_losses(model, batch, len(batch.targets.index), 1).total.backward()
     assert not any(value.requires_grad or value.grad is not None for value in model.teacher.parameters())
     learned = {name: value for name, value in model.named_parameters() if not name.startswith("teacher.")}
     assert all(value.grad is not None and value.grad.any() for value in learned.values())
@@ -187,10 +190,10 @@ def test_targets_are_constants_even_where_the_student_is_its_own_teacher(make_ba
     model = make_jepa(0.0)
     batch = make_batch(GRIDS, 3)
     model.teacher = copy.deepcopy(model.student).requires_grad_(False)
-    model(batch, len(batch.targets.index), 1).total.backward()
+    pack_losses(model, batch, len(batch.targets.index), 1).total.backward()
     expected = flat_gradients(model)
     model.teacher = model.student
-    model(batch, len(batch.targets.index), 1).total.backward()
+    pack_losses(model, batch, len(batch.targets.index), 1).total.backward()
     assert torch.equal(flat_gradients(model), expected)
 
 
@@ -229,57 +232,59 @@ def test_the_shares_of_a_steps_packs_add_up_to_one_pack_of_all(make_batch: MakeB
     packs = [make_batch(GRIDS, 5, only=views) for views in ([3], [0, 1, 4], [2])]
     tokens = len(whole.targets.index)
     assert sum(len(pack.targets.index) for pack in packs) == tokens
-    expected = model(whole, tokens, 1).total
+    expected = pack_losses(model, whole, tokens, 1).total
     expected.backward()
     gradient = flat_gradients(model)
-    shares = [model(pack, tokens, len(packs)).total for pack in packs]
+    shares = [pack_losses(model, pack, tokens, len(packs)).total for pack in packs]
     for share in shares:
         share.backward()
     assert distance(torch.stack(shares).sum(), expected) < BOUND
     assert distance(flat_gradients(model), gradient) < BOUND
 
 
-def test_the_stabilizer_is_a_mean_over_the_packs_of_the_students_mean_context_tokens(make_batch: MakeBatch) -> None:
+def test_vicreg_is_a_mean_over_the_packs_of_the_students_mean_context_tokens(make_batch: MakeBatch) -> None:
     model = make_jepa(0.1)
     packs = [make_batch(GRIDS, 5, only=views) for views in ([0, 3], [1, 2, 4])]
     tokens = sum(len(pack.targets.index) for pack in packs)
     by_hand = []
     for pack in packs:
-        context = model.student(pack.packed.select(pack.context)).split(pack.context.segments.lengths)
+        context = model.student(model.normalize(pack.packed).select(pack.context)).split(pack.context.segments.lengths)
         by_hand.append(variance_covariance(torch.stack([view.mean(dim=0) for view in context])))
-    losses = [model(pack, tokens, len(packs)) for pack in packs]
-    assert distance(sum(part.stabilizer for part in losses), sum(by_hand) / 2) < BOUND
+    losses = [pack_losses(model, pack, tokens, len(packs)) for pack in packs]
+    assert distance(sum(part.vicreg for part in losses), sum(by_hand) / 2) < BOUND
     for part in losses:
-        assert distance(part.total, part.prediction + 0.1 * part.stabilizer) < BOUND
+        assert distance(part.total, part.prediction + 0.1 * part.vicreg) < BOUND
 
 
 def test_weight_zero_is_the_plain_method(make_batch: MakeBatch) -> None:
     batch = make_batch(GRIDS, 3)
-    plain, stabilized = (make_jepa(weight)(batch, len(batch.targets.index), 1) for weight in (0.0, 0.1))
+    plain, stabilized = (pack_losses(make_jepa(weight), batch, len(batch.targets.index), 1) for weight in (0.0, 0.1))
     assert torch.equal(plain.total, plain.prediction)
-    assert plain.stabilizer == 0
+    assert plain.vicreg == 0
     assert torch.equal(plain.prediction, stabilized.prediction)
-    assert stabilized.stabilizer > 0
+    assert stabilized.vicreg > 0
 
 
-def test_invariance_is_of_an_images_own_views_and_a_mean_over_the_packs(make_batch: MakeBatch) -> None:
+def test_the_contrast_is_of_an_images_own_views_and_a_mean_over_the_packs(make_batch: MakeBatch) -> None:
     """Views 0 and 1, 2 and 3 of a pack belong together."""
     torch.manual_seed(0)
     encoder = EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID)
-    model = JEPA(encoder, PredictorConfig(32, 1, 2), ObjectiveConfig(0.0, 0.5), views=2)
+    model = JEPA(
+        encoder, PredictorConfig(32, 1, 2), ObjectiveConfig(vicreg_weight=0.0, contrastive_weight=0.5), views=2
+    )
     assert model.projector is not None
     grids = [(5, 4), (2, 9), (7, 7), (4, 4)]
     packs = [make_batch(grids, seed) for seed in (3, 4)]
     tokens = sum(len(pack.targets.index) for pack in packs)
     by_hand = []
     for pack in packs:
-        context = model.student(pack.packed.select(pack.context)).split(pack.context.segments.lengths)
+        context = model.student(model.normalize(pack.packed).select(pack.context)).split(pack.context.segments.lengths)
         z = model.projector(torch.stack([view.mean(dim=0) for view in context]))
         by_hand.append(nt_xent(torch.stack([z[:2], z[2:]])))
-    losses = [model(pack, tokens, 2) for pack in packs]
-    assert distance(sum(part.invariance for part in losses), sum(by_hand) / 2) < BOUND
+    losses = [pack_losses(model, pack, tokens, 2) for pack in packs]
+    assert distance(sum(part.contrastive for part in losses), sum(by_hand) / 2) < BOUND
     for part in losses:
-        assert distance(part.total, part.prediction + 0.5 * part.invariance) < BOUND
+        assert distance(part.total, part.prediction + 0.5 * part.contrastive) < BOUND
     sum(part.total for part in losses).backward()
     assert all(value.grad is not None and value.grad.any() for value in model.projector.parameters())
 
@@ -289,23 +294,23 @@ def with_local(batch: MaskedBatch, local: Packed) -> MaskedBatch:
     return dataclasses.replace(batch, whole=local, seen=seen)
 
 
-def test_local_views_count_in_the_invariance_and_nowhere_else(make_batch: MakeBatch, make_stream: MakeStream) -> None:
+def test_local_views_count_in_the_contrast_and_nowhere_else(make_batch: MakeBatch, make_stream: MakeStream) -> None:
     torch.manual_seed(0)
     model = JEPA(
         EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID),
         PredictorConfig(32, 1, 2),
-        ObjectiveConfig(0.1, contrastive_weight=1.0),
+        ObjectiveConfig(vicreg_weight=0.1, contrastive_weight=1.0),
         views=2,
     )
     batch = make_batch([(5, 4), (2, 9), (4, 4), (3, 6)])
     grids = [(2, 3), (3, 3), (1, 2), (2, 2), (1, 1), (3, 1)]
     local = make_stream(grids, seed=1)
     tokens = len(batch.targets.index)
-    plain = model(batch, tokens, 1)
+    plain = pack_losses(model, batch, tokens, 1)
     assert model.projector is not None
     with torch.no_grad():
-        found = model(with_local(batch, local), tokens, 1)
-        streams = (batch.packed.select(batch.context), local)
+        found = pack_losses(model, with_local(batch, local), tokens, 1)
+        streams = map(model.normalize, (batch.packed.select(batch.context), local))
         means = [segment_mean(model.student(stream, None), stream.segments.cu_seqlens) for stream in streams]
         contexts, small = model.projector(torch.cat(means)).split([4, 6])
     # Of image 0 the views 0 and 1 and the local views 0, 1 and 2; of image 1 the others.
@@ -313,16 +318,16 @@ def test_local_views_count_in_the_invariance_and_nowhere_else(make_batch: MakeBa
         torch.stack([torch.cat([contexts[2 * i : 2 * i + 2], small[3 * i : 3 * i + 3]]) for i in (0, 1)])
     )
     # The student's products round otherwise when both streams are one.
-    for ours, other in ((found.invariance, expected), (found.prediction, plain.prediction)):
+    for ours, other in ((found.contrastive, expected), (found.prediction, plain.prediction)):
         assert distance(ours, other) < BOUND
-    assert distance(found.stabilizer, plain.stabilizer) < BOUND
+    assert distance(found.vicreg, plain.vicreg) < BOUND
 
 
 def test_the_rate_of_views_counts_local_ones_too(make_batch: MakeBatch, make_stream: MakeStream) -> None:
     batch = with_local(make_batch([(5, 4), (2, 9)]), make_stream([(2, 3), (3, 3), (1, 2)], seed=1))
     model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig())
     meter = Meter()
-    meter.add(model(batch, len(batch.targets.index), 1), batch)
+    meter.add_step([pack_losses(model, batch, len(batch.targets.index), 1)], [batch])
     assert meter.views == 2 + 3
 
 
@@ -331,29 +336,29 @@ def test_a_single_view_and_its_local_ones_agree(make_batch: MakeBatch, make_stre
     model = JEPA(
         EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID),
         PredictorConfig(32, 1, 2),
-        ObjectiveConfig(0.0, contrastive_weight=1.0),
+        ObjectiveConfig(vicreg_weight=0.0, contrastive_weight=1.0),
     )
     batch = make_batch([(5, 4), (2, 9)])
-    assert model(with_local(batch, make_stream([(2, 3), (3, 3)], seed=1)), 10, 1).invariance > 0
+    assert pack_losses(model, with_local(batch, make_stream([(2, 3), (3, 3)], seed=1)), 10, 1).contrastive > 0
 
 
-def test_views_of_one_image_alone_have_no_invariance(make_batch: MakeBatch) -> None:
-    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig(0.1, 1.0), views=2)
-    losses = model(make_batch([(4, 4), (3, 5)], 0), 10, 1)
-    assert losses.invariance == 0
-    assert losses.stabilizer > 0
+def test_views_of_one_image_alone_have_no_contrast(make_batch: MakeBatch) -> None:
+    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig(contrastive_weight=1.0), views=2)
+    losses = pack_losses(model, make_batch([(4, 4), (3, 5)], 0), 10, 1)
+    assert losses.contrastive == 0
+    assert losses.vicreg > 0
 
 
-def test_a_pack_of_one_view_has_no_stabilizer(make_batch: MakeBatch) -> None:
+def test_a_pack_of_one_view_has_no_vicreg_loss(make_batch: MakeBatch) -> None:
     batch = make_batch(GRIDS, 3, only=[2])
-    losses = make_jepa(0.1)(batch, len(batch.targets.index), 1)
-    assert losses.stabilizer == 0
+    losses = pack_losses(make_jepa(0.1), batch, len(batch.targets.index))
+    assert losses.vicreg == 0
     assert torch.isfinite(losses.total)
 
 
 def test_merging_at_rate_zero_changes_not_one_bit(make_batch: MakeBatch) -> None:
     plain, zero, merged = (
-        make_jepa(0.1)(make_batch(GRIDS, 3, depth=2, rates=rates), 100, 1).total
+        pack_losses(make_jepa(0.1), make_batch(GRIDS, 3, depth=2, rates=rates), 100).total
         for rates in ((0.0, 0.0), (0, 0), (0.2, 0.2))
     )
     assert torch.equal(plain, zero)
@@ -387,7 +392,7 @@ def test_products_on_a_cpu_have_sizes_that_come_again(
     batch = make_batch(GRIDS, 3, depth=2, rates=rates)
     with Products() as products:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = make_jepa(0.0)(batch, 100, 1).total
+            loss = pack_losses(make_jepa(0.0), batch, 100).total
         loss.backward()
     assert len(products.sizes) > 100
     assert not [size for size in products.sizes if size % 8]
@@ -400,17 +405,18 @@ def test_merged_features_are_back_at_their_patches(make_batch: MakeBatch, rates:
     batch = make_batch(GRIDS, 3, depth=2, rates=rates)
     tokens = len(batch.targets.index)
     with torch.no_grad():
+        normalized = model.normalize(batch.packed)
         # In each view alone, and with the same plan that the view has in any pack.
-        features = torch.cat([encoded(model.teacher, batch.packed, view, rates[0]) for view in range(len(GRIDS))])
-        visible = batch.packed.select(batch.context)
+        features = torch.cat([encoded(model.teacher, normalized, view, rates[0]) for view in range(len(GRIDS))])
+        visible = normalized.select(batch.context)
         context = torch.cat([encoded(model.student, visible, view, rates[1]) for view in range(len(GRIDS))])
         targets = torch.nn.functional.layer_norm(features, features.shape[1:])[batch.targets.index]
         error = (model.predictor(context, visible, batch.packed.select(batch.targets)) - targets).abs()
         expected = torch.where(error < 1, error.square() / 2, error - 0.5).mean(dim=1).sum() / tokens
-    assert distance(model(batch, tokens, 1).prediction, expected) < BOUND
+    assert distance(pack_losses(model, batch, tokens, 1).prediction, expected) < BOUND
 
 
-def encoded(encoder: Encoder, packed: Packed, view: int, rate: float) -> Tensor:
+def encoded(network: VisionTransformer, packed: Packed, view: int, rate: float) -> Tensor:
     """The features of one view of a pack, merged as `merge_plan.merged_lengths` says."""
     start, stop = packed.segments.cu_seqlens[view : view + 2].tolist()
     alone = Packed(
@@ -419,7 +425,7 @@ def encoded(encoder: Encoder, packed: Packed, view: int, rate: float) -> Tensor:
         packed.grids[view : view + 1],
         Segments.of([stop - start]),
     )
-    features: Tensor = encoder(alone, encoder.merge_plan(alone.segments, rate))
+    features: Tensor = network(alone, plan_merges(alone.segments.lengths, rate, 2))
     assert len(features) == stop - start
     assert len(features.unique(dim=0)) == merged_lengths([stop - start], rate, 2)[-1, 0]
     return features
@@ -432,7 +438,7 @@ def test_a_student_that_merges_learns_through_its_means(make_batch: MakeBatch) -
     tokens = len(batch.targets.index)
 
     def loss() -> Tensor:
-        total: Tensor = model(batch, tokens, 1).total
+        total: Tensor = pack_losses(model, batch, tokens, 1).total
         return total
 
     loss().backward()
@@ -450,5 +456,36 @@ def test_a_student_that_merges_learns_through_its_means(make_batch: MakeBatch) -
 
 
 def test_a_negative_weight_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^objective\.stabilizer must be at least 0, not -0\.1\.$"):
+    with pytest.raises(ValueError, match=r"^objective\.vicreg_weight must be at least 0, not -0\.1\.$"):
         ObjectiveConfig(vicreg_weight=-0.1)
+
+
+def test_an_objective_without_any_term_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^There is no loss: set one of objective\.prediction_weight, "):
+        ObjectiveConfig(prediction_weight=0.0, vicreg_weight=0.0)
+
+
+def test_without_prediction_neither_teacher_nor_predictor_runs(make_batch: MakeBatch) -> None:
+    torch.manual_seed(0)
+    objective = ObjectiveConfig(prediction_weight=0.0, contrastive_weight=1.0)
+    model = JEPA(EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID), PredictorConfig(32, 1, 2), objective, views=2)
+    assert model.predictor is None
+    model.teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
+    batch = make_batch([(5, 4), (2, 9), (4, 4), (3, 6)])
+    losses = pack_losses(model, batch, len(batch.targets.index))
+    assert losses.prediction == 0
+    assert torch.equal(losses.total, 0.1 * losses.vicreg + losses.contrastive)
+    losses.total.backward()
+    assert all(value.grad is not None for value in model.trainable())
+
+
+def test_the_weight_of_the_prediction_scales_its_gradient(make_batch: MakeBatch) -> None:
+    batch = make_batch(GRIDS, 3)
+    gradients = []
+    for weight in (1.0, 4.0):
+        torch.manual_seed(0)
+        objective = ObjectiveConfig(prediction_weight=weight, vicreg_weight=0.0)
+        model = JEPA(EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID), PredictorConfig(32, 1, 2), objective)
+        pack_losses(model, batch, len(batch.targets.index)).total.backward()
+        gradients.append(flat_gradients(model))
+    assert torch.equal(4 * gradients[0], gradients[1])  # a power of two rounds nothing

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import Packed, Segments
+from one_pack import pack_losses
 
 # Norm of the difference by the norm. A matrix product of another number of rows adds in another order, so bitwise
 # equality cannot be had; float32 rounds at 6e-8. The largest over 400 random packs were 6.1e-7 for a view's features,
@@ -56,7 +58,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     torch.manual_seed(0)
-    encoder = Encoder(CONFIG)
+    encoder = Encoder(VisionTransformer(CONFIG), Preprocessing())
     livelier(encoder)
     return encoder
 
@@ -143,7 +145,7 @@ def test_another_views_pixels_change_not_one_bit(
 
 
 def loss_and_gradients(model: JEPA, batch: MaskedBatch, step_target_tokens: int) -> float:
-    losses = model(batch, step_target_tokens, 1)
+    losses = pack_losses(model, batch, step_target_tokens, 1)
     losses.total.backward()
     return losses.total.item()
 
@@ -184,7 +186,8 @@ def test_the_bound_catches_a_thousandth_of_a_leak(encoder: Encoder, make_stream:
     packed = make_stream([(3, 4), (4, 3)], 0)
     with torch.no_grad():
         features = encoder(packed)
-        x = encoder.patch_embed(packed.values * encoder.pixel_scale + encoder.pixel_shift)
-        x = x + encoder.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
-        leaked, _ = encoder.blocks(x, Segments.of([packed.segments.total]))
+        network = encoder.network
+        x = network.patch_embed(encoder.normalize(packed).values)
+        x = x + network.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
+        (leaked,), _ = network.blocks(x, Segments.of([packed.segments.total]))
     assert distance(features + 1e-3 * (leaked - features), features) > 10 * BOUND

@@ -74,9 +74,9 @@ def test_a_block_without_its_two_writers_is_the_identity() -> None:
                 part.weight.zero_()
                 part.bias.zero_()
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    found, merges = blocks(x, Segments.of([2, 3]))
+    (found,), merges = blocks(x, Segments.of([2, 3]))
     assert torch.equal(found, blocks.norm(x))
-    assert merges == []
+    assert merges == [None] * 3
 
 
 def test_the_start_is_i_jepas() -> None:
@@ -126,7 +126,7 @@ def test_activations_that_are_computed_again_take_less_memory_and_change_not_one
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            features, _ = blocks(x, stream.segments, plan)
+            (features,), _ = blocks(x, stream.segments, plan)
         features.square().mean().backward()
         found = [value.grad.clone() for value in blocks.parameters() if value.grad is not None]
         blocks.zero_grad()
@@ -137,5 +137,5 @@ def test_activations_that_are_computed_again_take_less_memory_and_change_not_one
     found, fewer = gradients()
     assert len(found) == len(expected) > 0
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    # Of about 16 numbers of width D that a block keeps for each token, two are left, and the weights.
+    # Of about 16 numbers of width D that a block keeps for each token, one is left, and the weights.
     assert fewer < most / 2

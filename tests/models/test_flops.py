@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_enhanced import encoder
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.merge_plan import MergePlan
-from ijepa_enhanced.models import blocks, predictor
+from ijepa_enhanced.models import blocks, predictor, vit
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.flops import encoder_flops, predictor_flops, step_flops
+from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops import merging
 from ijepa_enhanced.packed import Packed
+from one_pack import pack_losses
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *segments: Any, **keys: Any) -> Tensor:
@@ -41,7 +41,7 @@ def countable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that the counter knows, and no pad rows, which are not counted as work."""
     monkeypatch.setattr(blocks, "attention", dense)
     monkeypatch.setattr(merging, "best_matches", dense_matches)
-    for module in (blocks, encoder, predictor):
+    for module in (blocks, vit, predictor):
         monkeypatch.setattr(module, "pad_rows", lambda x: x)
 
 
@@ -64,7 +64,7 @@ def test_the_count_is_that_of_pytorchs_counter(
     packed = Packed.of_grids(pixels, np.array([grid]))
     plan = MergePlan.of(packed.segments.lengths, rate, 3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        Encoder(config)(packed, plan)
+        VisionTransformer(config)(packed.with_values(packed.values.float()), plan)
     assert encoder_flops(config, packed.segments.lengths, rate).tolist() == [counter.get_total_flops()]
 
 
@@ -87,7 +87,7 @@ def test_a_step_is_that_of_pytorchs_counter(
     batch = make_batch([(5, 7)], depth=encoder.shape.depth, rates=rates)
     jepa = JEPA(encoder, predictor, ObjectiveConfig())
     with FlopCounterMode(display=False) as counter:
-        jepa(batch, len(batch.targets.index), 1).total.backward()
+        pack_losses(jepa, batch, len(batch.targets.index)).total.backward()
     lengths = [segments.lengths for segments in (batch.packed.segments, batch.context.segments, batch.targets.segments)]
     assert step_flops(encoder, predictor, *lengths, *rates).tolist() == [counter.get_total_flops()]
 

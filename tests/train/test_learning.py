@@ -9,7 +9,7 @@ from ijepa_enhanced.cli import parse
 from ijepa_enhanced.commands.setup import train_config
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
@@ -23,8 +23,7 @@ MARGIN = 0.03
 def test_the_quickstart_beats_its_random_start(tmp_path: Path) -> None:
     config = train_config(parse(["train", "--config", "quickstart"])[1])
     train(config, tmp_path / "run")
-    torch.manual_seed(config.seed)
-    start = Encoder(config.encoder).eval()
+    start = Encoder.random(config.encoder, Preprocessing(), config.seed)
     sources = [open_source("synthetic", part) for part in ("train", "val")]
     scores = []
     for encoder in (start, Encoder.from_pretrained(tmp_path / "run")):

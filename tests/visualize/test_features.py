@@ -13,6 +13,7 @@ from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.visualize.features import MARK, RAMP, SIDE, draw_features, pca_maps, similarity_map
 from ijepa_enhanced.visualize.views import MARGIN
+from ijepa_enhanced.encoder import Preprocessing
 
 SHAPES = ((5, 8), (7, 3), (1, 6))
 PATCH = 8
@@ -28,7 +29,7 @@ def correlated(seed: int = 0, width: int = 16) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     torch.manual_seed(0)
-    return Encoder(EncoderConfig("Ti", PATCH, depth=1)).eval()
+    return Encoder.random(EncoderConfig("Ti", PATCH, depth=1), Preprocessing(), seed=0)
 
 
 @pytest.fixture(scope="module")

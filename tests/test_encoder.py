@@ -1,0 +1,366 @@
+"""The encoder's sizes, its Python face, and its weights in files."""
+
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ijepa_enhanced.data.decode import patchify
+from ijepa_enhanced.encoder import Encoder, Preprocessing, Resolution
+from ijepa_enhanced.errors import EncoderError, NotFiniteError, UnreadableImage
+from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.packed import Packed
+
+TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8)
+# Heights and widths in pixels: every orientation, one below a patch.
+SIZES = [(64, 48), (40, 120), (33, 35), (130, 24), (5, 60)]
+
+# Norm of the difference by the norm: float32 rounds at 6e-8, and an image alone is a matrix product of another number
+# of rows. 4.3e-7 was the largest of 400 images.
+BOUND = 2e-6
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder.random(TINY, Preprocessing(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+
+
+@pytest.mark.parametrize("resolution", [48, 96, "native"])
+def test_embedding_a_mix_of_sizes_is_embedding_each_alone(
+    encoder: Encoder, images: list[Image.Image], resolution: Resolution
+) -> None:
+    together = encoder.embed(images, resolution=resolution)
+    assert together.shape == (len(images), 192)
+    assert together.dtype == torch.float32
+    for image, found in zip(images, together, strict=True):
+        assert distance(found, encoder.embed([image], resolution=resolution)[0]) < BOUND
+
+
+def test_merging_at_rate_zero_is_not_merging(encoder: Encoder, images: list[Image.Image]) -> None:
+    expected = encoder.embed(images, resolution=96)
+    assert torch.equal(encoder.embed(images, resolution=96, merge_rate=0.0), expected)
+    assert torch.equal(encoder.embed(images, resolution=96, merge_rate=[0.0, 0.0]), expected)
+    assert not torch.equal(encoder.embed(images, resolution=96, merge_rate=0.2), expected)
+
+
+def test_merged_patches_share_a_feature_and_the_mean_weighs_it_by_their_number(
+    encoder: Encoder, images: list[Image.Image]
+) -> None:
+    maps = encoder.feature_maps(images, resolution=96, merge_rate=[0.25, 0.25])
+    for one, pooled in zip(maps, encoder.embed(images, resolution=96, merge_rate=[0.25, 0.25]), strict=True):
+        patches = one.flatten(0, 1)
+        # After two layers of a quarter each, 9/16 of the tokens are left, rounded up.
+        assert len(patches.unique(dim=0)) == -(-len(patches) * 9 // 16)
+        # Two sums of some 150 numbers of size up to 3, whose roundings of 6e-8 each add up like a random walk.
+        torch.testing.assert_close(patches.mean(dim=0), pooled, rtol=0, atol=3e-6)
+
+
+def test_a_merge_rate_out_of_range_is_refused(encoder: Encoder, images: list[Image.Image]) -> None:
+    with pytest.raises(ValueError, match=r"^A merge rate must lie between 0 and 0.5, not 0.7"):
+        encoder.embed(images, merge_rate=0.7)
+
+
+def test_the_packs_size_changes_nothing(encoder: Encoder, images: list[Image.Image]) -> None:
+    # At native size the images have 48, 75, 16, 48 and 8 tokens: one pack, then two.
+    expected = encoder.embed(images, resolution="native")
+    assert distance(encoder.embed(images, resolution="native", tokens_per_pack=130), expected) < BOUND
+
+
+def test_a_cpu_takes_less_at_once_and_shrinks_no_image_for_it(encoder: Encoder) -> None:
+    small, large = Image.new("RGB", (320, 320)), Image.new("RGB", (528, 528))
+    packs = list(encoder.packs([small, small, small, large, small], resolution="native"))
+    # 4,800 tokens are more than a pack's 4,096, 4,356 are one image.
+    assert [packed.segments.lengths for packed in packs] == [(1600, 1600), (1600,), (4356,), (1600,)]
+
+
+def test_images_are_held_no_longer_than_they_are_needed(encoder: Encoder, images: list[Image.Image]) -> None:
+    """Of a generator one at a time, each let go when the next is asked for."""
+    shown: list[weakref.ref[Image.Image]] = []
+
+    def one_by_one() -> Iterator[Image.Image]:
+        for image in images:
+            copy = image.copy()
+            assert not any(earlier() for earlier in shown[:-1])
+            shown.append(weakref.ref(copy))
+            yield copy
+
+    together = encoder.embed(images, resolution=32)
+    assert distance(encoder.embed(one_by_one(), resolution=32), together) == 0
+    assert len(shown) == len(images)
+
+
+def test_all_kinds_of_images_are_the_same(encoder: Encoder, images: list[Image.Image], tmp_path: Path) -> None:
+    images[0].save(tmp_path / "image.png")
+    path = tmp_path / "image.png"
+    array = np.asarray(images[0])
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    kinds = [images[0], array, tensor, path, str(path), path.read_bytes(), Image.open(path)]
+    found = encoder.embed(kinds, resolution=64)
+    for other in found[1:]:
+        assert distance(other, found[0]) < BOUND
+
+
+def test_a_feature_is_the_mean_of_the_features_of_the_patches(encoder: Encoder) -> None:
+    """At native size a whole number of patches is not resized, so nothing but `patchify` stands before the network."""
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    with torch.no_grad():
+        tokens = encoder(Packed.of_grids(patchify(pixels, 8), np.array([[3, 5]])))
+    assert distance(encoder.embed([pixels], resolution="native")[0], tokens.mean(dim=0)) < BOUND
+    assert distance(encoder.feature_maps([pixels], resolution="native")[0], tokens.view(3, 5, -1)) < BOUND
+
+
+def test_pixels_are_normalised_channel_by_channel(encoder: Encoder) -> None:
+    """ImageNet's mean colour is what the network sees as nothing."""
+    black, white = (np.full((1, 8 * 8 * 3), value, dtype=np.uint8) for value in (0, 255))
+    for values, level in ((black, 0.0), (white, 1.0)):
+        seen = torch.from_numpy(values) * encoder.normalize.scale + encoder.normalize.shift
+        expected = [(level - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+        assert seen.view(-1, 3) == pytest.approx(np.tile(expected, (64, 1)), rel=1e-6)
+
+
+def test_a_feature_map_has_rows_then_columns(encoder: Encoder, images: list[Image.Image]) -> None:
+    maps = encoder.feature_maps(images, resolution="native")
+    assert [found.shape for found in maps] == [(8, 6, 192), (5, 15, 192), (4, 4, 192), (16, 3, 192), (1, 8, 192)]
+    pooled = torch.stack([found.mean(dim=(0, 1)) for found in maps])
+    assert distance(pooled, encoder.embed(images, resolution="native")) < BOUND
+
+
+def test_a_feature_map_lies_as_the_image_does(encoder: Encoder) -> None:
+    """One odd patch in a plain image stands out where it is."""
+    pixels = np.zeros((32, 56, 3), dtype=np.uint8)
+    plain = encoder.feature_maps([pixels], resolution="native")[0]
+    pixels[8:16, 40:48] = 255
+    change = (encoder.feature_maps([pixels], resolution="native")[0] - plain).norm(dim=2)
+    assert divmod(int(change.argmax()), change.shape[1]) == (1, 5)
+
+
+def test_no_images_give_no_features(encoder: Encoder) -> None:
+    assert encoder.embed([]).shape == (0, 192)
+    assert encoder.feature_maps([]) == []
+
+
+def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "notes.jpg").write_text("notes")
+    with pytest.raises(UnreadableImage, match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image$"):
+        encoder.embed([tmp_path / "notes.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("photo.jpg", "embed takes several images: put a single one into a list."),
+        (Image.new("RGB", (9, 9)), "embed takes several images: put a single one into a list."),
+        ([np.zeros((9, 9, 3))], "An array must be uint8 [height, width, 3], not float64 [9, 9, 3]."),
+        ([np.zeros((3, 9, 9), np.uint8)], "An array must be uint8 [height, width, 3], not uint8 [3, 9, 9]."),
+        ([torch.zeros(3, 9, 9)], "A tensor must be uint8 [3, height, width], not torch.float32 [3, 9, 9]."),
+        (torch.zeros(2, 3, 9, 9, dtype=torch.uint8), "embed takes several images: put a single one into a list."),
+        ([3], "An image is a PIL image, an array, a tensor, bytes or a path, not int."),
+    ],
+)
+def test_what_cannot_be_embedded_is_said(encoder: Encoder, images: Any, message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        encoder.embed(images)
+    assert str(error.value) == message
+
+
+def test_images_may_come_one_by_one_and_have_a_resolution(encoder: Encoder, images: list[Image.Image]) -> None:
+    assert torch.equal(encoder.embed((image for image in images), resolution=32), encoder.embed(images, resolution=32))
+    with pytest.raises(ValueError, match=r"^resolution must be a number of pixels from 1, or 'native', not 0\.$"):
+        encoder.embed(images, resolution=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TINY, EncoderConfig("Ti", 14, 1, "sincos", 7), EncoderConfig("Ti", 16, 1, patch_embed="mlp")],
+    ids=["factorized", "sincos", "hidden layer"],
+)
+def test_saved_and_loaded_is_the_same_bit_for_bit(config: EncoderConfig, tmp_path: Path) -> None:
+    preprocessing = Preprocessing(resolution=56, mean=(0.1, 0.2, 0.3))
+    encoder = Encoder.random(config, preprocessing, seed=0)
+    encoder.save_pretrained(tmp_path / "a" / "encoder")
+    # A run's folder, and the encoder's own.
+    for path in (tmp_path / "a", str(tmp_path / "a" / "encoder")):
+        loaded = Encoder.from_pretrained(path)
+        assert loaded.config == config
+        assert loaded.preprocessing == preprocessing
+        assert not loaded.training
+        assert loaded.state_dict().keys() == encoder.state_dict().keys()
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name]), name
+    image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    assert torch.equal(loaded.embed([image]), encoder.embed([image], resolution=56))
+
+
+@pytest.mark.parametrize("missing", ["folder", "config.json", "model.safetensors"])
+def test_a_folder_without_an_encoder_is_an_error(encoder: Encoder, tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "saved"
+    if missing != "folder":
+        encoder.save_pretrained(folder)
+        (folder / missing).unlink()
+    with pytest.raises(EncoderError) as error:
+        Encoder.from_pretrained(folder)
+    assert str(error.value) == (
+        f"No encoder in {folder}: expected config.json and model.safetensors there or in its folder 'encoder'."
+    )
+
+
+def test_a_large_jpeg_gives_one_feature_however_it_is_given(encoder: Encoder, tmp_path: Path) -> None:
+    """It is decoded at a fraction of its size, also when it comes as an image that was opened and not yet loaded."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    path = tmp_path / "large.jpg"
+    Image.fromarray(pixels).resize((1200, 900)).save(
+        path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    )
+    found = encoder.embed([path, path.read_bytes(), Image.open(path)], resolution=64)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert encoder.feature_maps([path], resolution=64)[0].shape[:2] == (9, 7)  # turned upright
+    loaded = Image.open(path)
+    loaded.load()
+    assert not torch.equal(encoder.embed([loaded], resolution=64)[0], found[0])  # as its docstring says
+
+
+def test_the_resolution_is_the_trained_one_unless_another_is_given(
+    images: list[Image.Image], caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = Encoder.random(TINY, Preprocessing(resolution=64), seed=0)
+    assert torch.equal(encoder.embed(images), encoder.embed(images, resolution=64))
+    assert [maps.shape[:2] for maps in encoder.feature_maps(images[:1])] == [(9, 7)]
+    native = Encoder.random(TINY, Preprocessing(resolution=None), seed=0)
+    assert torch.equal(native.embed(images), encoder.embed(images, resolution="native"))
+    assert caplog.messages == []
+    for resolution in (32, 96):
+        encoder.embed(images, resolution=resolution)
+    assert caplog.messages == []
+    for resolution in (31, 97):
+        encoder.embed(images, resolution=resolution)
+        assert f"trained at a resolution of 64 px and is used at {resolution} px" in caplog.messages[-1]
+    encoder.embed(images, resolution=97)
+    assert len(caplog.messages) == 3  # at every use, not once in a process
+
+
+def test_results_are_ordinary_tensors_that_a_layer_on_top_can_learn_from(
+    encoder: Encoder, images: list[Image.Image]
+) -> None:
+    head = torch.nn.Linear(encoder.width, 3)
+    for features in (encoder.embed(images), encoder.feature_maps(images)[0], encoder.patch_tokens(images)[0]):
+        assert not features.is_inference()
+        head(features).sum().backward()
+
+
+def test_a_callers_generator_and_network_are_its_own(encoder: Encoder, images: list[Image.Image]) -> None:
+    """The generator runs in the caller's grad mode, and the network can be trained through `forward`."""
+    modes = []
+
+    def one_by_one() -> Iterator[Image.Image]:
+        for image in images:
+            modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            yield image
+
+    encoder.embed(one_by_one())
+    assert modes == [(True, False)] * len(images)
+    (packed,) = encoder.packs(images[:1])
+    encoder(packed).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.network.parameters())
+    encoder.zero_grad()
+
+
+def test_patch_tokens_are_the_rows_of_the_feature_map(encoder: Encoder, images: list[Image.Image]) -> None:
+    for tokens, features in zip(encoder.patch_tokens(images), encoder.feature_maps(images), strict=True):
+        assert torch.equal(tokens, features.flatten(0, 1))
+
+
+def test_precision_is_what_is_asked_for(encoder: Encoder, images: list[Image.Image]) -> None:
+    exact = encoder.embed(images)
+    assert torch.equal(encoder.embed(images, precision="fp32"), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = encoder.embed(images)
+        assert torch.equal(encoder.embed(images, precision="fp32"), exact)
+    assert torch.equal(encoder.embed(images, precision="bf16"), half)
+    assert 1e-4 < distance(half, exact) < 2e-2  # bfloat16 rounds at 4e-3
+    with pytest.raises(ValueError, match=r"^precision must be auto, fp32 or bf16, not 'half'\.$"):
+        encoder.embed(images, precision="half")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_embedding_one_by_one_is_embedding_at_once(
+    encoder: Encoder, images: list[Image.Image], tmp_path: Path, workers: int
+) -> None:
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    expected = encoder.embed(images, resolution="native")
+    settings: dict[str, Any] = {"workers": workers, "resolution": "native", "tokens_per_pack": 130}
+    paths = [tmp_path / f"{number}.png" for number in range(len(images))]
+    for source, keys in (
+        (str(tmp_path), [path.name for path in paths]),  # a source
+        (paths, [str(path) for path in paths]),
+        ((image for image in images), [str(number) for number in range(len(images))]),
+    ):
+        found = dict(encoder.embed_iter(source, **settings))
+        assert list(found) == keys
+        for vector, row in zip(found.values(), expected, strict=True):
+            assert distance(vector, row) < BOUND
+
+
+def test_what_cannot_be_decoded_is_raised_skipped_or_not_a_number(encoder: Encoder, tmp_path: Path) -> None:
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (30, 20), "red").save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    (tmp_path / "d.png").write_text("no image")
+    with pytest.raises(UnreadableImage, match=r"^b\.png: "):
+        list(encoder.embed_iter(tmp_path))
+    assert [key for key, _ in encoder.embed_iter(tmp_path, on_error="skip")] == ["a.png", "c.png"]
+    found = dict(encoder.embed_iter(tmp_path, on_error="nan"))
+    assert {key: bool(vector.isnan().all()) for key, vector in found.items()} == {
+        "a.png": False,
+        "b.png": True,
+        "c.png": False,
+        "d.png": True,
+    }
+    with pytest.raises(ValueError, match=r"^on_error must be raise, skip or nan, not 'ignore'\.$"):
+        next(encoder.embed_iter(tmp_path, on_error="ignore"))  # type: ignore[arg-type]
+
+
+def test_a_folder_of_an_older_version_says_so(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config["architecture"]))  # as it was once
+    with pytest.raises(EncoderError, match=r"was written by another version of ijepa_enhanced"):
+        Encoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["not JSON", '{"format": 2}', "weights"])
+def test_a_damaged_folder_says_so(encoder: Encoder, tmp_path: Path, damage: str) -> None:
+    encoder.save_pretrained(tmp_path)
+    if damage == "weights":
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    else:
+        (tmp_path / "config.json").write_text(damage)
+    with pytest.raises(EncoderError, match=rf"^{tmp_path} does not hold an encoder that can be read: "):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    encoder = Encoder.random(TINY, Preprocessing(), seed=0)
+    with torch.no_grad():
+        encoder.network.blocks.norm.bias[3] = torch.nan
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(NotFiniteError, match=r"^The weights blocks\.norm\.bias in .* are not finite"):
+        Encoder.from_pretrained(tmp_path)
