@@ -1,5 +1,6 @@
 """The encoder's sizes, its Python face, and its weights in files."""
 
+import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,8 +111,9 @@ def test_all_kinds_of_images_are_the_same(encoder: Encoder, images: list[Image.I
     path = tmp_path / "image.png"
     array = np.asarray(images[0])
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    kinds = [images[0], array, tensor, path, str(path), path.read_bytes(), Image.open(path)]
-    found = encoder.embed(kinds, resolution=64)
+    with Image.open(path) as opened:
+        kinds = [images[0], array, tensor, path, str(path), path.read_bytes(), opened]
+        found = encoder.embed(kinds, resolution=64)
     for other in found[1:]:
         assert distance(other, found[0]) < BOUND
 
@@ -224,16 +226,17 @@ def test_a_large_jpeg_gives_one_feature_however_it_is_given(encoder: Encoder, tm
     """It is decoded at a fraction of its size, also when it comes as an image that was opened and not yet loaded."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     path = tmp_path / "large.jpg"
-    Image.fromarray(pixels).resize((1200, 900)).save(
-        path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    )
-    found = encoder.embed([path, path.read_bytes(), Image.open(path)], resolution=64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by a quarter
+    Image.fromarray(pixels).resize((1200, 900)).save(path, exif=exif)
+    with Image.open(path) as opened:
+        found = encoder.embed([path, path.read_bytes(), opened], resolution=64)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert encoder.feature_maps([path], resolution=64)[0].shape[:2] == (9, 7)  # turned upright
-    loaded = Image.open(path)
-    loaded.load()
-    assert not torch.equal(encoder.embed([loaded], resolution=64)[0], found[0])  # as its docstring says
+    with Image.open(path) as loaded:
+        loaded.load()
+        assert not torch.equal(encoder.embed([loaded], resolution=64)[0], found[0])  # as the docstring says
 
 
 def test_the_resolution_is_the_trained_one_unless_another_is_given(
