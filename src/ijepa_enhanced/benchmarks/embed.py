@@ -1,9 +1,9 @@
-"""Images a second of embedding images of mixed sizes: `python -m ijepa_enhanced.benchmarks.embed --source SOURCE`.
+"""How many images of mixed sizes a second are embedded: `python -m ijepa_enhanced.benchmarks.embed --source SOURCE`.
 
-Ours, at several merge rates, beside other networks of the same size where they are installed: timm's NaFlexViT on
+It compares ours, at several merge rates, with other networks of the same size that are installed: timm's NaFlexViT on
 padded batches, vit-pytorch's NaViT on rows of its own grouping, transformers' IJepaModel on one image after another.
-Weights are random. All read the same pixels, which are resized, in batches and on the device beforehand, and normalised
-where the network does not do that itself: what is timed is the network alone, by turns, in one precision of autocast.
+Weights are random. All read the same pixels, which are resized, batched and on the device beforehand, and normalized
+where the network does not do that itself. So the time is that of the network alone, in one precision of autocast.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ijepa_enhanced.benchmarks.step import matrix_products
+from ijepa_enhanced.benchmarks.ceilings import matrix_products
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_views, patchify, upright_size
@@ -35,22 +35,21 @@ from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
 TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
 SCALE, MOST_TOKENS = 2, 1024
-"""Images are shown at twice their size, at which those of small data sets are as large as photographs, and as mixed."""
+"""Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs."""
 TOKENS = {"cpu": CPU_TOKENS, "cuda": 16384}
-"""Of a padded batch, as of a pack of ours."""
+"""Tokens of a padded batch, and of a pack of ours."""
 RATES = (0.0, 0.05, 0.12)
 
 Images = Sequence[NDArray[np.uint8]]
-"""Of whole patches on both axes: N arrays [height, width, 3]."""
+"""N arrays [height, width, 3] of whole patches on both axes."""
 Embed = Callable[[], Tensor]
-"""One feature an image: [N, D]."""
+"""Returns one feature an image: [N, D]."""
 
 
 def run(
     source: str = "synthetic", csv: bool = False, variant: str = "S", patch: int = 16, count: int | None = None
 ) -> dict[str, Any]:
-    """Print the table and return ours without merging: in float32 on a CPU and what bfloat16 makes of it; on CUDA in
-    bfloat16.
+    """Print the table and return the speed of ours without merging: in float32 on a CPU, in bfloat16 on CUDA.
 
     Args:
         source: the images.
@@ -60,7 +59,8 @@ def run(
         count: of images; None: those of `IMAGES`.
 
     Returns:
-        `images_per_second`, `over_best_peer` (None where no peer is installed) and `bfloat16_gain` (1 on CUDA).
+        `images_per_second`, `over_best_peer` (None where no peer is installed) and `bfloat16_gain`, how many times as
+        fast bfloat16 is (1 on CUDA).
     """
     device = best_device()
     # On CUDA ragged streams have no kernel in float32 (ops/attention.py).
@@ -116,7 +116,7 @@ def run(
 
 
 def read(source: str, count: int, patch: int) -> Images:
-    """`count` images spread over a source, at `SCALE`, of at most `MOST_TOKENS`."""
+    """Return `count` images spread over a source, at `SCALE`, of at most `MOST_TOKENS`."""
     opened = open_source(source)
     rows = open_catalog(opened, cache=False).rows  # as in `step`
     images = []
@@ -129,16 +129,16 @@ def read(source: str, count: int, patch: int) -> Images:
 
 
 def under(dtype: torch.dtype, device: torch.device, embed: Embed) -> None:
-    """Embed in a precision of matrix products."""
+    """Embed with matrix products in `dtype`."""
     with autocast(device, dtype):
         embed()
 
 
 def ours(encoder: Encoder, images: Images, rate: float) -> Embed:
-    """What `Encoder.embed` does once it has read the images."""
+    """Return what `Encoder.embed` does once it has read the images."""
     device = encoder.device
     packs = []
-    for packed in encoder.packs(images, None):
+    for packed in encoder.packs(images, "native"):
         plan = encoder.merge_plan(packed.segments, rate)
         packs.append((packed.to(device), plan and plan.to(device)))
     return lambda: torch.cat(
@@ -147,7 +147,7 @@ def ours(encoder: Encoder, images: Images, rate: float) -> Embed:
 
 
 def timm_naflexvit(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
-    """With timm's own collator, which pads all to one length: the longest there is."""
+    """Use timm's own collator, which pads all images to the longest."""
     naflexvit, dataset = (import_module(f"timm.{name}") for name in ("models.naflexvit", "data.naflex_dataset"))
     shape, side = config.shape, config.patch_size
     cfg = naflexvit.NaFlexVitCfg(
@@ -183,7 +183,7 @@ def timm_naflexvit(config: EncoderConfig, images: Images, device: torch.device) 
 
 
 def vit_pytorch_navit(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
-    """With its own grouping into rows of at most 2,048 tokens (its default)."""
+    """Use its own grouping into rows of at most 2,048 tokens (its default)."""
     na_vit = import_module("vit_pytorch.na_vit")
     shape, side = config.shape, config.patch_size
     network = na_vit.NaViT(
@@ -198,12 +198,12 @@ def vit_pytorch_navit(config: EncoderConfig, images: Images, device: torch.devic
     )
     network.mlp_head = nn.Identity()
     network.eval().to(device)
-    tensors = [normalised(image, device) for image in images]
+    tensors = [normalized(image, device) for image in images]
     return lambda: network(tensors, group_images=True)
 
 
 def transformers_ijepa(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
-    """One image after another, its positions interpolated: it has one size a batch."""
+    """Embed one image after another, with interpolated positions: a batch has one size."""
     transformers = import_module("transformers")
     shape, side = config.shape, config.patch_size
     network = transformers.IJepaModel(
@@ -217,7 +217,7 @@ def transformers_ijepa(config: EncoderConfig, images: Images, device: torch.devi
         )
     )
     network.eval().to(device)
-    tensors = [normalised(image, device)[None] for image in images]
+    tensors = [normalized(image, device)[None] for image in images]
     return lambda: torch.cat(
         [network(image, interpolate_pos_encoding=True).last_hidden_state.mean(dim=1) for image in tensors]
     )
@@ -228,11 +228,11 @@ PEERS = {
     "vit_pytorch NaViT": vit_pytorch_navit,
     "transformers IJepaModel": transformers_ijepa,
 }
-"""By the name of their package and their own."""
+"""By the name of the package and of the network."""
 
 
-def normalised(image: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Pixels [h, w, 3] -> float32 [3, h, w]."""
+def normalized(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Return pixels [h, w, 3] as float32 [3, h, w], normalized."""
     pixels = (torch.from_numpy(image) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     return pixels.permute(2, 0, 1).contiguous().to(device)
 
