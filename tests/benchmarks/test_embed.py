@@ -56,7 +56,7 @@ def test_ours_is_what_the_encoder_says(rate: float, monkeypatch: pytest.MonkeyPa
     with torch.inference_mode():
         whole = embed.ours(encoder, IMAGES, rate)()
         assert torch.equal(whole, encoder.embed(IMAGES, resolution="native", merge_rate=rate))
-        monkeypatch.setattr(embed, "TOKENS", 30)  # more packs than one
+        monkeypatch.setattr("ijepa_enhanced.encoder.CPU_TOKENS", 30)  # more packs than one
         torch.testing.assert_close(embed.ours(encoder, IMAGES, rate)(), whole, rtol=0, atol=2e-5)
 
 

@@ -102,14 +102,15 @@ def run(
         tables = {"": methods, "-parts": parts, "-kernels": kernels, "-growth": growth}
         for name, rows in tables.items():
             print(write_csv(theme + name, rows))
-    last = [row for row in methods if row["encoder"] == methods[-1]["encoder"]]
-    return {
-        "images_per_second": last[0]["images_per_second"],
-        "tokens_per_second": last[0]["tokens_per_second"],
-        "mfu": last[0]["mfu"],
-        "over_original": last[0]["images_per_second"] / last[1]["images_per_second"] if last[1:] else math.nan,
-        **exponents,
-    }
+    return last_figures(methods) | exponents
+
+
+def last_figures(methods: list[dict[str, Any]]) -> dict[str, float]:
+    """Return what `run` does of the last encoder's methods: ours, and the original's if it fits."""
+    ours, *original = [row for row in methods if row["encoder"] == methods[-1]["encoder"]]
+    figures = {name: ours[name] for name in ("images_per_second", "tokens_per_second", "mfu")}
+    ratio = ours["images_per_second"] / original[0]["images_per_second"] if original else math.nan
+    return figures | {"over_original": ratio}
 
 
 def measure_all(
