@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from ijepa_enhanced.benchmarks import attention, ceilings, embed, loader, merging, packing, step, table
 from ijepa_enhanced.cli import main
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "PRODUCT_WIDTH", {"cpu": 64})
     monkeypatch.setattr(attention, "TOKENS", {"cpu": 64})
     monkeypatch.setattr(attention, "GROWTH_TOKENS", (256, 512))
+    for module in (step, merging, embed):
+        monkeypatch.setattr(module, "EncoderConfig", partial(EncoderConfig, depth=2))
+    monkeypatch.setattr(step, "PREDICTORS", {"Ti": PredictorConfig(width=32, depth=1, heads=2)})
     monkeypatch.setattr(step, "TOKENS", {"cpu": 256})
     monkeypatch.setattr(step, "GROWTH_TOKENS", (256, 512))
     monkeypatch.setattr(embed, "IMAGES", {"cpu": 2})

@@ -1,6 +1,7 @@
 """The step's figures agree with each other, and what does not fit into memory leaves the rest."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 
 from ijepa_enhanced.benchmarks import ceilings, growth, step
 from ijepa_enhanced.benchmarks.original import Original
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ceilings, "PRODUCT_WIDTH", {"cpu": 64})
+    monkeypatch.setattr(step, "EncoderConfig", partial(EncoderConfig, depth=2))
+    monkeypatch.setattr(step, "PREDICTORS", {"Ti": PredictorConfig(width=32, depth=1, heads=2)})
     monkeypatch.setattr(step, "TURNS", 1)
     monkeypatch.setattr(step, "GROWTH_TOKENS", (256, 512))
 
