@@ -1,13 +1,12 @@
 """The kernels that are compared compute the same, and the table's figures agree with each other."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ijepa_enhanced.benchmarks import attention
+from ijepa_enhanced.benchmarks import attention, growth
 from ijepa_enhanced.packed import Segments
 
 
@@ -41,37 +40,25 @@ def test_all_kernels_compute_the_same(sizes: torch.Tensor | None, key_lengths: l
 
 def test_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tables: list[list[dict[str, Any]]] = []
-    monkeypatch.setattr(attention, "print_table", tables.append)
+    for module in (attention, growth):
+        monkeypatch.setattr(module, "print_table", tables.append)
     found = attention.run(tokens=64)
-    costs, growth = tables
+    costs, grown = tables
     # Three cases on views of 8, of 32 and of mixed lengths; none of 4,096 fits. Three kernels.
     assert [row["tokens_per_view"] for row in costs[:9:3]] == ["8", "32", "5-20"]
     assert len(costs) == 3 * 3 * 3
     assert {row["over_ours"] for row in costs if row["kernel"] == "ours"} == {1.0}
     assert found["dense_over_ours"] == min(row["over_ours"] for row in costs if row["kernel"] == "dense")
-    assert [row["tokens"] for row in growth] == [16, 32, 64]
-    for row in growth:
+    assert [row["tokens"] for row in grown] == [16, 32, 64]
+    for row in grown:
         assert row["ns_per_token"] == pytest.approx(1e6 * row["ms"] / row["tokens"])
-    assert found["memory_exponent"] == attention.exponent(growth, "peak_MB")
+    assert found["memory_exponent"] == growth.exponent(grown, "peak_MB")
     assert "64 tokens a stream" in capsys.readouterr().out
 
 
 def test_memory_grows_linearly_with_tokens() -> None:
-    growth = [attention.grown(tokens, torch.device("cpu")) for tokens in (2048, 4096, 8192)]
-    assert attention.exponent(growth, "peak_MB") == pytest.approx(1, abs=0.01)
-
-
-def test_an_exponent_is_a_slope_of_logarithms() -> None:
-    rows = [{"tokens": tokens, "ms": 5 * tokens**1.5} for tokens in (10, 30, 70)]
-    assert attention.exponent(rows, "ms") == pytest.approx(1.5)
-    assert math.isnan(attention.exponent(rows[:1], "ms"))
-
-
-def test_tokens_to_grow_over() -> None:
-    counts = (1024, 2048, 4096, 8192)
-    assert attention.growth_tokens(counts, None) == [*counts]
-    assert attention.growth_tokens(counts, 1024) == [1024, 2048, 4096]
-    assert attention.growth_tokens(counts, 64) == [1024, 2048]
+    rows = [attention.grown(tokens, torch.device("cpu")) for tokens in (2048, 4096, 8192)]
+    assert growth.exponent(rows, "peak_MB") == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("tokens", [6, 100, 1000])
@@ -88,16 +75,3 @@ def test_the_csvs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     attention.run(csv=True, tokens=32)
     written = sorted(path.name.partition("_")[0] for path in Path("benchmarks/results").iterdir())
     assert written == ["attention-growth", "attention-kernels"]
-
-
-def test_growth_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    grown = attention.grown
-
-    def too_large(tokens: int, device: torch.device) -> dict[str, Any]:
-        if tokens > 32:
-            raise torch.OutOfMemoryError
-        return grown(tokens, device)
-
-    monkeypatch.setattr(attention, "grown", too_large)
-    attention.run(tokens=64)
-    assert "A stream of 64 tokens does not fit." in capsys.readouterr().out

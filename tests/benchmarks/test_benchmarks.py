@@ -2,13 +2,15 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from ijepa_enhanced.benchmarks import attention, embed, loader, merging, packing, step, table
+from ijepa_enhanced.benchmarks import attention, ceilings, embed, loader, merging, packing, step, table
 from ijepa_enhanced.cli import main
+from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "VIEWS": (10, 40),
         "WIDTHS": (64,),
         "VARIANT": "Ti",
-        "SIDE": 64,
+        "RESOLUTION": 64,
         "IMAGES": 3,
         "RATES": (0.0, 0.25),
         "MEMORY_TOKENS": 8192,
@@ -33,10 +35,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(merging, name, value)
     for module in (attention, step, embed):
         monkeypatch.setattr(module, "TURNS", 1)
+    monkeypatch.setattr(ceilings, "PRODUCT_WIDTH", {"cpu": 64})
     monkeypatch.setattr(attention, "TOKENS", {"cpu": 64})
     monkeypatch.setattr(attention, "GROWTH_TOKENS", (256, 512))
+    for module in (step, merging, embed):
+        monkeypatch.setattr(module, "EncoderConfig", partial(EncoderConfig, depth=2))
+    monkeypatch.setattr(step, "PREDICTORS", {"Ti": PredictorConfig(width=32, depth=1, heads=2)})
     monkeypatch.setattr(step, "TOKENS", {"cpu": 256})
-    monkeypatch.setattr(step, "PEAK_SIDE", {"cpu": 64})
     monkeypatch.setattr(step, "GROWTH_TOKENS", (256, 512))
     monkeypatch.setattr(embed, "IMAGES", {"cpu": 2})
     monkeypatch.setattr(embed, "PEERS", {})
@@ -101,7 +106,7 @@ def test_the_mean_of_tokens_by_hand() -> None:
 
 
 def test_the_last_rate_halves_the_mean_tokens() -> None:
-    """Of ViT-B at side 384, as the table's figure is to be read."""
+    """As the table says of ViT-B at a resolution of 384 px."""
     assert merging.mean_tokens((576,), 0.13, 12) / 576 == pytest.approx(0.49, abs=0.01)
 
 
@@ -129,9 +134,15 @@ def test_the_last_rate_halves_the_mean_tokens() -> None:
 def test_the_last_line_is_json_for_programs(
     pictures: Path, capsys: pytest.CaptureFixture[str], theme: str, keys: list[str]
 ) -> None:
-    assert main(["benchmark", theme, "--source", str(pictures), "--json"]) == 0
+    source = [] if theme == "attention" else ["--source", str(pictures)]
+    assert main(["benchmark", theme, *source, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(found) == keys
+
+
+def test_a_source_is_refused_where_none_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "attention", "--source", "synthetic"]) == 2
+    assert "ijepa benchmark attention reads no images: leave --source out." in capsys.readouterr().err
 
 
 def test_a_csv_holds_the_rows_and_what_they_were_measured_on(

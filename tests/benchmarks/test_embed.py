@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_enhanced.benchmarks import embed, step
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.benchmarks import ceilings, embed
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
+from ijepa_enhanced.models.vit import VisionTransformer
 
 CPU = torch.device("cpu")
 CONFIG = EncoderConfig("Ti", 16, depth=2)
@@ -24,7 +25,7 @@ IMAGES = [
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(embed, "TURNS", 1)
-    monkeypatch.setattr(step, "PEAK_SIDE", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "PRODUCT_WIDTH", {"cpu": 64})
 
 
 def missing(module: str) -> Any:
@@ -51,11 +52,11 @@ def test_no_image_is_above_the_limit(pictures: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_ours_is_what_the_encoder_says(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    encoder = Encoder(CONFIG).eval()
+    encoder = Encoder(VisionTransformer(CONFIG), Preprocessing()).eval()
     with torch.inference_mode():
         whole = embed.ours(encoder, IMAGES, rate)()
-        assert torch.equal(whole, encoder.embed(IMAGES, side=None, merge_rate=rate))
-        monkeypatch.setattr(embed, "TOKENS", 30)  # more packs than one
+        assert torch.equal(whole, encoder.embed(IMAGES, resolution="native", merge_rate=rate))
+        monkeypatch.setattr("ijepa_enhanced.encoder.CPU_TOKENS", 30)  # more packs than one
         torch.testing.assert_close(embed.ours(encoder, IMAGES, rate)(), whole, rtol=0, atol=2e-5)
 
 

@@ -1,12 +1,12 @@
 """What attention within the segments of a packed stream costs: `python -m ijepa_enhanced.benchmarks.attention`.
 
-Streams of equal tokens in views of different lengths, and streams of ever more tokens. Heads are those of ViT-S.
-Precision is bfloat16 on CUDA, and float32 on the CPU.
+It compares streams of equal tokens in views of different lengths, then streams of more and more tokens. Heads are those
+of ViT-S; precision is bfloat16 on CUDA and float32 on the CPU. Time and memory depend on lengths alone, so it reads no
+images.
 """
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ijepa_enhanced.benchmarks.growth import grow, growth_tokens, print_growth
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
@@ -23,25 +24,22 @@ from ijepa_enhanced.packed import Segments, segment_ids
 TURNS = 3
 HEADS, HEAD_WIDTH = 6, 64
 TOKENS = {"cpu": 2048, "cuda": 32768}
-"""Of a stream: what one dense product has time and room for."""
+"""Tokens of a stream: what one dense product has time and memory for."""
 VIEWS = (16, 64, 256, 1024, 4096)
-"""Tokens of each view, where a stream has that many."""
+"""Tokens of each view; those longer than a stream are left out."""
 MIXED = (49, 576)
-"""Shortest and longest view of a stream of all lengths: sides of 112 to 384 px in patches of 16."""
+"""Shortest and longest view of a stream of all lengths: resolutions of 112 to 384 px in patches of 16."""
 CASES = ("within a view", "with sizes", "to half as many keys")
 GROWTH_TOKENS = tuple(1024 << power for power in range(8))
-GROWTH_SHARE = 4
-"""Growth is tried up to so many times the tokens that are asked for, where any are."""
 GROWTH_VIEW = 256
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def run(source: str = "synthetic", csv: bool = False, tokens: int | None = None) -> dict[str, Any]:
+def run(csv: bool = False, tokens: int | None = None) -> dict[str, Any]:
     """Print two tables and return how many times as long a dense product takes at least, and how cost grows.
 
     Args:
-        source: not read, since time and memory depend on lengths alone.
         csv: write the tables.
         tokens: of a stream of the first table, a power of two; None: those of `TOKENS`.
 
@@ -60,31 +58,16 @@ def run(source: str = "synthetic", csv: bool = False, tokens: int | None = None)
         costs += [row for views, lengths in streams.items() for row in compare(case, views, lengths, device)]
     print(f"{HEADS} heads of {HEAD_WIDTH}, {tokens:,} tokens a stream, milliseconds and MB of {device.type}")
     print_table(costs)
-    growth = []
-    for count in counts:
-        try:
-            growth.append(grown(count, device))
-        except torch.OutOfMemoryError:
-            print(f"A stream of {count:,} tokens does not fit.")
-            break
-    print(f"Views of {GROWTH_VIEW} tokens, forward and backward")
-    print_table(growth)
-    time, memory = (exponent(growth, cost) for cost in ("ms", "peak_MB"))
-    print(f"Time grows as tokens ** {time:.2f}, memory as tokens ** {memory:.2f}.")
+    growth = grow("stream", counts, partial(grown, device=device))
+    exponents = print_growth(f"Views of {GROWTH_VIEW} tokens, forward and backward", growth)
     if csv:
         print(write_csv("attention-kernels", costs))
         print(write_csv("attention-growth", growth))
-    dense = min(row["over_ours"] for row in costs if row["kernel"] == "dense")
-    return {"dense_over_ours": dense, "time_exponent": time, "memory_exponent": memory}
-
-
-def growth_tokens(counts: Sequence[int], tokens: int | None) -> list[int]:
-    """Those of `counts`, ascending and two at least, that are tried where a stream or a pack is to have `tokens`."""
-    return [count for count in counts if tokens is None or count <= max(GROWTH_SHARE * tokens, counts[1])]
+    return {"dense_over_ours": min(row["over_ours"] for row in costs if row["kernel"] == "dense"), **exponents}
 
 
 def mixed_lengths(tokens: int) -> list[int]:
-    """Lengths drawn uniformly from `MIXED`, of `tokens` in all; the last is what is left."""
+    """Return lengths drawn uniformly from `MIXED`, `tokens` in all; the last is what is left."""
     drawn = np.random.default_rng(0).integers(MIXED[0], MIXED[1], tokens // MIXED[0] + 1, endpoint=True)
     ends = np.minimum(np.cumsum(drawn), tokens)
     lengths = np.diff(ends, prepend=0)
@@ -92,7 +75,7 @@ def mixed_lengths(tokens: int) -> list[int]:
 
 
 def compare(case: str, views: str, lengths: list[int], device: torch.device) -> list[dict[str, Any]]:
-    """A row for each kernel: one of `CASES` on views of these lengths."""
+    """Return a row for each kernel: one of `CASES` on views of these lengths."""
     queries = Segments.of(lengths).to(device)
     keys, sizes = queries, None
     if case == "with sizes":
@@ -118,7 +101,7 @@ def compare(case: str, views: str, lengths: list[int], device: torch.device) -> 
 
 
 def inputs(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q [T, H, K], and k and v [S, H, K]."""
+    """Return random q [T, H, K], and k and v [S, H, K]."""
     device = queries.cu_seqlens.device
     dtype = autocast_dtype("auto", device) if device.type == "cuda" else torch.float32
     q, k, v = (
@@ -130,18 +113,18 @@ def inputs(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def forwards(kernel: Kernel, x: tuple[Tensor, Tensor, Tensor]) -> None:
-    """As the teacher runs it."""
+    """Run a kernel as the teacher does."""
     kernel(*x)
 
 
 def backwards(kernel: Kernel, x: tuple[Tensor, Tensor, Tensor]) -> None:
-    """As the student runs it."""
+    """Run a kernel and its backward pass, as the student does."""
     out = kernel(*x)
     torch.autograd.grad(out, x, torch.ones_like(out))
 
 
 def kernels(queries: Segments, keys: Segments, sizes: Tensor | None) -> dict[str, Kernel]:
-    """What there is to compare on this device, ours first."""
+    """Return what can be compared on this device, ours first."""
     bias = None if sizes is None else sizes.log()
     named: dict[str, Kernel] = {
         "ours": partial(attention, segments=queries, sizes=sizes, keys=keys),
@@ -159,7 +142,7 @@ def kernels(queries: Segments, keys: Segments, sizes: Tensor | None) -> dict[str
 
 
 def flex_attention(queries: Segments, keys: Segments, bias: Tensor | None, compiled: bool) -> Kernel:
-    """FlexAttention (arXiv 2412.05496) with its block mask made beforehand, which is not in its time."""
+    """Return FlexAttention (arXiv 2412.05496); its block mask is made here, so its time leaves that out."""
     from torch.nn.attention import flex_attention as flex
 
     of_query, of_key = (segment_ids(segments.cu_seqlens, segments.total) for segments in (queries, keys))
@@ -183,7 +166,7 @@ def flex_attention(queries: Segments, keys: Segments, bias: Tensor | None, compi
 
 
 def grown(tokens: int, device: torch.device) -> dict[str, Any]:
-    """Ours on a stream of so many tokens."""
+    """Return the row of ours on a stream of so many tokens."""
     segments = Segments.of([GROWTH_VIEW] * (tokens // GROWTH_VIEW)).to(device)
     call = partial(backwards, partial(attention, segments=segments), inputs(segments, segments))
     (seconds,) = seconds_by_turns([call], device, TURNS)
@@ -193,17 +176,6 @@ def grown(tokens: int, device: torch.device) -> dict[str, Any]:
         "peak_MB": peak_bytes(call, device) / 1e6,
         "ns_per_token": 1e9 * seconds / tokens,
     }
-
-
-def exponent(rows: list[dict[str, Any]], cost: str) -> float:
-    """The slope of a cost over tokens, both as logarithms: a straight line fitted by least squares.
-
-    Not a number where all rows have equally many tokens, as packs of a few images have.
-    """
-    tokens, costs = (np.log([row[name] for row in rows]) for name in ("tokens", cost))
-    if tokens.min() == tokens.max():
-        return math.nan
-    return float(np.polyfit(tokens, costs, 1)[0])
 
 
 if __name__ == "__main__":

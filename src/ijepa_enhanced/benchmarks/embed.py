@@ -1,56 +1,45 @@
-"""Images a second of embedding images of mixed sizes: `python -m ijepa_enhanced.benchmarks.embed --source SOURCE`.
+"""How many images of mixed sizes a second are embedded: `python -m ijepa_enhanced.benchmarks.embed --source SOURCE`.
 
-Ours, at several merge rates, beside other networks of the same size where they are installed: timm's NaFlexViT on
+It compares ours, at several merge rates, with other networks of the same size that are installed: timm's NaFlexViT on
 padded batches, vit-pytorch's NaViT on rows of its own grouping, transformers' IJepaModel on one image after another.
-Weights are random. All read the same pixels, which are resized, in batches and on the device beforehand, and normalised
-where the network does not do that itself: what is timed is the network alone, by turns, in one precision of autocast.
+Weights are random. All read the same pixels, which are resized, batched and on the device beforehand, and normalized
+where the network does not do that itself. So the time is that of the network alone, in one precision of autocast.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from ijepa_enhanced.benchmarks.step import matrix_products
+from ijepa_enhanced.benchmarks.ceilings import matrix_products
+from ijepa_enhanced.benchmarks.peers import PEERS, Embed, Images
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.catalog import open_catalog
-from ijepa_enhanced.data.decode import decode_views, patchify, upright_size
+from ijepa_enhanced.data.decode import decode_views, upright_size
 from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
-from ijepa_enhanced.encoder import CPU_TOKENS, Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.evaluate.cost import seconds_by_turns
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
 SCALE, MOST_TOKENS = 2, 1024
-"""Images are shown at twice their size, at which those of small data sets are as large as photographs, and as mixed."""
-TOKENS = {"cpu": CPU_TOKENS, "cuda": 16384}
-"""Of a padded batch, as of a pack of ours."""
+"""Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs."""
 RATES = (0.0, 0.05, 0.12)
-
-Images = Sequence[NDArray[np.uint8]]
-"""Of whole patches on both axes: N arrays [height, width, 3]."""
-Embed = Callable[[], Tensor]
-"""One feature an image: [N, D]."""
 
 
 def run(
     source: str = "synthetic", csv: bool = False, variant: str = "S", patch: int = 16, count: int | None = None
 ) -> dict[str, Any]:
-    """Print the table and return ours without merging: in float32 on a CPU and what bfloat16 makes of it; on CUDA in
-    bfloat16.
+    """Print the table and return the speed of ours without merging: in float32 on a CPU, in bfloat16 on CUDA.
 
     Args:
         source: the images.
@@ -60,7 +49,8 @@ def run(
         count: of images; None: those of `IMAGES`.
 
     Returns:
-        `images_per_second`, `over_best_peer` (None where no peer is installed) and `bfloat16_gain` (1 on CUDA).
+        `images_per_second`, `over_best_peer` (None where no peer is installed) and `bfloat16_gain`, how many times as
+        fast bfloat16 is (1 on CUDA).
     """
     device = best_device()
     # On CUDA ragged streams have no kernel in float32 (ops/attention.py).
@@ -68,41 +58,16 @@ def run(
     config = EncoderConfig(variant, patch)
     images = read(source, count or IMAGES[device.type], patch)
     lengths = [image.shape[0] * image.shape[1] // patch**2 for image in images]
-    methods: dict[tuple[str, float], Embed] = {}
     with torch.inference_mode():
-        encoder = Encoder(VisionTransformer(config), Preprocessing()).eval().to(device)
-        for rate in RATES:
-            methods["ours", rate] = ours(encoder, images, rate)
-        absent: dict[str, str] = {}
-        for name, peer in PEERS.items():
-            try:
-                methods[name, 0.0] = peer(config, images, device)
-            except ModuleNotFoundError as error:
-                absent[name] = "not installed" if error.name in name.split() else f"needs {error.name}"
+        methods, absent = methods_of(config, images, device)
         calls = [partial(under, dtype, device, embed) for dtype in precisions for embed in methods.values()]
-        limits = [matrix_products(device, dtype) for dtype in precisions]
-        seconds = seconds_by_turns([*calls, *(products for products, _ in limits)], device, TURNS)
+        products, operations = zip(*(matrix_products(device, dtype) for dtype in precisions), strict=True)
+        seconds = seconds_by_turns([*calls, *products], device, TURNS)
     rows: list[dict[str, Any]] = []
-    for number, (dtype, (_, operations)) in enumerate(zip(precisions, limits, strict=True)):
+    for number, dtype in enumerate(precisions):
         taken = dict(zip(methods, seconds[number * len(methods) :], strict=False))
-        peak = operations / seconds[len(calls) + number]
-        best = min((time for (name, _), time in taken.items() if name != "ours"), default=None)
-        precision = str(dtype).removeprefix("torch.")
-        rows += [
-            {
-                "method": name,
-                "precision": precision,
-                "merge_rate": rate,
-                "images_per_second": len(images) / time,
-                "mfu": float(encoder_flops(config, lengths, rate).sum()) / time / peak,
-                "over_best_peer": best / time if best else "",
-            }
-            for (name, rate), time in taken.items()
-        ]
-        rows += [
-            dict.fromkeys(rows[0], "") | {"method": name, "precision": precision, "images_per_second": why}
-            for name, why in absent.items()
-        ]
+        peak = operations[number] / seconds[len(calls) + number]
+        rows += speed_rows(str(dtype).removeprefix("torch."), config, lengths, taken, absent, peak)
     print(f"ViT-{variant}/{patch}, {len(images)} images of {source}, {np.mean(lengths):.0f} patches on average")
     print_table(rows)
     if csv:
@@ -115,8 +80,57 @@ def run(
     }
 
 
+def methods_of(
+    config: EncoderConfig, images: Images, device: torch.device
+) -> tuple[dict[tuple[str, float], Embed], dict[str, str]]:
+    """Return the methods that can be compared here, by name and merge rate, and why each other peer is absent."""
+    encoder = Encoder(VisionTransformer(config), Preprocessing()).eval().to(device)
+    methods: dict[tuple[str, float], Embed] = {("ours", rate): ours(encoder, images, rate) for rate in RATES}
+    absent: dict[str, str] = {}
+    for name, peer in PEERS.items():
+        try:
+            methods[name, 0.0] = peer(config, images, device)
+        except ModuleNotFoundError as error:
+            absent[name] = "not installed" if error.name in name.split() else f"needs {error.name}"
+    return methods, absent
+
+
+def speed_rows(
+    precision: str,
+    config: EncoderConfig,
+    lengths: Sequence[int],
+    taken: dict[tuple[str, float], float],
+    absent: dict[str, str],
+    peak: float,
+) -> list[dict[str, Any]]:
+    """Return a row for each method in one precision.
+
+    Args:
+        precision: its name.
+        config: the encoder.
+        lengths: patches of each of N images.
+        taken: seconds for all images, by method and merge rate.
+        absent: the peers that cannot run, and why.
+        peak: operations a second that the device reaches in this precision.
+    """
+    best = min((time for (name, _), time in taken.items() if name != "ours"), default=None)
+    rows: list[dict[str, Any]] = [
+        {
+            "method": name,
+            "precision": precision,
+            "merge_rate": rate,
+            "images_per_second": len(lengths) / time,
+            "mfu": float(encoder_flops(config, lengths, rate).sum()) / time / peak,
+            "over_best_peer": best / time if best else "",
+        }
+        for (name, rate), time in taken.items()
+    ]
+    empty = dict.fromkeys(rows[0], "") | {"precision": precision}
+    return [*rows, *(empty | {"method": name, "images_per_second": why} for name, why in absent.items())]
+
+
 def read(source: str, count: int, patch: int) -> Images:
-    """`count` images spread over a source, at `SCALE`, of at most `MOST_TOKENS`."""
+    """Return `count` images spread over a source, at `SCALE`, of at most `MOST_TOKENS`."""
     opened = open_source(source)
     rows = open_catalog(opened, cache=False).rows  # as in `step`
     images = []
@@ -129,112 +143,21 @@ def read(source: str, count: int, patch: int) -> Images:
 
 
 def under(dtype: torch.dtype, device: torch.device, embed: Embed) -> None:
-    """Embed in a precision of matrix products."""
+    """Embed with matrix products in `dtype`."""
     with autocast(device, dtype):
         embed()
 
 
 def ours(encoder: Encoder, images: Images, rate: float) -> Embed:
-    """What `Encoder.embed` does once it has read the images."""
+    """Return what `Encoder.embed` does once it has read the images."""
     device = encoder.device
     packs = []
-    for packed in encoder.packs(images, None):
+    for packed in encoder.packs(images, "native"):
         plan = encoder.merge_plan(packed.segments, rate)
         packs.append((packed.to(device), plan and plan.to(device)))
     return lambda: torch.cat(
         [segment_mean(encoder(packed, plan), packed.segments.cu_seqlens) for packed, plan in packs]
     )
-
-
-def timm_naflexvit(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
-    """With timm's own collator, which pads all to one length: the longest there is."""
-    naflexvit, dataset = (import_module(f"timm.{name}") for name in ("models.naflexvit", "data.naflex_dataset"))
-    shape, side = config.shape, config.patch_size
-    cfg = naflexvit.NaFlexVitCfg(
-        patch_size=side,
-        embed_dim=shape.width,
-        depth=shape.depth,
-        num_heads=shape.heads,
-        mlp_ratio=shape.mlp_ratio,
-        pos_embed="factorized",
-        pos_embed_grid_size=(config.max_grid, config.max_grid),
-        global_pool="avg",
-    )
-    network = naflexvit.NaFlexVit(cfg, num_classes=0).eval().to(device)
-    samples = []
-    for image in images:
-        rows, cols = image.shape[0] // side, image.shape[1] // side
-        patches = patchify(image, side).astype(np.float32).reshape(rows * cols, -1, 3)
-        places = np.stack(np.divmod(np.arange(rows * cols), cols), axis=1)
-        sample = {
-            "patches": torch.from_numpy((patches / 255 - IMAGENET_MEAN) / IMAGENET_STD).float().flatten(1),
-            "patch_coord": torch.from_numpy(places),
-            "patch_valid": torch.ones(rows * cols, dtype=torch.bool),
-        }
-        samples.append((sample, 0))
-    longest = max(len(sample["patches"]) for sample, _ in samples)
-    collate = dataset.NaFlexCollator(max_seq_len=longest)
-    size = max(1, TOKENS[device.type] // longest)
-    batches = [
-        {name: x.to(device) for name, x in collate(samples[start : start + size])[0].items() if torch.is_tensor(x)}
-        for start in range(0, len(samples), size)
-    ]
-    return lambda: torch.cat([network(batch) for batch in batches])
-
-
-def vit_pytorch_navit(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
-    """With its own grouping into rows of at most 2,048 tokens (its default)."""
-    na_vit = import_module("vit_pytorch.na_vit")
-    shape, side = config.shape, config.patch_size
-    network = na_vit.NaViT(
-        image_size=max(max(image.shape[:2]) for image in images),
-        patch_size=side,
-        num_classes=shape.width,
-        dim=shape.width,
-        depth=shape.depth,
-        heads=shape.heads,
-        dim_head=shape.width // shape.heads,
-        mlp_dim=round(shape.width * shape.mlp_ratio),
-    )
-    network.mlp_head = nn.Identity()
-    network.eval().to(device)
-    tensors = [normalised(image, device) for image in images]
-    return lambda: network(tensors, group_images=True)
-
-
-def transformers_ijepa(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
-    """One image after another, its positions interpolated: it has one size a batch."""
-    transformers = import_module("transformers")
-    shape, side = config.shape, config.patch_size
-    network = transformers.IJepaModel(
-        transformers.IJepaConfig(
-            hidden_size=shape.width,
-            num_hidden_layers=shape.depth,
-            num_attention_heads=shape.heads,
-            intermediate_size=round(shape.width * shape.mlp_ratio),
-            image_size=side * (224 // side),
-            patch_size=side,
-        )
-    )
-    network.eval().to(device)
-    tensors = [normalised(image, device)[None] for image in images]
-    return lambda: torch.cat(
-        [network(image, interpolate_pos_encoding=True).last_hidden_state.mean(dim=1) for image in tensors]
-    )
-
-
-PEERS = {
-    "timm NaFlexViT": timm_naflexvit,
-    "vit_pytorch NaViT": vit_pytorch_navit,
-    "transformers IJepaModel": transformers_ijepa,
-}
-"""By the name of their package and their own."""
-
-
-def normalised(image: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Pixels [h, w, 3] -> float32 [3, h, w]."""
-    pixels = (torch.from_numpy(image) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
-    return pixels.permute(2, 0, 1).contiguous().to(device)
 
 
 if __name__ == "__main__":

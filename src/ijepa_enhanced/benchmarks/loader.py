@@ -1,7 +1,7 @@
 """What the loader keeps of a bare Pillow loop's rate: `python -m ijepa_enhanced.benchmarks.loader --source SOURCE`.
 
-Both decode, crop and resize the same boxes to the same sizes with the same filter, in one process and by turns;
-the loader also cuts patches and packs them, and in training draws masks, which is a row of its own.
+Both decode, crop and resize the same boxes to the same sizes with the same filter, in one process and in turns. The
+loader also cuts patches and packs them. In training it draws masks too, which has a row of its own.
 """
 
 import argparse
@@ -30,11 +30,11 @@ PATCH_SIZE = 16
 TURNS = 7
 PACKS = 4
 IMAGES = 2000
-"""Synthetic images written as JPEG files where no source is given."""
+"""Synthetic images that are written as JPEG files if no source is given."""
 
 
 def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
-    """Print the table and return the loader's `images_per_second`, its `ratio` to the bare loop, with masks too."""
+    """Print the table and return the loader's `images_per_second` and its `ratio` to the bare loop, also with masks."""
     if source != "synthetic":
         return _run(source, source, csv)
     with TemporaryDirectory() as folder:

@@ -27,9 +27,9 @@ TURNS = 3
 COST_TOKENS, COST_RATE = 16384, 0.05
 VIEWS, WIDTHS = (196, 576, 4096), (384, 768)
 """Tokens of each view, and widths of a block with heads of 64."""
-VARIANT, SIDE, IMAGES = "B", 384, 6
+VARIANT, RESOLUTION, IMAGES = "B", 384, 6
 RATES = (0.0, 0.02, 0.05, 0.08, 0.12, 0.13)
-"""The last is where a view of 576 tokens has half of them on average over 12 layers."""
+"""At the last, a view of 576 tokens has half of them on average over 12 layers."""
 MEMORY_TOKENS = 65536
 
 
@@ -42,7 +42,7 @@ def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
         print(f"One block of {COST_TOKENS:,} tokens with the merge computed but not applied, milliseconds")
         print_table(costs)
         speeds = speed(source, device)
-        print(f"ViT-{VARIANT}/16 at side {SIDE}, {IMAGES} images of {source}, the network alone")
+        print(f"ViT-{VARIANT}/16 at a resolution of {RESOLUTION} px, {IMAGES} images of {source}, the network alone")
         print_table(speeds)
         memory = [memory_of(views, device) for views in ("256 each", "one of 4,096, else 64")]
         print(f"Matching {MEMORY_TOKENS:,} tokens by keys of 64 numbers")
@@ -58,7 +58,7 @@ def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
 
 
 def cost(view: int, width: int, device: torch.device) -> dict[str, Any]:
-    """What matching and averaging add to a transformer block, which runs on all tokens whatever was merged."""
+    """Return the row of what matching and averaging add to a transformer block that runs on all tokens."""
     lengths = [view] * (COST_TOKENS // view)
     plan = MergePlan.of(lengths, COST_RATE, 1).to(device)
     tokens, segments = plan.totals[0], plan.segments[0]
@@ -90,12 +90,12 @@ def cost(view: int, width: int, device: torch.device) -> dict[str, Any]:
 
 
 def speed(source: str, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each of `RATES`."""
+    """Return a row for each of `RATES`."""
     opened = open_source(source)
     rows = open_catalog(opened).rows
     images = [opened.open(row) for row in rows[np.linspace(0, len(rows) - 1, IMAGES).astype(int)].tolist()]
     encoder = Encoder(VisionTransformer(EncoderConfig(VARIANT)), Preprocessing()).eval().to(device)
-    packed = Packed.concatenate(list(encoder.packs(images, SIDE)))
+    packed = Packed.concatenate(list(encoder.packs(images, RESOLUTION)))
     plans = [encoder.merge_plan(packed.segments, rate) for rate in RATES]
     moved = [plan and plan.to(device) for plan in plans]
     stream = packed.to(device)
@@ -114,13 +114,13 @@ def speed(source: str, device: torch.device) -> list[dict[str, Any]]:
 
 
 def mean_tokens(lengths: tuple[int, ...], rate: float, depth: int) -> float:
-    """Tokens of a view, a mean over views and over all layers' attention and MLP, between which tokens merge."""
+    """Return the mean tokens of a view, over views and over each layer's attention and MLP; they merge in between."""
     table = merged_lengths(lengths, rate, depth)
     return float((table[:-1].mean() + table[1:].mean()) / 2)
 
 
 def memory_of(views: str, device: torch.device) -> dict[str, Any]:
-    """Peak memory of matching."""
+    """Return the row of the peak memory of matching."""
     lengths = [256] * (MEMORY_TOKENS // 256)
     if views != "256 each":
         lengths = [4096] + [64] * ((MEMORY_TOKENS - 4096) // 64)

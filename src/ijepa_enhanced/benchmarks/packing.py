@@ -18,11 +18,11 @@ IMAGENET_IMAGES = 1_281_167
 SAMPLE = 100_000
 PATCH_SIZE = 16
 PACKS_LOADED = 8
-"""Packs that are really decoded to count padding in what the trainer gets."""
+"""Packs that are decoded, to count padding in what the trainer gets."""
 
 
 def imagenet_like(count: int) -> Catalog:
-    """Sizes like ImageNet's: most photographs at 500 px on the longer side in 4:3, the rest spread log-normally.
+    """Return sizes like ImageNet's: most photographs at 500 px on the longer side in 4:3, the rest spread log-normally.
 
     The mean is near the 469 x 387 px that is often quoted for its training set; only the spread matters here.
     """
@@ -78,7 +78,7 @@ def _row(name: str, config: DataConfig, epoch: EpochPlan, seconds: float) -> dic
     return {
         "images": len(epoch.images),
         "source": name,
-        "sides": "native" if config.min_resolution is None else f"{config.min_resolution}-{config.max_resolution}",
+        "resolution": "native" if config.min_resolution is None else f"{config.min_resolution}-{config.max_resolution}",
         "packs": len(epoch),
         "budget_use": epoch.budget_use,
         "fill": epoch.fill,

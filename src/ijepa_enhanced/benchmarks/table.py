@@ -14,20 +14,20 @@ import torch
 from ijepa_enhanced.files import replacing
 
 RESULTS = Path("benchmarks/results")
-"""Where a checkout keeps its CSVs, from its root."""
+"""Where a checkout keeps its CSVs, relative to its root."""
 BAR = 40
 """Characters of a bar that stands for 1."""
 
 
 def hardware() -> str:
-    """A name for this machine's accelerator, or for its processor."""
+    """Return a name for this machine's accelerator, or for its processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().replace(" ", "-")
     return f"{platform.machine()}-cpu-{torch.get_num_threads()}threads"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows of equal keys as a table on stdout."""
+    """Print rows of equal keys as a table on stdout."""
     cells = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -35,7 +35,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def bar(share: float) -> str:
-    """A share of 1 as a bar, in a column of its own."""
+    """Return a share of 1 as a bar, for a column of its own."""
     return ("█" * round(BAR * share)).ljust(BAR)
 
 

@@ -12,19 +12,18 @@ import torch
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that `run` holds at once, without what was there before it.
+    """Return the most bytes of tensors that `run` holds at once, on top of what was there before it.
 
-    CUDA's allocator keeps this figure; on the CPU PyTorch's profiler records every allocation. (The process's own
-    peak is of no use: it never falls, and freed memory that is used again does not show.) Scratch memory that a
-    library such as oneDNN takes for itself is not counted.
+    CUDA's allocator counts this itself; on the CPU PyTorch's profiler records every allocation. The peak of the process
+    would not do: it never falls, and does not show freed memory that is used again. Scratch memory that a library such
+    as oneDNN allocates for itself is not counted.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    quiet_profiler()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with profiler(torch.profiler.ProfilerActivity.CPU, memory=True) as profile:
         run()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
@@ -33,9 +32,16 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
-def quiet_profiler() -> None:
-    """Keep PyTorch's profiler from writing lines of its own to stderr; to be called before its first use."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+def profiler(*activities: torch.profiler.ProfilerActivity, memory: bool = False) -> torch.profiler.profile:
+    """Return PyTorch's profiler, kept from writing lines of its own to stderr.
+
+    Args:
+        activities: what to record.
+        memory: record allocations too.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when the profiler is first used
+    # One cycle is all that is recorded. Unless it keeps the events of several, PyTorch 2.11 warns about the others.
+    return torch.profiler.profile(activities=activities, profile_memory=memory, acc_events=True)
 
 
 def seconds_by_turns(runs: Sequence[Callable[[], object]], device: torch.device, turns: int = 5) -> list[float]:
