@@ -28,11 +28,13 @@ def run(options: Namespace) -> int:
     """Run a study, or the rest of one, print its table and compare its runs on a page; 1 where none was scored."""
     study, folder = load_study(Path(options.file)), Path(options.out)
     rows = run_study(study, folder, configure)
-    table = Table(*HEAD)
-    for line in summary(rows):
+    table, lines = Table(*HEAD), summary(rows)
+    for line in lines:
         table.add_row(*cells(line))
-    table.caption = "\n".join(EXPLANATION)
     Console(markup=False).print(table)
+    for line in lines:
+        print(f"{line['arm']}: {line['verdict']}")
+    print("\n".join(EXPLANATION))
     page = write_page(study, rows, folder)
     for path in (folder / "study.csv", folder / "summary.csv", page):
         if path is not None:

@@ -1,4 +1,4 @@
-"""What people read of a study: a table with a verdict for each arm, on the terminal and on a page."""
+"""What people read of a study: a table, and a verdict for each arm."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.visualize.page import NOTHING, note, table
 from ijepa_enhanced.visualize.report import write_report
 
-HEAD = ("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "fall", "verdict")
-"""Columns of the table."""
+HEAD = ("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "fall")
+"""Columns of the table; the verdicts are long, so they are lines of their own on a terminal."""
 EXPLANATION = (
     "Scores are in percent: mean ± standard deviation over the seeds.",
     "Gain: how much higher the score is than that of the random start.",
@@ -36,7 +36,6 @@ def cells(line: dict[str, Any]) -> list[str]:
         *(f"{_percent(line, name)} ({_percent(line, f'{name}_gain')})" for name in ("knn20", "linear")),
         NOTHING if line["rankme"] is None else f"{line['rankme']:.1f}",
         _percent(line, "fall"),
-        line["verdict"],
     ]
 
 
@@ -63,8 +62,8 @@ def write_page(study: StudyConfig, rows: Sequence[Row], folder: Path) -> Path | 
     scored = [folder / f"{row.arm}-{row.seed}" for row in rows if row.knn20 is not None]
     if not scored:
         return None
-    lines = [cells(line) for line in summary(rows)]
-    text = note(_scoring(study)) + table(HEAD, lines) + note(" ".join(EXPLANATION))
+    lines = [[*cells(line), line["verdict"]] for line in summary(rows)]
+    text = note(_scoring(study)) + table([*HEAD, "verdict"], lines) + note(" ".join(EXPLANATION))
     write_report(scored, page, dataclasses.asdict(TrainConfig()), {"Study": text})
     return page
 

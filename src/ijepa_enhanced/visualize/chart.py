@@ -11,7 +11,7 @@ from html import escape
 INKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette without its yellow, which is too pale on white. Further lines are dashed."""
 
-WIDTH, HEIGHT = 280, 170
+WIDTH, HEIGHT = 220, 150
 """Size of a chart in its own units, about a pixel each. It grows and shrinks with its column."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 8, 28
 """Margins of a chart's frame. The left one grows with the longest number beside it."""

@@ -22,19 +22,19 @@ class Curve:
 
 
 CURVES = {
-    "Loss": {
+    "Loss, and its terms before their weights": {
         "loss": Curve("Loss", "weighted sum"),
-        "prediction": Curve("Prediction loss", "smooth L1, unweighted"),
-        "vicreg": Curve("VICReg loss", "unweighted"),
-        "contrastive": Curve("Contrastive loss", "unweighted"),
-        "grad_norm": Curve("Gradient norm", "before clipping"),
+        "prediction": Curve("Prediction loss", "smooth L1"),
+        "vicreg": Curve("VICReg loss"),
+        "contrastive": Curve("Contrastive loss", "NT-Xent"),
+        "grad_norm": Curve("Gradient norm", "unclipped"),
     },
     "Monitor: the teacher's features of a fixed set of training images": {
         "knn": Curve("kNN-20", "top-1 accuracy", percent=True),
         "rankme": Curve("RankMe", "effective dimensions"),
         "lidar": Curve("LiDAR", "effective dimensions"),
-        "spread": Curve("Spread", "mean standard deviation"),
-        "cosine": Curve("Cosine similarity", "mean over pairs"),
+        "spread": Curve("Spread", "standard deviation"),
+        "cosine": Curve("Cosine", "mean over pairs"),
     },
     "Schedules": {
         "lr": Curve("Learning rate", from_zero=True),
@@ -44,8 +44,8 @@ CURVES = {
     "Speed": {
         "views_per_second": Curve("Views per second", from_zero=True),
         "tokens_per_second": Curve("Tokens per second", from_zero=True),
-        "data_wait": Curve("Waiting for data", "share of time", percent=True, from_zero=True),
-        "fill": Curve("Tokens in a pack", "share of tokens_per_pack", percent=True),
+        "data_wait": Curve("Data wait", "share of time", percent=True, from_zero=True),
+        "fill": Curve("Pack fill", "of tokens_per_pack", percent=True),
         "watch_seconds": Curve("Time of a probe", "seconds", from_zero=True),
     },
 }

@@ -128,7 +128,7 @@ tr.marked td:first-of-type { font-weight: 700; color: var(--accent); }
 .groups > div { break-inside: avoid; padding-bottom: 12px; }
 .groups h3 { margin-top: 0; }
 .groups table { width: 100%; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(250px, 100%), 1fr)); gap: 18px 16px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: 18px 16px; }
 figure { margin: 0; }
 .chart { position: relative; min-width: 0; }
 .chart figcaption { font-size: 14px; font-weight: 600; }

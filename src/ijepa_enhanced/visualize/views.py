@@ -96,7 +96,7 @@ def enlarged(cells: NDArray[_Scalar], cell: int) -> NDArray[_Scalar]:
 
 
 def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, count: int) -> None:
-    """Hatch and outline a block in place. The lines of the `count` blocks differ, so that all show where they overlap."""
+    """Hatch and outline a block in place. The lines of the `count` blocks differ, so overlaps show all of them."""
     height, width = inside.shape
     y, x = np.indices(inside.shape)
     direction = x + y if number % 2 else x - y
