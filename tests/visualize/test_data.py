@@ -11,7 +11,7 @@ from ijepa_enhanced.cli import main
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_whole
 from ijepa_enhanced.data.sources.folder import FolderSource
-from ijepa_enhanced.visualize.data import NEAR, THUMBNAIL_SIDE, class_sizes, perceptual_hash, survey
+from ijepa_enhanced.visualize.data import NEAR, THUMBNAIL_SIZE, class_sizes, perceptual_hash, survey
 
 
 def picture(seed, height=150, width=200):
@@ -64,7 +64,7 @@ def test_identical_is_the_size_too(tmp_path):
 
 def test_different_pictures_are_not_near():
     """Of 128 bits that are drawn at random 64 differ, with a standard deviation of 5.7: ten is beyond all doubt."""
-    hashes = np.array([perceptual_hash(decode_whole(picture(seed), THUMBNAIL_SIDE)) for seed in range(100)])
+    hashes = np.array([perceptual_hash(decode_whole(picture(seed), THUMBNAIL_SIZE)) for seed in range(100)])
     apart = np.bitwise_count(hashes[:, None] ^ hashes[None]).sum(axis=2)
     assert apart[~np.eye(100, dtype=bool)].min() > 2 * NEAR
 

@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.visualize.features import MARK, RAMP, SIDE, draw_features, pca_maps, similarity_map
 from ijepa_enhanced.visualize.views import MARGIN
-from ijepa_enhanced.encoder import Preprocessing
 
 SHAPES = ((5, 8), (7, 3), (1, 6))
 PATCH = 8
@@ -28,13 +27,12 @@ def correlated(seed: int = 0, width: int = 16) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder.random(EncoderConfig("Ti", PATCH, depth=1), Preprocessing(), seed=0)
+    return Encoder.random(EncoderConfig("Ti", PATCH, depth=1), Preprocessing(resolution=64), seed=0)
 
 
 @pytest.fixture(scope="module")
 def images() -> list[NDArray[np.uint8]]:
-    """64 x 64, and 32 x 128 px: 8 x 8 and 4 x 16 patches at side 64."""
+    """64 x 64, and 32 x 128 px: 8 x 8 and 4 x 16 patches at a resolution of 64 px."""
     rng = np.random.default_rng(0)
     return [rng.integers(60, 200, shape, dtype=np.uint8) for shape in ((64, 64, 3), (32, 128, 3))]
 
@@ -151,7 +149,7 @@ def test_the_picture_shows_image_components_and_similarity(
     encoder: Encoder, images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     path = tmp_path / "features.png"
-    assert draw_features(encoder, images, path, (3, 5), side=64) == [(8, 8), (4, 16)]
+    assert draw_features(encoder, images, path, (3, 5), resolution=64) == [(8, 8), (4, 16)]
     assert [file.name for file in tmp_path.iterdir()] == ["features.png"]
     sheet = read(path)
     maps = encoder.feature_maps(images, 64)
@@ -180,7 +178,7 @@ def test_the_picture_shows_image_components_and_similarity(
 def test_the_image_is_what_the_encoder_sees(encoder: Encoder, tmp_path: Path) -> None:
     """Four colours, one a quarter, stay in their quarters."""
     quarters = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], np.uint8)
-    draw_features(encoder, [quarters.repeat(32, axis=0).repeat(32, axis=1)], tmp_path / "features.png", side=64)
+    draw_features(encoder, [quarters.repeat(32, axis=0).repeat(32, axis=1)], tmp_path / "features.png", resolution=64)
     size = SIDE // 8 * 8
     shown = read(tmp_path / "features.png")[MARGIN : MARGIN + size, MARGIN : MARGIN + size]
     quarter = slice(size // 4, None, size // 2)
@@ -190,7 +188,7 @@ def test_the_image_is_what_the_encoder_sees(encoder: Encoder, tmp_path: Path) ->
 def test_without_a_patch_there_is_no_similarity(
     encoder: Encoder, images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
-    draw_features(encoder, images[:1], tmp_path / "features.png", side=64)
+    draw_features(encoder, images[:1], tmp_path / "features.png", resolution=64)
     sheet = read(tmp_path / "features.png")
     size = SIDE // 8 * 8
     right = MARGIN + 2 * size + MARGIN // 2
@@ -200,7 +198,7 @@ def test_without_a_patch_there_is_no_similarity(
 
 def test_the_picture_is_the_same_every_time(encoder: Encoder, images: list[NDArray[np.uint8]], tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        draw_features(encoder, images, tmp_path / name, (0, 0), side=64)
+        draw_features(encoder, images, tmp_path / name, (0, 0), resolution=64)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -208,5 +206,5 @@ def test_a_patch_outside_one_of_the_images_leaves_no_picture(
     encoder: Encoder, images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="row 6, column 0 of 4 x 16"):
-        draw_features(encoder, images, tmp_path / "features.png", (6, 0), side=64)
+        draw_features(encoder, images, tmp_path / "features.png", (6, 0), resolution=64)
     assert not list(tmp_path.iterdir())

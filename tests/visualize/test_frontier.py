@@ -10,8 +10,8 @@ from ijepa_enhanced.evaluate.sweep import Point
 from ijepa_enhanced.visualize.frontier import draw_frontier
 
 
-def point(side: int | None, rate: float, linear: float, speed: float) -> Point:
-    return Point(side, rate, linear - 0.1, linear, linear, linear, 10.0, speed / 2, speed, 1.0, 100.0)
+def point(resolution: int | None, rate: float, linear: float, speed: float) -> Point:
+    return Point(resolution, rate, linear - 0.1, linear, linear, linear, 10.0, speed / 2, speed, 1.0, 100.0)
 
 
 POINTS = [
@@ -48,7 +48,7 @@ def test_the_plot_says_which_are_on_the_frontier_and_which_to_take(tmp_path: Pat
         assert draw_frontier([*POINTS, beaten], tmp_path / "sweep.png")
     knn, linear = drawn[0].axes
     assert (knn.get_title(), linear.get_title()) == ("kNN-20", "linear")
-    assert [text.get_text() for text in linear.get_legend().get_texts()] == ["side 112", "side native"]
+    assert [text.get_text() for text in linear.get_legend().get_texts()] == ["resolution 112", "resolution native"]
     assert [text.get_text() for text in linear.texts] == ["0", "0.1", "0.2", "0", "0.1"]
     marks = {
         line.get_xdata()[0]: line for line in linear.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data.decode import patchify
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.merge_plan import merged_lengths
 from ijepa_enhanced.models.config import EncoderConfig
@@ -24,8 +24,7 @@ CELL = round(SIDE / (ROWS * COLS) ** 0.5)
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder(EncoderConfig("Ti", PATCH, 4)).eval()
+    return Encoder.random(EncoderConfig("Ti", PATCH, 4), Preprocessing(resolution=64), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def image() -> NDArray[np.uint8]:
 
 
 def test_regions_are_the_tokens_after_each_layer(encoder: Encoder, image: NDArray[np.uint8]) -> None:
-    pixels, stages = regions(encoder, image, None, 0.25)
+    pixels, stages = regions(encoder, image, "native", 0.25)
     assert np.array_equal(pixels, image)
     expected = merged_lengths([ROWS * COLS], 0.25, 4)[1:, 0]
     for stage, tokens in zip(stages, expected, strict=True):
@@ -50,8 +49,8 @@ def test_regions_are_the_tokens_after_each_layer(encoder: Encoder, image: NDArra
 
 
 def test_patches_of_a_region_have_one_feature(encoder: Encoder, image: NDArray[np.uint8]) -> None:
-    (features,) = encoder.feature_maps([image], side=None, merge_rate=0.25)
-    _, stages = regions(encoder, image, None, 0.25)
+    (features,) = encoder.feature_maps([image], resolution="native", merge_rate=0.25)
+    _, stages = regions(encoder, image, "native", 0.25)
     last = stages[-1]
     for token in range(last.max() + 1):
         assert len(features[torch.from_numpy(last == token)].unique(dim=0)) == 1
@@ -59,7 +58,7 @@ def test_patches_of_a_region_have_one_feature(encoder: Encoder, image: NDArray[n
 
 def test_regions_follow_the_picture(encoder: Encoder, image: NDArray[np.uint8]) -> None:
     """Even at random weights: a quarter of the tokens is left, and none has patches of both halves."""
-    _, stages = regions(encoder, image, None, 0.3)
+    _, stages = regions(encoder, image, "native", 0.3)
     assert stages[-1].max() + 1 == 12
     assert not {*stages[-1][:, :4].ravel().tolist()} & {*stages[-1][:, 4:].ravel().tolist()}
 
@@ -72,8 +71,8 @@ def stage_of(sheet: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
 
 
 def test_a_region_has_its_mean_colour_and_one_outline(encoder: Encoder, image: NDArray[np.uint8]) -> None:
-    sheet = np.asarray(draw_merges(encoder, image, None, 0.3))
-    _, stages = regions(encoder, image, None, 0.3)
+    sheet = np.asarray(draw_merges(encoder, image, "native", 0.3))
+    _, stages = regions(encoder, image, "native", 0.3)
     patches = patchify(image, PATCH).reshape(ROWS, COLS, -1, 3)
     # Of four layers, a third, two thirds and all.
     for shown, layer in enumerate((1, 3, 4), start=1):
@@ -95,7 +94,7 @@ def test_a_region_has_its_mean_colour_and_one_outline(encoder: Encoder, image: N
 
 
 def test_the_first_picture_is_the_image_in_its_own_shape(encoder: Encoder, image: NDArray[np.uint8]) -> None:
-    sheet = draw_merges(encoder, image, None, 0.3)
+    sheet = draw_merges(encoder, image, "native", 0.3)
     whole = Image.fromarray(image).resize((COLS * CELL, ROWS * CELL), Image.Resampling.BICUBIC)
     left, top = MARGIN, MARGIN + CAPTION
     assert np.array_equal(np.asarray(sheet)[top : top + ROWS * CELL, left : left + COLS * CELL], np.asarray(whole))
@@ -108,10 +107,10 @@ def test_any_shape_can_be_drawn(encoder: Encoder, size: tuple[int, int]) -> None
 
 
 def test_fewer_layers_than_stages_are_all_shown() -> None:
-    encoder = Encoder(EncoderConfig("Ti", PATCH, 2)).eval()
+    encoder = Encoder.random(EncoderConfig("Ti", PATCH, 2), Preprocessing(), seed=0)
     image = np.zeros((16, 16, 3), np.uint8)
     assert DEPTHS > 2
-    sheet = np.asarray(draw_merges(encoder, image, None, 0.5))
+    sheet = np.asarray(draw_merges(encoder, image, "native", 0.5))
     large = round(SIDE / 2) * 2
     black = (sheet[MARGIN + CAPTION + 5] == 0).all(axis=1)
     # The image and two stages, without their light outlines.
@@ -123,7 +122,7 @@ def test_what_cannot_be_drawn_is_an_error(encoder: Encoder, tmp_path: Path) -> N
     with pytest.raises(UnreadableImage, match=r"a\.png: empty file$"):
         draw_merges(encoder, tmp_path / "a.png", 64, 0.1)
     image = np.zeros((16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"^At a merge rate of 0 there is nothing to see\.$"):
+    with pytest.raises(ValueError, match=r"^merge_rate must be above 0"):
         draw_merges(encoder, image, 64, 0.0)
     with pytest.raises(ValueError, match=r"^A merge rate must lie between 0 and 0.5, not 0.6"):
         draw_merges(encoder, image, 64, 0.6)
@@ -133,7 +132,8 @@ def test_a_view_alone_is_the_view_of_the_encoder(encoder: Encoder, image: NDArra
     """Drawn is what happens in a pack, too."""
     packed = Packed.concatenate([Packed.of_grids(patchify(image, PATCH), np.array([[ROWS, COLS]]))] * 2)
     with torch.inference_mode():
-        _, merges = encoder.merged(packed, encoder.merge_plan(packed.segments, 0.25))
-    _, stages = regions(encoder, image, None, 0.25)
+        plan = encoder.merge_plan(packed.segments, 0.25)
+        _, merges = encoder.network.tokens(encoder.normalize(packed), plan)
+    _, stages = regions(encoder, image, "native", 0.25)
     second = merges[0].origin[ROWS * COLS :].numpy() - stages[0].max() - 1
     assert np.array_equal(second.reshape(ROWS, COLS), stages[0])

@@ -15,14 +15,19 @@ import torch
 import yaml
 from PIL import Image
 
+from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.plan import Plan
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.evaluate.features import Features
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.train.config import OptimConfig, TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
-from ijepa_enhanced.visualize.page import MOST_POINTS, Line, chart, thinned, ticks
-from ijepa_enhanced.visualize.report import CURVES, NOT_CURVES, write_report
+from ijepa_enhanced.visualize.chart import MOST_POINTS, Line, chart, thinned, ticks
+from ijepa_enhanced.visualize.logged import CURVES, NOT_CURVES
+from ijepa_enhanced.visualize.report import write_report
+from ijepa_enhanced.visualize.run import is_remote
 from ijepa_enhanced.visualize.samples import NEIGHBOURS, SAMPLES, nearest
 
 DEFAULTS = dataclasses.asdict(TrainConfig())
@@ -170,7 +175,7 @@ def test_every_link_of_the_menu_leads_somewhere(page: Page) -> None:
 def test_every_curve_has_the_values_of_the_log(page: Page, trained: Path) -> None:
     log = read_log(trained)
     titles = {name: curve.title for group in CURVES.values() for name, curve in group.items()}
-    logged = [name for name in log[0] if name not in (*NOT_CURVES, "invariance")]  # which this run does without
+    logged = [name for name in log[0] if name not in (*NOT_CURVES, "contrastive")]  # which this run does not have
     assert set(page.charts) == {titles[name] for name in logged}
     assert len(log) == 8
     for name in logged:
@@ -185,7 +190,7 @@ def test_the_head_says_how_far_the_run_came(page: Page, trained: Path) -> None:
     progress = json.loads((trained / "checkpoints/step-00000008/progress.json").read_text())
     assert f"Images seen {progress['images']}" in said
     assert f"Last loss {log[-1]['loss']:.4f}" in said
-    assert f"Views a second {np.median([line['views_per_second'] for line in log]):,.0f}" in said
+    assert f"Views/s (median) {np.median([line['views_per_second'] for line in log]):,.0f}" in said
     assert "warning" not in {values.get("class") for _, values in page.tags}
 
 
@@ -209,7 +214,7 @@ def test_settings_that_are_not_the_default_are_marked(page: Page) -> None:
 def test_the_images_are_summed_up_and_the_unreadable_ones_named(page: Page) -> None:
     facts = {name: rest for name, *rest in page.rows("data")}
     assert facts["images"] == ["21"]
-    assert facts["labels"] == ["2"]
+    assert facts["classes"] == ["2"]
     assert facts["unreadable"] == ["2"]
     assert facts["left/98.jpg"] == ["not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"]
     assert "cannot be decoded" in facts["left/99.jpg"][0]
@@ -265,13 +270,16 @@ def test_images_without_labels_and_of_native_size_are_shown_too(run: Path, photo
         shutil.copy(path, tmp_path / "flat")
     shutil.rmtree(run / "checkpoints")
     reconfigure(run, "data", source=str(tmp_path / "flat"), min_resolution=None, max_resolution=None)
+    encoder = json.loads((run / "encoder/config.json").read_text())
+    encoder["preprocessing"]["resolution"] = None
+    (run / "encoder/config.json").write_text(json.dumps(encoder))
     page = report(tmp_path / "report.html", run)
-    assert {name: rest for name, *rest in page.rows("data")}["labels"] == ["none"]
+    assert {name: rest for name, *rest in page.rows("data")}["classes"] == ["none"]
     html = page.text.partition('<section id="nearest-neighbours">')[2].partition("</section>")[0]
     assert html.count("<img") == SAMPLES * (NEIGHBOURS + 1)
     assert len(re.findall(r"<figcaption>-?[01]\.\d\d</figcaption>", html)) == SAMPLES * NEIGHBOURS
     assert "Green" not in html
-    grids = re.findall(r"its features, (\d+) x (\d+) patches", page.text)
+    grids = re.findall(r"feature map of [^\"]*, (\d+) x (\d+) patches", page.text)
     assert max(int(rows) * int(cols) for rows, cols in grids) > (48 / 8) ** 2 * 1.5
 
 
@@ -290,7 +298,7 @@ def test_what_is_logged_now_and_then_is_drawn_where_it_is(run: Path, tmp_path: P
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     page = report(tmp_path / "report.html", run)
     assert page.points("RankMe") == [(4, 12.5), (7, 11.0)]
-    assert page.points("kNN") == [(4, 0.25)]
+    assert page.points("kNN-20") == [(4, 0.25)]
     assert page.points("new_thing") == [(4, 3.0)]
     assert "words" not in page.charts
 
@@ -298,8 +306,8 @@ def test_what_is_logged_now_and_then_is_drawn_where_it_is(run: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("alarms", "said"),
     [
-        ([0.0, 1.0, 1.0], "alarm at step 4, and it went on to the last look."),
-        ([1.0, 1.0, 0.0], "alarm at step 2, and for the last time at step 4."),
+        ([0.0, 1.0, 1.0], "alarm at step 4, and it was still on at the last probe."),
+        ([1.0, 1.0, 0.0], "alarm at step 2, for the last time at step 4."),
         ([0.0, 0.0, 0.0], None),
     ],
 )
@@ -311,29 +319,86 @@ def test_a_collapse_is_said_first(run: Path, tmp_path: Path, alarms: list[float]
     page = report(tmp_path / "report.html", run)
     assert ("The run collapsed" in page.said()) == (said is not None)
     assert (said or "") in page.said()
-    assert "Best by the watch step 2" in page.said()
-    assert page.points("A look of the watch") == [(2, 0.5), (4, 0.5), (6, 0.5)]
+    assert "Best encoder step 2" in page.said()
+    assert page.points("Time of a probe") == [(2, 0.5), (4, 0.5), (6, 0.5)]
     assert not {"alarm", "best"} & set(page.charts)
 
 
 def test_a_term_that_a_run_does_without_has_no_curve(run: Path, tmp_path: Path) -> None:
-    assert {line["invariance"] for line in read_log(run)} == {0.0}
+    assert {line["contrastive"] for line in read_log(run)} == {0.0}
     titles = report(tmp_path / "report.html", run).charts
-    assert any(title.startswith("Stabilizer") for title in titles)
-    assert not any(title.startswith("Invariance") for title in titles)
+    assert {"VICReg loss", "Prediction loss"} <= titles.keys()
+    assert "Contrastive loss" not in titles
+
+
+def test_a_chart_of_full_packs_is_not_called_budget_use(page: Page, trained: Path) -> None:
+    """`fill` is the share of `tokens_per_pack`; budget use, which is in the table, compares packs with the largest."""
+    assert page.points("Pack fill") == [(line["step"], line["fill"]) for line in read_log(trained)]
+    facts = {name: rest for name, *rest in page.rows("data")}
+    config = DataConfig(**yaml.safe_load((trained / "config.yaml").read_text())["data"])
+    plan = Plan(open_catalog(open_source(config.source)), config, 8, 0).epoch(0)
+    assert facts["budget use"] == [f"{plan.budget_use:.2%} (average / largest number of tokens in a pack)"]
+    assert f"{plan.fill:.2%} of data.tokens_per_pack" in facts["tokens in a pack"][0]
+    assert f"{plan.fill:.2%}" != f"{plan.budget_use:.2%}", "or this test shows nothing"
 
 
 def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:
     details = {"knn20_mean_per_class": 0.162, "linear_mean_per_class": 0.2, "linear_low": 0.19, "linear_high": 0.223}
     trained = {"knn20": 0.1693, "linear": 0.21, "linear_top5": 0.6, "rankme": 51.234, "lowshot1": 0.5, **details}
     scores = {"random start": {"knn20": 0.109}, "trained": trained}
-    (run / "evaluation.json").write_text(json.dumps({"scores": scores}))
+    settings = {"train": "photos/<a>", "val": "photos/b", "resolution": 64, "merge_rate": 0.0, "seed": 0}
+    (run / "evaluation.json").write_text(json.dumps({"settings": settings, "scores": scores}))
     page = report(tmp_path / "report.html", run)
     assert page.rows("evaluation") == [
-        ["", "knn20", "linear", "rankme", "lowshot1"],
+        ["", "kNN-20", "linear", "RankMe", "lowshot1"],
         ["random start", "10.9%", "–", "–", "–"],  # noqa: RUF001
         ["trained", "16.9% (16.2%)", "21.0% (20.0%) [19.0%, 22.3%]", "51.23", "50.0%"],
     ]
+    assert (
+        "Scored on the images of photos/b, at a resolution of 64 px. The probes learned from photos/<a>."
+        in page.said("evaluation")
+    )
+    assert "mIoU" not in page.said("evaluation")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"resolution": None}, "Scored on the images of b, at their native size. The"),
+        ({"resolution": "native"}, "Scored on the images of b, at their native size. The"),
+        ({"resolution": 96, "merge_rate": 0.1}, "of b, at a resolution of 96 px, at a merge rate of 0.1. The"),
+    ],
+)
+def test_how_scores_were_found_is_said(run: Path, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    saved = {"settings": {"train": "a", "val": "b"} | settings, "scores": {"trained": {"dense_miou": 0.25}}}
+    (run / "evaluation.json").write_text(json.dumps(saved))
+    page = report(tmp_path / "report.html", run)
+    assert said in page.said("evaluation")
+    assert "dense mIoU: mean intersection over union" in page.said("evaluation")
+    assert page.rows("evaluation")[1] == ["trained", "25.0%"]
+
+
+def test_scores_without_settings_are_shown_with_a_word_about_it(run: Path, tmp_path: Path) -> None:
+    (run / "evaluation.json").write_text(json.dumps({"scores": {"trained": {"knn20": 0.5}}}))
+    page = report(tmp_path / "report.html", run)
+    assert "evaluation.json does not say how the scores were found." in page.said("evaluation")
+    assert page.rows("evaluation")[1] == ["trained", "50.0%"]
+
+
+def test_scores_that_do_not_compare_are_said_to(trained: Path, run: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(trained, tmp_path / "again"))
+    for folder, resolution in ((run, 64), (again, 64)):
+        settings = {"train": "a", "val": "b", "resolution": resolution}
+        saved = {"settings": settings, "scores": {"trained": {"knn20": 0.5}}}
+        (folder / "evaluation.json").write_text(json.dumps(saved))
+    said = report(tmp_path / "report.html", run, again).said("evaluation")
+    assert said.count("at a resolution of 64 px") == 1
+    assert "do not compare" not in said
+    (again / "evaluation.json").write_text(json.dumps(saved | {"settings": settings | {"resolution": 96}}))
+    said = report(tmp_path / "report.html", run, again).said("evaluation")
+    assert "These scores do not compare" in said
+    assert "run: Scored on the images of b, at a resolution of 64 px." in said
+    assert "again: Scored on the images of b, at a resolution of 96 px." in said
 
 
 def test_a_run_that_died_at_once_still_renders(run: Path, tmp_path: Path) -> None:
@@ -344,8 +409,8 @@ def test_a_run_that_died_at_once_still_renders(run: Path, tmp_path: Path) -> Non
     said = page.said()
     assert "unfinished" in said
     assert "Steps 0 of 8" in said
-    assert "There is no log: the run ended before its first line." in said
-    assert "There is no checkpoint: the run ended before its first." in said
+    assert "There is no log: the run ended before it wrote one." in said
+    assert "There is no checkpoint: the run ended before it saved one." in said
     assert "There is no encoder" in said
     assert not page.charts
     assert list(page.sections) == ["", "masks", "data", "configuration", "versions"]
@@ -400,7 +465,7 @@ def test_without_its_images_a_page_says_so_and_leaves_them_out(run: Path, tmp_pa
     reconfigure(run, "data", source="/nowhere/photos")
     reconfigure(run, "", steps=None)
     page = report(tmp_path / "report.html", run)
-    assert "The images cannot be shown, nor what needs them: No file or folder /nowhere/photos." in page.said()
+    assert "The images are not shown, because they cannot be opened: No file or folder /nowhere/photos." in page.said()
     assert "Steps 8 Training" in page.said()
     assert list(page.sections) == ["", "curves", "data", "configuration", "versions"]
     assert {name: rest for name, *rest in page.rows("data")}["unreadable"] == ["2"]
@@ -411,33 +476,90 @@ def test_images_that_changed_are_not_taken_for_those_of_the_run(run: Path, photo
     (tmp_path / "photos" / "left" / "00.jpg").unlink()
     reconfigure(run, "data", source=str(tmp_path / "photos"))
     page = report(tmp_path / "report.html", run)
-    assert "The images cannot be shown, nor what needs them: they have changed since." in page.said()
+    assert (
+        "The images are not shown, because they cannot be opened: they have changed since the training." in page.said()
+    )
     assert "masks" not in page.sections
 
 
 def test_the_length_of_a_run_of_epochs_is_known_from_its_images(run: Path, tmp_path: Path) -> None:
     reconfigure(run, "", steps=None, epochs=20.0)
     page = report(tmp_path / "report.html", run)
-    packs = int(re.search(r"([\d,]+) packs of", page.said("data"))[1])  # type: ignore[index]
+    packs = int({name: rest for name, *rest in page.rows("data")}["packs in an epoch"][0])
     assert f"Steps 8 of {round(20 * packs / 2)}" in page.said()
     assert "unfinished" in page.said()
 
 
-def test_features_that_are_not_finite_are_said(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "source", ["hf://someone/<photos>", "s3://bucket/train.tar", "photos@2 + hf://someone/photos@1"]
+)
+def test_remote_images_are_not_fetched_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr("ijepa_enhanced.visualize.run.open_source", lambda *_: pytest.fail("opened"))
+    reconfigure(run, "data", source=source)
+    page = report(tmp_path / "report.html", run)
+    assert f"The images are not shown, because they are remote: {source}." in page.said()
+    assert list(page.sections) == ["", "curves", "data", "configuration", "versions"]
+
+
+def test_a_local_path_is_not_remote_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:" / "b").mkdir(parents=True)
+    assert not is_remote("a://b")
+    assert not is_remote("photos + more")
+    assert is_remote("b://b")
+
+
+@pytest.mark.parametrize(
+    ("factor", "section", "said"),
+    [
+        (torch.nan, "", "The encoder cannot be read: The weights "),
+        (1e30, "feature-maps", "There are no feature maps and no neighbours: The features of left/00.jpg"),
+    ],
+)
+def test_weights_and_features_that_are_not_finite_are_said(
+    run: Path, tmp_path: Path, factor: float, section: str, said: str
+) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(run / "encoder/model.safetensors")
-    save_file({name: value * torch.nan for name, value in weights.items()}, run / "encoder/model.safetensors")
+    save_file({name: value * factor for name, value in weights.items()}, run / "encoder/model.safetensors")
     page = report(tmp_path / "report.html", run)
-    assert "There are no feature maps and no neighbours: The features of left/00.jpg" in page.said("feature-maps")
+    assert said in page.said(section)
     assert "nearest-neighbours" not in page.sections
 
 
-def test_names_are_text_and_no_html(run: Path, tmp_path: Path) -> None:
-    named = run.rename(tmp_path / "<b>&'\"")
-    page = report(tmp_path / "report.html", named)
-    assert "<b>&'\" finished" in page.said()
-    assert not [tag for tag, _ in page.tags if tag == "b"]
+ODD = "<b>[red]&amp;'\""
+
+
+def test_names_are_text_and_not_html(run: Path, photos: Path, tmp_path: Path) -> None:
+    """Names of runs, sources, classes, images, subjects, settings, errors and keys of the log."""
+    folder = tmp_path / ODD
+    for path in photos.glob("*/[01]*.jpg"):
+        (folder / f"{ODD}{path.parent.name}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"{ODD}{path.parent.name}" / f"{ODD}{path.name}")
+    (folder / f"{ODD}left" / f"{ODD}.jpg").write_bytes(b"no image")
+    shutil.rmtree(run / "checkpoints")
+    reconfigure(run, "data", source=str(folder))
+    log = [line | {ODD: 1.0} for line in read_log(run)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    settings = {"train": ODD, "val": ODD, "resolution": 64}
+    (run / "evaluation.json").write_text(json.dumps({"settings": settings, "scores": {ODD: {ODD: 0.5}}}))
+    (tmp_path / "runs").mkdir()
+    named = Path(shutil.copytree(run, tmp_path / "runs" / ODD))
+    for runs in ([named], [named, run]):
+        page = report(tmp_path / "report.html", *runs)
+        assert not [tag for tag, _ in page.tags if tag == "b"]
+        assert not [values for _, values in page.tags if any(name.startswith("[") for name in values)]
+        assert ODD in page.charts
+        for section in ("", "evaluation", "data", "feature-maps", "nearest-neighbours", "configuration"):
+            if section != "configuration" or len(runs) == 1:
+                assert ODD in page.said(section), section
+        assert ODD in page.said("curves")
+        assert any(ODD in (values.get("alt") or "") for _, values in page.tags)
+        if len(runs) > 1:
+            assert page.charts["Loss"]["lines"][0]["name"] == ODD
 
 
 def test_several_runs_are_overlaid(trained: Path, other: Path, tmp_path: Path) -> None:
@@ -529,9 +651,17 @@ def test_axes_have_round_numbers(low: float, high: float, options: dict[str, boo
 
 
 def test_points_are_drawn_where_their_values_are() -> None:
-    """On a frame from (46, 8) to (266, 142), with y downwards."""
+    """On a frame from (46, 8) to (206, 122), with y downwards."""
     html = chart("Thing", "m", [Line("run", 0, [(0, 1.0), (50, 3.0), (100, 2.0)])])
-    assert 'd="M46.0 142.0L156.0 8.0L266.0 75.0"' in html
+    assert 'd="M46.0 122.0L126.0 8.0L206.0 65.0"' in html
+
+
+def test_long_numbers_have_room_beside_the_frame() -> None:
+    """A character is at most 6.2 units wide, and the numbers end 5 units left of the frame."""
+    html = chart("Thing", "", [Line("run", 0, [(0, 0.9966), (1, 0.99685)])], percent=True)
+    numbers = re.findall(r'class="y" x="(\d+)" y="[\d.]+">([^<]+)<', html)
+    assert "99.665%" in [text for _, text in numbers]
+    assert all(float(end) >= 6.2 * len(text) for end, text in numbers)
 
 
 @pytest.mark.parametrize("points", [[(5, 2.0)], [(1, 0.0), (2, 0.0)], [(1, -3.0), (9, -3.0)]])
@@ -541,7 +671,7 @@ def test_a_flat_line_and_a_lone_point_have_room(points: list[tuple[int, float]])
     heights = {
         y for _, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", html.partition('class="line"')[2].partition('"/>')[0])
     }
-    assert heights == {"75.0"}
+    assert heights == {"65.0"}
 
 
 # In a browser.

@@ -188,7 +188,7 @@ LOG = [
         "step": step,
         "loss": 1 / step,
         "prediction": 0.9 / step,
-        "stabilizer": 0.1 / step,
+        "vicreg": 0.1 / step,
         "views_per_second": 100.0,
         "lr": 1e-3,
         "grad_norm": 1.0,

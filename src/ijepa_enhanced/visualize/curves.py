@@ -1,20 +1,21 @@
-"""The curves of a run."""
+"""The curves of a run, as a picture."""
 
 from pathlib import Path
 from typing import Any
 
 from ijepa_enhanced.visualize.plot import plot
 
-PANELS = {
-    "loss": ("loss", "prediction", "vicreg", "contrastive"),
-    "views / s": ("views_per_second",),
+PANELS: dict[str, tuple[str, ...]] = {
+    "loss, and its terms unweighted": ("loss", "prediction", "vicreg", "contrastive"),
+    "views per second": ("views_per_second",),
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),
 }
+"""Titles, and the keys of the log that are drawn under them."""
 
 
 def draw_curves(log: list[dict[str, Any]], path: Path) -> bool:
-    """Write a PNG of a run's log, as `read_log` gives it; False without matplotlib."""
+    """Write a PNG of a run's log, as `read_log` returns it. Return False if matplotlib is missing."""
     with plot(path, 12, 3) as figure:
         if figure is None:
             return False

@@ -1,4 +1,4 @@
-"""What is in a source, at a glance: a sheet of images, their sizes and classes, and which are there twice."""
+"""Pictures of a source: a sheet of its images, their sizes and classes, and duplicates."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from ijepa_enhanced.visualize.plot import plot
 from ijepa_enhanced.visualize.views import save_png, sheet_of
 
 MOST = 10_000
-"""Images that are decoded; of a larger source these are chosen at random."""
-THUMBNAIL_SIDE = 128
-"""sqrt(height * width) of images on the sheet, and of those that are compared, in pixels."""
+"""Most images that are decoded. They are chosen at random from a larger source."""
+THUMBNAIL_SIZE = 128
+"""sqrt(height * width) of images on the sheet, and of images that are compared, in pixels."""
 SHOWN = 60
 PAIRS_SHOWN = 24
 NEAR = 10
-"""Bits of 128 by which the hashes of near duplicates differ at most."""
+"""Most bits, of 128, in which the hashes of near duplicates differ."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the pixels of a source say."""
+    """What decoding the images of a source has shown."""
 
     rows: list[int]
-    """Of the images that were decoded, in the order of the source."""
+    """Rows of the images that were decoded, in the order of the source."""
     modes: dict[str, int]
-    """How many of them are of each of Pillow's modes, the most frequent first."""
+    """How many of them have each of Pillow's modes, the most frequent first."""
     identical: list[tuple[int, int]]
-    """Rows of an image and of an earlier one of the same size and, at `THUMBNAIL_SIDE`, the same pixels."""
+    """Rows of an image and of an earlier one with the same size and, at `THUMBNAIL_SIZE`, the same pixels."""
     near: list[tuple[int, int]]
-    """Rows of an image and of the earlier one that it resembles, by `perceptual_hash`; none that is identical."""
+    """Rows of an image and of an earlier one that looks similar (`perceptual_hash`), identical ones left out."""
     unreadable: list[tuple[int, str]]
-    """Rows that cannot be decoded, and why."""
+    """Rows of images that cannot be decoded, and why."""
 
 
 def survey(source: Source, catalog: Catalog) -> Survey:
@@ -58,7 +58,7 @@ def survey(source: Source, catalog: Catalog) -> Survey:
         row = int(catalog.rows[position])
         try:
             image = source.open(row)
-            pixels = decode_whole(image, THUMBNAIL_SIDE)
+            pixels = decode_whole(image, THUMBNAIL_SIZE)
         except UnreadableImage as error:
             unreadable.append((row, str(error)))
             continue
@@ -74,26 +74,30 @@ def survey(source: Source, catalog: Catalog) -> Survey:
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """128 bits, uint64 [2], that scaling, compression and small changes of colour leave nearly alone.
+    """Return 128 bits, uint64 [2], that change little when an image is scaled, compressed or slightly recoloured.
 
-    They say of an 8 x 8 grid of grey levels which are brighter than their left and which than their upper neighbour:
-    the "difference hash" (Krawetz, "Kind of like that", 2013) in both directions.
+    For each cell of an 8 x 8 grid of grey levels they say whether it is brighter than its left neighbour, and whether
+    it is brighter than its upper one: the "difference hash" (Krawetz, "Kind of like that", 2013) in both directions.
     """
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 9), Image.Resampling.BOX))
     return np.packbits([grey[1:, 1:] > grey[1:, :-1], grey[1:, 1:] > grey[:-1, 1:]]).view(np.uint64)
 
 
 def class_sizes(catalog: Catalog) -> dict[str, int]:
-    """How many images each class has, the largest first; empty where there are no labels."""
+    """Return the number of images of each class, the largest first. Images without a label do not count."""
     if catalog.labels is None:
         return {}
-    numbers, counts = np.unique(catalog.labels, return_counts=True)
+    numbers, counts = np.unique(catalog.labels[catalog.labels >= 0], return_counts=True)
     names = map(catalog.class_name, numbers.tolist())
     return dict(sorted(zip(names, counts.tolist(), strict=True), key=lambda entry: -entry[1]))
 
 
 def draw_survey(source: Source, catalog: Catalog, seen: Survey, folder: Path) -> list[Path]:
-    """Write `images.png`, `duplicates.png` where there are any, and, with matplotlib, `sizes.png`; their paths."""
+    """Write `images.png`, `duplicates.png` if there are any, and `sizes.png` if matplotlib is installed.
+
+    Returns:
+        The paths of the pictures.
+    """
     shown = np.random.default_rng(0).permutation(seen.rows)[:SHOWN].tolist()
     pictures = [folder / "images.png"]
     save_png(sheet_of([_thumbnail(source, row) for row in shown]), pictures[0])
@@ -107,7 +111,7 @@ def draw_survey(source: Source, catalog: Catalog, seen: Survey, folder: Path) ->
 
 
 def _near(hashes: dict[int, NDArray[np.uint64]]) -> list[tuple[int, int]]:
-    """Rows of images, each with the earlier one of the nearest hash, if that is near enough."""
+    """Return rows of images, each with the earlier one whose hash is most similar, if that is similar enough."""
     rows, values = list(hashes), np.array(list(hashes.values()))
     pairs = []
     for place in range(1, len(rows)):
@@ -119,18 +123,20 @@ def _near(hashes: dict[int, NDArray[np.uint64]]) -> list[tuple[int, int]]:
 
 
 def _thumbnail(source: Source, row: int) -> NDArray[np.uint8]:
-    return decode_whole(source.open(row), THUMBNAIL_SIDE)
+    return decode_whole(source.open(row), THUMBNAIL_SIZE)
 
 
 def _side_by_side(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Two pictures on white, with nothing between them."""
+    """Join two pictures on white, without a gap."""
     height = max(len(left), len(right))
-    padded = [np.pad(side, ((0, height - len(side)), (0, 0), (0, 0)), constant_values=255) for side in (left, right)]
+    padded = [
+        np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0)), constant_values=255) for picture in (left, right)
+    ]
     return np.concatenate(padded, axis=1)
 
 
 def _draw_sizes(catalog: Catalog, path: Path) -> bool:
-    """Histograms of sides, aspect ratios and classes; False without matplotlib."""
+    """Draw histograms of resolutions and aspect ratios, and the sizes of classes; False if matplotlib is missing."""
     heights, widths = catalog.heights.astype(np.float64), catalog.widths.astype(np.float64)
     sizes = list(class_sizes(catalog).values())
     with plot(path, 12, 3) as figure:
@@ -138,7 +144,7 @@ def _draw_sizes(catalog: Catalog, path: Path) -> bool:
             return False
         panels = figure.subplots(1, 3 if sizes else 2)
         for axes, values, title in (
-            (panels[0], np.sqrt(heights * widths), "sqrt(height * width), pixels"),
+            (panels[0], np.sqrt(heights * widths), "resolution: sqrt(height * width), pixels"),
             (panels[1], widths / heights, "width / height"),
         ):
             low, high = values.min(), values.max()

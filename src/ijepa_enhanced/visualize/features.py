@@ -1,4 +1,4 @@
-"""Pictures of features: their principal components as colours, and how alike patches are."""
+"""Pictures of features: their principal components as colours, and how similar patches are."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,28 +11,28 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa_enhanced.data.decode import unpatchify
-from ijepa_enhanced.encoder import Encoder, ImageLike
+from ijepa_enhanced.encoder import Encoder, ImageLike, Resolution
 from ijepa_enhanced.visualize.views import MARGIN, enlarged, save_png, sheet_of
 
 SIDE = 280
 """sqrt(height * width) of each picture, in pixels."""
 COMPONENTS = 3
-"""One for each of red, green and blue."""
+"""Red, green and blue."""
 TAIL = 2.0
-"""Percent of patches at each end of a component that are drawn as its darkest or brightest."""
+"""Percent of patches at each end of a component that are drawn at the darkest or the brightest level."""
 RAMP = np.array([[0, 0, 20], [85, 15, 110], [185, 55, 85], [250, 140, 10], [252, 255, 165]])
-"""From the least alike to the patch itself: dark to bright, so that it reads in grey and for colour-blind eyes too."""
+"""Colours from the least similar patch to the chosen one: dark to bright, which colour-blind people can read too."""
 MARK = np.array([0, 255, 255], np.uint8)
-"""The outline of the chosen patch: cyan, which the ramp lacks."""
+"""Colour of the outline of the chosen patch: cyan, which is not in `RAMP`."""
 
 
 @torch.no_grad()
 def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
-    """The first three principal components of all patches together, as red, green and blue.
+    """Return the first three principal components of all patches together, as red, green and blue.
 
-    Equal colours mean similar features, in one image and between images. Each component runs from 0 to 255 between its
-    2nd and 98th percentile; one without variance is a medium grey. The largest loading of a component is positive, so
-    that equal features always get equal colours.
+    Similar colours mean similar features, within an image and between images. Each component runs from 0 to 255 between
+    its 2nd and 98th percentile; a component without variance is a medium grey. The sign of a component is chosen so
+    that its largest loading is positive, which makes the colours repeatable.
 
     Args:
         maps: N feature maps [rows, cols, D], of any mix of sizes; at least one.
@@ -56,7 +56,7 @@ def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
     for number in np.flatnonzero(variances > 1e-10 * tokens.square().sum()).tolist():
         score = (centred @ directions[:, number]).numpy()
         low, high = np.percentile(score, (TAIL, 100 - TAIL))
-        # A component that only a few patches have is flat between its percentiles, and is shown whole.
+        # A component that only a few patches have is constant between its percentiles: show its whole range.
         low, high = (low, high) if high > low else (score.min(), score.max())
         scores[:, number] = ((score - low) / (high - low)).clip(0, 1)
     ends = np.cumsum([features.shape[0] * features.shape[1] for features in maps])
@@ -65,14 +65,14 @@ def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
 
 
 def similarity_map(features: Tensor, row: int, col: int) -> Tensor:
-    """Cosine similarity of every patch to one of them: [rows, cols, D] to [rows, cols], float32.
+    """Return the cosine similarity of every patch to one of them: [rows, cols, D] -> float32 [rows, cols].
 
     Raises:
         ValueError: there is no such patch.
     """
     rows, cols = features.shape[:2]
     if not (0 <= row < rows and 0 <= col < cols):
-        raise ValueError(f"There is no patch in row {row}, column {col} of {rows} x {cols}; both count from 0.")
+        raise ValueError(f"There is no patch in row {row}, column {col} of {rows} x {cols} patches. Both count from 0.")
     directions = F.normalize(features.float(), dim=2)
     return directions @ directions[row, col]
 
@@ -82,22 +82,22 @@ def draw_features(
     images: Sequence[ImageLike],
     path: Path,
     patch: tuple[int, int] | None = None,
-    resolution: int | None = 224,
+    resolution: Resolution = None,
 ) -> list[tuple[int, int]]:
-    """Write a PNG with each image as the encoder sees it, and beside it its features.
+    """Write a PNG with each image as the encoder sees it, and its features to the right of it.
 
-    First their principal components over all images (`pca_maps`). Then, with a `patch`, how alike every patch is to
-    that one (`similarity_map`): from dark, the least alike of the image, to bright; the patch itself is outlined.
+    First come their principal components over all images (`pca_maps`). If a `patch` is chosen, then comes how similar
+    every patch is to it (`similarity_map`), from dark, the least similar in the image, to bright; it is outlined.
 
     Args:
         encoder: in evaluation mode.
         images: at least one.
-        path: of the PNG.
+        path: the PNG.
         patch: row and column, from 0, in the grid of every image.
-        resolution: sqrt(height * width) in pixels after resizing, aspect ratio kept; None is native size.
+        resolution: as for `Encoder.embed`; None is the trained one.
 
     Returns:
-        Rows and columns of each image's grid, which `patch` is counted in.
+        Rows and columns of each image's grid of patches.
 
     Raises:
         UnreadableImage: an image cannot be decoded.
@@ -126,7 +126,7 @@ def draw_features(
 
 
 def _ramp(similarity: Tensor) -> NDArray[np.uint8]:
-    """Similarities [rows, cols] as colours uint8 [rows, cols, 3], from the least of them to 1."""
+    """Return similarities [rows, cols] as colours uint8 [rows, cols, 3], from the lowest of them to 1."""
     values = similarity.cpu().numpy()
     low = float(values.min())
     places = (values - low) / max(1 - low, 1e-6) * (len(RAMP) - 1)

@@ -1,4 +1,4 @@
-"""Accuracy against speed, setting by setting."""
+"""Accuracy against speed at different resolutions and merge rates, as a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,14 @@ from ijepa_enhanced.evaluate.sweep import Point, choose, frontier
 from ijepa_enhanced.visualize.plot import plot
 
 SCORES = {"knn20": "kNN-20", "linear": "linear"}
+MARKS = "Numbers: merge rate.  Filled: no other setting is both more accurate and faster.  Ring: the setting to choose."
 
 
 def draw_frontier(points: Sequence[Point], path: Path) -> bool:
-    """Write a PNG of a sweep: a line for each side, its points named by their merge rates.
+    """Write a PNG of a sweep: a line for each resolution, with the merge rate beside each point.
 
-    The points that no other beats in accuracy and speed at once are filled and joined by a step line; a ring is around
-    the one to take (`choose`). False without matplotlib.
+    Points are filled, and joined by a grey step line, if no other point is both more accurate and faster. A ring marks
+    the setting to choose (`choose`). Returns False if matplotlib is missing.
     """
     with plot(path, 12, 4.5) as figure:
         if figure is None:
@@ -43,9 +44,10 @@ def draw_frontier(points: Sequence[Point], path: Path) -> bool:
                 fillstyle="none",
                 ms=13,
             )
-            axes.set(title=title, xlabel="images / s in the network", ylabel="top-1, %", xscale="log")
+            axes.set(title=title, xlabel="images per second in the network", ylabel="top-1 accuracy, %", xscale="log")
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("{x:g}")
             axes.tick_params(which="minor", labelsize=8)
             axes.legend(frameon=False)
+        figure.supxlabel(MARKS, fontsize=9, color="0.4")
     return True

@@ -1,4 +1,4 @@
-"""Pictures of token merging: which patches of an image have become one token, layer after layer."""
+"""Pictures of token merging: which patches of an image have become one token, after several layers."""
 
 import numpy as np
 import torch
@@ -6,39 +6,40 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ijepa_enhanced.data.decode import unpatchify
-from ijepa_enhanced.encoder import Encoder, ImageLike
+from ijepa_enhanced.encoder import Encoder, ImageLike, Resolution
 from ijepa_enhanced.models.vit import patches_to_tokens
 from ijepa_enhanced.visualize.views import enlarged, sheet_of
 
 DEPTHS = 3
-"""Stages shown, evenly over the layers; the last is the last layer's."""
+"""Layers shown, spread evenly; the last one is the last layer."""
 SIDE = 230
-"""sqrt(height * width) of each stage, in pixels."""
+"""sqrt(height * width) of each picture, in pixels."""
 CAPTION = 18
-"""Height of the line of text above it, in pixels."""
+"""Height of the line of text above a picture, in pixels."""
 
 
 @torch.inference_mode()
 def regions(
-    encoder: Encoder, image: ImageLike, resolution: int | None, merge_rate: float
+    encoder: Encoder, image: ImageLike, resolution: Resolution, merge_rate: float
 ) -> tuple[NDArray[np.uint8], list[NDArray[np.int64]]]:
-    """The pixels of an image that an encoder sees, and the token that each patch is in after each layer.
+    """Return the pixels of an image that an encoder sees, and which token holds each patch after each layer.
 
     Args:
         encoder, image, resolution: as for `Encoder.embed`.
         merge_rate: share of its tokens that each layer merges into others, above 0.
 
     Returns:
-        uint8 [rows * P, cols * P, 3], and for each layer [rows, cols]: tokens are numbered from 0, layer by layer anew.
+        The pixels uint8 [rows * P, cols * P, 3], and for each layer int64 [rows, cols]: the number of the token, from 0
+        in each layer.
 
     Raises:
         UnreadableImage: the image cannot be decoded.
-        ValueError: the merge rate is out of range, or 0.
+        ValueError: the merge rate is 0 or out of range.
     """
     (packed,) = encoder.packs([image], resolution)
     plan = encoder.merge_plan(packed.segments, merge_rate)
     if plan is None:
-        raise ValueError("At a merge rate of 0 there is nothing to see.")
+        raise ValueError("merge_rate must be above 0: at 0 no tokens merge, so there is nothing to draw.")
     device = encoder.device
     _, merges = encoder.network.tokens(encoder.normalize(packed.to(device)), plan.to(device))
     rows, cols = packed.grids[0].tolist()
@@ -47,11 +48,11 @@ def regions(
     return pixels, [stage.reshape(rows, cols) for stage in stages]
 
 
-def draw_merges(encoder: Encoder, image: ImageLike, resolution: int | None, merge_rate: float) -> Image.Image:
-    """An image as the encoder sees it, and beside it what its tokens stand for after several layers.
+def draw_merges(encoder: Encoder, image: ImageLike, resolution: Resolution, merge_rate: float) -> Image.Image:
+    """Return an image as the encoder sees it, and beside it the regions that its tokens cover after several layers.
 
-    Every token's patches have their mean colour and one outline, light around dark regions and dark around light ones.
-    Patches of a token need not touch. Arguments and errors are those of `regions`.
+    The patches of a token have their mean colour and one outline, white around dark regions and black around light
+    ones. Patches of a token need not touch. Arguments and errors are those of `regions`.
     """
     pixels, stages = regions(encoder, image, resolution, merge_rate)
     rows, cols = stages[0].shape
@@ -65,7 +66,7 @@ def draw_merges(encoder: Encoder, image: ImageLike, resolution: int | None, merg
 
 
 def _filled(pixels: NDArray[np.uint8], stage: NDArray[np.int64], cell: int) -> NDArray[np.uint8]:
-    """Regions [rows, cols] in their mean colours, outlined: uint8 [rows * cell, cols * cell, 3]."""
+    """Draw regions [rows, cols] in their mean colours, with outlines: uint8 [rows * cell, cols * cell, 3]."""
     rows, cols = stage.shape
     patches = pixels.reshape(rows, len(pixels) // rows, cols, -1, 3).mean(axis=(1, 3)).reshape(-1, 3)
     sums = np.stack([np.bincount(stage.ravel(), channel) for channel in patches.T], axis=1)

@@ -1,154 +1,20 @@
-"""One HTML file that needs nothing else: tables, charts and pictures, all inline."""
+"""One HTML file that needs nothing else: tables, pictures and charts, all inline."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
 from PIL import Image
 
-INKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's palette without its yellow, which white swallows; further lines are dashed."""
-
-WIDTH, HEIGHT = 280, 170
-"""Units across and down a chart, at about one a pixel; it grows and shrinks with its column."""
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 8, 28
-"""Room around a chart's frame."""
-MOST_POINTS = 400
-"""Points drawn of a line: more than its pixels."""
-DOTTED = 40
-"""Up to this many points each is a dot too, so that a lone or rare value shows."""
-TICKS = 5
-"""About as many numbers on each axis."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a chart."""
-
-    name: str
-    """Of what it belongs to: a run."""
-    number: int
-    """That one's place, which chooses the ink."""
-    points: Sequence[tuple[float, float]]
-    """Step and value, steps ascending; values that are not finite are left out."""
-
-
-def ink(number: int) -> tuple[str, str]:
-    """Colour and dashes of a line."""
-    return INKS[number % len(INKS)], "4 2" if number // len(INKS) % 2 else ""
-
-
-def key(number: int, name: str) -> str:
-    """A name with a sample of its ink."""
-    colour, dashes = ink(number)
-    dashed = " dashed" if dashes else ""
-    return f'<span class="key{dashed}" style="border-color: {colour}"></span>{escape(name)}'
-
-
-def chart(title: str, unit: str, lines: Sequence[Line], percent: bool = False, from_zero: bool = False) -> str:
-    """A line chart over steps. Where the page has scripts, the pointer shows the values.
-
-    Args:
-        title: what is drawn.
-        unit: of the values.
-        lines: at least one with a finite value.
-        percent: values are fractions of 1, shown in percent.
-        from_zero: the axis of values begins at 0, as it should where lengths are compared.
-    """
-    drawn = [(line, thinned([(step, value) for step, value in line.points if math.isfinite(value)])) for line in lines]
-    drawn = [(line, points) for line, points in drawn if points]
-    steps = [step for _, points in drawn for step, _ in points]
-    values = [value for _, points in drawn for _, value in points]
-    left, right = _widened(min(steps), max(steps))
-    low, high = _widened(min(0.0, *values) if from_zero else min(values), max(values))
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = LEFT + (step - left) / (right - left) * (WIDTH - LEFT - RIGHT)
-        return x, HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for tick, text in ticks(low, high, percent):
-        y = place(left, tick)[1]
-        parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 5}" y="{y + 3.5:.1f}">{text}</text>')
-    for tick, text in ticks(left, right, whole=True):
-        x = place(tick, low)[0]
-        parts.append(f'<text class="x" x="{x:.1f}" y="{HEIGHT - BOTTOM + 13}">{text}</text>')
-    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}">step</text>')
-    for line, points in drawn:
-        colour, dashes = ink(line.number)
-        places = [f"{x:.1f} {y:.1f}" for x, y in (place(*point) for point in points)]
-        path = f'<path class="line" stroke-dasharray="{dashes}" d="M{"L".join(places)}"/>'
-        dots = f'<path class="dots" d="M{"h0M".join(places)}h0"/>' if len(points) <= DOTTED else ""
-        parts.append(f'<g stroke="{colour}">{path}{dots}</g>')
-    data = {
-        "lines": [{"name": line.name, "colour": ink(line.number)[0], "points": points} for line, points in drawn],
-        "x": [left, right],
-        "y": [low, high],
-        "frame": [LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM],
-        "percent": percent,
-    }
-    unit = f" <small>{escape(unit)}</small>" if unit else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}{unit}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by step" '
-        f'data-chart="{escape(json.dumps(data))}">{"".join(parts)}</svg></figure>'
-    )
-
-
-def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` of the points, an even number: of each run of neighbours its lowest and its highest.
-
-    So no spike is lost, and what is shown was logged: nothing is averaged. The last point is always kept.
-    """
-    if len(points) <= most:
-        return list(points)
-    kept = []
-    runs = most // 2 - 1
-    for run in range(runs):
-        group = points[run * (len(points) - 1) // runs : (run + 1) * (len(points) - 1) // runs]
-        kept += sorted({min(group, key=lambda point: point[1]), max(group, key=lambda point: point[1])})
-    return [*kept, points[-1]]
-
-
-def ticks(low: float, high: float, percent: bool = False, whole: bool = False) -> list[tuple[float, str]]:
-    """Round numbers from `low` to `high` and how to write them: about `TICKS`, apart by a power of ten times 1, 2 or 5.
-
-    Large numbers are in thousands (k) or millions (M); `whole` ones are not divided.
-    """
-    rough = (high - low) / TICKS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.999 * rough)
-    step = max(step, 1.0) if whole else step
-    largest = max(abs(low), abs(high))
-    if percent:
-        scale, unit = 100.0, "%"
-    elif largest >= 1e4:
-        scale, unit = (1e-6, "M") if largest >= 1e7 else (1e-3, "k")
-    else:
-        scale, unit = 1.0, ""
-    digits = max(0, -math.floor(math.log10(step * scale) + 1e-9))
-    form = f"{{:.{digits}f}}" if largest >= 1e-4 else "{:g}"
-    values = [count * step for count in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return [(value, form.format(value * scale) + unit) for value in values]
-
-
-def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range with some length, for values that are all alike."""
-    if high > low:
-        return low, high
-    margin = abs(low) / 10 or 1.0
-    return low - margin, high + margin
+NOTHING = "\N{EN DASH}"
+"""Shown in a table for a value that is missing."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], marked: Collection[int] = ()) -> str:
-    """A table of plain text; the first column names the rows, and `marked` rows are emphasised."""
+    """Return a table of plain text. The first column names the rows; the rows numbered in `marked` are emphasised."""
     titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = []
     for place, (name, *cells) in enumerate(rows):
@@ -160,12 +26,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], marked: Collection
 
 
 def picture(image: Image.Image, alt: str, height: int | None = None, exact: bool = False) -> str:
-    """An image inline: as JPEG, or, where every pixel is to be kept, `exact`, as PNG and without smoothing.
+    """Return an image inline.
 
     Args:
         image: RGB.
         alt: what it shows, in words.
-        height: in pixels on the page; its own, if None.
+        height: on the page, in pixels; None: the height of the image.
+        exact: keep every pixel (PNG, not smoothed when enlarged) instead of compressing it (JPEG).
     """
     data = io.BytesIO()
     if exact:
@@ -183,22 +50,27 @@ def picture(image: Image.Image, alt: str, height: int | None = None, exact: bool
 
 
 def note(text: str) -> str:
-    """A paragraph of plain text that explains what is shown."""
+    """Return a paragraph of plain text that explains what is shown."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def anchor(title: str) -> str:
-    """A section's name in links."""
+    """Return the name of a section in links."""
     return title.lower().replace(" ", "-")
 
 
-def document(title: str, head: str, sections: dict[str, str]) -> str:
-    """The whole page.
+def compared(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table with a column for each of several names; a single name needs no heading."""
+    return table(["", *names] if len(names) > 1 else [""], rows)
+
+
+def document(title: str, head: str, sections: Mapping[str, str]) -> str:
+    """Return the whole page.
 
     Args:
         title: plain text.
         head: HTML above the menu.
-        sections: title and HTML of each; an empty one is left out.
+        sections: HTML of each by its title; empty ones are left out.
     """
     present = {name: html for name, html in sections.items() if html}
     menu = "".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name in present)
@@ -207,7 +79,7 @@ def document(title: str, head: str, sections: dict[str, str]) -> str:
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        # Nothing is ever fetched: not even a browser's own request for an icon.
+        # The page may fetch nothing. The empty icon stops the browser's own request for one.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
@@ -230,6 +102,7 @@ section { padding-top: 36px; }
 p { margin: 0 0 12px; max-width: 90ch; }
 .note, .sub, small { color: var(--soft); }
 .note { font-size: 14px; }
+.scroll + .note { margin-top: 10px; }
 .sub { margin: 0 0 16px; }
 small { font-size: inherit; font-weight: 400; }
 .badge { display: inline-block; vertical-align: 4px; margin-left: 10px; padding: 2px 10px; border-radius: 99px;
@@ -255,9 +128,9 @@ tr.marked td:first-of-type { font-weight: 700; color: var(--accent); }
 .groups > div { break-inside: avoid; padding-bottom: 12px; }
 .groups h3 { margin-top: 0; }
 .groups table { width: 100%; }
-.charts { display: flex; flex-wrap: wrap; gap: 18px 16px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: 18px 16px; }
 figure { margin: 0; }
-.chart { position: relative; flex: 1 1 216px; max-width: 285px; }
+.chart { position: relative; min-width: 0; }
 .chart figcaption { font-size: 14px; font-weight: 600; }
 .chart svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 10.5px; fill: var(--soft); }
@@ -285,7 +158,7 @@ img.exact { image-rendering: pixelated; }
 .near figure { min-width: 0; }
 .near .query { padding-right: 14px; margin-right: 6px; border-right: 2px solid var(--ink); }
 .near figcaption.same { color: #00654b; font-weight: 600; }
-@media (max-width: 640px) { main { padding: 20px 14px 48px; } .chart { max-width: none; flex-basis: 100%; }
+@media (max-width: 640px) { main { padding: 20px 14px 48px; }
   .near { flex-wrap: wrap; } }
 @media print { nav { display: none; } .legend { position: static; } }
 """

@@ -1,4 +1,4 @@
-"""Where plots begin and end."""
+"""Figures by matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def plot(path: Path, width: float, height: float) -> Iterator[Figure | None]:
-    """A figure, in inches, to draw on, which becomes the PNG `path`; None, and a word about it, without matplotlib."""
+    """Yield a figure to draw on, and write it to `path` as PNG; without matplotlib log that, and yield None.
+
+    `width` and `height` are in inches, of 100 pixels each.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

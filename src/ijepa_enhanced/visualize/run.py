@@ -1,4 +1,4 @@
-"""What the folder of a run holds, and what it lacks: a run that died early may have left little."""
+"""What the folder of a run holds, and what is missing from it: a run that failed early may have left little."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ijepa_enhanced.masks import MaskConfig
 
 @dataclass(frozen=True)
 class TrainedOn(LabelledSource):
-    """The images that a run was trained on, if they are still there."""
+    """The images that a run was trained on, and how."""
 
     plan: EpochPlan
-    """Of the first epoch."""
+    """The packs of the first epoch."""
     masks: MaskConfig
 
 
@@ -35,29 +35,33 @@ class Run:
     """What a run's folder holds."""
 
     name: str
+    """What the page calls it."""
     config: dict[str, Any]
     log: list[dict[str, Any]]
     progress: dict[str, Any]
-    """Of the newest checkpoint; empty where there is none."""
+    """progress.json of the newest checkpoint; empty if there is none."""
     evaluation: dict[str, dict[str, float]]
-    """Scores by subject, where an evaluation was saved."""
+    """Scores by subject, if an evaluation was saved."""
+    evaluated_with: dict[str, Any]
+    """The settings of that evaluation."""
     images: TrainedOn | None
     encoder: Encoder | None
+    """The last teacher."""
     missing: tuple[str, ...]
-    """A sentence for everything that is not there."""
+    """A sentence for everything that is missing."""
 
     def logged(self, key: str) -> list[tuple[int, float]]:
-        """Step and value of each line of the log that has a number under that key: some are logged rarely, or never."""
+        """Return step and value of the lines of the log that have a number under that key; not all lines do."""
         return [(line["step"], line[key]) for line in self.log if isinstance(line.get(key), int | float)]
 
     @property
     def steps(self) -> int:
-        """Steps done, as far as the log or the newest checkpoint tells."""
+        """Steps done, according to the log and the newest checkpoint."""
         return max(self.log[-1]["step"] if self.log else 0, self.progress.get("step", 0))
 
     @property
     def total(self) -> int | None:
-        """Steps of the whole run; None where it depends on images that are gone."""
+        """Steps of the whole run; None if they depend on images that are missing."""
         if self.config["steps"] is not None:
             return int(self.config["steps"])
         if self.images is None:
@@ -67,7 +71,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Time of the logged steps, from their rates: neither pauses nor looks of the watch count."""
+        """Training time of the logged steps, from their rates; pauses and the monitor's probes do not count."""
         tokens = self.config["data"]["tokens_per_pack"] * self.config["data"]["packs_per_step"]
         lines = [line for line in self.log if "tokens_per_second" in line]
         starts = [0, *(line["step"] for line in lines)]
@@ -78,43 +82,48 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """All that a run's folder tells, and a sentence about whatever it does not.
+    """Return what a run's folder holds, with a sentence about everything that is missing or cannot be read.
 
     Raises:
-        FileNotFoundError: it has no config.yaml.
+        FileNotFoundError: the folder has no config.yaml.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text())
     missing: list[str] = []
     log: list[dict[str, Any]] = []
     progress: dict[str, Any] = {}
-    evaluation: dict[str, dict[str, float]] = {}
+    evaluation: tuple[dict[str, dict[str, float]], dict[str, Any]] = {}, {}
     images = encoder = None
     with _noting(missing, "The log cannot be read"):
         log = _read_log(folder / "log.jsonl")
         if not log:
-            missing.append("There is no log: the run ended before its first line.")
+            missing.append("There is no log: the run ended before it wrote one.")
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     if checkpoints:
         with _noting(missing, f"The checkpoint {checkpoints[-1].name} cannot be read"):
             progress = dict(json.loads((checkpoints[-1] / "progress.json").read_text()))
     else:
-        missing.append("There is no checkpoint: the run ended before its first.")
+        missing.append("There is no checkpoint: the run ended before it saved one.")
     if (folder / "encoder").exists():
         with _noting(missing, "The encoder cannot be read"):
             encoder = Encoder.from_pretrained(folder)
     else:
-        missing.append("There is no encoder, so nothing it has learned is shown: it comes with the first checkpoint.")
-    with _noting(missing, "The images cannot be shown, nor what needs them"):
-        images = _find_images(config, progress.get("plan"))
+        missing.append(
+            "There is no encoder, which is saved with the first checkpoint: feature maps and neighbours are not shown."
+        )
+    if is_remote(config["data"]["source"]):
+        missing.append(f"The images are not shown, because they are remote: {config['data']['source']}.")
+    else:
+        with _noting(missing, "The images are not shown, because they cannot be opened"):
+            images = _find_images(config, progress.get("plan"))
     if (folder / "evaluation.json").exists():
         with _noting(missing, "The evaluation cannot be read"):
             evaluation = _read_evaluation(folder / "evaluation.json")
-    return Run(name, config, log, progress, evaluation, images, encoder, tuple(missing))
+    return Run(name, config, log, progress, *evaluation, images, encoder, tuple(missing))
 
 
 @contextmanager
 def _noting(missing: list[str], sentence: str) -> Iterator[None]:
-    """Add to `missing` what goes wrong inside: with files that are damaged, or written by another version."""
+    """Add to `missing` what goes wrong inside, with files that are damaged or of another version."""
     try:
         yield
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
@@ -122,24 +131,36 @@ def _noting(missing: list[str], sentence: str) -> Iterator[None]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of the log; one that was cut off in the middle, as only the last can be, is left out."""
+    """Return the lines of the log, without a last line that was cut off."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _read_evaluation(path: Path) -> dict[str, dict[str, float]]:
-    subjects = dict(json.loads(path.read_text())["scores"])
-    return {
-        subject: {name: float(value) for name, value in dict(scores).items()} for subject, scores in subjects.items()
+def _read_evaluation(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Return the scores by subject, and the settings that they were found with."""
+    content = dict(json.loads(path.read_text()))
+    scores = {
+        subject: {name: float(value) for name, value in dict(found).items()}
+        for subject, found in dict(content["scores"]).items()
     }
+    return scores, dict(content.get("settings", {}))
+
+
+def is_remote(source: str) -> bool:
+    """Return whether any part of a source lies on another machine, so that opening it might download it."""
+    return "://" in source and not Path(source).expanduser().exists()
 
 
 def _find_images(config: dict[str, Any], trained: str | None) -> TrainedOn:
-    """The images of a run; `trained` is the hash of its plan, where a checkpoint tells it."""
+    """Open the images of a run; `trained` is the hash of its plan, if a checkpoint has it.
+
+    Raises:
+        ValueError: the images, or how they are planned, have changed since.
+    """
     data = DataConfig(**config["data"])
     source = open_source(data.source)
     catalog = open_catalog(source)
     plan = Plan(catalog, data, config["encoder"]["patch_size"], config["seed"])
     if trained not in (None, plan.hash):
-        raise ValueError("they have changed since")
+        raise ValueError("they have changed since the training")
     return TrainedOn(source, catalog, plan.epoch(0), MaskConfig(**config["masks"]))

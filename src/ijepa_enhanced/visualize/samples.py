@@ -1,4 +1,4 @@
-"""What encoders make of some images, for a page: feature maps, and nearest neighbours."""
+"""The sections of a report that show what encoders learned: feature maps and nearest neighbours of some images."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.features import Features, extract
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
+from ijepa_enhanced.visualize.chart import key
 from ijepa_enhanced.visualize.features import pca_maps
-from ijepa_enhanced.visualize.page import key, note, picture
+from ijepa_enhanced.visualize.page import note, picture
 from ijepa_enhanced.visualize.run import Run
 
 SAMPLES = 8
 """Images whose features are shown."""
 GALLERY = 512
-"""Images among which neighbours are looked for: enough to be telling, and seconds to a minute of work on a CPU."""
+"""Images that are searched for neighbours: seconds to a minute of work on a CPU."""
 NEIGHBOURS = 8
-SAMPLE_SIDE, THUMBNAIL_SIDE = 150, 84
-"""sqrt(height * width) of pictures on the page, in its pixels."""
+SAMPLE_SIZE, THUMBNAIL_SIZE = 150, 84
+"""sqrt(height * width) of pictures on the page, in pixels of the page."""
 SHARPNESS = 1.5
-"""Pixels of a picture for each of the page's, along a side: screens show more than they say."""
+"""Pixels of a picture for each pixel of the page, along an edge: many screens have more pixels than they report."""
 
 Neighbours = dict[int, list[tuple[int, float]]]
-"""Rows of other images and their similarities, the nearest first, by the row of an image."""
+"""For the row of each image: the rows of other images and their similarities, the most similar first."""
 
 
 def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
-    """Title and HTML of what every encoder makes of the same images, those of the first run that still has them.
+    """Return title and HTML of both sections; none without an encoder or without images.
 
-    Nothing where there is no encoder or no image.
+    All encoders are shown the same images, those of the first run that still has them, each encoder at the resolution
+    that it was trained at.
     """
     trained = [(place, run, run.encoder) for place, run in enumerate(runs) if run.encoder is not None]
     images = next((run.images for run in runs if run.images is not None), None)
@@ -53,7 +55,7 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
     samples: dict[int, Image.Image] = {}
     for row in images.catalog.rows[chosen].tolist():
         with suppress(UnreadableImage):
-            samples[row] = _thumbnail(images.source, row, SAMPLE_SIDE)
+            samples[row] = _thumbnail(images.source, row, SAMPLE_SIZE)
         if len(samples) == SAMPLES:
             break
     device = best_device()
@@ -61,30 +63,28 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
     neighbours: list[Neighbours] = []
     try:
         for _, run, encoder in trained:
-            resolution, workers = run.config["data"]["max_resolution"], run.config["data"]["workers"]
-            features = extract(
-                encoder.to(device),
-                gallery,
-                InferenceConfig(resolution, autocast_dtype("auto", device), workers=workers),
-            )
+            encoder.to(device)
+            resolution, workers = encoder.preprocessing.resolution, run.config["data"]["workers"]
+            setting = InferenceConfig(resolution, autocast_dtype("auto", device), workers=workers)
+            features = extract(encoder, gallery, setting)
             neighbours.append(nearest(features, list(samples), NEIGHBOURS))
-            maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples], resolution)))
+            maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples])))
     except (UnreadableImage, ValueError) as error:
         return {"Feature maps": note(f"There are no feature maps and no neighbours: {error}")}
     keys = [key(place, run.name) if len(runs) > 1 else "" for place, run, _ in trained]
     return {
         "Feature maps": _feature_maps(images, samples, maps, keys),
-        "Nearest neighbours": _neighbours(images, neighbours, len(gallery.catalog.rows), keys),
+        "Nearest neighbours": _neighbours(images, neighbours, len(features.image_ids) - 1, keys),
     }
 
 
 def nearest(features: Features, rows: Sequence[int], count: int) -> Neighbours:
-    """Those of the images whose features have the highest cosine similarity with some of them, themselves left out.
+    """Return the images whose features have the highest cosine similarity with each of some images.
 
     Args:
-        features: of N images.
-        rows: of some of these in their source.
-        count: neighbours of each; N - 1 where that is less.
+        features: features of N images.
+        rows: some of their rows in the source.
+        count: neighbours of each image, at most N - 1; an image is not its own neighbour.
     """
     directions = F.normalize(features.values, dim=1)
     places = torch.searchsorted(features.image_ids, torch.tensor(rows))
@@ -103,68 +103,84 @@ def _feature_maps(
     maps: Sequence[list[NDArray[np.uint8]]],
     keys: Sequence[str],
 ) -> str:
-    """A figure for each sample: the image, and its map by each of the encoders."""
+    """Return a figure for each sample: the image, and its map by each of the encoders. `keys` are HTML."""
     figures = []
     for (row, thumbnail), *of_runs in zip(samples.items(), *maps, strict=True):
-        parts = [_shown(thumbnail, images.source.keys[row])]
+        name = _name(images, row)
+        parts = [_shown(thumbnail, name)]
         for colours in of_runs:
-            alt = f"its features, {colours.shape[0]} x {colours.shape[1]} patches"
+            alt = f"feature map of {name}, {colours.shape[0]} x {colours.shape[1]} patches"
             parts.append(picture(Image.fromarray(colours), alt, round(thumbnail.height / SHARPNESS), exact=True))
-        caption = escape(" · ".join(filter(None, [images.source.keys[row], _label(images, row)])))
+        caption = escape(" · ".join(filter(None, [name, _label(images, row)])))
         figures.append(f'<figure><div class="row">{"".join(parts)}</div><figcaption>{caption}</figcaption></figure>')
     text = (
-        "The first three principal components of the features of all patches of these images, as red, green and blue: "
-        "patches of one colour are alike to the encoder."
+        "Images, and what the teacher makes of their patches: the first three principal components of the features of "
+        "all patches shown here are red, green and blue. Similar colours mean similar features."
     )
-    order = f"From left to right: an image of {escape(images.source.name)}, {', '.join(keys)}."
-    return (
-        note(text)
-        + (f'<p class="note">{order}</p>' if any(keys) else "")
-        + f'<div class="pictures">{"".join(figures)}</div>'
-    )
+    several = ""
+    if any(keys):
+        order = f"From left to right: an image of {escape(images.source.name)}, {', '.join(keys)}."
+        several = f'<p class="note">{order} Colours compare between images, but not between runs.</p>'
+    return note(text) + several + f'<div class="pictures">{"".join(figures)}</div>'
 
 
-def _neighbours(images: LabelledSource, found: Sequence[Neighbours], among: int, keys: Sequence[str]) -> str:
-    """A line for each sample and encoder: the image, and those nearest to it."""
-    labels = images.source.labels
-    shown = functools.cache(lambda row: _shown(_thumbnail(images.source, row, THUMBNAIL_SIDE), images.source.keys[row]))
+def _neighbours(images: LabelledSource, found: Sequence[Neighbours], others: int, keys: Sequence[str]) -> str:
+    """Return a line for each sample and encoder: the image, and those nearest to it. `keys` are HTML."""
+    shown = functools.cache(lambda row: _shown(_thumbnail(images.source, row, THUMBNAIL_SIZE), _name(images, row)))
     lines = []
     for row in found[0]:
-        for name, of_run in zip(keys, found, strict=True):
-            caption = " ".join(filter(None, [name, escape(_label(images, row))]))
+        for run, of_run in zip(keys, found, strict=True):
+            caption = " ".join(filter(None, [run, escape(_label(images, row))]))
             figures = [f'<figure class="query">{shown(row)}<figcaption>{caption}</figcaption></figure>']
             for other, cosine in of_run[row]:
-                same = ' class="same"' if labels is not None and labels[other] == labels[row] else ""
+                same = ' class="same"' if _same_class(images, row, other) else ""
                 caption = escape(f"{_label(images, other)} {cosine:.2f}".strip())
                 figures.append(f"<figure>{shown(other)}<figcaption{same}>{caption}</figcaption></figure>")
             lines.append(f'<div class="near">{"".join(figures)}</div>')
-    text = f"Left an image, then those nearest to it of {among:,}, by the cosine of their features, which stands below."
+    text = (
+        f"On the left an image; beside it the images most similar to it among {others:,} others of the training "
+        "source. The number is the cosine similarity of their features."
+    )
     shares = ""
-    if labels is not None:
-        agreeing = [np.mean([labels[near] == labels[row] for row in rows for near, _ in rows[row]]) for rows in found]
-        listed = ", ".join(f"{share:.0%} {name}".strip() for share, name in zip(agreeing, keys, strict=True))
-        shares = f'<p class="note">Green: of the same class ({listed}).</p>'
+    if any(_label(images, row) for row in found[0]):
+        agreeing = [
+            np.mean([_same_class(images, row, near) for row in rows for near, _ in rows[row]]) for rows in found
+        ]
+        listed = ", ".join(f"{share:.0%} {run}".strip() for share, run in zip(agreeing, keys, strict=True))
+        shares = f'<p class="note">Green: the same class as the image on the left ({listed} of the neighbours).</p>'
     return note(text) + shares + "".join(lines)
 
 
-def _thumbnail(source: Source, row: int, resolution: int) -> Image.Image:
-    """An image of `resolution`, sqrt(height * width) in pixels of the page, at its own aspect ratio.
+def _name(images: LabelledSource, row: int) -> str:
+    return images.source.keys[row]
+
+
+def _label(images: LabelledSource, row: int) -> str:
+    """Return the name of an image's class, or its number; nothing for an image without a label."""
+    labels = images.source.labels
+    return "" if labels is None or labels[row] < 0 else images.catalog.class_name(int(labels[row]))
+
+
+def _same_class(images: LabelledSource, row: int, other: int) -> bool:
+    return bool(_label(images, row)) and _label(images, row) == _label(images, other)
+
+
+def _thumbnail(source: Source, row: int, size: int) -> Image.Image:
+    """Return an image with its aspect ratio kept.
+
+    Args:
+        source, row: the image.
+        size: sqrt(height * width) on the page, in pixels of the page.
 
     Raises:
-        UnreadableImage: it cannot be decoded.
+        UnreadableImage: the image cannot be decoded.
     """
     image = source.open(row)
     height, width = upright_size(image)
-    scale = SHARPNESS * resolution / math.sqrt(height * width)
-    size = np.maximum(1, np.rint([[height * scale, width * scale]])).astype(np.int64)
-    return Image.fromarray(decode_views(image, np.array([[0, 0, height, width]]), size)[0])
+    scale = SHARPNESS * size / math.sqrt(height * width)
+    pixels = np.maximum(1, np.rint([[height * scale, width * scale]])).astype(np.int64)
+    return Image.fromarray(decode_views(image, np.array([[0, 0, height, width]]), pixels)[0])
 
 
 def _shown(thumbnail: Image.Image, alt: str) -> str:
     return picture(thumbnail, alt, round(thumbnail.height / SHARPNESS))
-
-
-def _label(images: LabelledSource, row: int) -> str:
-    """The name of an image's class, or its number; empty where there are none."""
-    labels = images.source.labels
-    return "" if labels is None else images.catalog.class_name(int(labels[row]))

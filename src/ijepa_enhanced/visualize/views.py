@@ -1,4 +1,4 @@
-"""Pictures of a batch as the trainer sees it: the masks of its views, and how the pack is filled."""
+"""Pictures of a batch as it is trained on: the masks of its views, and the patches of the pack."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ COLOURS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 114, 178]],
     dtype=np.uint8,
 )
-"""Okabe and Ito's palette, told apart by colour-blind eyes too."""
+"""Okabe and Ito's palette, which colour-blind people can tell apart too."""
 
 SHEET_WIDTH = 1200
 """Pixels across a picture."""
@@ -33,10 +33,15 @@ HATCH = 6
 
 
 def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int, path: Path) -> None:
-    """Write a PNG of the first views: each as it is, and beside it what the student sees, with every target hatched.
+    """Write a PNG of the first views: each view, and beside it what the student sees, with every target hatched.
 
-    What is neither context nor target is white, so is a target where the context would have been. `masks` are those of
-    the views.
+    Everything that the student does not see is white.
+
+    Args:
+        batch: its masked views are drawn, at most `VIEWS_SHOWN`.
+        masks: the mask of each view.
+        patch_size: P.
+        path: the PNG.
     """
     bounds = batch.packed.segments.cu_seqlens.numpy()
     pictures = []
@@ -55,9 +60,9 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
 
 
 def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
-    """Write a PNG of the whole pack: its patches in the order of the stream, line after line, whole views last.
+    """Write a PNG of all patches of a pack in the order of the stream, line by line; unmasked views come last.
 
-    A frame in the colour of its view is around every patch; a view's first patch is marked by a bar.
+    Each patch has a frame in the colour of its view. A black bar marks the first patch of a view.
     """
     cell = max(6, min(16, patch_size))
     across = SHEET_WIDTH // (cell + 2)
@@ -79,19 +84,19 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
 
 
 def _area(tokens: NDArray[np.int64], rows: int, cols: int) -> NDArray[np.bool_]:
-    """Tokens of a view as bool [rows, cols]."""
+    """Return the places of tokens of a view as bool [rows, cols]."""
     inside = np.zeros(rows * cols, dtype=np.bool_)
     inside[tokens] = True
     return inside.reshape(rows, cols)
 
 
 def enlarged(cells: NDArray[_Scalar], cell: int) -> NDArray[_Scalar]:
-    """Each of [rows, columns, ...] as a square of `cell` pixels."""
+    """Enlarge each of [rows, columns, ...] to a square of `cell` pixels."""
     return cells.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
 def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, count: int) -> None:
-    """Hatch and outline a block in place; each of the `count` blocks has its own lines, so overlaps show all."""
+    """Hatch and outline a block in place. The lines of the `count` blocks differ, so overlaps show all of them."""
     height, width = inside.shape
     y, x = np.indices(inside.shape)
     direction = x + y if number % 2 else x - y
@@ -102,7 +107,7 @@ def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, co
 
 
 def sheet_of(pictures: list[NDArray[np.uint8]]) -> Image.Image:
-    """Pictures set like words in lines of at most `SHEET_WIDTH` pixels."""
+    """Arrange pictures like words, in lines of at most `SHEET_WIDTH` pixels."""
     places, left, top, line = [], MARGIN, MARGIN, 0
     for picture in pictures:
         height, width = picture.shape[:2]
@@ -120,7 +125,7 @@ def sheet_of(pictures: list[NDArray[np.uint8]]) -> Image.Image:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all, into a folder that is made where there is none."""
+    """Write a picture, whole or not at all; its folder is created if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")

@@ -1,4 +1,4 @@
-"""A study runs every arm with every seed, once, says what became of each, and starts nothing when a key is wrong."""
+"""A study runs every arm with every seed once, says what became of each run, and starts nothing if a flag is wrong."""
 
 import csv
 import dataclasses
@@ -15,22 +15,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from ijepa_enhanced import study
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.commands.study import configure
 from ijepa_enhanced.errors import RequestError
+from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.jepa import JEPA
-from ijepa_enhanced.study import (
-    PACE_STEPS,
-    Row,
-    StudyConfig,
-    load_study,
-    read_rows,
-    run_study,
-    seconds_per_step,
-    summary,
-    write_rows,
-)
+from ijepa_enhanced.study import run as study
+from ijepa_enhanced.study.compare import summary
+from ijepa_enhanced.study.config import StudyConfig
+from ijepa_enhanced.study.rows import read_rows
+from ijepa_enhanced.study.run import PACE_STEPS, run_study, seconds_per_step
 
 TINY = (
     "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 "
@@ -57,12 +51,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(photos: Path) -> StudyConfig:
     arms = {"jepa": "", "plain": "--objective.vicreg_weight 0"}
     common = f"{TINY} --data.source {photos}"
-    return StudyConfig(arms, str(photos), common, side=32, seeds=(0, 1))
+    return StudyConfig(arms, str(photos), common, resolution=32, seeds=(0, 1))
 
 
 def test_every_arm_is_run_with_every_seed_and_scored(plan: StudyConfig, tmp_path: Path) -> None:
     rows = run_study(plan, tmp_path / "out", configure)
-    assert [(row.arm, row.seed) for row in rows] == [("jepa", 0), ("plain", 0), ("jepa", 1), ("plain", 1)]
+    assert [(row.arm, row.seed) for row in rows] == [("jepa", 0), ("jepa", 1), ("plain", 0), ("plain", 1)]
     for row in rows:
         assert (row.outcome, row.steps) == ("finished", 4)
         assert None not in row
@@ -70,12 +64,43 @@ def test_every_arm_is_run_with_every_seed_and_scored(plan: StudyConfig, tmp_path
         assert row.fall >= 0
         config = yaml.safe_load((tmp_path / "out" / f"{row.arm}-{row.seed}" / "config.yaml").read_text())
         assert config["seed"] == row.seed
-        assert config["objective"]["stabilizer"] == (0.1 if row.arm == "jepa" else 0.0)
+        assert config["objective"]["vicreg_weight"] == (0.1 if row.arm == "jepa" else 0.0)
     # Arms of one seed and architecture start from the same weights.
-    assert rows[0].start_linear == rows[1].start_linear
+    assert rows[0].start_linear == rows[2].start_linear
     with (tmp_path / "out" / "study.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert [float(line["linear"]) for line in written] == [row.linear for row in rows]
+    with (tmp_path / "out" / "summary.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [line["verdict"] for line in written] == [line["verdict"] for line in summary(rows)]
+
+
+def test_the_arms_come_in_the_order_of_the_file(plan: StudyConfig, tmp_path: Path) -> None:
+    """The first one is what the others are compared with, whenever it was run."""
+    arms = {"a": "--steps 1", "b": "--steps 1"}
+    first = run_study(dataclasses.replace(plan, arms={"b": "--steps 1"}, seeds=(0,)), tmp_path / "out", configure)
+    both = run_study(dataclasses.replace(plan, arms=arms, seeds=(0,)), tmp_path / "out", configure)
+    assert [row.arm for row in both] == ["a", "b"]
+    assert both[1:] == first
+    turned = dataclasses.replace(plan, arms=dict(reversed(arms.items())), seeds=(0,))
+    assert [row.arm for row in run_study(turned, tmp_path / "out", configure)] == ["b", "a"]
+
+
+@pytest.mark.parametrize(("resolution", "shown"), [(None, 48), (40, 40), ("native", None)])
+def test_scores_are_at_the_resolution_that_the_study_says(
+    plan: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolution: int | str | None, shown: int | None
+) -> None:
+    """Without one it is the resolution that the encoder was trained at: 48 px."""
+    seen = []
+
+    def extracted(encoder: Any, images: Any, setting: Any, **options: Any) -> Any:
+        seen.append(setting.resolution)
+        return extract(encoder, images, setting, **options)
+
+    monkeypatch.setattr(study, "extract", extracted)
+    one = dataclasses.replace(plan, arms={"jepa": "--steps 1"}, seeds=(0,), resolution=resolution)
+    run_study(one, tmp_path / "out", configure)
+    assert set(seen) == {shown}
 
 
 def test_an_interrupted_study_goes_on_in_the_middle_of_its_run(
@@ -144,60 +169,6 @@ def test_a_trial_times_a_step(plan: StudyConfig) -> None:
     assert 0 < found < (time.perf_counter() - start) / (PACE_STEPS / 2)
 
 
-ROWS = [
-    Row("a", 0, "finished", 10, 1.0, 0.5, 0.6, 20.0, 0.25, 0.5, 0.5, 0.0),
-    Row("a", 1, "collapsed", 10, 1.0, 0.25, 0.2, 10.0, 0.25, 0.5, 0.5, 0.25),
-    Row("b", 0, "The loss is not finite.", 0, 1.0),
-]
-
-
-def test_a_summary_has_means_and_sample_deviations() -> None:
-    first, second = summary(ROWS)
-    assert (first["runs"], first["failed"], first["collapsed"], first["steps"]) == (2, 0, 1, 10)
-    assert first["knn20"] == 0.375
-    assert first["knn20_gain"] == 0.125
-    assert first["linear_gain"] == pytest.approx(-0.1)
-    # Of two values: their distance by the square root of 2.
-    assert first["knn20_spread"] == pytest.approx(0.25 / 2**0.5)
-    assert first["fall_spread"] == pytest.approx(0.25 / 2**0.5)
-    assert (second["runs"], second["failed"], second["knn20"], second["knn20_spread"]) == (1, 1, None, None)
-
-
-def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
-    assert read_rows(tmp_path / "study.csv") == []
-    write_rows(ROWS, tmp_path / "study.csv")
-    assert read_rows(tmp_path / "study.csv") == ROWS
-
-
-WRONG = {
-    "a misspelt key": ("arms: {a: ''}\nval: x\nseed: [1]", "unknown key 'seed'. Did you mean 'seeds'?"),
-    "no arms": ("val: x", "must hold arms, val and may hold common, train, side, seeds, seconds."),
-    "no val": ("arms: {a: ''}", "val is missing, the source that encoders are scored on."),
-    "seeds that are none": ("arms: {a: ''}\nval: x\nseeds: [a]", "seeds must be a list of whole numbers."),
-    "a seed below 0": ("arms: {a: ''}\nval: x\nseeds: [-1]", "seeds must be a list of whole numbers."),
-    "a side that is none": ("arms: {a: ''}\nval: x\nside: wide", "side cannot be 'wide'."),
-    "a side of 0": ("arms: {a: ''}\nval: x\nside: 0", "side must be above 0, not 0."),
-    "no time at all": ("arms: {a: ''}\nval: x\nseconds: -1.5", "seconds must be above 0, not -1.5."),
-    "a val that is none": ("arms: {a: ''}\nval:", "val cannot be None."),
-    "an arm that is no folder": (
-        "arms: {../a: ''}\nval: x",
-        "'../a' cannot be an arm's name, which is that of a folder too.",
-    ),
-    "no YAML": ("arms: {a", "is not valid YAML: while parsing a flow mapping"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_file_is_said_to_be(tmp_path: Path, name: str) -> None:
-    content, message = WRONG[name]
-    path = tmp_path / "study.yaml"
-    path.write_text(content)
-    with pytest.raises(RequestError) as error:
-        load_study(path)
-    assert str(error.value).startswith(str(path))
-    assert str(error.value).endswith(message)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -226,28 +197,33 @@ def test_another_study_is_not_taken_for_the_one_that_was_run(plan: StudyConfig, 
         assert read_rows(out / "study.csv") == rows
         return str(error.value)
 
-    assert refused(side=40) == (
-        f"{out} holds runs of a study with side = 32, so it cannot go on with 40. "
-        "Change it back, or name another --out."
+    assert refused(resolution=40) == (
+        f"{out} holds runs of a study with resolution = 32, so it cannot continue with 40. "
+        "Change it back, or choose another --out."
     )
     assert refused(train=str(photos)).startswith(f"{out} holds runs of a study with train = None,")
     for changes in ({"arms": {"jepa": "--optim.lr 0.5"}}, {"common": f"{plan.common} --optim.lr 0.5"}):
         assert refused(**changes).startswith(f"{out}/jepa-0 was started with optim.lr = ")
     more = run_study(dataclasses.replace(plan, arms={"other": "", "jepa": ""}), out, configure)
-    assert more[:1] == rows
-    assert [row.arm for row in more] == ["jepa", "other"]
+    assert more[1:] == rows
+    assert [row.arm for row in more] == ["other", "jepa"]
 
 
 def test_the_command_prints_a_table_and_writes_a_page(
-    plan: StudyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plan: StudyConfig, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(plan, seeds=[0]))))
     assert main(["study", str(file), "--out", str(tmp_path / "out"), "--json"]) == 0
     out = capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
     for arm in ("jepa", "plain"):
         assert arm in out
-        assert f"{arm}-0" in (tmp_path / "out" / "report.html").read_text()
+        assert f"{arm}-0" in page
+    section = page.partition('<section id="study">')[2].partition("</section>")[0]
+    assert f"Scored on {photos}, at 32 px; the probes learn from the training images of the first arm." in section
+    assert "one seed: not tested</td>" in section
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["arm"] for row in rows] == ["jepa", "plain"]
-    assert str(tmp_path / "out" / "study.csv") in out
+    for name in ("study.csv", "summary.csv", "report.html"):
+        assert str(tmp_path / "out" / name) in out.splitlines()

@@ -1,0 +1,1 @@
+"""Studies: several ways to train, compared at an equal budget over several seeds."""

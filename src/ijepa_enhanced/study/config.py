@@ -1,0 +1,96 @@
+"""What a study file says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ijepa_enhanced.errors import RequestError, did_you_mean
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study: which arms to train, and how to score them. An arm is one way to train."""
+
+    arms: dict[str, str]
+    """Flags of `ijepa train` for each arm, such as `--objective.vicreg_weight 0`, by the name of the arm. The others
+    are compared with the first one."""
+    val: str
+    """Source that encoders are scored on."""
+    common: str = ""
+    """Flags of `ijepa train` for all arms, such as `--config quickstart --steps 300`."""
+    train: str | None = None
+    """Source that the probes learn from. Null: the source of the first arm's training."""
+    resolution: int | Literal["native"] | None = None
+    """sqrt(height * width) in pixels that images are scored at, or `native` for their own size. Null: the resolution
+    that each encoder was trained at."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    seconds: float | None = None
+    """Training time of each run on this machine, in place of a number of steps: each run is timed first, and gets as
+    many steps as fit into this time."""
+
+
+KINDS: dict[str, Any] = {
+    "common": str,
+    "val": str,
+    "train": str | None,
+    "resolution": int | None,
+    "seconds": int | float | None,
+}
+"""Types of the values in a study file. `resolution` may also be `native`."""
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Return the study in a YAML file.
+
+    Raises:
+        RequestError: the file cannot be read, or a key or a value in it is wrong.
+    """
+    content = _read(path)
+    known = [field.name for field in dataclasses.fields(StudyConfig)]
+    if not isinstance(content, dict) or not content.get("arms") or not isinstance(content["arms"], dict):
+        raise RequestError(f"{path} must hold {', '.join(known[:2])} and may hold {', '.join(known[2:])}.")
+    for key in content:
+        if key not in known:
+            raise RequestError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
+    if "val" not in content:
+        raise RequestError(f"{path}: val is missing, the source that encoders are scored on.")
+    for key in KINDS.keys() & content.keys():
+        _check(path, key, content[key])
+    seeds = content.get("seeds", StudyConfig.seeds)
+    if not isinstance(seeds, Sequence) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise RequestError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds!r}.")
+    arms = {str(name): str(flags or "") for name, flags in content["arms"].items()}
+    for arm in arms:
+        if "/" in arm or arm.startswith("."):
+            raise RequestError(
+                f"{path}: an arm cannot be named '{arm}', because its runs are folders of that name: "
+                "leave out '/', and '.' at the beginning."
+            )
+    return StudyConfig(**content | {"arms": arms, "seeds": tuple(dict.fromkeys(seeds))})
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _check(path: Path, key: str, value: Any) -> None:
+    """Raise RequestError if a value is of the wrong type or out of its range."""
+    if key == "resolution" and value == NATIVE:
+        return
+    if not isinstance(value, KINDS[key]) or isinstance(value, bool):
+        raise RequestError(f"{path}: {key} cannot be {value!r}.")
+    if isinstance(value, int | float) and not value > 0:
+        raise RequestError(f"{path}: {key} must be above 0, not {value}.")

@@ -1,0 +1,80 @@
+"""What people read of a study: a table, and a verdict for each arm."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ijepa_enhanced.study.compare import summary
+from ijepa_enhanced.study.config import StudyConfig
+from ijepa_enhanced.study.rows import Row
+from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.visualize.page import NOTHING, note, table
+from ijepa_enhanced.visualize.report import write_report
+
+HEAD = ("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "fall")
+"""Columns of the table; the verdicts are long, so they are lines of their own on a terminal."""
+EXPLANATION = (
+    "Scores are in percent: mean ± standard deviation over the seeds.",
+    "Gain: how much higher the score is than that of the random start.",
+    "Fall: how far the monitor's kNN score ended below its best.",
+    "Verdict: kNN-20 and linear score compared with those of the first arm by Welch's t-test over the seeds, p-values "
+    "corrected for the number of tests (Holm). If no arm differs from the first one, the chance of any 'higher' or "
+    "'lower' is at most 5%.",
+)
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """Return a line of `summary` as the cells of a row of the table."""
+    problems = [f"{line[kind]} {kind}" for kind in ("failed", "collapsed") if line[kind]]
+    return [
+        line["arm"],
+        ", ".join([str(line["runs"]), *problems]),
+        f"{line['steps']:,}",
+        *(f"{_percent(line, name)} ({_percent(line, f'{name}_gain')})" for name in ("knn20", "linear")),
+        NOTHING if line["rankme"] is None else f"{line['rankme']:.1f}",
+        _percent(line, "fall"),
+    ]
+
+
+def _percent(line: dict[str, Any], name: str) -> str:
+    """Return a score as `12.3±0.4`, or without its spread if there is only one run."""
+    value, spread = line[name], line[f"{name}_spread"]
+    if value is None:
+        return NOTHING
+    return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
+
+
+def write_page(study: StudyConfig, rows: Sequence[Row], folder: Path) -> Path | None:
+    """Write `report.html`, the page of a study: its table, then its runs compared.
+
+    Args:
+        study: what was run.
+        rows: what became of it.
+        folder: where the runs are, and the page.
+
+    Returns:
+        The page, or None if no run has scores: then there is nothing to compare.
+    """
+    page = folder / "report.html"
+    scored = [folder / f"{row.arm}-{row.seed}" for row in rows if row.knn20 is not None]
+    if not scored:
+        return None
+    lines = [[*cells(line), line["verdict"]] for line in summary(rows)]
+    text = note(_scoring(study)) + table([*HEAD, "verdict"], lines) + note(" ".join(EXPLANATION))
+    write_report(scored, page, dataclasses.asdict(TrainConfig()), {"Study": text})
+    return page
+
+
+def _scoring(study: StudyConfig) -> str:
+    """Say how the runs of a study were scored."""
+    if study.resolution is None:
+        size = "at the resolution that each encoder was trained at"
+    elif isinstance(study.resolution, int):
+        size = f"at {study.resolution} px"
+    else:
+        size = "at their own size"
+    learned = "the training images of the first arm" if study.train is None else study.train
+    return f"Scored on {study.val}, {size}; the probes learn from {learned}."

@@ -1,0 +1,168 @@
+"""Run a study: every arm with every seed, at an equal budget, scored in the same way."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ijepa_enhanced.devices import autocast_dtype, best_device
+from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import NotFiniteError, RequestError, RunError
+from ijepa_enhanced.evaluate.features import extract
+from ijepa_enhanced.evaluate.labelled import labelled_pair
+from ijepa_enhanced.evaluate.protocol import score
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
+from ijepa_enhanced.files import replacing
+from ijepa_enhanced.study.compare import write_summary
+from ijepa_enhanced.study.config import NATIVE, StudyConfig, load_study
+from ijepa_enhanced.study.rows import Row, read_rows, write_rows
+from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.logging import read_log
+from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_config, random_start
+
+logger = logging.getLogger(__name__)
+
+PACE_STEPS = 20
+"""Steps that time an arm; the first half only warms up."""
+SCORING = ("val", "train", "resolution", "seconds")
+"""Settings that all rows of a study must share, and that the configuration of a run does not record."""
+
+
+def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]], TrainConfig]) -> list[Row]:
+    """Run what is not yet done of a study, and return all its rows, arm by arm.
+
+    All arms run with one seed before the next seed begins. Each run is in `folder/ARM-SEED`, and each row is added to
+    `folder/study.csv` at once. At the end `folder/summary.csv` has a line for each arm (see `summary`). A study that
+    was interrupted continues where it stopped.
+
+    Args:
+        study: what to run.
+        folder: created if it is missing.
+        configure: returns the configuration that flags of `ijepa train` ask for.
+
+    Raises:
+        RequestError: the flags of an arm are wrong, a source cannot be used for scoring, or `folder` holds runs of
+            another study. Nothing has been started.
+        RunError: no image of a source can be read.
+    """
+    configs = {arm: configure(_split(f"{study.common} {flags}")) for arm, flags in study.arms.items()}
+    train_source = study.train or next(iter(configs.values())).data.source
+    images = labelled_pair(train_source, study.val)
+    _check_same(study, configs, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "study.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(dataclasses.asdict(study), sort_keys=False))
+    # A run that failed before it had a folder costs nothing to repeat, and its flags may have changed.
+    rows = [row for row in read_rows(folder / "study.csv") if (folder / f"{row.arm}-{row.seed}").is_dir()]
+    done = {(row.arm, row.seed) for row in rows}
+    for seed, (arm, config) in itertools.product(study.seeds, configs.items()):
+        if (arm, seed) in done:
+            continue
+        logger.info("Study: %s, seed %d", arm, seed)
+        rows.append(_run(dataclasses.replace(config, seed=seed), study, folder / f"{arm}-{seed}", arm, images))
+        write_rows(rows, folder / "study.csv")
+    # In the order of the file, because the others are compared with the first arm; arms that it no longer has are last.
+    places = {arm: place for place, arm in enumerate(study.arms)}
+    rows.sort(key=lambda row: places.get(row.arm, len(places)))
+    write_rows(rows, folder / "study.csv")
+    write_summary(rows, folder / "summary.csv")
+    return rows
+
+
+def _split(flags: str) -> list[str]:
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise RequestError(f"{flags.strip()}: {error}.") from error
+
+
+def _check_same(study: StudyConfig, configs: dict[str, TrainConfig], folder: Path) -> None:
+    """Raise RequestError if `folder` holds runs that were trained or scored differently from what `study` asks for.
+
+    Further seeds and arms are no such difference.
+    """
+    if (folder / "study.yaml").is_file():
+        before = load_study(folder / "study.yaml")
+        for name in SCORING:
+            was, asked = getattr(before, name), getattr(study, name)
+            if was != asked:
+                raise RequestError(
+                    f"{folder} holds runs of a study with {name} = {was}, so it cannot continue with {asked}. "
+                    "Change it back, or choose another --out."
+                )
+    for (arm, config), seed in itertools.product(configs.items(), study.seeds):
+        run = folder / f"{arm}-{seed}"
+        if (run / "config.yaml").is_file():
+            saved = load_config(run)
+            steps = config.steps if study.seconds is None else saved.steps
+            check_resumable(saved, dataclasses.replace(config, seed=seed, steps=steps), run)
+            check_unchanged(run)
+
+
+def _run(config: TrainConfig, study: StudyConfig, folder: Path, arm: str, images: Sequence[LabelledSource]) -> Row:
+    """Train one run, or the rest of one, and score it; an error of the run becomes the outcome of its row."""
+    resume = (folder / "config.yaml").is_file()
+    start = time.perf_counter()
+    try:
+        if resume:
+            config = load_config(folder)
+        elif study.seconds is not None:
+            config = dataclasses.replace(config, steps=max(1, round(study.seconds / seconds_per_step(config))))
+            start = time.perf_counter()
+        outcome = train(config, folder, resume=resume)
+    except (RunError, ValueError) as error:
+        logger.warning("%s, seed %d: %s", arm, config.seed, error)
+        return Row(arm, config.seed, str(error).splitlines()[0], 0, time.perf_counter() - start)
+    if not outcome.finished:
+        raise KeyboardInterrupt  # the signal that stopped the run was sent to the study
+    seconds = time.perf_counter() - start
+    alarm = any(line.get("alarm") for line in read_log(folder))
+    row = Row(arm, config.seed, "collapsed" if alarm else "finished", outcome.steps, seconds)
+    try:
+        return row._replace(**_scores(folder, study.resolution, images))
+    except NotFiniteError as error:
+        return row._replace(outcome=str(error))
+
+
+def seconds_per_step(config: TrainConfig) -> float:
+    """Return the seconds that a step of a run takes on this machine, from a trial of `PACE_STEPS` unmonitored steps."""
+    half = PACE_STEPS // 2
+    monitor = dataclasses.replace(config.monitor, every=0)
+    trial = dataclasses.replace(config, steps=PACE_STEPS, log_every=half, monitor=monitor)
+    with tempfile.TemporaryDirectory() as folder:
+        if not train(trial, Path(folder, "run")).finished:
+            raise KeyboardInterrupt  # as in `_run`
+        last = read_log(Path(folder, "run"))[-1]
+    tokens = last["fill"] * config.data.tokens_per_pack * config.data.packs_per_step
+    return float(tokens / last["tokens_per_second"])
+
+
+def _scores(folder: Path, resolution: int | str | None, images: Sequence[LabelledSource]) -> dict[str, Any]:
+    """Return the scores of a run's row; `images` are those to learn from and those to score on."""
+    device = best_device()
+    encoder = Encoder.from_pretrained(folder).to(device)
+    trained = encoder.preprocessing.resolution
+    pixels = trained if resolution is None else None if resolution == NATIVE else int(resolution)
+    setting = InferenceConfig(pixels, autocast_dtype("auto", device))
+
+    def of(encoder: Encoder) -> dict[str, float]:
+        known, asked = (extract(encoder, part, setting, cache=True) for part in images)
+        return dict(score(known, asked))
+
+    found, start = of(encoder), of(random_start(encoder, folder))
+    logged = [line["knn"] for line in read_log(folder) if "knn" in line]
+    return {
+        **{name: found[name] for name in ("knn20", "linear", "rankme")},
+        **{f"start_{name}": start[name] for name in ("knn20", "linear")},
+        **({"best_knn": max(logged), "fall": max(logged) - logged[-1]} if logged else {}),
+    }
