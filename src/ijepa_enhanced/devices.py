@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 
 import torch
 
@@ -43,3 +44,9 @@ def say_too_old() -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """While entered, matrix products on `device` are in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def default_workers() -> int:
+    """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -6,12 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 from rich.table import Table
 
-from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import print_json, share_cores, train_config
+from ijepa_enhanced.commands.flags import parse
+from ijepa_enhanced.commands.options import StudyOptions
+from ijepa_enhanced.commands.setup import print_json, print_table, share_cores, train_config
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.study import load_study, run_study, summary
 from ijepa_enhanced.train.config import TrainConfig
@@ -20,14 +19,8 @@ from ijepa_enhanced.visualize.report import write_report
 NOTHING = "-"
 
 
-def add_options(command: ArgumentParser) -> None:
-    """The options of `ijepa study`."""
-    command.add_argument("file", type=str, help="YAML: arms, val and what else docs/study.md names")
-    command.add_argument("--out", type=str, required=True, metavar="DIR", help="folder for runs, table and page")
-
-
-def run(options: Namespace) -> int:
-    """Run a study, or the rest of one, print its table and compare its runs on a page; 1 where none was scored."""
+def run(options: StudyOptions) -> int:
+    """Run what is left of a study, print its table and write a page of its runs; return 1 if no run was scored."""
     study, folder = load_study(Path(options.file)), Path(options.out)
     rows = run_study(study, folder, configure)
     table = Table("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "fall")
@@ -43,9 +36,9 @@ def run(options: Namespace) -> int:
         )
     table.caption = (
         "Percent: mean ± standard deviation over the seeds. Gain: over the random start.\n"
-        "Fall: of the watch's kNN, from its best look to its last."
+        "Fall: how far the monitor's kNN ended below its best."
     )
-    Console().print(table)
+    print_table(table)
     print(folder / "study.csv")
     scored = [folder / f"{row.arm}-{row.seed}" for row in rows if row.knn20 is not None]
     if scored:
@@ -56,16 +49,14 @@ def run(options: Namespace) -> int:
 
 
 def configure(flags: list[str]) -> TrainConfig:
-    """The configuration that flags of `ijepa train` stand for.
+    """Return the configuration that flags of `ijepa train` ask for.
 
     Raises:
-        RequestError: a flag is wrong, or means a run and not a way to train.
+        RequestError: a flag is wrong, or is one that the study sets.
     """
-    from ijepa_enhanced.cli import parse
-
     for flag in flags:
         if flag.partition("=")[0] in ("--run", "--resume", "--seed", "--print_config", "--json"):
-            raise RequestError(f"A study sets {flag.partition('=')[0]} itself: leave it out of its arms.")
+            raise RequestError(f"A study sets {flag.partition('=')[0]} itself: leave it out of the arms.")
     _, options = parse(["train", *flags])
     config = train_config(options)
     share_cores(config.data.workers)
@@ -73,11 +64,8 @@ def configure(flags: list[str]) -> TrainConfig:
 
 
 def percent(line: dict[str, Any], name: str) -> str:
-    """`12.3±0.4`, without its spread where there is none."""
+    """Return a score as `12.3±0.4`, or without its spread if there is only one run."""
     value, spread = line[name], line[f"{name}_spread"]
     if value is None:
         return NOTHING
     return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
-
-
-COMMAND = Command("Compare ways to train, at an equal budget and over several seeds.", add_options, run)
