@@ -283,8 +283,10 @@ def sweep(work: Work, settings: list[Setting]) -> int:
     name, encoder = "trained", work.encoder
     if options.random_init:
         name, encoder = "random start", random_start(encoder, Path(options.run))
+    main, folder = config.ranks.main, Path(options.out or options.run)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before hours of scoring
     logger.info("Timing the network at %d settings", len(settings))
-    main = config.ranks.main
     costs = network_costs(encoder, [work.train.catalog, work.val.catalog], settings if main else [], config.dtype)
     found = []
     for resolution, rate in settings:
@@ -297,7 +299,7 @@ def sweep(work: Work, settings: list[Setting]) -> int:
     points = []
     for (resolution, rate), cost, scores in zip(settings, costs, found, strict=True):
         points.append(Point(resolution, rate, **{key: scores[key] for key in fields if key in scores}, **cost))
-    show_sweep(points, Path(options.out or options.run))
+    show_sweep(points, folder)
     print_json(options, dataclasses.asdict(choose(points)) | {"sweep": [dataclasses.asdict(point) for point in points]})
     return 0
 
@@ -324,7 +326,6 @@ def show_sweep(points: list[Point], folder: Path) -> None:
     )
     print_table(table)
     print(advice(points))
-    folder.mkdir(parents=True, exist_ok=True)
     write_points(points, folder / "sweep.csv")
     print(folder / "sweep.csv")
     if draw_frontier(points, folder / "sweep.png"):

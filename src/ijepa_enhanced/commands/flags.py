@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError."""
-        raise RequestError(f"{message[0].upper()}{message[1:]}.")
+        raise RequestError(f"{message[0].upper()}{message[1:]}. `{self.prog} --help` lists what it accepts.")
 
 
 def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parser:
@@ -162,6 +162,7 @@ def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parse
     width = min(shutil.get_terminal_size().columns, 120) - 2
     needed = [usage_of(option) for option in options if option.is_positional or option.default is MISSING]
     parser = Parser(
+        prog=path,
         usage=" ".join([path, *needed, "[OPTIONS]"]),
         description=f"{command.purpose}\n\nexample: {command.example}",
         argument_default=argparse.SUPPRESS,
