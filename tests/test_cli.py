@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import importlib
 import io
 import json
 import os
@@ -15,9 +14,8 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -33,8 +31,6 @@ from ijepa_enhanced.commands.options import (
     COMMANDS,
     INSPECT,
     PROTOCOLS,
-    THEMES_WITH_SOURCE,
-    BenchmarkOptions,
     Command,
     Group,
 )
@@ -667,17 +663,6 @@ print("loaded:", *sorted({{*{HEAVY!r}}} & {{*sys.modules}}))
 
 def test_protocols_are_those_that_are_written() -> None:
     assert (*FEATURE_PROTOCOLS, "attentive", "finetune", "dense") == PROTOCOLS
-
-
-def test_themes_are_the_modules_of_benchmarks() -> None:
-    """And those that read images are those whose `run` has a source."""
-    themes = get_args(get_type_hints(BenchmarkOptions)["theme"])
-    with_source = []
-    for theme in themes:
-        run = importlib.import_module(f"ijepa_enhanced.benchmarks.{theme}").run
-        if "source" in signature(run).parameters:
-            with_source.append(theme)
-    assert with_source == list(THEMES_WITH_SOURCE)
 
 
 def test_version() -> None:

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ijepa_enhanced.config import either
 from ijepa_enhanced.errors import RequestError, did_you_mean
 from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.train.config import TrainConfig
 
 PROTOCOLS = ("knn", "linear", "linear4", "lowshot", "attentive", "finetune", "dense")
 DEFAULT_PROTOCOLS = ("knn", "linear")
-THEMES_WITH_SOURCE = ("packing", "loader", "merging", "step", "embed")
 
 
 @dataclass(frozen=True)
@@ -302,15 +300,9 @@ class BenchmarkOptions(Common):
     )
     """packing, loader, attention, merging, step or embed."""
     source: str | None = option(None, metavar="SOURCE")
-    """Images to measure with (default: synthetic). The theme attention has no images."""
+    """Images to measure with (default: synthetic)."""
     csv: bool = option(False)
     """Write benchmarks/results/THEME_HARDWARE_DATE.csv too."""
-
-    def __post_init__(self) -> None:
-        if self.source is not None and self.theme not in THEMES_WITH_SOURCE:
-            raise RequestError(
-                f"--source has no effect on the theme {self.theme}. It serves {either(list(THEMES_WITH_SOURCE))}."
-            )
 
 
 INSPECT = {
