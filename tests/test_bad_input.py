@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -209,12 +210,22 @@ def label_out_of_range() -> None:
     labelled_shard("dark\nlight\n", [5])
 
 
-def spoilt_encoder() -> None:
-    """One weight that is not a number."""
-    encoder = Encoder.from_pretrained("run")
-    with torch.no_grad():
-        encoder.patch_embed.bias[0] = torch.nan
-    encoder.save_pretrained("run/encoder")
+def spoilt_encoder(value: float) -> Callable[[], None]:
+    """One weight of the encoder with that value."""
+
+    def spoil() -> None:
+        encoder = Encoder.from_pretrained("run")
+        with torch.no_grad():
+            encoder.network.patch_embed.weight[0, 0] = value
+        encoder.save_pretrained("run/encoder")
+
+    return spoil
+
+
+def older_encoder() -> None:
+    """An encoder folder as it was written before preprocessing was recorded."""
+    path = Path("run/encoder/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text())["architecture"]))
 
 
 def yaml(content: str) -> Callable[[], None]:
@@ -276,21 +287,34 @@ EMPTY, WORDS, BOMB, TRUNCATED = (
 )
 STARTED = "run was started with {}. Leave the flag out, or start a new run."
 EDITED = "run/config.yaml says {}. Change it back, or start a new run."
-OTHER_PLAN = "run was trained on other images or with another plan; start a new run instead."
+OTHER_PLAN = "run was trained on other images or with another plan. Start a new run instead."
 TRAIN = "train --data.source photos --run new"
 FEW = "photos has {} images, fewer than the 20 neighbours of knn20: all of them vote."
 SAME = "photos: the same images for training and validation, so scores say nothing of others."
 EVALUATE = "evaluate run --train photos --val photos --resolution 32 --workers 0"
 
+UNWRITABLE = "/proc/new"
+"""Not even root can create it: permissions would not stop tests that run as root."""
+
+
+def no_folder() -> str | None:
+    """Why it cannot be created; that depends on the user."""
+    try:
+        os.mkdir(UNWRITABLE)
+    except OSError as error:
+        return error.strerror
+    raise AssertionError(f"{UNWRITABLE} can be created")
+
+
 WRONG_REQUESTS = {
     # No such path, and an empty folder, for every command that reads images.
     "train nowhere": (nothing, "train --data.source nope --run new", NOWHERE),
-    "index nowhere": (nothing, "index nope", NOWHERE),
+    "scan nowhere": (nothing, "scan nope", NOWHERE),
     "inspect nowhere": (nothing, "inspect masks nope --out new", NOWHERE),
     "evaluate, train nowhere": (nothing, "evaluate run --train nope --val photos", NOWHERE),
     "evaluate, val nowhere": (nothing, "evaluate run --train photos --val nope", NOWHERE),
     "train on an empty folder": (empty_folder, "train --data.source images --run new", NO_IMAGES),
-    "index of an empty folder": (empty_folder, "index images", NO_IMAGES),
+    "scan an empty folder": (empty_folder, "scan images", NO_IMAGES),
     "an empty name": (
         nothing,
         "train --run new --data.source=",
@@ -332,7 +356,7 @@ WRONG_REQUESTS = {
     ),
     "a sweep by other protocols": (
         nothing,
-        "evaluate run --train photos --val photos --sweep side=32 --protocols attentive",
+        "evaluate run --train photos --val photos --sweep resolution=32 --protocols attentive",
         "--sweep scores by knn and linear: leave --protocols out.",
     ),
     "no label maps": (
@@ -360,21 +384,21 @@ WRONG_REQUESTS = {
         "data.tokens_per_pack (512) cannot hold the views of one image (2 of up to 513 tokens). "
         "Raise it, or lower data.max_view_tokens.",
     ),
-    "one view to agree": (
+    "one view to compare": (
         nothing,
         f"{TRAIN} --objective.contrastive_weight 1",
-        "objective.contrastive_weight compares views of one image: set data.masked_views to 2, or data.global_views or "
-        "data.local_views above 0.",
+        "objective.contrastive_weight > 0 needs two views of each image: set data.masked_views to 2, or "
+        "data.global_views or data.local_views above 0.",
     ),
-    "whole views for nothing": (
+    "global views for nothing": (
         nothing,
         f"{TRAIN} --data.global_views 1",
-        "data.global_views serve objective.contrastive_weight alone: set that above 0, or them to 0.",
+        "data.global_views only has an effect when objective.contrastive_weight > 0.",
     ),
     "local views for nothing": (
         nothing,
         f"{TRAIN} --data.local_views 2",
-        "data.local_views serve objective.contrastive_weight alone: set that above 0, or them to 0.",
+        "data.local_views only has an effect when objective.contrastive_weight > 0.",
     ),
     "a pack too small for any view": (
         nothing,
@@ -400,30 +424,35 @@ WRONG_REQUESTS = {
     ),
     "an option like no other": (
         nothing,
-        "index photos --zzz",
-        "Unknown option '--zzz'. Known: --help, --json, --debug.",
+        "scan photos --zzz",
+        "Unknown option '--zzz'. Known: --json, --debug, --help.",
     ),
     "a group": (
         yaml("lr: 1\n"),
         f"{TRAIN} --optim mine.yaml",
         "Unknown option '--optim'. It is a group: set what is in it, such as '--optim.lr'.",
     ),
-    "an argument too many": (nothing, f"{TRAIN} photos", "Unknown argument 'photos'."),
+    "an argument too many": (nothing, f"{TRAIN} photos photos", "Unknown argument 'photos'."),
+    "the images twice": (
+        nothing,
+        f"{TRAIN} photos",
+        "Name the images once: PHOTOS and --data.source are the same.",
+    ),
     "a pattern that the shell expanded": (
         nothing,
-        "index train-0.tar train-1.tar",
+        "scan train-0.tar train-1.tar",
         "Unknown argument 'train-1.tar'. Put a name with spaces, asterisks or braces in quotes.",
     ),
     "a mixture in several words": (
         nothing,
-        "index photos + photos",
+        "scan photos + photos",
         "Unknown argument '+'. Put a name with spaces, asterisks or braces in quotes.",
     ),
     "an unknown command": (nothing, "trian --run new", "No command 'trian'. Did you mean 'train'?"),
     "an option before the command": (
         nothing,
-        "--debug-me index photos",
-        "Options come after the command: train, evaluate, report, index, prepare, inspect, study, benchmark.",
+        "--debug-me scan photos",
+        "Options come after the command: train, evaluate, report, scan, prepare, inspect, study, benchmark.",
     ),
     "an unknown recipe": (
         nothing,
@@ -451,12 +480,16 @@ WRONG_REQUESTS = {
         "mine.yaml: unknown key 'masks.target'. Did you mean 'masks.targets'?",
     ),
     # Values.
-    "no whole number": (nothing, f"{TRAIN} --steps 2.5", "steps takes a whole number or null, not '2.5'."),
-    "no number": (nothing, f"{TRAIN} --optim.lr fast", "optim.lr takes a number, not 'fast'."),
-    "neither true nor false": (nothing, f"{TRAIN} --compile maybe", "compile takes true or false, not 'maybe'."),
-    "no such precision": (nothing, f"{TRAIN} --precision fp16", "precision takes auto, bf16 or fp32, not 'fp16'."),
-    "null": (nothing, f"{TRAIN} --seed null", "seed takes a whole number, not null."),
-    "no value": (nothing, f"{TRAIN} --seed", "--seed needs a value."),
+    "no whole number": (nothing, f"{TRAIN} --steps 2.5", "--steps must be a whole number or null, not '2.5'."),
+    "no number": (nothing, f"{TRAIN} --optim.lr fast", "--optim.lr must be a number, not 'fast'."),
+    "neither true nor false": (nothing, f"{TRAIN} --compile maybe", "--compile must be true or false, not 'maybe'."),
+    "no such precision": (nothing, f"{TRAIN} --precision fp16", "--precision must be auto, bf16 or fp32, not 'fp16'."),
+    "null": (nothing, f"{TRAIN} --seed null", "--seed must be a whole number, not 'null'."),
+    "no value": (
+        nothing,
+        f"{TRAIN} --seed",
+        "Argument --seed: expected one argument. `ijepa train --help` lists what it accepts.",
+    ),
     "a value for a flag": (nothing, f"{TRAIN} --json=1", "--json takes no value."),
     "too few steps": (nothing, f"{TRAIN} --steps 0", "steps must be at least 1, not 0."),
     "a negative rate": (nothing, f"{TRAIN} --optim.lr -1", "optim.lr must be above 0, not -1.0."),
@@ -470,7 +503,7 @@ WRONG_REQUESTS = {
         f"{TRAIN} --data.max_unreadable 2",
         "data.max_unreadable must lie between 0 and 1, not 2.0.",
     ),
-    "sides in the wrong order": (
+    "resolutions in the wrong order": (
         nothing,
         f"{TRAIN} --data.min_resolution 50",
         "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, not 50 and 48.",
@@ -478,32 +511,36 @@ WRONG_REQUESTS = {
     "no number in a file": (
         yaml("optim: {lr: fast}\n"),
         f"{TRAIN} --config mine.yaml",
-        "optim.lr takes a number, not 'fast'.",
+        "mine.yaml: optim.lr must be a number, not 'fast'.",
     ),
     "true for a number in a file": (
         yaml("steps: true\n"),
         f"{TRAIN} --config mine.yaml",
-        "steps takes a whole number or null, not true.",
+        "mine.yaml: steps must be a whole number or null, not true.",
     ),
     "a number for text in a file": (
         yaml("data: {source: 3}\n"),
         f"{TRAIN} --config mine.yaml",
-        "data.source takes text, not '3'.",
+        "mine.yaml: data.source must be text, not 3.",
     ),
     "null in a file": (
         yaml("optim:\n  lr:\n"),
         f"{TRAIN} --config mine.yaml",
-        "mine.yaml: optim.lr needs a value, not null.",
+        "mine.yaml: optim.lr must be a number, not null.",
     ),
     "out of range in a file": (
         yaml("optim: {lr: -1}\n"),
         f"{TRAIN} --config mine.yaml",
         "optim.lr must be above 0, not -1.0.",
     ),
-    "no side": (nothing, f"{EVALUATE} --resolution 0", "side must be at least 1, not 0."),
-    "side as a word": (nothing, f"{EVALUATE} --resolution big", "side takes a whole number or null, not 'big'."),
-    "a negative seed": (nothing, f"{EVALUATE} --seed -1", "seed must be at least 0, not -1."),
-    "negative workers": (nothing, f"{EVALUATE} --workers -1", "workers must be at least 0, not -1."),
+    "no resolution": (nothing, f"{EVALUATE} --resolution 0", "--resolution must be at least 1, not 0."),
+    "a resolution as a word": (
+        nothing,
+        f"{EVALUATE} --resolution big",
+        "--resolution must be a whole number or native, not 'big'.",
+    ),
+    "a negative seed": (nothing, f"{EVALUATE} --seed -1", "--seed must be at least 0, not -1."),
+    "negative workers": (nothing, f"{EVALUATE} --workers -1", "--workers must be at least 0, not -1."),
     "no such picture": (
         nothing,
         "inspect maks photos --out new",
@@ -519,7 +556,11 @@ WRONG_REQUESTS = {
         "inspect merges nope photos/dark/0.png --out new",
         "No encoder in nope: expected config.json and model.safetensors there or in its folder 'encoder'.",
     ),
-    "merges of no images": (nothing, "inspect merges run --out new", "Missing: images."),
+    "merges of no images": (
+        nothing,
+        "inspect merges run --out new",
+        "The following arguments are required: IMAGE. `ijepa inspect merges --help` lists what it accepts.",
+    ),
     "merges of an image that is not there": (
         nothing,
         "inspect merges run photos/dark/0.png nope.png --out new",
@@ -528,7 +569,7 @@ WRONG_REQUESTS = {
     "merges at rate 0": (
         nothing,
         "inspect merges run photos/dark/0.png --out new --merge-rate 0",
-        "At a merge rate of 0 nothing merges: ask for one up to 0.5.",
+        "--merge-rate 0 merges nothing: choose a rate above 0, up to 0.5.",
     ),
     "an option of another picture": (
         nothing,
@@ -538,57 +579,119 @@ WRONG_REQUESTS = {
     "a merge rate too high": (
         nothing,
         f"{EVALUATE} --merge-rate 0.7",
-        "merge_rate must lie between 0 and 0.5, not 0.7.",
+        "--merge-rate must lie between 0 and 0.5, not 0.7.",
     ),
     "a negative merge rate": (
         nothing,
         "inspect merges run photos/dark/0.png --out new --merge-rate -0.1",
-        "merge_rate must lie between 0 and 0.5, not -0.1.",
+        "--merge-rate must lie between 0 and 0.5, not -0.1.",
     ),
     "a student's merge rate too high": (
         nothing,
         f"{TRAIN} --merging.student_rate 0.6",
         "merging.student_rate must lie between 0 and 0.5, not 0.6.",
     ),
-    "a sweep of nothing": (nothing, f"{EVALUATE} --sweep", "--sweep needs a value."),
+    "a sweep of nothing": (
+        nothing,
+        f"{EVALUATE} --sweep",
+        "Argument --sweep: expected at least one argument. `ijepa evaluate --help` lists what it accepts.",
+    ),
     "a sweep of something else": (
         nothing,
-        f"{EVALUATE} --sweep side=32 rate=0.1",
-        "--sweep takes side=... and merge_rate=..., not 'rate=0.1'.",
+        f"{EVALUATE} --sweep resolution=32 rate=0.1",
+        "--sweep accepts resolution=... and merge_rate=..., not 'rate=0.1'.",
     ),
     "a sweep of no numbers": (
         nothing,
-        f"{EVALUATE} --sweep side=32,big",
-        "--sweep takes numbers with commas between them, not 'side=32,big'.",
+        f"{EVALUATE} --sweep resolution=32,big",
+        "--sweep accepts numbers with commas between them, not 'resolution=32,big'.",
     ),
     "a sweep beyond what can be": (
         nothing,
         f"{EVALUATE} --sweep merge_rate=0,0.6",
-        "merge_rate must lie between 0 and 0.5, not 0.6.",
+        "--merge-rate must lie between 0 and 0.5, not 0.6.",
     ),
-    "a sweep beyond what is": (nothing, f"{EVALUATE} --sweep side=32,0", "side must be at least 1, not 0."),
+    "a sweep beyond what is": (
+        nothing,
+        f"{EVALUATE} --sweep resolution=32,0",
+        "--sweep resolution=... must be at least 1, not 0.",
+    ),
     "a sweep of more than one encoder": (
         nothing,
-        f"{EVALUATE} --sweep side=32 --baselines",
+        f"{EVALUATE} --sweep resolution=32 --baselines",
         "--sweep scores one encoder: leave --baselines out.",
     ),
-    "nothing to evaluate on": (nothing, "evaluate run --train photos", "Missing: --val."),
-    "nothing to index": (nothing, "index", "Missing: source."),
+    "nothing to evaluate on": (
+        nothing,
+        "evaluate run",
+        "No images to score on: give --data SOURCE, or --train SOURCE and --val SOURCE.",
+    ),
+    "--train without --val": (
+        nothing,
+        "evaluate run --train photos",
+        "--train needs --val too. Or give --data SOURCE, which is split into both.",
+    ),
+    "--val without --train": (
+        nothing,
+        "evaluate run --val photos",
+        "--val needs --train too. Or give --data SOURCE, which is split into both.",
+    ),
+    "--data and --val": (
+        nothing,
+        "evaluate run --data photos --val photos",
+        "Give --data, or --train and --val: --data is split into both.",
+    ),
+    "label maps to split": (
+        nothing,
+        "evaluate run --data photos --protocols dense",
+        "--data cannot split label maps: give --train and --val to the protocol dense.",
+    ),
+    "an encoder of an older version": (
+        older_encoder,
+        EVALUATE,
+        "run/encoder was written by another version of ijepa_enhanced, which did not record its preprocessing. "
+        "Train it again, or write config.json in the form that docs/decisions.md gives.",
+    ),
+    "a source for a theme without images": (
+        nothing,
+        "benchmark attention --source photos",
+        "ijepa benchmark attention reads no images: leave --source out.",
+    ),
+    "no such theme": (
+        nothing,
+        "benchmark speed",
+        "THEME must be packing, loader, attention, merging, step or embed, not 'speed'.",
+    ),
+    "nowhere to prepare to": (
+        nothing,
+        "prepare photos",
+        "OUT is missing: name the folder for the shards after the source.",
+    ),
+    "a quality beyond what can be": (
+        nothing,
+        "prepare photos new --quality 101",
+        "--quality must be at most 100, not 101.",
+    ),
+    "nothing to scan": (
+        nothing,
+        "scan",
+        "The following arguments are required: SOURCE. `ijepa scan --help` lists what it accepts.",
+    ),
     # Runs that are there already, and runs that are not what they were.
     "a run that exists": (
         nothing,
         "train --data.source photos --run run",
-        "run already exists. Go on with it by --resume run, or name another --run.",
+        "run already exists. Continue it with --resume run, or name another --run.",
     ),
     "a file in the run's place": (
         nothing,
         "train --data.source photos --run run/log.jsonl",
-        "run/log.jsonl already exists. Go on with it by --resume run/log.jsonl, or name another --run.",
+        "run/log.jsonl already exists. Continue it with --resume run/log.jsonl, or name another --run.",
     ),
     "resume into another run": (
         nothing,
         "train --resume run --run new",
-        "--resume goes on in the run's own folder: leave --run out.",
+        "--resume continues in the run's own folder: leave --run out.",
     ),
     "resume with another architecture": (
         nothing,
@@ -644,9 +747,9 @@ def test_a_wrong_request_is_refused(prepare: Callable[[], None], command: str, m
 
 BEGUN = {"new/", "new/config.yaml", "new/log.jsonl"}
 """What is there of a run from its first step on: enough to resume it."""
-DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete it to go on from {}."
+DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete it to resume from {}."
 
-TAKE_AWAY = "Take them away, or raise data.max_unreadable."
+TAKE_AWAY = "Remove them, or raise data.max_unreadable."
 
 FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "too many unreadable headers": (
@@ -669,7 +772,6 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         cut_shard,
         "train --data.source images.tar --run new",
         [
-            CUT,
             "ijepa: 1 of 8 images cannot be read, more than data.max_unreadable (1.00%) allows:",
             f"  {CUT_IMAGE}",
             TAKE_AWAY,
@@ -688,9 +790,15 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         ["ijepa: None of the 10 images of photos can be decoded."],
         set(),
     ),
+    "weights that are not finite": (
+        spoilt_encoder(math.nan),
+        EVALUATE,
+        ["ijepa: The weights patch_embed.weight in run/encoder are not finite: this encoder cannot be used."],
+        set(),
+    ),
     **{
         f"features that are not finite, {protocol}": (
-            spoilt_encoder,
+            spoilt_encoder(3e38),  # times a pixel, it is beyond float32
             f"{EVALUATE} --protocols {protocol}",
             ["ijepa: The features of dark/0.png of photos are not finite: this encoder cannot be used."],
             set(),
@@ -718,9 +826,23 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "a loss that is not finite": (
         nothing,
         f"{TRAIN} --optim.lr 1e30",
-        ["ijepa: The loss is not finite at step 2: lower optim.lr or raise optim.warmup."],
+        ["ijepa: The loss is not finite at step 2. Lower optim.lr or raise optim.warmup."],
         BEGUN,
     ),
+    **{
+        f"a folder that cannot be written to, {name}": (
+            nothing,
+            command,
+            [f"ijepa: {UNWRITABLE}: {no_folder()}."],
+            set(),
+        )
+        for name, command in {
+            "train": f"train --data.source photos --run {UNWRITABLE}",
+            "inspect": f"inspect masks photos --out {UNWRITABLE}",
+            "sweep": f"{EVALUATE} --sweep merge_rate=0 --out {UNWRITABLE}",
+            "prepare": f"prepare photos {UNWRITABLE} --workers 0",
+        }.items()
+    },
     "a run below a file": (
         nothing,
         "train --data.source photos --run photos/dark/0.png/new",
@@ -746,7 +868,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         set(),
     ),
     "a checkpoint cut short": (
-        damaged_checkpoint("*.distcp", 1000),
+        damaged_checkpoint("*.safetensors", 1000),
         "train --resume run",
         [DAMAGED.format("EOFError", "run/checkpoints/step-00000002")],
         set(),
@@ -799,7 +921,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         many_damaged_headers,
         f"{EVALUATE} --json",
         [f"Left out of photos: dark/x{number:02}.png: empty file" for number in range(20)]
-        + ["Left out of photos: 5 more, which `ijepa index` lists.", "Scoring: trained", FEW.format(10), SAME],
+        + ["Left out of photos: 5 more, which `ijepa scan` lists.", "Scoring: trained", FEW.format(10), SAME],
         {},
     ),
     "evaluate what a cut shard holds": (
@@ -814,14 +936,14 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         LEFT_OUT,
         {},
     ),
-    "index what is readable": (
+    "scan what is readable": (
         damaged_headers_and_body,
-        "index photos --json",
+        "scan photos --json",
         [],
         {"images": 7, "unreadable": 3, "labels": 2},
     ),
-    "index a cut shard": (cut_shard, "index images.tar --json", [CUT], {"images": 7, "unreadable": 1, "labels": 2}),
-    "index nothing readable": (no_headers, "index photos --json", [], {"images": 0, "unreadable": 10, "labels": 0}),
+    "scan a cut shard": (cut_shard, "scan images.tar --json", [CUT], {"images": 7, "unreadable": 1, "labels": 2}),
+    "scan nothing readable": (no_headers, "scan photos --json", [], {"images": 0, "unreadable": 10, "labels": 0}),
     "enlarge what is smaller than a patch": (
         smaller_than_a_patch,
         f"{TRAIN} --json",
@@ -831,13 +953,25 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     "leave out what is smaller than a patch": (
         smaller_than_a_patch,
         f"{TRAIN} --data.min_resolution null --data.max_resolution null --json",
-        ["Too small to train on, with views of fewer than 4 patches: 3 images."],
+        ["3 images are too small to train on: a view has fewer than 4 patches."],
         {"images_seen": 4 * 10},
     ),
     "evaluate what is smaller than a patch": (
         smaller_than_a_patch,
-        f"{EVALUATE} --resolution null --json",
+        f"{EVALUATE} --resolution native --json",
         ["Scoring: trained", FEW.format(13), SAME],
+        {},
+    ),
+    "evaluate far from the trained resolution": (
+        nothing,
+        f"{EVALUATE} --resolution 480 --json",
+        [
+            "The encoder was trained at a resolution of 48 px and is used at 480 px, where its features are worse. "
+            "Leave the resolution out to use the trained one.",
+            "Scoring: trained",
+            FEW.format(10),
+            SAME,
+        ],
         {},
     ),
     "train on 1 x 4000 px": (only_long, f"{TRAIN} --json", [], {"images_seen": 4 * 2}),
@@ -858,19 +992,19 @@ def test_bad_images_among_good_ones_are_reported_and_left_out(
 
 
 def test_a_line_of_pixels_has_as_many_patches_as_any_image(place: Path) -> None:
-    """14 x 14 at a side of 112 px; were each axis rounded for itself, 1 x 4000 px would have 885."""
+    """14 x 14 at a resolution of 112 px; were each axis rounded for itself, 1 x 4000 px would have 885."""
     only_long()
-    sides = (
+    resolution = (
         "--data.min_resolution 112 --data.max_resolution 112 --data.max_view_tokens 1000 --data.tokens_per_pack 2000"
     )
-    assert ijepa(f"{TRAIN} {sides}") == (0, ["new", "new/masks.png", "new/curves.png", "new/report.html"], [])
+    assert ijepa(f"{TRAIN} {resolution}") == (0, ["new", "new/masks.png", "new/curves.png", "new/report.html"], [])
     for line in Path("new/log.jsonl").read_text().splitlines():
         assert json.loads(line)["fill"] == 2 * 196 / 2000
 
 
-def test_the_index_lists_what_it_cannot_read(place: Path) -> None:
+def test_scan_lists_what_it_cannot_read(place: Path) -> None:
     damaged_headers()
-    assert ijepa("index photos").out[-3:] == [f"  unreadable  {reason}" for reason in (EMPTY, WORDS, BOMB)]
+    assert ijepa("scan photos").out[-3:] == [f"  unreadable  {reason}" for reason in (EMPTY, WORDS, BOMB)]
 
 
 def test_a_run_counts_what_it_leaves_out(place: Path) -> None:
@@ -901,9 +1035,9 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(
     for checkpoint in checkpoints.iterdir():
         if checkpoint.name not in saved:
             shutil.rmtree(checkpoint)
-    anew = [] if saved else ["run has no checkpoint yet: it begins anew."]
+    without = [] if saved else ["run has no checkpoint yet: it starts from the first step."]
     with disk_of(100_000):
-        assert ijepa("train --resume run") == (1, [], [*anew, f"ijepa: {message}"])
+        assert ijepa("train --resume run") == (1, [], [*without, f"ijepa: {message}"])
     assert [path.name for path in checkpoints.iterdir()] == saved
     assert ijepa("train --resume run").code == 0
     assert [json.loads(line)["step"] for line in Path("run/log.jsonl").read_text().splitlines()] == [2, 4]

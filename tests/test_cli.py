@@ -2,16 +2,18 @@
 
 import contextlib
 import csv
-import dataclasses
 import errno
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +22,30 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
 from ijepa_enhanced import cli
-from ijepa_enhanced.commands import index, inspect
-from ijepa_enhanced.commands.setup import share_cores
+from ijepa_enhanced.commands.flags import parse
+from ijepa_enhanced.commands.options import (
+    COMMANDS,
+    INSPECT,
+    PROTOCOLS,
+    Command,
+    Group,
+)
+from ijepa_enhanced.commands.setup import counting_bars, print_table, share_cores
 from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import (
+    EncoderError,
+    NotFiniteError,
+    RankError,
+    RequestError,
+    RunError,
+    SourceError,
+    UserError,
+)
+from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS
 from ijepa_enhanced.train.logging import SummaryWriter
 from ijepa_enhanced.train.saved import load_config
 from ijepa_enhanced.visualize.merges import draw_merges
@@ -126,7 +147,7 @@ def test_training_prints_where_its_results_are(run: Run, pictures: Path) -> None
 
 
 def test_json_is_only_printed_when_asked_for(pictures: Path) -> None:
-    plain, for_programs = ijepa("index", pictures), ijepa("index", pictures, "--json")
+    plain, for_programs = ijepa("scan", pictures), ijepa("scan", pictures, "--json")
     assert for_programs.out[:-1] == plain.out
 
 
@@ -242,7 +263,7 @@ def test_the_dense_probe_takes_images_and_label_maps(run: Run, tmp_path: Path) -
     assert answer.json["dense_miou"] > 0.9
 
 
-SWEEP = ["--sweep", "side=24,40", "merge_rate=0,0.5"]
+SWEEP = ["--sweep", "resolution=24,40", "merge_rate=0,0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +276,13 @@ def test_a_sweep_scores_every_combination(run: Run, pictures: Path, swept: tuple
     _, answer = swept
     assert answer.code == 0, answer.err
     points = answer.json["sweep"]
-    assert [(point["side"], point["merge_rate"]) for point in points] == [(24, 0.0), (24, 0.5), (40, 0.0), (40, 0.5)]
-    scoring = [f"Scoring: trained, side {side}, merge rate {rate}" for side in (24, 40) for rate in ("0", "0.5")]
+    assert [(point["resolution"], point["merge_rate"]) for point in points] == [
+        (24, 0.0),
+        (24, 0.5),
+        (40, 0.0),
+        (40, 0.5),
+    ]
+    scoring = [f"Scoring: trained, resolution {px}, merge rate {rate}" for px in (24, 40) for rate in ("0", "0.5")]
     timing = "Timing the network at 4 settings"
     assert answer.err == [SAME.format(pictures), timing, scoring[0], FEW.format(pictures), *scoring[1:]]
     single = scores(evaluate(run.folder, pictures, pictures, "--merge-rate", "0.5"))
@@ -272,9 +298,9 @@ def test_a_sweep_says_what_to_take_and_where_its_results_are(swept: tuple[Path, 
     assert answer.out[-3:-1] == [str(folder / "sweep.csv"), str(folder / "sweep.png")]
     (chosen,) = [line for line in answer.out if "<-" in line and line.startswith("│")]
     cells = chosen.split("│")
-    taken = f"Take side {answer.json['side']}, merge rate {answer.json['merge_rate']:g}:"
+    taken = f"Take resolution {answer.json['resolution']}, merge rate {answer.json['merge_rate']:g}:"
     assert answer.out[-4].startswith(taken)
-    assert [cell.strip() for cell in cells[1:3]] == [str(answer.json["side"]), f"{answer.json['merge_rate']:g}"]
+    assert [cell.strip() for cell in cells[1:3]] == [str(answer.json["resolution"]), f"{answer.json['merge_rate']:g}"]
     # Programs find the scores of what to take where those of one encoder are.
     assert {name: value for name, value in answer.json.items() if name != "sweep"} in answer.json["sweep"]
     with (folder / "sweep.csv").open(newline="") as file:
@@ -286,12 +312,12 @@ def test_a_sweep_says_what_to_take_and_where_its_results_are(swept: tuple[Path, 
 
 def test_a_sweep_of_one_thing_takes_the_other_from_its_option(run: Run, pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(run.folder / "encoder", tmp_path / "encoder")
-    more = ["--merge-rate", "0.25", "--sweep", "side=24,null", "--random-init"]
+    more = ["--merge-rate", "0.25", "--sweep", "resolution=24,native", "--random-init"]
     answer = evaluate(tmp_path / "encoder", pictures, pictures, *more)
     assert answer.code == 0, answer.err
     points = answer.json["sweep"]
-    assert [(point["side"], point["merge_rate"]) for point in points] == [(24, 0.25), (None, 0.25)]
-    assert answer.err[2] == "Scoring: random start, side 24, merge rate 0.25"
+    assert [(point["resolution"], point["merge_rate"]) for point in points] == [(24, 0.25), (None, 0.25)]
+    assert answer.err[2] == "Scoring: random start, resolution 24, merge rate 0.25"
     assert {path.name for path in (tmp_path / "encoder").iterdir()} >= {"sweep.csv", "sweep.png"}
 
 
@@ -343,8 +369,8 @@ def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures
     assert scores(answer)["knn20"] == 0.5
 
 
-def test_the_index_counts(pictures: Path) -> None:
-    answer = ijepa("index", pictures, "--json")
+def test_scanning_counts(pictures: Path) -> None:
+    answer = ijepa("scan", pictures, "--json")
     assert answer.code == 0
     assert {name: answer.json[name] for name in ("images", "unreadable", "labels")} == {
         "images": 10,
@@ -355,7 +381,7 @@ def test_the_index_counts(pictures: Path) -> None:
         ["images", "10"],
         ["unreadable", "0"],
         ["labels", "2"],
-        ["side", "5%"],
+        ["resolution", "5%"],
     ]
     assert answer.err == []
 
@@ -429,13 +455,13 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     # But not beside scores of other settings.
     other = evaluate(run.folder, pictures, pictures, "--resolution", "24")
     now = json.loads((run.folder / "evaluation.json").read_text())
-    assert now["settings"]["side"] == 24
+    assert now["settings"]["resolution"] == 24
     assert now["scores"] == {"trained": other.json}
     # Nor of other weights.
     shutil.copytree(run.folder, tmp_path / "copy")
     encoder = Encoder.from_pretrained(run.folder)
     with torch.no_grad():
-        encoder.blocks.norm.bias += 1
+        encoder.network.blocks.norm.bias += 1
     encoder.save_pretrained(tmp_path / "copy" / "encoder")
     few = evaluate(tmp_path / "copy", pictures, pictures, "--resolution", "24", "--protocols", "lowshot")
     now = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
@@ -445,7 +471,9 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     answer = ijepa("report", run.folder, "--out", page, "--json")
     assert (answer.code, answer.out[0], answer.json) == (0, str(page), {"report": str(page)})
     assert "raw 16x16 pixels" in page.read_text()
-    assert ijepa("report", run.folder, run.folder).err == ["ijepa: Several runs make one page: name it by --out FILE."]
+    assert ijepa("report", run.folder, run.folder).err == [
+        "ijepa: Several runs make one page: name its file by --out FILE."
+    ]
     assert ijepa("report", pictures).code == 2
 
 
@@ -496,7 +524,7 @@ def test_a_run_whose_pictures_fail_is_a_finished_run(
     monkeypatch.setattr("ijepa_enhanced.commands.train.draw_curves", no_room)
     answer = train(pictures, tmp_path / "run", "--json")
     assert (answer.code, answer.json["steps"], answer.out[:-1]) == (0, 4, [str(tmp_path / "run")])
-    said = f"Not all pictures could be made; ijepa report {tmp_path / 'run'} tries again: "
+    said = f"Some pictures could not be drawn. `ijepa report {tmp_path / 'run'}` tries again. The reason: "
     assert answer.err[-1] == f"{said}[Errno {errno.ENOSPC}] No space left on device"
 
 
@@ -510,9 +538,10 @@ def test_what_is_no_encoder_is_said_in_a_sentence(damage: str, run: Run, picture
         (tmp_path / "encoder" / "config.json").write_text('{"architectures": ["IJepaModel"]}')
     answer = evaluate(tmp_path / "encoder", pictures, pictures)
     assert (answer.code, answer.out) == (2, [])
-    assert answer.err[0].startswith(
-        f"ijepa: What {tmp_path / 'encoder'} holds is no encoder of this program, or damaged"
+    words = (
+        "does not hold an encoder that can be read: " if damage == "weights" else "was written by another version of "
     )
+    assert answer.err[0].startswith(f"ijepa: {tmp_path / 'encoder'} {words}")
 
 
 def printed(*arguments: str | Path) -> dict[str, Any]:
@@ -553,17 +582,47 @@ def test_a_configuration_file_names_its_run(pictures: Path, tmp_path: Path) -> N
     assert ijepa("inspect", "masks", pictures, "--out", tmp_path / "out", "--config", file).code == 0
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_help_of_a_command(command: str) -> None:
-    answer = ijepa(command, "--help")
+def commands(group: Group | None = None, *above: str) -> Iterator[tuple[tuple[str, ...], Command]]:
+    """Each command with the words that call it."""
+    for name, command in (COMMANDS if group is None else group.commands).items():
+        if isinstance(command, Group):
+            yield from commands(command, *above, name)
+        else:
+            yield (*above, name), command
+
+
+@pytest.mark.parametrize(("words", "command"), list(commands()))
+def test_help_says_what_a_command_does_and_gives_an_example(words: tuple[str, ...], command: Command) -> None:
+    answer = ijepa(*words, "--help")
     assert (answer.code, answer.err) == (0, [])
+    assert answer.out[0].startswith(f"usage: ijepa {' '.join(words)} ")
+    assert answer.out[2:5] == [command.purpose, "", f"example: {command.example}"]
+    assert len(command.purpose) <= 100
     text = "\n".join(answer.out)
-    assert " ".join(cli.COMMANDS[command].purpose.split()) in " ".join(text.split())
-    assert "--json" in text or command == "inspect"
+    assert "--json" in text
     # A whole group is no option, see the table of bad input.
-    assert re.search(r"--(data|optim|masks) ", text) is None
-    if command == "train":
-        assert re.search(r"--optim.lr LR +Peak learning rate", text)
+    assert re.search(r"--(data|optim|masks) \[", text) is None
+    assert ("--optim.lr X" in text) == (words in (("train",), ("inspect", "masks"), ("inspect", "packing")))
+    assert ("--merge-rate SHARE" in text) == (words in (("evaluate",), ("inspect", "merges")))
+
+
+@pytest.mark.parametrize(("words", "command"), list(commands()))
+def test_examples_can_be_run(words: tuple[str, ...], command: Command) -> None:
+    """As far as their options: their files are the user's."""
+    ran, options = parse(shlex.split(command.example)[1:])
+    assert ran is command
+    assert isinstance(options, command.options)
+
+
+def test_help_shows_a_default_once() -> None:
+    text = " ".join(" ".join(ijepa("train", "--help").out).split())
+    assert "--optim.lr X Peak learning rate" in text
+    assert text.count("(default: 0.001)") == 1
+    assert "--compile true|false" in text
+    assert "--precision auto|bf16|fp32" in text
+    assert "A recipe (own-images, own-images-cpu, quickstart" in text
+    assert "RECIPES" not in text
+    assert "(default: knn linear)" in " ".join(" ".join(ijepa("evaluate", "--help").out).split())
 
 
 def test_help_of_pictures() -> None:
@@ -571,21 +630,39 @@ def test_help_of_pictures() -> None:
     answer = ijepa("inspect")
     assert answer == ijepa("inspect", "--help")
     assert (answer.code, answer.err) == (0, [])
-    for picture, command in inspect.COMMANDS.items():
-        assert any(re.search(rf"^ +{picture} +{re.escape(command.purpose[:40])}", line) for line in answer.out)
-        shown = ijepa("inspect", picture, "--help")
-        assert (shown.code, shown.err) == (0, [])
-        text = "\n".join(shown.out)
-        assert ("--optim.lr LR" in text) == (picture in ("masks", "packing"))
-        assert ("--merge-rate MERGE_RATE" in text) == (picture == "merges")
+    for picture, command in INSPECT.items():
+        assert any(re.search(rf"^ +{picture} +{re.escape(command.purpose)}", line) for line in answer.out)
 
 
 def test_help_lists_the_commands() -> None:
     answer = ijepa()
     assert answer == ijepa("--help")
     assert (answer.code, answer.err) == (0, [])
-    for name, command in cli.COMMANDS.items():
-        assert any(re.search(rf"{name} +{re.escape(command.purpose[:40])}", line) for line in answer.out)
+    for name, command in COMMANDS.items():
+        assert any(re.search(rf"{name} +{re.escape(command.purpose)}", line) for line in answer.out)
+
+
+HEAVY = ("torch", "PIL", "pyarrow", "rich", "matplotlib", "safetensors", "scipy", "pandas", "datasets", "fsspec")
+
+
+def test_help_imports_no_heavy_library() -> None:
+    """Importing torch takes seconds; each command imports its libraries when it runs."""
+    program = f"""
+import json, sys
+from ijepa_enhanced.cli import main
+for words in json.loads(sys.argv[1]):
+    assert main([*words, "--help"]) == 0
+print("loaded:", *sorted({{*{HEAVY!r}}} & {{*sys.modules}}))
+"""
+    every = [[], ["inspect"], *(words for words, _ in commands())]
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(every)], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_protocols_are_those_that_are_written() -> None:
+    assert (*FEATURE_PROTOCOLS, "attentive", "finetune", "dense") == PROTOCOLS
 
 
 def test_version() -> None:
@@ -595,8 +672,8 @@ def test_version() -> None:
 
 
 FAILURES = [
-    (["index", "nope"], 2, "No file or folder nope."),
-    (["index", "nope", "--optim.lr"], 2, "Unknown option '--optim.lr'."),
+    (["scan", "nope"], 2, "No file or folder nope."),
+    (["scan", "nope", "--optim.lr"], 2, "Unknown option '--optim.lr'."),
 ]
 
 
@@ -610,36 +687,53 @@ def test_a_traceback_is_for_debugging_only(arguments: list[str], code: int, word
     assert loud.err[-1:] == quiet.err
 
 
-def test_what_nobody_thought_of_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+def test_an_unexpected_error_is_one_sentence(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
     def fail(options: object) -> int:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setitem(cli.COMMANDS, "index", dataclasses.replace(index.COMMAND, run=fail))
-    assert ijepa("index", pictures) == (
+    monkeypatch.setattr("ijepa_enhanced.commands.scan.run", fail)
+    assert ijepa("scan", pictures) == (
         1,
         [],
         ["ijepa: ZeroDivisionError: division by zero", "This should not happen; --debug shows where."],
     )
-    assert "in fail" in "\n".join(ijepa("index", pictures, "--debug").err)
+    assert "in fail" in "\n".join(ijepa("scan", pictures, "--debug").err)
 
 
-def test_too_little_memory_of_a_gpu_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+@pytest.mark.parametrize("error", [RequestError, SourceError, EncoderError, RunError, NotFiniteError, RankError])
+def test_an_error_says_its_own_exit_code(
+    error: type[UserError], monkeypatch: pytest.MonkeyPatch, pictures: Path
+) -> None:
+    def fail(options: object) -> int:
+        raise error("This is wrong.")
+
+    monkeypatch.setattr("ijepa_enhanced.commands.scan.run", fail)
+    assert ijepa("scan", pictures) == (error.exit_code, [], ["ijepa: This is wrong."])
+
+
+def test_too_little_gpu_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
     def too_much(_: Any) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
 
-    monkeypatch.setitem(cli.COMMANDS, "index", dataclasses.replace(index.COMMAND, run=too_much))
-    said = "ijepa: The GPU's memory is too small for this, or other programs hold it."
-    assert ijepa("index", pictures) == (1, [], [said])
+    monkeypatch.setattr("ijepa_enhanced.commands.scan.run", too_much)
+    said = "ijepa: The GPU's memory is too small for this, or other programs use it. Lower data.tokens_per_pack."
+    assert ijepa("scan", pictures) == (1, [], [said])
 
 
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
-    interrupted = dataclasses.replace(index.COMMAND, run=lambda options: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setitem(cli.COMMANDS, "index", interrupted)
-    assert ijepa("index", pictures) == (1, [], ["ijepa: Interrupted."])
+    monkeypatch.setattr("ijepa_enhanced.commands.scan.run", lambda options: signal.raise_signal(signal.SIGINT))
+    assert ijepa("scan", pictures) == (1, [], ["ijepa: Interrupted."])
 
 
-def test_each_worker_has_a_core(monkeypatch):
-    given = []
+def test_torchrun_shares_training_and_evaluation_only(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    said = "ijepa: torchrun can only share training and evaluation: give this command without it."
+    assert ijepa("scan", pictures) == (2, [], [said])
+
+
+def test_each_worker_has_a_core(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    given: list[int] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
@@ -647,18 +741,113 @@ def test_each_worker_has_a_core(monkeypatch):
     share_cores(3)
     assert given == []
     monkeypatch.delenv("OMP_NUM_THREADS")
-    for workers in (0, 1, 3, 8, 9):
+    for workers in (0, 1, 3, 8):
         share_cores(workers)
-    assert given == [8, 7, 5, 1, 1]
+    assert given == [8, 7, 5, 1]
+    assert caplog.messages == []
+    share_cores(9)
+    assert given[-1] == 1
+    assert caplog.messages == ["9 workers share 8 cores, which is slower than 8 workers."]
 
 
-def test_sides_that_a_run_never_saw_are_pointed_out(run: Run, pictures: Path) -> None:
-    trained = load_config(run.folder).data
-    told = "The encoder was trained at a resolution of "
-    for side, warned in (
-        (trained.max_resolution, False),
-        (4 * trained.max_resolution, True),
-        (trained.min_resolution // 3, True),
-    ):
-        answer = ijepa("evaluate", run.folder, "--train", pictures, "--val", pictures, "--resolution", str(side))
-        assert any(line.startswith(told) for line in answer.err) is warned, answer.err
+def test_a_resolution_far_from_the_trained_one_is_pointed_out_once(run: Run, pictures: Path) -> None:
+    """Two images, two encoders: one warning."""
+    trained = load_config(run.folder).data.max_resolution
+    assert trained is not None
+    images = ("inspect", "merges", run.folder, pictures / "dark" / "0.png", pictures / "dark" / "2.png")
+    for px, warned in ((trained, False), (4 * trained, True), (trained // 3, True)):
+        told = f"The encoder was trained at a resolution of {trained} px and is used at {px} px"
+        for answer in (
+            ijepa(
+                "evaluate", run.folder, "--train", pictures, "--val", pictures, "--resolution", str(px), "--baselines"
+            ),
+            ijepa(*images, "--resolution", str(px), "--out", run.folder / "merges"),
+        ):
+            assert answer.code == 0, answer.err
+            assert sum(line.startswith(told) for line in answer.err) == warned, answer.err
+
+
+def test_the_default_resolution_is_the_trained_one(run: Run, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    sources = ("--train", pictures, "--val", pictures, "--json", "--workers", "0")
+    kept = []
+    for more in ((), ("--resolution", "48"), ("--resolution", "native")):
+        answer = ijepa("evaluate", tmp_path / "run", *sources, *more)
+        record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+        kept.append((record["settings"]["resolution"], scores(answer)))
+    assert kept[0] == kept[1]
+    assert [resolution for resolution, _ in kept] == [48, 48, None]
+    assert kept[2][1] != kept[0][1]
+
+
+@pytest.mark.parametrize(("gpu", "recipe"), [(True, "own-images"), (False, "own-images-cpu")])
+def test_training_on_photos_picks_a_recipe_by_the_machine(
+    gpu: bool, recipe: str, monkeypatch: pytest.MonkeyPatch, pictures: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    answer = ijepa("train", pictures, "--steps", "7", "--print_config")
+    said = f"Recipe: {recipe}, because this machine has {'a' if gpu else 'no'} GPU. --config NAME chooses another."
+    assert (answer.code, answer.err) == (0, [said])
+    assert yaml.safe_load("\n".join(answer.out)) == printed("--config", recipe, "--steps", "7") | {
+        "data": printed("--config", recipe)["data"] | {"source": str(pictures)}
+    }
+
+
+def test_photos_are_only_the_source_if_a_recipe_is_named(pictures: Path, run: Run) -> None:
+    answer = ijepa("train", "--config", "quickstart", pictures, "--print_config")
+    assert (answer.code, answer.err) == (0, [])
+    expected = printed("--config", "quickstart")
+    assert yaml.safe_load("\n".join(answer.out)) == expected | {"data": expected["data"] | {"source": str(pictures)}}
+    resumed = ijepa("train", pictures, "--resume", run.folder, "--print_config")
+    assert (resumed.code, resumed.err) == (0, [])
+    assert yaml.safe_load("\n".join(resumed.out)) == yaml.safe_load((run.folder / "config.yaml").read_text())
+
+
+def test_flags_override_a_recipe_wherever_they_stand() -> None:
+    before, after = printed("--steps", "7", "--config", "quickstart"), printed("--config", "quickstart", "--steps", "7")
+    assert before == after
+    assert before["steps"] == 7
+
+
+def test_one_labelled_source_is_split(run: Run, pictures: Path, tmp_path: Path) -> None:
+    """Four of five images of each class are learned from."""
+    shutil.copytree(run.folder, tmp_path / "run")
+    command = ("evaluate", tmp_path / "run", "--data", pictures, "--workers", "0", "--json")
+    answer = ijepa(*command)
+    assert {"knn20", "linear", "rankme"} <= scores(answer).keys()
+    few = f"{pictures} has 8 images, fewer than the 20 neighbours of knn20: all of them vote."
+    assert answer.err == ["Scoring: trained", few]
+    settings = json.loads((tmp_path / "run" / "evaluation.json").read_text())["settings"]
+    assert (settings["data"], settings["seed"]) == (str(pictures), 0)
+    assert "train" not in settings
+    assert scores(ijepa(*command)) == scores(answer)
+
+
+def test_brackets_in_names_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would read [bold] as a style, and [/] as an error."""
+    table = Table("[bold]", "[/]", title=":smiley:")
+    table.add_row("[red]pets[/red]", "a[0]")
+    print_table(table)
+    printed_text = capsys.readouterr().out
+    for name in ("[bold]", "[/]", "[red]pets[/red]", "a[0]", ":smiley:"):
+        assert name in printed_text
+    with counting_bars() as bars:
+        bars.add_task("[/] a [bold]class", total=1)
+        output = io.StringIO()
+        Console(file=output, width=100).print(bars.get_renderable())
+    assert "[/] a [bold]class" in output.getvalue()
+
+
+def test_a_warning_is_shown_once_for_each_event(pictures: Path, run: Run, tmp_path: Path) -> None:
+    """An image that two encoders and pictures read again is left out once; in another command, it is again."""
+    shutil.copytree(pictures, tmp_path / "photos")
+    damaged = tmp_path / "photos" / "light" / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:-2000])
+    said = "Left out of {}: light/2.png: cannot be decoded: image file is truncated"
+    for _ in range(2):
+        answer = evaluate(run.folder, tmp_path / "photos", pictures, "--baselines")
+        assert answer.err.count(said.format(tmp_path / "photos")) == 1
+    for name in ("one", "two"):
+        answer = train(tmp_path / "photos", tmp_path / name, data__max_unreadable=0.5)
+        assert answer.code == 0, answer.err
+        assert sum("light/2.png" in line for line in answer.err) == 1

@@ -2,35 +2,117 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 
-from ijepa_enhanced.cli import parse
+from ijepa_enhanced.commands.flags import parse
 from ijepa_enhanced.commands.setup import train_config
-from ijepa_enhanced.config import find_config, recipe_names
+from ijepa_enhanced.config import build, checked, find_config, keys_of, read_config, recipe_names
 from ijepa_enhanced.errors import RequestError, did_you_mean
-from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.config import OptimConfig, TrainConfig
 from ijepa_enhanced.train.saved import FREE_ON_RESUME, check_resumable, config_of_run, flatten, load_config
 
 
 def refused(file: Path) -> str:
     with pytest.raises(RequestError, match=r".") as error:
-        find_config(str(file))
+        read_config(find_config(str(file)))
     return str(error.value)
 
 
-def test_a_file_of_known_keys_is_found(tmp_path: Path) -> None:
+def test_a_file_sets_values_by_their_dotted_names(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("run: runs/mine\nsteps: 3\noptim:\n  lr: 1.0e-3\ndata: {source: photos}\n")
+    file.write_text(
+        "run: runs/mine\nsteps: 3\nepochs: 2\noptim:\n  lr: 1e-3\ndata: {source: photos, min_resolution: null}\n"
+    )
     assert find_config(str(file)) == file
+    found = read_config(file)
+    assert found == {
+        "run": "runs/mine",
+        "steps": 3,
+        "epochs": 2.0,
+        "optim.lr": 0.001,  # text to YAML 1.1, which asks for a dot in 1.0e-3
+        "data.source": "photos",
+        "data.min_resolution": None,
+    }
+    assert type(found["epochs"]) is float
 
 
 def test_all_keys_are_known(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(yaml.safe_dump(dataclasses.asdict(TrainConfig())))
-    assert find_config(str(file)) == file
+    assert read_config(file) == flatten(dataclasses.asdict(TrainConfig()))
+    assert build(TrainConfig, read_config(file)) == TrainConfig()
+
+
+def test_every_key_has_a_type_a_default_and_help() -> None:
+    keys = keys_of(TrainConfig)
+    assert list(keys) == list(flatten(dataclasses.asdict(TrainConfig())))
+    assert (keys["optim.lr"].kind, keys["optim.lr"].default, keys["optim.lr"].group) == (float, 1e-3, OptimConfig)
+    assert keys["optim.lr"].help.startswith("Peak learning rate")
+    # Over several lines in the source.
+    assert "\n" not in keys["encoder.max_grid"].help
+    assert keys["encoder.max_grid"].help.endswith("of the training views.")
+    assert all(key.help for key in keys.values())
+
+
+def test_values_that_are_set_replace_defaults() -> None:
+    config = build(TrainConfig, {"steps": 7, "optim.lr": 0.5})
+    assert config == TrainConfig(steps=7, optim=OptimConfig(lr=0.5))
+
+
+@pytest.mark.parametrize("values", [{"optim.lr": -1.0}, {"steps": 0}])
+def test_a_value_out_of_range_is_a_bad_request(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"(optim.lr must be above 0, not -1.0|steps must be at least 1, not 0)\."):
+        build(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "value"),
+    [
+        (int, "3", 3),
+        (int, -3, -3),
+        (float, "1e-3", 0.001),
+        (float, 2, 2.0),
+        (bool, "true", True),
+        (bool, False, False),
+        (str, "3", "3"),
+        (str, "null", "null"),
+        (int | None, "null", None),
+        (int | None, None, None),
+        (int | Literal["native"], "native", "native"),
+        (int | Literal["native"], "64", 64),
+        (Literal["auto", "bf16"], "bf16", "bf16"),
+    ],
+)
+def test_a_value_gets_its_type(kind: Any, given: Any, value: Any) -> None:
+    found = checked("it", kind, given)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        (int, "2.5", "a whole number, not '2.5'"),
+        (int, 2.0, "a whole number, not 2.0"),
+        (int, True, "a whole number, not true"),
+        (int, None, "a whole number, not null"),
+        (int, [1, 2], "a whole number, not [1, 2]"),
+        (int | None, "x", "a whole number or null, not 'x'"),
+        (float, "fast", "a number, not 'fast'"),
+        (float, True, "a number, not true"),
+        (bool, "maybe", "true or false, not 'maybe'"),
+        (bool, 1, "true or false, not 1"),
+        (str, 3, "text, not 3"),
+        (int | Literal["native"], "big", "a whole number or native, not 'big'"),
+        (Literal["auto", "bf16", "fp32"], "fp16", "auto, bf16 or fp32, not 'fp16'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(kind: Any, given: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=r".") as error:
+        checked("it", kind, given)
+    assert str(error.value) == f"it must be {words}."
 
 
 @pytest.mark.parametrize(
@@ -40,9 +122,11 @@ def test_all_keys_are_known(tmp_path: Path) -> None:
         ("lr: 1\n", "unknown key 'lr'. Did you mean 'optim.lr'?"),
         ("optim.lr: 1\nstep: 1\n", "unknown key 'step'. Did you mean 'steps'?"),
         ("zzzzz: 1\n", "unknown key 'zzzzz'."),
+        ("optim: {lr: fast}\n", "optim.lr must be a number, not 'fast'."),
+        ("seed:\n", "seed must be a whole number, not null."),
     ],
 )
-def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path, content: str, message: str) -> None:
+def test_a_key_or_a_value_that_is_wrong_is_named(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(content)
     assert refused(file) == f"{file}: {message}"
@@ -93,8 +177,9 @@ def test_every_recipe_is_valid(name: str) -> None:
     _, options = parse(["train", "--config", name])
     config = train_config(options)
     assert isinstance(config, TrainConfig)
-    # A recipe that sets nothing is none.
-    assert flatten(yaml.safe_load(find_config(name).read_text()))
+    values = read_config(find_config(name))
+    assert values, "a recipe sets something"
+    assert {key: flatten(dataclasses.asdict(config))[key] for key in values} == values
 
 
 def test_the_configuration_of_a_run_is_what_was_saved(tmp_path: Path) -> None:

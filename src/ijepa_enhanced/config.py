@@ -1,48 +1,189 @@
-"""Recipes and configuration files: finding them, checking their keys, saving what a run resolved them to."""
+"""Configurations: the keys of a dataclass, the values that each accepts, and the YAML files that set them.
+
+Command-line flags and YAML files share these rules. The module imports neither torch nor PIL, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ijepa_enhanced.errors import RequestError, did_you_mean
 from ijepa_enhanced.train.config import TrainConfig
-from ijepa_enhanced.train.saved import flatten, types_of
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One value of a configuration."""
+
+    kind: Any
+    """Its type."""
+    default: Any
+    help: str
+    """The docstring of its field."""
+    group: type[Any]
+    """The dataclass that has the field."""
+
+
+def keys_of(cls: type[Any], prefix: str = "") -> dict[str, Key]:
+    """Return all keys of a dataclass and of the dataclasses in it, by their dotted names."""
+    found: dict[str, Key] = {}
+    kinds, helps = get_type_hints(cls), field_help(cls)
+    for field in dataclasses.fields(cls):
+        kind = kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            found |= keys_of(kind, f"{prefix}{field.name}.")
+        else:
+            found[f"{prefix}{field.name}"] = Key(kind, field.default, helps.get(field.name, ""), cls)
+    return found
+
+
+def field_help(cls: type[Any]) -> dict[str, str]:
+    """Return the docstrings that follow the fields of a class, on one line each."""
+    tree = _syntax(sys.modules[cls.__module__].__file__ or "")
+    (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
+    found = {}
+    for field, after in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+            found[field.target.id] = " ".join(inspect.cleandoc(ast.literal_eval(after.value)).split())
+    return found
+
+
+@functools.cache
+def _syntax(file: str) -> ast.Module:
+    return ast.parse(Path(file).read_text(encoding="utf-8"))
+
+
+def build(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return a dataclass with values by their dotted names, and defaults for all others.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+    own = {name: value for name, value in values.items() if "." not in name}
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            inner = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+            own[name] = build(kind, inner)
+    try:
+        return cls(**own)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def checked(name: str, kind: Any, value: Any) -> Any:
+    """Return a value of YAML or of the command line as its type wants it; text may stand for a number.
+
+    Args:
+        name: the option or key, for the message.
+        kind: str, int, float, bool, None, a Literal, or a union of these.
+        value: what was given.
+
+    Raises:
+        RequestError: it is not of that type.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for each in kinds:
+        found = _converted(each, value)
+        if found is not _NO:
+            return found
+    wanted = [word for each in kinds for word in (get_args(each) if get_origin(each) is Literal else (_WORDS[each],))]
+    shown = f"'{value}'" if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+    raise RequestError(f"{name} must be {either(wanted)}, not {shown}.")
+
+
+_NO = object()
+_WORDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    NoneType: "null",
+}
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """Return the value as one type that is no union, or `_NO`."""
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else _NO
+    if kind is NoneType:
+        return None if value in (None, "null") else _NO
+    if kind is bool:
+        return {"true": True, "false": False}.get(str(value).lower(), _NO)
+    if kind is str:
+        return value if isinstance(value, str) else _NO
+    if isinstance(value, bool) or not isinstance(value, (str, int) if kind is int else (str, int, float)):
+        return _NO
+    try:
+        return kind(value)
+    except ValueError:
+        return _NO
+
+
+def either(words: list[str]) -> str:
+    """Return `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def recipe_names() -> list[str]:
-    """The recipes in the package."""
+    """Return the names of the recipes in the package."""
     return sorted(item.name.removesuffix(".yaml") for item in _recipes().iterdir() if item.name.endswith(".yaml"))
 
 
 def find_config(name_or_file: str) -> Path:
-    """The file of a recipe by its name, or the file itself.
+    """Return the file of a recipe by its name, or the file itself.
 
     Raises:
-        RequestError: there is no such file or recipe, or the file has an unknown key.
+        RequestError: there is no such file or recipe.
     """
-    path = Path(name_or_file)
-    if not path.is_file():
-        path = Path(str(_recipes() / f"{name_or_file}.yaml"))
-    if not path.is_file():
-        raise RequestError(f"No file or recipe '{name_or_file}'.{did_you_mean(name_or_file, recipe_names())}")
+    for path in (Path(name_or_file), Path(str(_recipes() / f"{name_or_file}.yaml"))):
+        if path.is_file():
+            return path
+    raise RequestError(f"No file or recipe '{name_or_file}'.{did_you_mean(name_or_file, recipe_names())}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the values that a YAML file sets, by their dotted names; `run` is the folder that `ijepa train` makes.
+
+    Raises:
+        RequestError: the file is not YAML, or has an unknown key or a value of the wrong type; the message names it.
+    """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise RequestError(f"{path} must hold keys and values, as `ijepa train --print_config` prints them.")
-    types = {**types_of(TrainConfig), "run": str | None}
-    for key, value in flatten(content).items():
-        if key not in types:
-            raise RequestError(f"{path}: unknown key '{key}'.{did_you_mean(key, list(types))}")
-        if value is None and NoneType not in get_args(types[key]):
-            raise RequestError(f"{path}: {key} needs a value, not null.")
-    return path
+    kinds = {name: key.kind for name, key in keys_of(TrainConfig).items()} | {"run": str | None}
+    found = {}
+    for name, value in _flatten(content).items():
+        if name not in kinds:
+            raise RequestError(f"{path}: unknown key '{name}'.{did_you_mean(name, list(kinds))}")
+        found[name] = checked(f"{path}: {name}", kinds[name], value)
+    return found
+
+
+def _flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _recipes() -> Any:

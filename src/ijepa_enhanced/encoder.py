@@ -94,6 +94,8 @@ class Encoder(nn.Module):
         self.preprocessing = preprocessing
         self.normalize = Normalize(preprocessing.mean, preprocessing.std, network.config.patch_size)
         self.to(next(network.parameters()).device)
+        self.warned: set[int] = set()
+        """Resolutions far from the trained one that were warned of."""
 
     @classmethod
     def random(cls, config: EncoderConfig, preprocessing: Preprocessing, seed: int) -> Encoder:
@@ -198,7 +200,7 @@ class Encoder(nn.Module):
             images = open_source(str(images))
         source = images if isinstance(images, Source) else None
         items = range(len(images.keys)) if isinstance(images, Source) else images
-        decoder = _Decoder(source, self._pixels(resolution), self.config.patch_size, tokens_per_pack, on_error)
+        decoder = _Decoder(source, self.pixels(resolution), self.config.patch_size, tokens_per_pack, on_error)
         loader = DataLoader(
             decoder,
             sampler=items,  # any iterable will do
@@ -298,7 +300,7 @@ class Encoder(nn.Module):
         """Yield the packs of uint8 patches that `embed` shows the network, on the CPU; arguments as there."""
         if isinstance(images, (str, bytes, Path, Image.Image, Tensor)):
             raise TypeError("embed takes several images: put a single one into a list.")
-        pixels = self._pixels(resolution)
+        pixels = self.pixels(resolution)
         pack = _Pack(self.at_once(tokens_per_pack))
         for image in images:
             view, grid = _decode(image, pixels, self.config.patch_size, tokens_per_pack)
@@ -309,7 +311,7 @@ class Encoder(nn.Module):
         if pack.grids:
             yield pack.take()
 
-    def _pixels(self, resolution: Resolution) -> int | None:
+    def pixels(self, resolution: Resolution) -> int | None:
         """Return the resolution in pixels, None for native size, and warn if it is far from the trained one."""
         if resolution is None:
             return self.preprocessing.resolution
@@ -321,12 +323,13 @@ class Encoder(nn.Module):
         return resolution
 
     def check_resolution(self, resolution: int | None) -> None:
-        """Log a warning if images are to be shown much smaller or larger than in training."""
+        """Log a warning, once for each resolution, if images are much smaller or larger than in training."""
         trained = self.preprocessing.resolution
         if resolution is None or trained is None:
             return
         low, high = FAR
-        if not low * trained <= resolution <= high * trained:
+        if not low * trained <= resolution <= high * trained and resolution not in self.warned:
+            self.warned.add(resolution)
             logger.warning(
                 "The encoder was trained at a resolution of %d px and is used at %d px, where its features are worse. "
                 "Leave the resolution out to use the trained one.",

@@ -6,196 +6,199 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 from rich.table import Table
 
-from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import (
-    add_encoder,
-    check_setting,
-    counting_bars,
-    hush_others,
-    load_encoder,
-    print_json,
-    share_cores,
-)
-from ijepa_enhanced.devices import autocast_dtype
+from ijepa_enhanced.commands.options import DEFAULT_PROTOCOLS, EvaluateOptions, check_merge_rate
+from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_json, print_table, share_cores
+from ijepa_enhanced.config import build
+from ijepa_enhanced.devices import autocast_dtype, default_workers
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import NotFiniteError, RequestError, RunError, did_you_mean
+from ijepa_enhanced.errors import RequestError
+from ijepa_enhanced.evaluate import labelled
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.config import FinetuneConfig
-from ijepa_enhanced.evaluate.dense import dense, open_maps
-from ijepa_enhanced.evaluate.features import extract, hash_weights, thumbnails
+from ijepa_enhanced.evaluate.dense import LabelledMaps, dense, open_maps
+from ijepa_enhanced.evaluate.features import Features, extract, hash_weights, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
-from ijepa_enhanced.evaluate.labelled import labelled_pair
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, score
 from ijepa_enhanced.evaluate.sweep import Point, advice, choose, frontier, network_costs, setting_name, write_points
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
 from ijepa_enhanced.files import replacing
-from ijepa_enhanced.train.saved import load_config, random_start
+from ijepa_enhanced.train.saved import random_start
 from ijepa_enhanced.visualize.frontier import draw_frontier
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PROTOCOLS = ("knn", "linear")
-PROTOCOLS = (*FEATURE_PROTOCOLS, "attentive", "finetune", "dense")
 TITLES = {"knn1": "kNN-1", "knn5": "kNN-5", "knn20": "kNN-20", "rankme": "RankMe"}
-"""What users read in place of some names of scores."""
+"""What users read instead of some names of scores."""
+DETAILS = ("_top5", "_mean_per_class", "_low", "_high", "images_per_second")
+"""Ends of the names of scores that have no row in the table."""
+
+Scores = dict[str, float]
+Setting = tuple[int | None, float]
+"""A resolution in pixels, None for native size, and a merge rate."""
 
 
-def add_options(command: ArgumentParser) -> None:
-    """The options of `ijepa evaluate`."""
-    add_encoder(command)
-    command.add_argument("--train", type=str, required=True, metavar="SOURCE", help="images the probes learn from")
-    command.add_argument("--val", type=str, required=True, metavar="SOURCE", help="images the probes are scored on")
-    command.add_argument(
-        "--merge-rate", type=float, default=0.0, help="share of its tokens that each layer merges, 0 to 0.5"
-    )
-    command.add_argument(
-        "--sweep",
-        type=str,
-        nargs="+",
-        metavar="NAME=VALUES",
-        help="score every combination, such as resolution=112,224 merge_rate=0,0.05,0.1, and say which to choose",
-    )
-    command.add_argument(
-        "--out", type=str, default=None, metavar="DIR", help="folder for sweep.csv and sweep.png (default: RUN)"
-    )
-    command.add_argument("--random-init", action="store_true", help="score the run's random start instead")
-    command.add_argument("--baselines", action="store_true", help="score the random start and raw 16x16 pixels as well")
-    command.add_argument(
-        "--protocols",
-        type=str,
-        nargs="+",
-        default=list(DEFAULT_PROTOCOLS),
-        metavar="NAME",
-        help=f"what to score by: {', '.join(PROTOCOLS)}",
-    )
-    command.add_class_arguments(FinetuneConfig, "finetune")
-    command.add_argument("--seed", type=int, default=0, help="of held-out parts, few labels and training")
-    command.add_argument("--workers", type=int, default=1, help="processes that decode images")
+@dataclass(frozen=True)
+class Work:
+    """One evaluation: what is scored on what, and how."""
+
+    options: EvaluateOptions
+    finetune: FinetuneConfig
+    encoder: Encoder
+    train: LabelledSource
+    val: LabelledSource
+    maps: Sequence[LabelledMaps]
+    """Images with label maps to learn from and to score on, if the dense probe is asked for."""
+    config: InferenceConfig
+    seen: set[Hashable] = field(default_factory=set)
+
+    def is_new(self, event: Hashable) -> bool:
+        """Return whether an event is seen for the first time: several encoders read the same images."""
+        if event in self.seen:
+            return False
+        self.seen.add(event)
+        return True
 
 
-def run(options: Namespace) -> int:
-    """Score an encoder, or a table of settings of one; started by `torchrun`, the ranks share the work.
+def run(options: EvaluateOptions) -> int:
+    """Score an encoder once, or at several settings; under `torchrun` the ranks share the work.
 
     Raises:
-        RunError: what the encoder computes is not finite.
+        UserError: the request is wrong, or a feature is not finite.
     """
-    try:
-        with ranks_of_run() as ranks:
-            return evaluate(options, ranks)
-    except NotFiniteError as error:
-        raise RunError(str(error)) from error
-
-
-def evaluate(options: Namespace, ranks: Ranks) -> int:
-    """Score, print what was found, and keep it in the run."""
     hush_others()
-    for name in ("seed", "workers"):
-        if options[name] < 0:
-            raise RequestError(f"{name} must be at least 0, not {options[name]}.")
-    for protocol in options.protocols:
-        if protocol not in PROTOCOLS:
-            raise RequestError(f"No protocol '{protocol}'.{did_you_mean(protocol, list(PROTOCOLS))}")
-    combinations = sweep_settings(options) if options.sweep else []
-    check_setting(options.resolution, options.merge_rate)
-    share_cores(options.workers)
-    encoder = load_encoder(options.run).to(ranks.device)
-    dtype = autocast_dtype("auto", ranks.device)
-    specs = ((options.train, "train"), (options.val, "val"))
-    with ranks.one_first():
-        maps = [open_maps(*spec) for spec in specs] if "dense" in options.protocols else []
-        train, val = maps if set(options.protocols) == {"dense"} else labelled_pair(options.train, options.val)
-    hashes, weights = [each.catalog.hash for each in (train, val)], hash_weights(encoder)
+    swept = sweep_settings(options) if options.sweep else None
+    finetune = build(FinetuneConfig, options.finetune)
+    workers = default_workers() if options.workers is None else options.workers
+    share_cores(workers)
+    with ranks_of_run() as ranks:
+        encoder = Encoder.from_pretrained(options.run).to(ranks.device)
+        dtype = autocast_dtype("auto", ranks.device)
+        config = InferenceConfig(encoder.pixels(options.resolution), dtype, options.merge_rate, workers, ranks=ranks)
+        with ranks.one_first():
+            train, val, maps = open_sources(options)
+        work = Work(options, finetune, encoder, train, val, maps, config)
+        check_agreement(work, ranks)
+        return evaluate(work) if swept is None else sweep(work, settings_of(swept, config))
+
+
+def open_sources(options: EvaluateOptions) -> tuple[LabelledSource, LabelledSource, list[LabelledMaps]]:
+    """Return the images to learn from, those to score on, and both with label maps if the dense probe is asked for.
+
+    Raises:
+        RequestError: a source does not exist, or lacks the labels.
+    """
+    if options.data is not None:
+        train, val = labelled.split_labelled(options.data, options.seed)
+        return train, val, []
+    assert options.train is not None  # the options are checked
+    assert options.val is not None
+    maps = []
+    if "dense" in options.protocols:
+        maps = [open_maps(options.train, "train"), open_maps(options.val, "val")]
+    train, val = maps if set(options.protocols) == {"dense"} else labelled.labelled_pair(options.train, options.val)
+    return train, val, maps
+
+
+def check_agreement(work: Work, ranks: Ranks) -> None:
+    """Raise RankError if the ranks have different images, weights or versions."""
+    sources = (work.train, work.val, *work.maps)
     ranks.agree(
         {
-            "images": [*hashes, *(each.catalog.hash for each in maps)],
-            "encoder": weights,
-            "precision": dtype,
+            "images": [source.catalog.hash for source in sources],
+            "encoder": hash_weights(work.encoder),
+            "precision": work.config.dtype,
             "PyTorch": torch.__version__,
         }
     )
-    setting = InferenceConfig(options.resolution, dtype, options.merge_rate, options.workers, ranks=ranks)
-    if combinations:
-        return sweep(options, combinations, encoder, train, val, setting)
-    warn_of_side(Path(options.run), options.resolution)
+
+
+def evaluate(work: Work) -> int:
+    """Score the encoder and what it is compared with, print the scores and save them in the run."""
+    options = work.options
     subjects: dict[str, Encoder | None] = {}
     if options.baselines or options.random_init:
-        subjects["random start"] = random_start(encoder, Path(options.run))
+        subjects["random start"] = random_start(work.encoder, Path(options.run))
     if options.baselines:
         subjects["raw 16x16 pixels"] = None
     if not options.random_init:
-        subjects["trained"] = encoder
-    evaluation: dict[str, dict[str, float]] = {}
-    for name, network in subjects.items():
+        subjects["trained"] = work.encoder
+    evaluation: dict[str, Scores] = {}
+    for name, encoder in subjects.items():
         logger.info("Scoring: %s", name)
-        scores = evaluation[name] = scores_of_features(options, network, train, val, setting)
-        if network is None:
-            continue
-        if "attentive" in options.protocols:
-            scores |= attentive(network, train, val, setting, options.seed, counting)
-        if "finetune" in options.protocols:
-            scores |= finetune(network, train, val, setting, options.seed, counting, options.finetune)
-        if "dense" in options.protocols:
-            scores |= dense(network, maps[0], maps[1], setting, options.seed, counting)
-    if not ranks.main:
+        evaluation[name] = scores_of(work, encoder)
+    if not work.config.ranks.main:
         return 0
     show(evaluation)
-    if (run := Path(options.run)).joinpath("config.yaml").is_file():
-        settings = {name: options[name] for name in ("train", "val", "resolution", "merge_rate", "seed")}
-        settings |= {"images": hashes, "weights": weights}
-        keep(evaluation, settings, run / "evaluation.json")
+    if Path(options.run, "config.yaml").is_file():
+        save(evaluation, settings_record(work), Path(options.run, "evaluation.json"))
     print_json(options, evaluation["random start" if options.random_init else "trained"])
     return 0
 
 
-def scores_of_features(
-    options: Namespace, encoder: Encoder | None, train: LabelledSource, val: LabelledSource, setting: InferenceConfig
-) -> dict[str, float]:
-    """What the protocols that share features say, of an encoder or of raw pixels; nothing if none of them is wanted."""
-    protocols = [protocol for protocol in options.protocols if protocol in FEATURE_PROTOCOLS]
-    if not protocols or (encoder is None and not setting.ranks.main):
-        return {}
-    both = []
-    for images in (train, val):
-        if encoder is None:
-            found = thumbnails(images.source, images.catalog)
-        else:
-            with counting(images.source.name, len(images.catalog.rows)) as progress:
-                found = extract(encoder, images, setting, progress, cache=True)
-        warn_of_unreadable(images.source, found.unreadable)
-        both.append(found)
-    if not setting.ranks.main:
-        return {}
-    known, asked = both
-    most = max(NEIGHBOURS)
-    if "knn" in protocols and len(known.values) < most:
-        logger.warning(
-            "%s has %d images, fewer than the %d neighbours of knn%d: all of them vote.",
-            options.train,
-            len(known.values),
-            most,
-            most,
-        )
-    scores = dict(score(known, asked, options.seed, protocols))
-    scores["images_per_second"] = (len(known.values) + len(asked.values)) / (known.seconds + asked.seconds)
+def scores_of(work: Work, encoder: Encoder | None) -> Scores:
+    """Return the scores of an encoder by all protocols, or of raw pixels by those that score features."""
+    options, config = work.options, work.config
+    scores = scores_of_features(work, encoder, config)
+    if encoder is None:
+        return scores
+    if "attentive" in options.protocols:
+        scores |= attentive(encoder, work.train, work.val, config, options.seed, counting)
+    if "finetune" in options.protocols:
+        scores |= finetune(encoder, work.train, work.val, config, options.seed, counting, work.finetune)
+    if "dense" in options.protocols:
+        train, val = work.maps
+        scores |= dense(encoder, train, val, config, options.seed, counting)
     return scores
 
 
-def show(evaluation: dict[str, dict[str, float]]) -> None:
-    """Print the scores of some subjects as a table, a column for each."""
+def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceConfig) -> Scores:
+    """Return the scores of features, of an encoder or of raw pixels; empty on other ranks, or if none is asked for."""
+    protocols = [protocol for protocol in work.options.protocols if protocol in FEATURE_PROTOCOLS]
+    if not protocols or (encoder is None and not config.ranks.main):
+        return {}
+    train, val = (features_of(work, encoder, images, config) for images in (work.train, work.val))
+    if not config.ranks.main:
+        return {}
+    most = max(NEIGHBOURS)
+    if "knn" in protocols and len(train.values) < most and work.is_new("few neighbours"):
+        logger.warning(
+            "%s has %d images, fewer than the %d neighbours of knn%d: all of them vote.",
+            work.train.source.name,
+            len(train.values),
+            most,
+            most,
+        )
+    scores = dict(score(train, val, work.options.seed, protocols))
+    scores["images_per_second"] = (len(train.values) + len(val.values)) / (train.seconds + val.seconds)
+    return scores
+
+
+def features_of(work: Work, encoder: Encoder | None, images: LabelledSource, config: InferenceConfig) -> Features:
+    """Return the features of a source, and log each of its images that cannot be decoded once."""
+    if encoder is None:
+        found = thumbnails(images.source, images.catalog)
+    else:
+        with counting(images.source.name, len(images.catalog.rows)) as progress:
+            found = extract(encoder, images, config, progress, cache=True)
+    new = {row: reason for row, reason in found.unreadable.items() if work.is_new((images.source.name, row))}
+    warn_of_unreadable(images.source, new)
+    return found
+
+
+def show(evaluation: dict[str, Scores]) -> None:
+    """Print the scores of some encoders as a table, one column for each."""
     table = Table("", *evaluation)
-    details = ("_top5", "_mean_per_class", "_low", "_high", "images_per_second")
-    for name in dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(details)):
+    for name in dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(DETAILS)):
         cells = []
         for scores in evaluation.values():
             value, per_class = scores.get(name), scores.get(f"{name}_mean_per_class")
@@ -207,13 +210,26 @@ def show(evaluation: dict[str, dict[str, float]]) -> None:
                 cells.append(f"{value:.1%}" + (f" ({per_class:.1%})" if per_class is not None else ""))
         table.add_row(TITLES.get(name, name), *cells)
     table.caption = "top-1 (mean per class)"
-    Console().print(table)
+    print_table(table)
 
 
-def keep(evaluation: dict[str, dict[str, float]], settings: dict[str, Any], path: Path) -> None:
-    """Write the scores of some subjects into a file that keeps all others that were found with the same settings."""
-    scores: dict[str, dict[str, float]] = {}
-    # What is no evaluation, such as a file that was cut off, is replaced.
+def settings_record(work: Work) -> dict[str, Any]:
+    """Return what scores depend on: they are kept together only if it is the same."""
+    options = work.options
+    return {
+        **({"data": options.data} if options.data else {"train": options.train, "val": options.val}),
+        "resolution": work.config.resolution,
+        "merge_rate": options.merge_rate,
+        "seed": options.seed,
+        "images": [source.catalog.hash for source in (work.train, work.val)],
+        "weights": hash_weights(work.encoder),
+    }
+
+
+def save(evaluation: dict[str, Scores], settings: dict[str, Any], path: Path) -> None:
+    """Write scores into a file, beside those that it already has of the same settings."""
+    scores: dict[str, Scores] = {}
+    # A file that is no evaluation, such as one that was cut off, is replaced.
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         known = json.loads(path.read_text())
         if known["settings"] == settings:
@@ -224,92 +240,72 @@ def keep(evaluation: dict[str, dict[str, float]], settings: dict[str, Any], path
         temporary.write_text(json.dumps({"settings": settings, "scores": scores}, indent=2) + "\n")
 
 
-def sweep(
-    options: Namespace,
-    settings: list[tuple[int | None, float]],
-    encoder: Encoder,
-    train: LabelledSource,
-    val: LabelledSource,
-    setting: InferenceConfig,
-) -> int:
-    """Score a table of settings of one encoder."""
-    name, network = "trained", encoder
+def sweep_settings(options: EvaluateOptions) -> dict[str, list[Any]]:
+    """Return the values of `resolution` and `merge_rate` that `--sweep` names.
+
+    Raises:
+        RequestError: it names something else, or a value that cannot be used.
+    """
+    if options.baselines:
+        raise RequestError("--sweep scores one encoder: leave --baselines out.")
+    if set(options.protocols) != set(DEFAULT_PROTOCOLS):
+        raise RequestError("--sweep scores by knn and linear: leave --protocols out.")
+    found: dict[str, list[Any]] = {}
+    for part in options.sweep:
+        name, _, values = part.partition("=")
+        if name not in ("resolution", "merge_rate"):
+            raise RequestError(f"--sweep accepts resolution=... and merge_rate=..., not '{part}'.")
+        try:
+            if name == "resolution":
+                found[name] = [None if value == "native" else int(value) for value in values.split(",")]
+            else:
+                found[name] = [float(value) for value in values.split(",")]
+        except ValueError as error:
+            raise RequestError(f"--sweep accepts numbers with commas between them, not '{part}'.") from error
+    for resolution in found.get("resolution", []):
+        if resolution is not None and resolution < 1:
+            raise RequestError(f"--sweep resolution=... must be at least 1, not {resolution}.")
+    for rate in found.get("merge_rate", []):
+        check_merge_rate(rate)
+    return found
+
+
+def settings_of(swept: dict[str, list[Any]], config: InferenceConfig) -> list[Setting]:
+    """Return each combination once; what a sweep does not name has the value of its own option."""
+    resolutions = swept.get("resolution", [config.resolution])
+    rates = swept.get("merge_rate", [config.merge_rate])
+    return list(dict.fromkeys(itertools.product(resolutions, rates)))
+
+
+def sweep(work: Work, settings: list[Setting]) -> int:
+    """Score one encoder at several settings, and print and write which one to choose."""
+    options, config = work.options, work.config
+    name, encoder = "trained", work.encoder
     if options.random_init:
-        name, network = "random start", random_start(encoder, Path(options.run))
+        name, encoder = "random start", random_start(encoder, Path(options.run))
+    main, folder = config.ranks.main, Path(options.out or options.run)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before hours of scoring
     logger.info("Timing the network at %d settings", len(settings))
-    main = setting.ranks.main
-    costs = network_costs(network, [train.catalog, val.catalog], settings if main else [], setting.dtype)
+    costs = network_costs(encoder, [work.train.catalog, work.val.catalog], settings if main else [], config.dtype)
     found = []
     for resolution, rate in settings:
         logger.info("Scoring: %s, %s", name, setting_name(resolution, rate))
-        shown = dataclasses.replace(setting, resolution=resolution, merge_rate=rate)
-        found.append(scores_of_features(options, network, train, val, shown))
+        here = dataclasses.replace(config, resolution=resolution, merge_rate=rate)
+        found.append(scores_of_features(work, encoder, here))
     if not main:
         return 0
     fields = [field.name for field in dataclasses.fields(Point)]
     points = []
     for (resolution, rate), cost, scores in zip(settings, costs, found, strict=True):
         points.append(Point(resolution, rate, **{key: scores[key] for key in fields if key in scores}, **cost))
-    show_sweep(points, Path(options.out or options.run))
+    show_sweep(points, folder)
     print_json(options, dataclasses.asdict(choose(points)) | {"sweep": [dataclasses.asdict(point) for point in points]})
     return 0
 
 
-def warn_of_side(folder: Path, resolution: int | None) -> None:
-    """Say where a run is shown images much larger or smaller than those that it was trained on.
-
-    Half as large again still scores about as well (docs/recipe.md); of smaller ones nothing was measured.
-    """
-    if resolution is None or not (folder / "config.yaml").is_file():
-        return
-    data = load_config(folder).data
-    if (
-        data.min_resolution is None
-        or data.max_resolution is None
-        or data.min_resolution / 2 <= resolution <= 1.5 * data.max_resolution
-    ):
-        return
-    logger.warning(
-        "%s was trained at resolutions of %d to %d px, and is scored at %d: more suitable is --resolution %d.",
-        folder,
-        data.min_resolution,
-        data.max_resolution,
-        resolution,
-        data.max_resolution,
-    )
-
-
-def sweep_settings(options: Namespace) -> list[tuple[int | None, float]]:
-    """Return the resolutions and merge rates that `--sweep` combines; its own option gives one that it leaves out.
-
-    Raises:
-        RequestError: it names something else, or a value that cannot be.
-    """
-    if options.baselines:
-        raise RequestError("--sweep scores one encoder: leave --baselines out.")
-    if set(options.protocols) != set(DEFAULT_PROTOCOLS):
-        raise RequestError("--sweep scores by knn and linear: leave --protocols out.")
-    resolutions: list[int | None] = [options.resolution]
-    rates: list[float] = [options.merge_rate]
-    for part in options.sweep:
-        name, _, values = part.partition("=")
-        if name not in ("resolution", "merge_rate"):
-            raise RequestError(f"--sweep takes resolution=... and merge_rate=..., not '{part}'.")
-        try:
-            if name == "resolution":
-                resolutions = [None if value == "null" else int(value) for value in values.split(",")]
-            else:
-                rates = [float(value) for value in values.split(",")]
-        except ValueError as error:
-            raise RequestError(f"--sweep takes numbers with commas between them, not '{part}'.") from error
-    settings = list(dict.fromkeys(itertools.product(resolutions, rates)))
-    for setting in settings:
-        check_setting(*setting)
-    return settings
-
-
 def show_sweep(points: list[Point], folder: Path) -> None:
-    """Print a sweep as a table and what to choose, and write it and its plot into a folder."""
+    """Print a sweep as a table and the setting to choose, and write both as a table and a plot into a folder."""
     best, chosen = frontier(points, "linear"), choose(points)
     table = Table("resolution", "merge rate", "kNN-20", "linear", "images/s", "GFLOPs", "peak MB", "")
     for point in points:
@@ -325,12 +321,11 @@ def show_sweep(points: list[Point], folder: Path) -> None:
             style="bold" if point is chosen else None,
         )
     table.caption = (
-        "images/s: the network alone. GFLOPs: of one image. peak MB: what one pack takes beside the weights.\n"
-        "*: no other is as accurate (linear) and as fast. <-: the one to take."
+        "images/s: the network alone. GFLOPs: of one image. peak MB: memory of one pack besides the weights.\n"
+        "*: no other setting is as accurate (linear) and as fast. <-: the one to choose."
     )
-    Console().print(table)
+    print_table(table)
     print(advice(points))
-    folder.mkdir(parents=True, exist_ok=True)
     write_points(points, folder / "sweep.csv")
     print(folder / "sweep.csv")
     if draw_frontier(points, folder / "sweep.png"):
@@ -339,10 +334,7 @@ def show_sweep(points: list[Point], folder: Path) -> None:
 
 @contextmanager
 def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; what it yields is called with how many of `total` are done."""
+    """Show a bar on stderr if that is a terminal, and yield what to call with how many of `total` are done."""
     with counting_bars() as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.update(task, completed=done)
-
-
-COMMAND = Command("Score an encoder on labelled images.", add_options, run)

@@ -1,109 +1,106 @@
-"""From a command's options to what it works with: the configuration, an encoder, the device, labelled images."""
+"""What several commands share: the configuration of a run, tables and counts, progress bars, cores."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import logging
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from ijepa_enhanced.config import recipe_names
+from ijepa_enhanced.commands.options import Common, TrainOptions
+from ijepa_enhanced.config import build, find_config, read_config
+from ijepa_enhanced.devices import cores
 from ijepa_enhanced.distributed import is_main
-from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.saved import config_of_run
 
 logger = logging.getLogger(__name__)
 
 
-def add_configuration(command: ArgumentParser) -> None:
-    """The options that make up a `TrainConfig`."""
-    command.add_argument("--config", action="config", help=f"a recipe ({', '.join(recipe_names())}), or a YAML file")
-    command.add_class_arguments(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        if dataclasses.is_dataclass(field.default_factory):
-            # The parser takes a file for a whole group, and would not check its keys.
-            command._option_string_actions[f"--{field.name}"].help = argparse.SUPPRESS
-
-
-def add_encoder(command: ArgumentParser) -> None:
-    """The options that say which encoder, at which size."""
-    command.add_argument("run", type=str, help="a run, or a folder with an encoder")
-    command.add_argument(
-        "--resolution", type=int | None, default=224, help="sqrt(height * width) in pixels; null: native size"
-    )
-
-
-def train_config(options: Namespace) -> TrainConfig:
-    """The configuration among a command's options.
+def train_config(options: TrainOptions) -> TrainConfig:
+    """Return the configuration that `ijepa train` is asked for: a recipe or a run that is resumed, and flags on top.
 
     Raises:
-        RequestError: a value is out of its range.
+        RequestError: there is no such recipe or run, or a value is out of its range.
     """
-    try:
-        return TrainConfig(**{field.name: options[field.name] for field in dataclasses.fields(TrainConfig)})
-    except ValueError as error:
-        raise RequestError(str(error)) from error
+    given = dict(options.given)
+    if options.source is not None:
+        if "data.source" in given:
+            raise RequestError("Name the images once: PHOTOS and --data.source are the same.")
+        given["data.source"] = options.source
+    recipe = options.config
+    if options.source is not None and options.config is None and options.resume is None:
+        recipe = "own-images" if torch.cuda.is_available() else "own-images-cpu"
+        there = "a" if torch.cuda.is_available() else "no"
+        logger.info("Recipe: %s, because this machine has %s GPU. --config NAME chooses another.", recipe, there)
+    saved = read_config(config_of_run(Path(options.resume))) if options.resume is not None else {}
+    return configuration(recipe, given, saved)
 
 
-def print_json(options: Namespace, values: dict[str, Any]) -> None:
-    """The last line of stdout, for programs, where it is asked for."""
+def configuration(recipe: str | None, given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Return the configuration of a recipe by its name or file, with the values of flags on top.
+
+    Args:
+        recipe: None is the defaults.
+        given: values by dotted names.
+        saved: values below the recipe's.
+
+    Raises:
+        RequestError: there is no such recipe, or a value is out of its range.
+    """
+    values = dict(saved or {}) | (read_config(find_config(recipe)) if recipe is not None else {}) | dict(given)
+    values.pop("run", None)  # where a run goes is not how it is trained
+    return build(TrainConfig, values)
+
+
+def print_json(options: Common, values: dict[str, Any]) -> None:
+    """Print the last line of stdout, for programs, if it is asked for."""
     if options.json:
         print(json.dumps(values))
 
 
+def print_table(table: Table) -> None:
+    """Print a table on stdout. Brackets in names are shown as they are, not read as markup."""
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
 def counting_bars() -> Progress:
-    """Bars on stderr that count what is done, for as long as it is entered; nothing where stderr is no terminal."""
+    """Return bars on stderr that count what is done while they are entered; silent if stderr is not a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    title = TextColumn("{task.description}", markup=False)
+    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and is_main()))
 
 
 def hush_others() -> None:
-    """Let the main rank alone say what all ranks have to say, but for errors."""
+    """Let only the main rank log what all ranks would log, except errors."""
     if not is_main():
         logging.getLogger("ijepa_enhanced").setLevel(logging.ERROR)
 
 
 def print_counts(counts: dict[str, Any]) -> None:
-    """Names and numbers, a line each; a dictionary of numbers is one line."""
+    """Print names and numbers, one on each line; a dictionary of numbers is one line."""
     for name, value in counts.items():
         shown = "  ".join(f"{part} {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
         print(f"{name:>12}  {shown}")
 
 
-def check_setting(resolution: int | None, merge_rate: float) -> None:
-    """Raise RequestError where an encoder cannot be run with them."""
-    if resolution is not None and resolution < 1:
-        raise RequestError(f"resolution must be at least 1, not {resolution}.")
-    if not 0 <= merge_rate <= 0.5:
-        raise RequestError(f"merge_rate must lie between 0 and 0.5, not {merge_rate}.")
-
-
-def load_encoder(path: str) -> Encoder:
-    """The encoder of a run, or in a folder, on the CPU.
-
-    Raises:
-        RequestError: there is none, or it cannot be read.
-    """
-    return Encoder.from_pretrained(path)
-
-
 def share_cores(workers: int) -> None:
-    """Leave a core to each worker, unless OMP_NUM_THREADS says otherwise, and say where there are not enough.
+    """Leave a core to each worker, unless OMP_NUM_THREADS is set, and warn if there are more workers than cores.
 
     All threads of a matrix product wait for the one whose core a worker holds: with one thread more, a quickstart on
     two cores is several times slower (docs/log.md).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers > cores:
-        logger.warning("%d workers share %d cores: fewer would wait less for each other.", workers, cores)
+    here = cores()
+    if workers > here:
+        logger.warning("%d workers share %d cores, which is slower than %d workers.", workers, here, here)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), here - workers)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 from rich.table import Table
 
-from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import print_json, share_cores, train_config
+from ijepa_enhanced.commands.flags import parse
+from ijepa_enhanced.commands.options import StudyOptions
+from ijepa_enhanced.commands.setup import print_json, print_table, share_cores, train_config
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.study.compare import summary
 from ijepa_enhanced.study.config import load_study
@@ -18,20 +17,14 @@ from ijepa_enhanced.study.run import run_study
 from ijepa_enhanced.train.config import TrainConfig
 
 
-def add_options(command: ArgumentParser) -> None:
-    """The options of `ijepa study`."""
-    command.add_argument("file", type=str, help="YAML: arms, val and what else docs/study.md names")
-    command.add_argument("--out", type=str, required=True, metavar="DIR", help="folder for runs, table and page")
-
-
-def run(options: Namespace) -> int:
-    """Run a study, or the rest of one, print its table and compare its runs on a page; 1 where none was scored."""
+def run(options: StudyOptions) -> int:
+    """Run what is left of a study, print its table and write a page of its runs; return 1 if no run was scored."""
     study, folder = load_study(Path(options.file)), Path(options.out)
     rows = run_study(study, folder, configure)
     table, lines = Table(*HEAD), summary(rows)
     for line in lines:
         table.add_row(*cells(line))
-    Console(markup=False).print(table)
+    print_table(table)
     for line in lines:
         print(f"{line['arm']}: {line['verdict']}")
     print("\n".join(EXPLANATION))
@@ -44,20 +37,15 @@ def run(options: Namespace) -> int:
 
 
 def configure(flags: list[str]) -> TrainConfig:
-    """The configuration that flags of `ijepa train` stand for.
+    """Return the configuration that flags of `ijepa train` ask for.
 
     Raises:
-        RequestError: a flag is wrong, or means a run and not a way to train.
+        RequestError: a flag is wrong, or is one that the study sets.
     """
-    from ijepa_enhanced.cli import parse
-
     for flag in flags:
         if flag.partition("=")[0] in ("--run", "--resume", "--seed", "--print_config", "--json"):
-            raise RequestError(f"A study sets {flag.partition('=')[0]} itself: leave it out of its arms.")
+            raise RequestError(f"A study sets {flag.partition('=')[0]} itself: leave it out of the arms.")
     _, options = parse(["train", *flags])
     config = train_config(options)
     share_cores(config.data.workers)
     return config
-
-
-COMMAND = Command("Compare ways to train, at an equal budget and over several seeds.", add_options, run)

@@ -8,14 +8,15 @@ import time
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
 from ijepa_enhanced.batch import Batch
-from ijepa_enhanced.commands import Command
-from ijepa_enhanced.commands.setup import add_configuration, hush_others, print_json, share_cores, train_config
-from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
+from ijepa_enhanced.commands.options import TrainOptions
+from ijepa_enhanced.commands.setup import hush_others, print_json, share_cores, train_config
+from ijepa_enhanced.config import find_config, read_config
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
+from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.errors import RequestError
@@ -30,51 +31,57 @@ from ijepa_enhanced.visualize.views import draw_masked_views
 logger = logging.getLogger(__name__)
 
 
-def add_options(command: ArgumentParser) -> None:
-    """The options of `ijepa train`."""
-    add_configuration(command)
-    command.add_argument("--run", type=str, default=None, help="folder to make for the run (default: runs/TIME)")
-    command.add_argument("--resume", type=str, default=None, metavar="RUN", help="folder of a run to go on with")
-    command.add_argument("--print_config", action="store_true", help="print the configuration as YAML, and no more")
-
-
-def run(options: Namespace) -> int:
-    """Train, and show how it went."""
+def run(options: TrainOptions) -> int:
+    """Train, draw how it went, and print what was written; the exit code is 1 if the run was interrupted."""
+    hush_others()
     config = train_config(options)
     if options.print_config:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         return 0
-    if options.resume:
-        if options.run:
-            raise RequestError("--resume goes on in the run's own folder: leave --run out.")
-        folder = Path(options.resume)
-        check_resumable(load_config(folder), config, folder)
-        check_unchanged(folder)
-    else:
-        folder = Path(options.run or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-        if folder.exists() and is_main():
-            raise RequestError(f"{folder} already exists. Go on with it by --resume {folder}, or name another --run.")
-    hush_others()
+    folder = folder_of(options, config)
     share_cores(config.data.workers)
-    outcome = train(config, folder, resume=bool(options.resume))
+    outcome = train(config, folder, resume=options.resume is not None)
     if not is_main():
         return 0
     if not outcome.finished:
-        logger.warning("Stopped after step %d. Go on with: ijepa train --resume %s", outcome.steps, folder)
+        logger.warning("Stopped after step %d. Continue with: ijepa train --resume %s", outcome.steps, folder)
     try:
-        pictures = show(config, folder)
-    except (OSError, ValueError, RuntimeError) as error:  # what was learned is kept whatever becomes of its pictures
-        logger.warning("Not all pictures could be made; ijepa report %s tries again: %s", folder, error)
+        pictures = draw(config, folder)
+    except (OSError, ValueError, RuntimeError) as error:  # the trained encoder is saved whatever becomes of pictures
+        logger.warning("Some pictures could not be drawn. `ijepa report %s` tries again. The reason: %s", folder, error)
         pictures = []
     print(folder, *pictures, sep="\n")
     print_json(options, {"run": str(folder), "steps": outcome.steps, "images_seen": outcome.images})
     return 0 if outcome.finished else 1
 
 
-def show(config: TrainConfig, folder: Path) -> list[Path]:
-    """Draw what a run trained on and how it went, and write its page; the files made."""
+def folder_of(options: TrainOptions, config: TrainConfig) -> Path:
+    """Return the folder of a new run, which does not exist yet, or of the run that is resumed.
+
+    Raises:
+        RequestError: a new run's folder exists, or the run to resume was started with another configuration.
+    """
+    if options.resume is not None:
+        if options.run is not None:
+            raise RequestError("--resume continues in the run's own folder: leave --run out.")
+        folder = Path(options.resume)
+        check_resumable(load_config(folder), config, folder)
+        check_unchanged(folder)
+        return folder
+    named = options.run
+    if named is None and options.config is not None:
+        named = read_config(find_config(options.config)).get("run")
+    folder = Path(named or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and is_main():
+        raise RequestError(f"{folder} already exists. Continue it with --resume {folder}, or name another --run.")
+    return folder
+
+
+def draw(config: TrainConfig, folder: Path) -> list[Path]:
+    """Draw what a run trained on and how it went, write its page, and return the files."""
     pictures = [folder / "masks.png", folder / "curves.png"]
-    batch = first_batch(config, config.data.source)
+    source = open_source(config.data.source)
+    batch = first_batch(config, source, open_catalog(source))
     draw_masked_views(batch, masks_of(batch, config.masks, config.seed), config.encoder.patch_size, pictures[0])
     if not draw_curves(read_log(folder), pictures[1]):
         pictures.pop()
@@ -83,17 +90,8 @@ def show(config: TrainConfig, folder: Path) -> list[Path]:
     return pictures
 
 
-def first_batch(config: TrainConfig, source: str) -> Batch:
-    """The first pack that a run of `config` on `source` trains on, without its masks."""
-    opened = open_source(source)
-    catalog = open_catalog(opened)
+def first_batch(config: TrainConfig, source: Source, catalog: Catalog) -> Batch:
+    """Return the first pack that a run of `config` on a source trains on, without its masks."""
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
-    dataset = PackDataset(opened, catalog, config.encoder.patch_size, seed=config.seed, changes=config.augment)
-    batch = dataset[plan.epoch(0)[0]]
-    report_unreadable(catalog)
-    for row, reason in batch.unreadable:
-        logger.warning("Left out: %s: %s", opened.keys[row], reason)
-    return batch
-
-
-COMMAND = Command("Train an encoder.", add_options, run)
+    dataset = PackDataset(source, catalog, config.encoder.patch_size, seed=config.seed, changes=config.augment)
+    return dataset[plan.epoch(0)[0]]
