@@ -85,7 +85,7 @@ def inspect_data(options: Namespace) -> int:
         raise RunError(f"None of the {len(catalog.unreadable)} images of {options.source} can be read.")
     seen = survey(source, catalog)
     for row, reason in seen.unreadable:
-        logger.warning("Left out: %s: %s", source.keys[row], reason)
+        logger.warning("Left out: %s: %s", source.key(row), reason)
     if not seen.rows:
         raise RunError(f"None of the {len(seen.unreadable)} images of {options.source} can be decoded.")
     folder = Path(options.out)

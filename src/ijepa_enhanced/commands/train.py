@@ -92,7 +92,7 @@ def first_batch(config: TrainConfig, source: str) -> Batch:
     batch = dataset[plan.epoch(0)[0]]
     report_unreadable(catalog)
     for row, reason in batch.unreadable:
-        logger.warning("Left out: %s: %s", opened.keys[row], reason)
+        logger.warning("Left out: %s: %s", opened.key(row), reason)
     return batch
 
 

@@ -268,8 +268,8 @@ def _unreadable(run: Run) -> dict[str, str]:
     found = {int(row): str(reason) for row, reason in run.progress.get("unreadable", {}).items()}
     if run.images is None:
         return {f"number {row}": reason for row, reason in found.items()}
-    keys = run.images.source.keys
-    return dict(run.images.catalog.unreadable) | {keys[row]: reason for row, reason in found.items()}
+    key = run.images.source.key
+    return dict(run.images.catalog.unreadable) | {key(row): reason for row, reason in found.items()}
 
 
 def _curves(runs: Sequence[Run]) -> str:

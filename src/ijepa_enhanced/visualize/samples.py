@@ -106,11 +106,11 @@ def _feature_maps(
     """A figure for each sample: the image, and its map by each of the encoders."""
     figures = []
     for (row, thumbnail), *of_runs in zip(samples.items(), *maps, strict=True):
-        parts = [_shown(thumbnail, images.source.keys[row])]
+        parts = [_shown(thumbnail, images.source.key(row))]
         for colours in of_runs:
             alt = f"its features, {colours.shape[0]} x {colours.shape[1]} patches"
             parts.append(picture(Image.fromarray(colours), alt, round(thumbnail.height / SHARPNESS), exact=True))
-        caption = escape(" · ".join(filter(None, [images.source.keys[row], _label(images, row)])))
+        caption = escape(" · ".join(filter(None, [images.source.key(row), _label(images, row)])))
         figures.append(f'<figure><div class="row">{"".join(parts)}</div><figcaption>{caption}</figcaption></figure>')
     text = (
         "The first three principal components of the features of all patches of these images, as red, green and blue: "
@@ -127,7 +127,7 @@ def _feature_maps(
 def _neighbours(images: LabelledSource, found: Sequence[Neighbours], among: int, keys: Sequence[str]) -> str:
     """A line for each sample and encoder: the image, and those nearest to it."""
     labels = images.source.labels
-    shown = functools.cache(lambda row: _shown(_thumbnail(images.source, row, THUMBNAIL_SIDE), images.source.keys[row]))
+    shown = functools.cache(lambda row: _shown(_thumbnail(images.source, row, THUMBNAIL_SIDE), images.source.key(row)))
     lines = []
     for row in found[0]:
         for name, of_run in zip(keys, found, strict=True):
