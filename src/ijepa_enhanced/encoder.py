@@ -199,7 +199,7 @@ class Encoder(nn.Module):
         if isinstance(images, (str, Path)):
             images = open_source(str(images))
         source = images if isinstance(images, Source) else None
-        items = range(len(images.keys)) if isinstance(images, Source) else images
+        items = range(len(images)) if isinstance(images, Source) else images
         decoder = _Decoder(source, self.pixels(resolution), self.config.patch_size, tokens_per_pack, on_error)
         loader = DataLoader(
             decoder,
@@ -228,7 +228,7 @@ class Encoder(nn.Module):
             waiting.clear()
 
         for number, (name, view, grid) in enumerate(loader):
-            key = source.keys[number] if source is not None else str(number) if name is None else name
+            key = source.key(number) if source is not None else str(number) if name is None else name
             if view is not None and not pack.fits(grid):
                 yield from results()
             if view is not None:
@@ -447,7 +447,7 @@ class _Decoder(Dataset[Any]):
             if self.source is None:
                 image = item
             else:
-                name = self.source.keys[item]
+                name = self.source.key(item)
                 image = self.source.open(item)
             return name, *_decode(image, self.resolution, self.patch_size, self.limit, name)
         except (UnreadableImage, OSError):

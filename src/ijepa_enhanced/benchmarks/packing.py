@@ -37,8 +37,6 @@ def imagenet_like(count: int) -> Catalog:
         rows=np.arange(count),
         labels=None,
         classes=None,
-        keys=[],
-        unreadable=(),
         hash="imagenet-like",
     )
 

@@ -97,7 +97,7 @@ def opened_pack(options: PackOptions) -> tuple[TrainConfig, Batch]:
 def report_undecodable(source: Source, unreadable: Sequence[tuple[int, str]]) -> None:
     """Log row and reason of images whose header can be read and the rest cannot."""
     for row, reason in unreadable:
-        logger.warning("Left out: %s: %s", source.keys[row], reason)
+        logger.warning("Left out: %s: %s", source.key(row), reason)
 
 
 def finish(options: PackOptions | FeatureOptions, picture: Path) -> int:

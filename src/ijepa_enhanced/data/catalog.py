@@ -1,121 +1,153 @@
-"""The catalog: the size and label of every readable image of a source, from one scan of headers, cached."""
+"""The catalog: key, label, location and size of every image of a source, in one file that all processes map.
+
+The file is made once, by one process, and lies in the user's cache folder. `ijepa scan` makes it again.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
+import itertools
 import logging
 import os
-import time
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_enhanced.data.sources.base import UNREAD, Source
-from ijepa_enhanced.errors import UnreadableImage
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.data.headers import Unfinished, list_and_scan, scan_again
+from ijepa_enhanced.data.listing import Listing, map_listing, save_listing
+from ijepa_enhanced.data.sources.base import Source
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 2
-"""Raised when a cached file means something else than before."""
 
 LISTED = 20
 """Unreadable images that are named before the rest is only counted."""
 
-PATIENCE = 10.0
-"""Seconds between two lines about a scan."""
-
 QUANTILES = (5, 25, 50, 75, 95)
-"""Percent, of `summary`."""
+"""Percentiles in `summary`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Catalog:
-    """The N readable images of a source, in its order."""
+    """The N readable images of a source in its order, or some of them in an order of their own."""
 
     heights: NDArray[np.int32]
     """[N] pixels of the upright image."""
     widths: NDArray[np.int32]
     """[N]"""
     rows: NDArray[np.int64]
-    """[N] each image's row in the source, ascending."""
+    """[N] each image's row in the source, ascending in a whole catalog."""
     labels: NDArray[np.int64] | None
-    """[N], or None where the source has none."""
+    """[N], -1 for images without a label; None if no image of the source has one."""
     classes: list[str] | None
     """The name of each label, or None."""
-    keys: list[str]
-    """N names for messages."""
-    unreadable: tuple[tuple[str, str], ...]
-    """(key, reason) of every image whose header cannot be read."""
     hash: str
-    """SHA-256 of rows, sizes, labels, shares and keys: equal wherever the images lie. A part of a catalog keeps the
-    whole's."""
+    """SHA-256 of keys, labels, sizes and shares: the same wherever the images lie. A part of a catalog keeps the hash
+    of the whole."""
     shares: NDArray[np.float64] | None = None
-    """[N] the fraction of the epochs that show each image, or None where that is all of them."""
+    """[N] fraction of the epochs that show each image, in a mixture; None if all epochs show all images."""
+    source: Source | None = None
+    """Knows the keys, and which images are unreadable; None for sizes without images."""
+
+    def key(self, position: int) -> str:
+        """Return the name of an image for messages."""
+        row = int(self.rows[position])
+        return str(row) if self.source is None else self.source.key(row)
+
+    @cached_property
+    def unreadable(self) -> Unreadable:
+        """All images of the source whose header cannot be read."""
+        return Unreadable(self.source)
 
     def class_name(self, label: int) -> str:
-        """What users call a class: its name, or where classes have none, its number."""
+        """Return what users call a class: its name, or if classes have no names, its number."""
+        if label < 0:
+            return "no label"
         return str(label) if self.classes is None else self.classes[label]
 
-    def select(self, images: NDArray[np.integer]) -> Catalog:
-        """Some of the images, by position, in that order; every epoch shows all of them."""
+    def select(self, positions: NDArray[np.integer]) -> Catalog:
+        """Return some of the images, in the order of `positions`; every epoch shows all of them."""
         return dataclasses.replace(
             self,
-            heights=self.heights[images],
-            widths=self.widths[images],
-            rows=self.rows[images],
-            labels=None if self.labels is None else self.labels[images],
-            keys=[self.keys[image] for image in images.tolist()],
+            heights=self.heights[positions],
+            widths=self.widths[positions],
+            rows=self.rows[positions],
+            labels=None if self.labels is None else self.labels[positions],
             shares=None,
         )
 
 
+class Unreadable:
+    """Key and reason of every image of a source whose header cannot be read, each made when it is asked for."""
+
+    def __init__(self, source: Source | None) -> None:
+        self.source = source
+        sizes = None if source is None else source.listing.sizes
+        self.rows = np.empty(0, np.int64) if sizes is None else np.flatnonzero(sizes.heights == 0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for row in self.rows.tolist():
+            assert self.source is not None
+            assert self.source.listing.sizes is not None
+            yield self.source.key(row), self.source.listing.sizes.reasons[row]
+
+
 def open_catalog(source: Source, cache: bool = True) -> Catalog:
-    """Scan the headers of a source, or read what an earlier scan of the same files found.
+    """Map the catalog of a source, or make it: list the images and read their headers.
+
+    If several processes ask for a catalog that is not there, one of them makes it and the others wait. A scan that was
+    stopped goes on where it was. A catalog that is damaged, or older than the images or this program, is made again;
+    `Source.fingerprint` tells which changes of the images are noticed. Images that the disk or the network did not
+    give are tried again each time.
 
     Args:
-        source: the images.
-        cache: read and write the user's cache folder (`$IJEPA_CACHE`, else `ijepa_enhanced` in `$XDG_CACHE_HOME` or
-            `~/.cache`). A cache that cannot be read is made anew; one that cannot be written is a warning.
+        source: the images. It reads them by means of the catalog from now on.
+        cache: keep the catalog in `cache_folder`. If that cannot be written to, a warning says so.
+
+    Raises:
+        SourceError: the source cannot be listed, or holds no image.
     """
-    path = cache_folder() / f"index-{FORMAT}-{source.fingerprint()}.parquet"
-    scan = _load(path) if cache else None
-    if scan is None:
-        scan = _scan(source)
-        # What could not be read for a moment, as over a network, may be there the next time.
-        if cache and not any(reason is not None and reason.startswith(UNREAD) for reason in scan[2]):
-            _save(path, scan)
-    heights, widths, reasons = scan
-    readable = np.array([reason is None for reason in reasons], dtype=np.bool_)
-    rows = np.flatnonzero(readable)
-    labels = None if source.labels is None else source.labels[rows]
-    shares = None if source.shares is None else source.shares[rows]
-    keys = [source.keys[row] for row in rows.tolist()]
-    unreadable = [(key, reason) for key, reason in zip(source.keys, reasons, strict=True) if reason is not None]
-    heights, widths = heights[rows], widths[rows]
-    digest = hashlib.sha256(os.fsencode("\0".join(keys)))
-    for values in (rows, heights, widths, labels, shares):
-        digest.update(b"" if values is None else values.tobytes())
-    return Catalog(heights, widths, rows, labels, source.classes, keys, tuple(unreadable), digest.hexdigest(), shares)
+    source.attach(partial(_listing_of, cache=cache))
+    return _catalog_of(source)
+
+
+def scan(source: Source) -> dict[str, Any]:
+    """Make the catalog of a source again, and return its `summary`; raises errors as `open_catalog` does."""
+    source.attach(partial(_listing_of, anew=True))
+    for note in source.listing.notes:
+        logger.warning("%s", note)
+    return summary(_catalog_of(source))
 
 
 def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:
-    """Log the images whose header cannot be read, the first `LISTED` with their reason."""
-    for key, reason in catalog.unreadable[:LISTED]:
+    """Log what is missing in a source, and the images whose header cannot be read, the first `LISTED` with the reason.
+
+    Call it once for each use of a catalog.
+    """
+    for note in () if catalog.source is None else catalog.source.listing.notes:
+        logger.warning("%s", note)
+    for key, reason in itertools.islice(catalog.unreadable, LISTED):
         logger.warning("%s: %s: %s", heading, key, reason)
     if len(catalog.unreadable) > LISTED:
-        logger.warning("%s: %d more, which `ijepa index` lists.", heading, len(catalog.unreadable) - LISTED)
+        logger.warning("%s: %d more, which `ijepa scan` lists.", heading, len(catalog.unreadable) - LISTED)
 
 
 def summary(catalog: Catalog) -> dict[str, Any]:
-    """What `ijepa index` shows.
+    """Return what `ijepa scan` shows.
 
     Returns:
-        `images`, `unreadable` and `labels` (distinct ones) are counts; `resolution` (sqrt(height * width) in pixels)
+        `images`, `unreadable` and `labels` (different ones) are counts; `resolution` (sqrt(height * width) in pixels)
         and `aspect` (width / height) map "5%" to "95%" to quantiles, and are empty without images.
     """
     heights, widths = catalog.heights.astype(np.float64), catalog.widths.astype(np.float64)
@@ -128,60 +160,103 @@ def summary(catalog: Catalog) -> dict[str, Any]:
     return {
         "images": len(catalog.rows),
         "unreadable": len(catalog.unreadable),
-        "labels": 0 if catalog.labels is None else len(np.unique(catalog.labels)),
+        "labels": 0 if catalog.labels is None else int(np.count_nonzero(np.unique(catalog.labels) >= 0)),
         "resolution": quantiles(np.sqrt(heights * widths)),
         "aspect": quantiles(widths / heights),
     }
 
 
 def cache_folder() -> Path:
-    """Where indices are cached."""
+    """Return the user's cache folder.
+
+    It is `$IJEPA_CACHE`, or `ijepa_enhanced` in `$XDG_CACHE_HOME` or `~/.cache`, or for a user without a home a folder
+    among the temporary files.
+    """
     if chosen := os.environ.get("IJEPA_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ijepa_enhanced")
-
-
-_Scan = tuple[NDArray[np.int32], NDArray[np.int32], list[str | None]]
-
-
-def _scan(source: Source) -> _Scan:
-    """Height, width and reason of every image of the source; the sizes of unreadable ones are 0."""
-    sizes = np.zeros((2, len(source.keys)), dtype=np.int32)
-    reasons: list[str | None] = [None] * len(source.keys)
-    said = time.monotonic()
-    for row in range(len(source.keys)):
-        try:
-            sizes[:, row] = source.size(row)
-        except UnreadableImage as error:
-            reasons[row] = str(error)
-        if time.monotonic() - said > PATIENCE:
-            said = time.monotonic()
-            logger.info("Scanning %s: %d of %d images", source.name, row + 1, len(reasons))
-    return sizes[0], sizes[1], reasons
-
-
-def _load(path: Path) -> _Scan | None:
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(path, columns=["height", "width", "reason"])
-        return (table["height"].to_numpy(), table["width"].to_numpy(), table["reason"].to_pylist())
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ijepa_enhanced")
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"ijepa_enhanced-{os.getuid()}")
+
+
+def catalog_path(source: Source) -> Path:
+    """Return the file of a source's catalog."""
+    identity = hashlib.sha256("\0".join(source.identity()).encode("utf-8", "surrogateescape")).hexdigest()
+    return cache_folder() / f"catalog-{identity[:32]}.arrow"
+
+
+def _catalog_of(source: Source) -> Catalog:
+    listing = source.listing
+    assert listing.sizes is not None
+    heights, widths, labels, shares = listing.sizes.heights, listing.sizes.widths, listing.labels, listing.shares
+    rows = np.flatnonzero(heights)
+    if len(rows) < len(heights):
+        heights, widths = heights[rows], widths[rows]
+        labels = None if labels is None else labels[rows]
+        shares = None if shares is None else shares[rows]
+    return Catalog(heights, widths, rows, labels, listing.classes, listing.hash, shares, source)
+
+
+def _listing_of(source: Source, cache: bool = True, anew: bool = False) -> Listing:
+    """Return the listing of a source with sizes, mapped from its catalog if that can be kept."""
+    if not cache:
+        return list_and_scan(source, Unfinished(None))
+    path = catalog_path(source)
+    listing = None if anew else _find(source, path)[0]
+    if listing is None:
+        with _alone(path, source.name):
+            # Another process may have made it while this one waited.
+            listing, why_not = (None, "") if anew else _find(source, path)
+            if listing is None:
+                if why_not:
+                    logger.warning("%s", why_not)
+                unfinished = Unfinished(path.with_suffix(".partial"))
+                listing = _kept(list_and_scan(source, unfinished), path, source.name)
+                unfinished.remove()
+    elif listing.sizes is not None and (sizes := scan_again(source, listing.sizes)) is not None:
+        listing = _kept(listing.with_sizes(sizes), path, source.name)
+    return listing
+
+
+def _find(source: Source, path: Path) -> tuple[Listing | None, str]:
+    """Return what was kept of a source, or None and the reason why it cannot be used, if there is any."""
+    try:
+        listing = map_listing(path)
     except FileNotFoundError:
-        return None
+        return None, ""
     except (OSError, ValueError) as error:
-        logger.warning("The cached catalog %s cannot be read and is made anew: %s", path, error)
-        return None
+        return None, f"The catalog {path} of {source.name} cannot be used and is made again: {error}"
+    source.attach(lambda _: listing)
+    if source.fingerprint() != listing.fingerprint:
+        return None, f"{source.name} has changed since it was scanned: it is scanned again."
+    return listing, ""
 
 
-def _save(path: Path, scan: _Scan) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    heights, widths, reasons = scan
-    table = pa.table({"height": heights, "width": widths, "reason": pa.array(reasons, pa.string())})
+def _kept(listing: Listing, path: Path, name: str) -> Listing:
+    """Save a listing and map it, or return it as it is if that cannot be done."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            pq.write_table(table, partial)
+        save_listing(listing, path, name)
+        return map_listing(path)
     except OSError as error:
-        logger.warning("The catalog cannot be cached in %s: %s", path.parent, error)
+        logger.warning("The catalog of %s cannot be kept, so every start scans again: %s", name, error)
+        return listing
+
+
+@contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    """Wait until no other process makes the catalog `path`; without a wait if its folder cannot be written to."""
+    lock = None
+    with suppress(OSError):  # the folder cannot be written to, or the file system has no locks
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process scans %s: waiting for it.", name)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -6,6 +6,7 @@ import io
 import math
 import struct
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ LONGEST = 65_500
 
 GAP = 2
 """Pixels for every output pixel that cheap reduction leaves to the bicubic filter, as in Pillow's `thumbnail`."""
+
+LONGEST_BRANDS = 1024
+"""Bytes in which the brands of an AVIF or HEIC file end."""
 
 # Called directly, because `Image.open` warns or fails on large images before it tells their size.
 _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
@@ -70,19 +74,25 @@ _TURNS = {
 }
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(file: bytes | BinaryIO) -> Image.Image:
     """Read the header of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file; the pixels are decoded later.
 
+    Args:
+        file: all bytes of it, or a file that can be sought in, of which no more is read than the header.
+
     Raises:
-        UnreadableImage: `data` is no such file, its header is damaged, or it has more than `MAX_PIXELS`.
+        UnreadableImage: it is no such file, its header is damaged, or it has more than `MAX_PIXELS`.
     """
-    if not data:
+    stream = io.BytesIO(file) if isinstance(file, bytes) else file
+    start = stream.read(LONGEST_BRANDS)
+    if not start:
         raise UnreadableImage("empty file")
-    reader = _reader(data)
+    reader = _reader(start)
     if reader is None:
         raise UnreadableImage("not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image")
+    stream.seek(0)
     try:
-        image = reader(io.BytesIO(data))
+        image = reader(stream)
     except FAILURES as error:
         raise UnreadableImage(f"damaged header: {error}") from error
     if image.width * image.height > MAX_PIXELS:

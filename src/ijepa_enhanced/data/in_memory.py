@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ijepa_enhanced.data.listing import Listing
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
@@ -42,9 +43,8 @@ class InMemory(Source):
 
     def __init__(self, source: Source, free: Mapping[str, int] | None = None, copies: int = 1) -> None:
         self.source = source
-        self.name, self.keys, self.shares = source.name, source.keys, source.shares
-        self.labels, self.classes = source.labels, source.classes
-        rows = range(len(source.keys))
+        self.name = source.name
+        rows = range(len(source))
         self.lengths = np.array([source.length(row) for row in rows], dtype=np.int64)
         self.ends = np.cumsum(self.lengths)
         total = int(self.ends[-1])
@@ -66,6 +66,23 @@ class InMemory(Source):
                 self._place(row).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
             else:
                 self.lengths[row] = 0
+
+    @property
+    def listing(self) -> Listing:
+        """See `Source`."""
+        return self.source.listing
+
+    def attach(self, find: Callable[[Source], Listing]) -> None:
+        """See `Source`."""
+        self.source.attach(find)
+
+    def make_listing(self) -> Listing:
+        """See `Source`."""
+        return self.source.make_listing()
+
+    def identity(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return self.source.identity()
 
     def _place(self, row: int) -> torch.Tensor:
         end = int(self.ends[row])

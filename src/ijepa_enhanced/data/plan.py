@@ -142,7 +142,7 @@ class Plan:
         settings = dataclasses.asdict(self.config)
         for free in ("source", "max_unreadable", "workers", "cache"):
             del settings[free]
-        settings |= {"patch_size": self.patch_size, "seed": self.seed, "index": self.catalog.hash}
+        settings |= {"patch_size": self.patch_size, "seed": self.seed, "catalog": self.catalog.hash}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def epoch(self, epoch: int) -> EpochPlan:

@@ -111,7 +111,7 @@ def prepare(
         """The images that can be read, with their position in the catalog; the others are noted."""
         for position, image in enumerate(images, start=done):
             if isinstance(image, str):
-                dropped.append({"key": catalog.keys[position], "reason": image})
+                dropped.append({"key": catalog.key(position), "reason": image})
             else:
                 yield position, image.numpy().tobytes()
             if progress:
@@ -210,7 +210,7 @@ def _write_shard(path: Path, catalog: Catalog, images: Iterator[tuple[int, bytes
         for position, image in images:
             sample = f"{catalog.rows[position]:09d}"
             height, width = catalog.heights[position].item(), catalog.widths[position].item()
-            origin = {"key": catalog.keys[position], "height": height, "width": width}
+            origin = {"key": catalog.key(position), "height": height, "width": width}
             members = {f"{sample}.jpg": image, f"{sample}.json": json.dumps(origin).encode()}
             if catalog.labels is not None:
                 members[f"{sample}.cls"] = str(catalog.labels[position]).encode()

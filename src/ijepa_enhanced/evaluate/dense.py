@@ -66,7 +66,7 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
             "each of them a PNG of the same name in 'labels'."
         )
     source = open_source(str(root / "images"), part)
-    paths = [(root / "labels" / key).with_suffix(".png") for key in source.keys]
+    paths = [(root / "labels" / key).with_suffix(".png") for key in source.listing.keys]
     return LabelledMaps(source, open_catalog(source), lambda row: _read_map(paths[row]))
 
 
@@ -156,7 +156,7 @@ def dense(
             unknown = np.setdiff1d(labels[counted], classes)
             if len(unknown):
                 raise SourceError(
-                    f"The label map of {val.source.keys[row]} of {val.source.name} has the label {unknown[0]}, which "
+                    f"The label map of {val.source.key(row)} of {val.source.name} has the label {unknown[0]}, which "
                     f"none of {train.source.name} has."
                 )
             places = np.searchsorted(classes, labels[counted]) * len(classes) + predicted.numpy()[counted]
@@ -176,7 +176,7 @@ def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
     size = int(maps.catalog.heights[image]), int(maps.catalog.widths[image])
     if labels.shape != size:
         raise UnreadableImage(
-            f"The label map of {maps.source.keys[row]} of {maps.source.name} has {labels.shape[0]} x {labels.shape[1]} "
+            f"The label map of {maps.source.key(row)} of {maps.source.name} has {labels.shape[0]} x {labels.shape[1]} "
             f"px, but the image {size[0]} x {size[1]}."
         )
     return labels

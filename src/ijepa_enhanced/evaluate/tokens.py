@@ -123,7 +123,7 @@ def token_batches(
             finite = outputs[-1].isfinite().all(dim=1)
             if not finite.all():
                 view = segment_ids(moved.packed.segments.cu_seqlens, len(finite))[~finite][0]
-                key = source.keys[int(batch.image_ids[int(view)])]
+                key = source.key(int(batch.image_ids[int(view)]))
                 raise NotFiniteError(
                     f"The features of {key} of {source.name} are not finite: this encoder cannot be used."
                 )
@@ -210,10 +210,10 @@ def _tokens_of_packs(
 def warn_of_unreadable(source: Source, unreadable: Mapping[int, str]) -> None:
     """Log row and reason of each image that could not be decoded."""
     for row, reason in unreadable.items():
-        logger.warning("Left out of %s: %s: %s", source.name, source.keys[row], reason)
+        logger.warning("Left out of %s: %s: %s", source.name, source.key(row), reason)
 
 
 def need_images(images: int, source: Source) -> None:
     """Raise UnreadableImage where there are no images."""
     if not images:
-        raise UnreadableImage(f"None of the {len(source.keys)} images of {source.name} can be decoded.")
+        raise UnreadableImage(f"None of the {len(source)} images of {source.name} can be decoded.")

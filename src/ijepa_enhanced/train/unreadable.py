@@ -49,7 +49,7 @@ class Unreadable:
                 self._check()
 
     def _key(self, row: int) -> str:
-        return self.catalog.keys[int(np.searchsorted(self.catalog.rows, row))]
+        return self.catalog.key(int(np.searchsorted(self.catalog.rows, row)))
 
     def _check(self) -> None:
         images = len(self.catalog.rows) + len(self.catalog.unreadable)

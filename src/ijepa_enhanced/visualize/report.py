@@ -168,7 +168,7 @@ def _unreadable(run: Run) -> dict[str, str]:
     if run.images is None:
         return {f"image number {row}": reason for row, reason in found.items()}
     source = run.images.source
-    return dict(run.images.catalog.unreadable) | {source.keys[row]: reason for row, reason in found.items()}
+    return dict(run.images.catalog.unreadable) | {source.key(row): reason for row, reason in found.items()}
 
 
 def _masks(run: Run) -> str:

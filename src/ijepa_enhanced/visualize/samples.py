@@ -152,7 +152,7 @@ def _neighbours(images: LabelledSource, found: Sequence[Neighbours], others: int
 
 
 def _name(images: LabelledSource, row: int) -> str:
-    return images.source.keys[row]
+    return images.source.key(row)
 
 
 def _label(images: LabelledSource, row: int) -> str:

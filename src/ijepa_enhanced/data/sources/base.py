@@ -1,4 +1,4 @@
-"""What a source of images is: N images read at random by row number.
+"""A source of images: it knows how to list its images, and how to read one by row number.
 
 A source holds no open file, so it can be sent to worker processes, forked and used by threads.
 """
@@ -8,29 +8,38 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data.decode import open_image, upright_size
+from ijepa_enhanced.data.listing import Listing
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-"""Of files and members that are taken for images, in small or capital letters."""
+"""Endings of the names of image files and members, in small or capital letters."""
 
 PARTS = ("train", "val", "test")
 """What files of a folder and splits of a data set may be named after."""
 
 CLASSES = "classes.txt"
-"""Beside shards: the name of each label, a line each."""
+"""File beside shards with the name of each label, one on each line."""
 
 UNREAD = "cannot be read"
-"""How the reason begins where the fault is not the image's but the disk's or the network's."""
-HEAD = 64 * 1024
-"""Bytes in which nearly every header ends: all that is read of an image to learn its size."""
+"""Beginning of the reason if the fault lies with the disk or the network, and not with the image."""
+
+HEAD = 4096
+"""Bytes that are read of an image at a time to learn its size; few headers are longer."""
+
+SAMPLE = 256
+"""Most image files that `fingerprint` looks into; they are spread evenly over the source."""
+
+END = 1024
+"""Bytes at the beginning and at the end of a file that `fingerprint_of` reads."""
 
 
 class Source(ABC):
@@ -38,17 +47,58 @@ class Source(ABC):
 
     name: str
     """What the user called it."""
-    keys: list[str]
-    """N names for messages, the same wherever the source lies."""
-    labels: NDArray[np.int64] | None = None
-    """int64 [N], or None; -1 where an image lacks the label that others have, which makes it unreadable."""
-    classes: list[str] | None = None
-    """The name of each label, or None."""
-    shares: NDArray[np.float64] | None = None
-    """float64 [N] in (0, 1]: the fraction of the epochs of training that show an image; None is all of them."""
+    _listing: Listing | None = None
+
+    @property
+    def listing(self) -> Listing:
+        """Its images: mapped from its catalog after `open_catalog`, before that listed at the first use.
+
+        Raises:
+            SourceError: the source cannot be listed, or it holds no image.
+        """
+        if self._listing is None:
+            self._listing = self.make_listing()
+        return self._listing
+
+    def attach(self, find: Callable[[Source], Listing]) -> None:
+        """Set the listing that `find` returns, in sources that are made of others, to each of these."""
+        self._listing = find(self)
+
+    @abstractmethod
+    def make_listing(self) -> Listing:
+        """List all images, without their sizes; this may read every file of the source.
+
+        Raises:
+            SourceError: the source cannot be listed, or it holds no image.
+        """
+
+    @abstractmethod
+    def identity(self) -> tuple[str, ...]:
+        """Return what tells this source from all others on this machine: its kind, its place and its options."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a text that changes when the images change; it costs a fraction of a second, so it is no proof."""
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def key(self, row: int) -> str:
+        """Return the name of an image, for messages: the same wherever the source lies."""
+        return self.listing.keys[row]
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """int64 [N], -1 for images without a label; None if no image has one."""
+        return self.listing.labels
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The name of each label, or None."""
+        return self.listing.classes
 
     def open(self, row: int) -> Image.Image:
-        """An image with its header read, to be decoded later.
+        """Read an image and its header; the pixels are decoded later.
 
         Raises:
             UnreadableImage: it cannot be read.
@@ -57,7 +107,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, row: int) -> bytes:
-        """What an image is made of: its file, or where there is none, its pixels.
+        """Return what an image is made of: the bytes of its file, or its pixels if it has no file.
 
         Raises:
             UnreadableImage: it cannot be read.
@@ -65,48 +115,41 @@ class Source(ABC):
 
     @abstractmethod
     def length(self, row: int) -> int:
-        """How many bytes `read` gives, without reading them; 0 where that is not known."""
+        """Return how many bytes `read` gives, without reading them; 0 if that is not known."""
 
     @abstractmethod
     def restore(self, row: int, data: bytes) -> Image.Image:
-        """The image that `open` gives, from what `read` gave."""
+        """Return the image that `open` gives, from what `read` gave."""
 
     @abstractmethod
     def size(self, row: int) -> tuple[int, int]:
-        """Height and width of the upright image in pixels, without decoding it.
+        """Return height and width of the upright image in pixels, without decoding it.
 
         Raises:
             UnreadableImage: its header cannot be read.
         """
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Changes when a file's name, size or time does, or what is drawn."""
 
 
 class FileSource(Source):
     """Images that are bytes of files."""
 
     @abstractmethod
-    def _read(self, row: int, limit: int = -1) -> bytes:
-        """The first `limit` bytes of an image file, or all of it."""
+    def _open(self, row: int) -> BinaryIO:
+        """Open an image file, or the part of a file that is one, with a buffer of `HEAD` bytes."""
 
     @abstractmethod
     def _length(self, row: int) -> int:
-        """Bytes of an image file."""
+        """Return the bytes of an image file."""
 
-    def read(self, row: int, limit: int = -1) -> bytes:
-        """See `Source`; of `limit` bytes at most."""
+    def read(self, row: int) -> bytes:
+        """See `Source`."""
         try:
-            data = self._read(row, limit)
+            with self._open(row) as file:
+                return file.read()
         except UnreadableImage:
             raise
-        except (OSError, ValueError) as error:  # ValueError: of what cannot be a path
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UnreadableImage(f"{UNREAD}: {reason}") from error
-        if self.labels is not None and self.labels[row] < 0:
-            raise UnreadableImage("no label, which others have")
-        return data
+        except (OSError, ValueError) as error:  # a ValueError if the path cannot be a path
+            raise _unread(error) from error
 
     def length(self, row: int) -> int:
         """See `Source`."""
@@ -121,40 +164,56 @@ class FileSource(Source):
 
     def size(self, row: int) -> tuple[int, int]:
         """See `Source`."""
-        head = self.read(row, HEAD)
         try:
-            return upright_size(open_image(head))
-        except UnreadableImage:
-            if len(head) < HEAD:
-                raise
-            return upright_size(self.open(row))
+            with self._open(row) as file:
+                return upright_size(open_image(file))
+        except UnreadableImage as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+                raise _unread(error.__cause__) from error  # from the disk, and not from Pillow
+            raise
+        except (OSError, ValueError) as error:
+            raise _unread(error) from error
 
 
-def fingerprint_of(files: Iterable[tuple[str, Path]]) -> str:
-    """SHA-256 of the names, sizes and times of files, and of which cannot be read by this user."""
+def _unread(error: Exception) -> UnreadableImage:
+    return UnreadableImage(f"{UNREAD}: {error.strerror if isinstance(error, OSError) else error}")
+
+
+def sample(count: int) -> list[int]:
+    """Return up to `SAMPLE` of `count` rows, spread evenly."""
+    return np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64).tolist()
+
+
+def fingerprint_of(files: Iterable[tuple[str, str | Path]]) -> str:
+    """Return the SHA-256 of the names, sizes, times and first and last bytes of files, given as (name, path).
+
+    Archives and package stores set all times to the same value, so files may differ in their bytes alone.
+    """
     digest = hashlib.sha256()
     for name, path in files:
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
         try:
-            status = os.stat(path)
-            state = f"{status.st_size}\0{status.st_mtime_ns}"
-            if not os.access(path, os.R_OK):
-                state += "\0closed"  # neither size nor time changes when it is opened
-        except (OSError, ValueError):
-            state = "missing"
-        digest.update(os.fsencode(f"{name}\0{state}\n"))
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                digest.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                digest.update(os.pread(file.fileno(), END, 0))
+                digest.update(os.pread(file.fileno(), END, max(0, status.st_size - END)))
+        except (OSError, ValueError) as error:
+            digest.update(_unread(error).args[0].encode())
+        digest.update(b"\n")
     return digest.hexdigest()
 
 
 def number_labels(
     written: list[str | None], classes: list[str] | None, source: str
 ) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Labels as int64 [N], -1 where there is none, and the class names or None.
+    """Return labels as int64 [N], -1 for None, and the class names or None.
 
-    Labels that are all whole numbers stand for themselves. Names are numbered as in `classes`, or where that is None,
-    in the order of the alphabet.
+    Labels that are all whole numbers stay as they are. Names are numbered in the order of `classes`, or if that is
+    None, in the order of the alphabet.
 
     Raises:
-        SourceError: a label is beyond `classes`, or no number that int64 has.
+        SourceError: a label is not among `classes`, or is a number that int64 cannot hold.
     """
     found = sorted({label for label in written if label is not None})
     if all(label.isdecimal() for label in found):
@@ -169,10 +228,10 @@ def number_labels(
 
 
 def label_array(labels: list[int], source: str) -> NDArray[np.int64]:
-    """Labels as int64 [N].
+    """Return labels as int64 [N].
 
     Raises:
-        SourceError: one is no number that int64 has.
+        SourceError: a label is a number that int64 cannot hold.
     """
     try:
         return np.array(labels, dtype=np.int64)

@@ -2,78 +2,107 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from ijepa_enhanced.data.sources.base import EXTENSIONS, FileSource, fingerprint_of
+from ijepa_enhanced.data.listing import Listing, Texts
+from ijepa_enhanced.data.sources.base import EXTENSIONS, HEAD, FileSource, fingerprint_of, sample
 from ijepa_enhanced.errors import SourceError
 
 HEIC = (".heic", ".heif")
-"""Not read, but not passed over either: a folder of a phone's photos must not look empty."""
+"""Endings of files that are listed though they cannot be read: a folder of a phone's photos must not look empty."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is taken for an image, by its name; hidden ones are not."""
+    """Return whether the name of a file is that of an image; hidden files are not."""
     return name.lower().endswith((*EXTENSIONS, *HEIC)) and not name.startswith(".")
 
 
 class PathSource(FileSource):
-    """Images that are files of their own; keys are their paths from `root` on."""
+    """Images that are files of their own; keys are their paths below `root`."""
 
     root: Path
 
-    def _read(self, row: int, limit: int = -1) -> bytes:
-        with open(self.root / self.keys[row], "rb") as file:
-            return file.read(limit)
+    def _path(self, row: int) -> str:
+        return os.path.join(self.root, self.key(row))
+
+    def _open(self, row: int) -> BinaryIO:
+        return open(self._path(row), "rb", buffering=HEAD)
 
     def _length(self, row: int) -> int:
-        return os.stat(self.root / self.keys[row]).st_size
+        return os.stat(self._path(row)).st_size
 
-    def fingerprint(self) -> str:
-        """See `Source`."""
-        return fingerprint_of((key, self.root / key) for key in self.keys)
+    def _sampled(self) -> list[tuple[str, str]]:
+        """Return the name and path of some images, for `fingerprint_of`."""
+        return [(self.key(row), self._path(row)) for row in sample(len(self))]
 
 
 class FolderSource(PathSource):
-    """All images of a folder and the folders in it, links followed, hidden ones left out, by name.
+    """All images of a folder and its subfolders, sorted by name; links are followed, hidden files are left out.
 
-    Where all lie in sub-folders, those are the classes, by name; deeper folders belong to the class they are in.
-
-    Raises:
-        SourceError: the folder cannot be listed or holds no image.
+    If all images lie in subfolders, these are the classes, sorted by name; deeper folders belong to the class that they
+    are in.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.name = str(folder)
         self.root = Path(folder)
-        self.keys = sorted(self._scan())
-        if not self.keys:
-            raise SourceError(f"No images in {folder}. It must hold files that end in {', '.join(EXTENSIONS)}.")
-        tops = [key.partition("/")[0] for key in self.keys]
-        if all(top != key for top, key in zip(tops, self.keys, strict=True)):
-            self.classes = sorted(set(tops))
-            numbers = {name: number for number, name in enumerate(self.classes)}
-            self.labels = np.array([numbers[top] for top in tops])
 
-    def _scan(self) -> Iterable[str]:
+    def make_listing(self) -> Listing:
+        """See `Source`."""
+        folders: list[str] = []
+        keys = sorted(self._walk(folders))
+        if not keys:
+            raise SourceError(f"No images in {self.name}. It must hold files that end in {', '.join(EXTENSIONS)}.")
+        tops = [key.partition("/")[0] for key in keys]
+        if any(top == key for top, key in zip(tops, keys, strict=True)):
+            return Listing(Texts.of(keys), folders=tuple(folders))
+        classes = sorted(set(tops))
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = np.array([numbers[top] for top in tops], dtype=np.int64)
+        return Listing(Texts.of(keys), labels, classes, folders=tuple(folders))
+
+    def _walk(self, folders: list[str]) -> Iterator[str]:
+        """Yield the keys of all images, and append every folder to `folders`, relative to the root."""
         root = str(self.root)
-        ways = {root: [os.path.realpath(root)]}  # the true paths of a folder and of all above it, down from the root
+        ways = {root: [os.path.realpath(root)]}  # the real paths of a folder and of all folders above it
         for folder, subfolders, files in os.walk(root, onerror=cannot_list, followlinks=True):
+            inside = Path(folder).relative_to(self.root).as_posix()
+            folders.append(inside)
             way = ways.pop(folder)
             for name in subfolders.copy():
                 real = os.path.realpath(Path(folder, name))
-                # A link to a folder on the way here, or above one, would be followed for ever.
+                # A link to a folder above would be followed for ever.
                 if name.startswith(".") or any(_holds(real, place) for place in way):
                     subfolders.remove(name)
                 else:
                     ways[os.path.join(folder, name)] = [*way, real]
-            for name in files:
-                if is_image(name):
-                    yield Path(folder, name).relative_to(self.root).as_posix()
+            for name in filter(is_image, files):
+                yield name if inside == "." else f"{inside}/{name}"
+
+    def identity(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return ("folder", os.path.abspath(self.root))
+
+    def fingerprint(self) -> str:
+        """See `Source`.
+
+        It knows the time of every folder, which changes when a file in it is added, removed or renamed, and size, time
+        and first and last bytes of up to `SAMPLE` images. In a larger source it misses images that are overwritten in
+        place.
+        """
+        times = []
+        for folder in self.listing.folders:
+            try:
+                times.append(f"{folder}\0{os.stat(self.root / folder).st_mtime_ns}")
+            except OSError as error:
+                times.append(f"{folder}\0{error.strerror}")
+        return hashlib.sha256("\n".join([*times, fingerprint_of(self._sampled())]).encode(errors="replace")).hexdigest()
 
 
 def _holds(folder: str, path: str) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import fingerprint_of, number_labels
 from ijepa_enhanced.data.sources.folder import PathSource
 from ijepa_enhanced.errors import SourceError
@@ -16,43 +18,50 @@ LISTS = (".csv", ".jsonl")
 
 
 class ListSource(PathSource):
-    """The images that a list names, in its order: CSV with the columns `path` and, if it likes, `label`, or JSONL.
+    """The images that a list names, in its order: CSV with the columns `path` and optionally `label`, or JSONL.
 
-    Paths are relative to the list. Labels are class numbers from 0 or class names, numbered in the order of the
-    alphabet.
-
-    Raises:
-        SourceError: the list cannot be read, is damaged, has no column `path`, or is empty.
+    Paths are relative to the list. Labels are class numbers from 0 or class names; names are numbered in the order of
+    the alphabet.
     """
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.path = path
         self.root = path.parent
-        try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                images = list(json_lines(file, self.name) if path.suffix == ".jsonl" else csv.DictReader(file))
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{path} is not text in UTF-8.") from error
-        except csv.Error as error:
-            raise SourceError(f"{path} cannot be read: {error}.") from error
-        except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def make_listing(self) -> Listing:
+        """See `Source`."""
+        images = self._lines()
         if not images:
-            raise SourceError(f"No images in {path}. Every line names one, after a first line path,label in CSV.")
+            raise SourceError(f"No images in {self.path}. Every line names one, after a first line path,label in CSV.")
         for number, image in enumerate(images, start=1):
             if not image.get("path"):
                 named = ", ".join(str(name) for name in image)
-                raise SourceError(f"Image {number} of {path} has no 'path', but {named}.")
-        self.keys = [str(image["path"]) for image in images]
+                raise SourceError(f"Image {number} of {self.path} has no 'path', but {named}.")
+        keys = Texts.of(str(image["path"]) for image in images)
         written = [None if image.get("label") in (None, "") else str(image["label"]) for image in images]
-        if any(label is not None for label in written):
-            self.labels, self.classes = number_labels(written, None, self.name)
+        if all(label is None for label in written):
+            return Listing(keys)
+        return Listing(keys, *number_labels(written, None, self.name))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        try:
+            with open(self.path, newline="", encoding="utf-8-sig") as file:
+                return [*(json_lines(file, self.name) if self.path.suffix == ".jsonl" else csv.DictReader(file))]
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{self.path} is not text in UTF-8.") from error
+        except csv.Error as error:
+            raise SourceError(f"{self.path} cannot be read: {error}.") from error
+        except OSError as error:
+            raise SourceError(f"{self.path} cannot be read: {error.strerror}.") from error
+
+    def identity(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return ("list", os.path.abspath(self.path))
 
     def fingerprint(self) -> str:
-        """See `Source`."""
-        # The list says which images lack a label.
-        return fingerprint_of([("", self.path), *((key, self.root / key) for key in self.keys)])
+        """See `Source`; it knows the list, and size, time and first and last bytes of up to `SAMPLE` images."""
+        return fingerprint_of([("", self.path), *self._sampled()])
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:

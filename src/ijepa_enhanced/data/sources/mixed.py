@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ijepa_enhanced.data.listing import Listing, Names, Sizes
 from ijepa_enhanced.data.sources.base import Source
 
 
@@ -17,10 +20,10 @@ class MixedSource(Source):
     """The images of some sources one after another; keys begin with the number of the source, from 1, and a colon.
 
     An image is shown in `weight / largest weight` of the epochs: no epoch shows one twice. So with weights of 2 and 1
-    an epoch has all images of the first source and half of those of the second, drawn anew each time.
+    an epoch has all images of the first source and half of those of the second, drawn again in each epoch.
 
-    There are labels where all sources have some, and all or none of them have classes. Classes of one name are one, and
-    are numbered in the order in which the sources name them.
+    There are labels if all sources have some, and all or none of them have classes. Classes of the same name are one,
+    and are numbered in the order in which the sources name them. Each source has its own catalog.
 
     Args:
         sources: one or more.
@@ -31,20 +34,46 @@ class MixedSource(Source):
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], name: str) -> None:
         self.name = name
         self.sources = sources
-        self.keys = [f"{number}:{key}" for number, source in enumerate(sources, start=1) for key in source.keys]
-        counts = [len(source.keys) for source in sources]
-        self.starts = np.cumsum([0, *counts])[:-1]
-        self.shares = np.repeat(np.array(weights) / max(weights), counts)
-        named = [source.classes is not None for source in sources]
-        if all(source.labels is not None for source in sources) and all(named) == any(named):
-            if all(named):
-                self.classes = list(dict.fromkeys(itertools.chain(*(source.classes or () for source in sources))))
-            self.labels = np.concatenate([_renumbered(source, self.classes) for source in sources])
+        self.weights = weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what another process can make from the catalogs of the sources."""
+        return {name: value for name, value in vars(self).items() if name not in ("_listing", "_starts")}
+
+    def attach(self, find: Callable[[Source], Listing]) -> None:
+        """See `Source`."""
+        for source in self.sources:
+            source.attach(find)
+        self._listing = self.make_listing()
+
+    def make_listing(self) -> Listing:
+        """See `Source`."""
+        listings = [source.listing for source in self.sources]
+        shares = np.repeat(np.array(self.weights) / max(self.weights), [len(listing) for listing in listings])
+        labels, classes = _joined_labels(listings)
+        sizes = [listing.sizes for listing in listings if listing.sizes is not None]
+        digest = hashlib.sha256("\n".join(listing.hash for listing in listings).encode())
+        for values in (shares, labels):
+            if values is not None:
+                digest.update(values.data)
+        return Listing(
+            Chain([listing.keys for listing in listings], [f"{number}:" for number, _ in enumerate(listings, start=1)]),
+            labels,
+            classes,
+            notes=tuple(note for listing in listings for note in listing.notes),
+            shares=shares,
+            sizes=None if len(sizes) < len(listings) else _joined_sizes(sizes),
+            hash=digest.hexdigest(),
+        )
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(len(source) for source in self.sources)])[:-1]
 
     def _place(self, row: int) -> tuple[Source, int]:
-        """The source of a row, and its row there."""
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.sources[number], row - int(self.starts[number])
+        """Return the source of a row, and its row there."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.sources[number], row - int(self._starts[number])
 
     def read(self, row: int) -> bytes:
         """See `Source`."""
@@ -66,16 +95,56 @@ class MixedSource(Source):
         source, own = self._place(row)
         return source.size(own)
 
+    def identity(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return ("mixture", *itertools.chain(*(source.identity() for source in self.sources)))
+
     def fingerprint(self) -> str:
         """See `Source`."""
         return hashlib.sha256("\n".join(source.fingerprint() for source in self.sources).encode()).hexdigest()
 
 
-def _renumbered(source: Source, classes: list[str] | None) -> NDArray[np.int64]:
-    """The labels of a source as numbers of `classes`, where there are any."""
-    assert source.labels is not None
-    if classes is None or source.classes is None:
-        return source.labels
-    # The last is that of -1, which is no label.
-    numbers = np.array([*map(classes.index, source.classes), -1], dtype=np.int64)
-    return numbers[source.labels]
+class Chain(Names):
+    """Texts one after another, each with the prefix of its part."""
+
+    def __init__(self, parts: Sequence[Names], prefixes: Sequence[str]) -> None:
+        self.parts = parts
+        self.prefixes = prefixes
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, row: int) -> str:
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        part = self.parts[number]
+        return self.prefixes[number] + part[row - int(self.ends[number]) + len(part)]
+
+
+def _joined_labels(listings: Sequence[Listing]) -> tuple[NDArray[np.int64] | None, list[str] | None]:
+    """Return the labels and classes of a mixture."""
+    named = [listing.classes is not None for listing in listings]
+    if any(listing.labels is None for listing in listings) or all(named) != any(named):
+        return None, None
+    classes = None
+    if all(named):
+        classes = [*dict.fromkeys(itertools.chain(*(listing.classes or () for listing in listings)))]
+    return np.concatenate([_renumbered(listing, classes) for listing in listings]), classes
+
+
+def _renumbered(listing: Listing, classes: list[str] | None) -> NDArray[np.int64]:
+    """Return the labels of a source as numbers of `classes`, if there are any."""
+    assert listing.labels is not None
+    if classes is None or listing.classes is None:
+        return listing.labels
+    # The last number is that of -1, which is no label.
+    numbers = np.array([*map(classes.index, listing.classes), -1], dtype=np.int64)
+    return numbers[listing.labels]
+
+
+def _joined_sizes(sizes: Sequence[Sizes]) -> Sizes:
+    return Sizes(
+        np.concatenate([each.heights for each in sizes]),
+        np.concatenate([each.widths for each in sizes]),
+        Chain([each.reasons for each in sizes], [""] * len(sizes)),
+    )

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ijepa_enhanced.data import synthetic
+from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import SourceError
 
@@ -22,11 +23,21 @@ class SyntheticSource(Source):
             raise SourceError(f"The synthetic images have the parts {' and '.join(synthetic.IMAGES)}, not '{part}'.")
         self.name = "synthetic"
         self.part = part
-        rows = range(synthetic.IMAGES[part])
-        self.keys = [f"{part}-{row:05d}" for row in rows]
-        self.headers = np.array([synthetic.header(part, row) for row in rows])
-        self.labels = self.headers[:, 2].copy()
-        self.classes = list(synthetic.CLASSES)
+
+    def make_listing(self) -> Listing:
+        """See `Source`; the location of an image is its height and width."""
+        rows = range(synthetic.IMAGES[self.part])
+        headers = np.array([synthetic.header(self.part, row) for row in rows], dtype=np.int64)
+        keys = Texts.of(f"{self.part}-{row:05d}" for row in rows)
+        return Listing(keys, headers[:, 2].copy(), [*synthetic.CLASSES], headers[:, :2].copy())
+
+    def identity(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return ("synthetic", self.part)
+
+    def fingerprint(self) -> str:
+        """See `Source`."""
+        return f"synthetic-{synthetic.VERSION}-{self.part}-{synthetic.IMAGES[self.part]}"
 
     def read(self, row: int) -> bytes:
         """See `Source`."""
@@ -43,9 +54,6 @@ class SyntheticSource(Source):
 
     def size(self, row: int) -> tuple[int, int]:
         """See `Source`."""
-        height, width, _ = self.headers[row].tolist()
+        assert self.listing.location is not None
+        height, width = self.listing.location[row].tolist()
         return height, width
-
-    def fingerprint(self) -> str:
-        """See `Source`."""
-        return f"synthetic-{synthetic.VERSION}-{self.part}-{len(self.keys)}"

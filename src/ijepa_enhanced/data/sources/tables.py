@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_enhanced.data.sources.base import PARTS, FileSource, fingerprint_of, label_array, number_labels
+from ijepa_enhanced.data.listing import Listing, Texts
+from ijepa_enhanced.data.sources.base import HEAD, PARTS, FileSource, fingerprint_of, label_array, number_labels
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 Columns = Mapping[str, str]
@@ -27,24 +28,26 @@ class TableSource(FileSource):
     """The rows of a table.
 
     Images are the one column of type Image, of structs with a field `bytes`, or of bytes; labels are the one column of
-    type ClassLabel, or else whole numbers or strings in a column `label`. Among several the one that is named `image`
-    or `label` is meant. Strings are numbered in the order of the alphabet, unless all are whole numbers; a label that
-    is missing, empty or below 0 is none.
+    type ClassLabel, or else whole numbers or strings in a column `label`. If there are several, the column named
+    `image` or `label` is used. Strings are numbered in the order of the alphabet, unless all are whole numbers; rows
+    whose label is missing, empty or below 0 have no label.
 
     Args:
         dataset: a `datasets.Dataset` of one row or more.
         name: what the user called it.
-        columns: which to take, instead.
-        keys: names of the rows; by default their split and number.
+        columns: the columns that the user chose.
+        files: name and number of rows of each file, for the keys; by default keys are the split and the row.
 
     Raises:
         SourceError: there is no image column, or several and none is chosen.
     """
 
-    def __init__(self, dataset: Any, name: str, columns: Columns, keys: list[str] | None = None) -> None:
+    def __init__(
+        self, dataset: Any, name: str, columns: Columns, files: Sequence[tuple[str, int]] | None = None
+    ) -> None:
         self.name = name
         self.split = str(dataset.split or "row")
-        self.keys = [f"{self.split}:{row}" for row in range(len(dataset))] if keys is None else keys
+        self.files = [(self.split, len(dataset))] if files is None else files
         features: dict[str, Any] = dataset.features
         image = _column("image", [column for column in features if _holds_images(features[column])], columns, name)
         if image is None:
@@ -56,36 +59,52 @@ class TableSource(FileSource):
         label = _column("label", numbered if "label" in columns else named + plain, columns, name)
         self.columns = (image, label)
         self.images = dataset.select_columns([image]).with_format("arrow")
-        if label is not None:
-            column = dataset.select_columns([label]).with_format("arrow")[:][label]
-            self.labels, self.classes = _labels(column.to_pylist(), getattr(features[label], "names", None), name)
+        self.written = None if label is None else dataset.select_columns([label]).with_format("arrow")
+        self.class_names = None if label is None else getattr(features[label], "names", None)
 
-    def _read(self, row: int, limit: int = -1) -> bytes:
+    def make_listing(self) -> Listing:
+        """See `Source`.
+
+        Raises:
+            SourceError: a label has no name, or is a number that int64 cannot hold.
+        """
+        keys = Texts.of(f"{name}:{row}" for name, count in self.files for row in range(count))
+        if self.written is None:
+            return Listing(keys)
+        written = self.written[:][self.columns[1]].to_pylist()
+        return Listing(keys, *_labels(written, self.class_names, self.name))
+
+    def _open(self, row: int) -> BinaryIO:
+        import pyarrow as pa
+
         buffer, path = self._cell(row)
         if buffer is not None:
-            return bytes(buffer.slice(0, buffer.size if limit < 0 else min(limit, buffer.size)).to_pybytes())
+            return cast(BinaryIO, pa.BufferReader(buffer))
         if path is None:
             raise UnreadableImage("no image in this row")
-        with open(path, "rb") as file:
-            return file.read(limit)
+        return open(path, "rb", buffering=HEAD)
 
     def _length(self, row: int) -> int:
         buffer, path = self._cell(row)
         return buffer.size if buffer is not None else os.stat(path).st_size if path is not None else 0
 
     def _cell(self, row: int) -> tuple[Any, str | None]:
-        """The bytes of an image in Arrow's memory, or None, and else the path of its file, or None."""
+        """Return the bytes of an image in Arrow's memory, or None, and the path of its file, or None."""
         cell = self.images[row].column(0)[0]
         data = cell["bytes"] if cell.is_valid and not hasattr(cell, "as_buffer") else cell
         if data.is_valid:
             return data.as_buffer(), None
         return None, (cell.as_py() or {}).get("path")
 
-    def fingerprint(self) -> str:
+    def identity(self) -> tuple[str, ...]:
         """See `Source`."""
-        files = [Path(file["filename"]) for file in self.images.cache_files]
         # Slices of a split lie in the same files.
-        return fingerprint_of((f"{file.name}\0{self.split}\0{self.columns}", file) for file in files)
+        names = (name or "" for name in self.columns)
+        return ("table", self.split, *names, *(file["filename"] for file in self.images.cache_files))
+
+    def fingerprint(self) -> str:
+        """See `Source`; it knows size, time and first and last bytes of the files that `datasets` maps."""
+        return fingerprint_of((file["filename"],) * 2 for file in self.images.cache_files)
 
 
 def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSource:
@@ -98,7 +117,7 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
     import pyarrow.parquet as pq
 
     datasets = _datasets()
-    keys: list[str] = []
+    rows: list[tuple[str, int]] = []
     names: list[str] = []
     for file in files:
         try:
@@ -114,12 +133,12 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
                 f"The files of {name} have different columns: {', '.join(names)} in {files[0].name}, "
                 f"{', '.join(own)} in {file.name}."
             )
-        keys += [f"{file.name}:{row}" for row in range(metadata.num_rows)]
-    if not keys:
+        rows.append((file.name, metadata.num_rows))
+    if not any(count for _, count in rows):
         raise SourceError(f"No images in {name}: it has no row.")
     with _loading(name):
         dataset = datasets.Dataset.from_parquet([str(file) for file in files])
-    return TableSource(dataset, name, columns, keys)
+    return TableSource(dataset, name, columns, rows)
 
 
 def open_hub(name: str, part: str, columns: Columns) -> TableSource:

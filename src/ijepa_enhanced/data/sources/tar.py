@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import os
 import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from ijepa_enhanced.data.sources.base import CLASSES, EXTENSIONS, FileSource, fingerprint_of, number_labels
+from ijepa_enhanced.data.listing import Listing, Texts
+from ijepa_enhanced.data.sources.base import CLASSES, EXTENSIONS, HEAD, FileSource, fingerprint_of, number_labels
 from ijepa_enhanced.data.sources.folder import HEIC
 from ijepa_enhanced.errors import SourceError, UnreadableImage
-
-logger = logging.getLogger(__name__)
 
 
 class TarSource(FileSource):
@@ -31,67 +31,122 @@ class TarSource(FileSource):
         shards: the tar files.
         name: what the user called them.
         label: the key of the members `KEY.json` that holds the labels, instead of all these.
-
-    Raises:
-        SourceError: a shard is no tar file, there is no image in any, a label is not a class, or no image has a class
-            under the key `label`.
     """
 
     def __init__(self, shards: list[Path], name: str, label: str | None = None) -> None:
         self.name = name
         self.shards = shards
         self.label = label
-        self.keys = []
-        root = os.path.commonpath([shard.parent for shard in shards])
-        self.shard_names = [shard.relative_to(root).as_posix() for shard in shards]
-        extents: list[tuple[int, int, int]] = []
-        written: list[str | None] = []
-        found = [_scan_tar(shard, label) for shard in shards]
-        # Of one kind for all images: the two may not mean the same.
-        kind = ".cls" if any(shard.labels[".cls"] for shard in found) else ".json"
-        for number, shard in enumerate(found):
-            for member, offset, size in shard.images:
-                self.keys.append(f"{self.shard_names[number]}:{member}")
-                extents.append((number, offset, size))
-                written.append(shard.labels[kind].get(_sample(member)) or None)
-        if not extents:
-            raise SourceError(f"No images in {name}. Members must end in {', '.join(EXTENSIONS)}.")
-        self.extents = np.array(extents, dtype=np.int64)
-        if label is not None and not any(written):
-            first = next((shard.first_json for shard in found if shard.first_json is not None), None)
-            if first is None:
-                raise SourceError(f"{name}: there are no members KEY.json to take labels from.")
-            raise SourceError(
-                f"{name}: no image has a class, a whole number from 0 or a name, under '{label}' of its member "
-                f"KEY.json. The keys of the first of these are: {', '.join(sorted(first)) or 'none'}."
-            )
-        if any(label is not None for label in written):
-            listed = Path(root, CLASSES)
-            try:
-                names = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else None
-            except UnicodeDecodeError as error:
-                raise SourceError(f"{listed} is not text in UTF-8.") from error
-            self.labels, self.classes = number_labels(written, names, name)
+        self.root = os.path.commonpath([shard.parent for shard in shards])
+        self.shard_names = [shard.relative_to(self.root).as_posix() for shard in shards]
 
-    def _read(self, row: int, limit: int = -1) -> bytes:
-        shard, offset, size = self.extents[row].tolist()
-        with open(self.shards[shard], "rb") as file:
-            present = max(0, os.fstat(file.fileno()).st_size - offset)
-            if present < size:
-                raise UnreadableImage(f"cut off: its shard ends after {present:,} of its {size:,} bytes")
-            file.seek(offset)
-            return file.read(size if limit < 0 else min(size, limit))
+    def make_listing(self) -> Listing:
+        """See `Source`; the location of an image is the number of its shard, its offset and its bytes.
+
+        Raises:
+            SourceError: a shard is not a tar file, no shard holds an image, a label is not a class, or no image has a
+                class under the key `label`.
+        """
+        shards = [_scan_shard(shard, self.label) for shard in self.shards]
+        # One kind for all images: the two kinds may not mean the same.
+        kind = ".cls" if any(shard.labels[".cls"] for shard in shards) else ".json"
+        written = [shard.labels[kind].get(_sample(member)) or None for shard in shards for member in shard.members]
+        if not written:
+            raise SourceError(f"No images in {self.name}. Members must end in {', '.join(EXTENSIONS)}.")
+        keys = Texts.of(
+            f"{name}:{member}" for name, shard in zip(self.shard_names, shards, strict=True) for member in shard.members
+        )
+        location = np.array(
+            [(number, *extent) for number, shard in enumerate(shards) for extent in shard.extents], dtype=np.int64
+        )
+        notes = tuple(note for shard in shards for note in shard.notes)
+        if not any(written):
+            self._check_label(shards)
+            return Listing(keys, location=location, notes=notes)
+        labels, classes = number_labels(written, self._class_names(), self.name)
+        return Listing(keys, labels, classes, location, notes=notes)
+
+    def _check_label(self, shards: list[_Shard]) -> None:
+        """Raise SourceError if the user named a key of the labels, which no image has."""
+        if self.label is None:
+            return
+        first = next((shard.first_json for shard in shards if shard.first_json is not None), None)
+        if first is None:
+            raise SourceError(f"{self.name}: there are no members KEY.json to take labels from.")
+        raise SourceError(
+            f"{self.name}: no image has a class, a whole number from 0 or a name, under '{self.label}' of its member "
+            f"KEY.json. The keys of the first of these are: {', '.join(sorted(first)) or 'none'}."
+        )
+
+    def _class_names(self) -> list[str] | None:
+        """Return the lines of `classes.txt`, or None if there is no such file."""
+        path = Path(self.root, CLASSES)
+        try:
+            return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path} is not text in UTF-8.") from error
+
+    def _place(self, row: int) -> tuple[Path, int, int]:
+        """Return the shard, the offset and the bytes of an image."""
+        assert self.listing.location is not None
+        shard, offset, size = self.listing.location[row].tolist()
+        return self.shards[shard], offset, size
+
+    def _open(self, row: int) -> BinaryIO:
+        shard, offset, size = self._place(row)
+        file = open(shard, "rb", buffering=0)  # noqa: SIM115 - the member closes it
+        present = max(0, os.fstat(file.fileno()).st_size - offset)
+        if present < size:
+            file.close()
+            raise UnreadableImage(f"cut off: its shard ends after {present:,} of its {size:,} bytes")
+        return cast(BinaryIO, io.BufferedReader(_Member(file, offset, size), HEAD))
 
     def _length(self, row: int) -> int:
-        return int(self.extents[row, 2])
+        return self._place(row)[2]
+
+    def identity(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return ("tar", self.label or "", *(os.path.abspath(shard) for shard in self.shards))
 
     def fingerprint(self) -> str:
-        """See `Source`."""
-        # Which images lack a label depends on the key.
-        key = "" if self.label is None else f"\0{self.label}"
-        return fingerprint_of(
-            (f"{name}{key}", shard) for name, shard in zip(self.shard_names, self.shards, strict=True)
-        )
+        """See `Source`; it knows size, time and first and last bytes of every shard and of `classes.txt`."""
+        files = [*zip(self.shard_names, self.shards, strict=True), (CLASSES, Path(self.root, CLASSES))]
+        return fingerprint_of(files)
+
+
+class _Member(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: io.FileIO, start: int, size: int) -> None:
+        self.file = file
+        self.start = start
+        self.size = size
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self.size - self.at))
+        read = os.preadv(self.file.fileno(), [memoryview(buffer)[:wanted]], self.start + self.at)
+        self.at += read
+        return read
+
+    def readall(self) -> bytes:
+        data = os.pread(self.file.fileno(), max(0, self.size - self.at), self.start + self.at)
+        self.at += len(data)
+        return data
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _sample(member: str) -> str:
@@ -100,7 +155,7 @@ def _sample(member: str) -> str:
 
 
 def _json_values(data: bytes) -> dict[str, Any]:
-    """The metadata of a sample."""
+    """Return the metadata of a sample."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
@@ -109,66 +164,89 @@ def _json_values(data: bytes) -> dict[str, Any]:
 
 
 def _json_label(values: dict[str, Any], keys: Iterable[str]) -> str | None:
-    """The class number or name under the first of the keys that has one."""
+    """Return the class number or name under the first of the keys that has one."""
     for label in map(values.get, keys):
         if (type(label) is int and label >= 0) or (isinstance(label, str) and label.strip()):
             return str(label).strip()
     return None
 
 
-class _Shard(NamedTuple):
+@dataclass
+class _Shard:
     """What lies in a tar file."""
 
-    images: list[tuple[str, int, int]]
-    """Name, offset and size of every image."""
-    labels: dict[str, dict[str, str]]
+    path: Path
+    label_key: str | None
+    """The key of the metadata that holds the labels, if the user named one."""
+    members: list[str] = field(default_factory=list)
+    """The name of every image."""
+    extents: list[tuple[int, int]] = field(default_factory=list)
+    """Offset and bytes of every image."""
+    labels: dict[str, dict[str, str]] = field(default_factory=lambda: {".cls": {}, ".json": {}})
     """By the extension of its member, the text of every label by sample."""
-    first_json: list[str] | None
-    """The keys of the first metadata, or None where no metadata were read."""
-
-
-def _scan_tar(path: Path, label_key: str | None) -> _Shard:
-    """Metadata are passed over from the first `.cls` on; with a `label_key` of theirs, every `.cls` is."""
-    images: list[tuple[str, int, int]] = []
-    labels: dict[str, dict[str, str]] = {".cls": {}, ".json": {}}
     first_json: list[str] | None = None
+    """The keys of the first metadata; None if no metadata were read."""
+    parts: list[str] = field(default_factory=list)
+    """Images whose name goes on after the first dot, which are no samples of their own."""
+    notes: list[str] = field(default_factory=list)
+    """What users must know about this shard."""
+
+    def add(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
+        """Record a member.
+
+        Metadata are passed over after the first `.cls`; with a `label_key` every `.cls` is passed over.
+        """
+        sample = _sample(member.name)
+        extension = member.name.removeprefix(sample).lower()
+        if extension in (*EXTENSIONS, *HEIC):
+            self.members.append(member.name)
+            self.extents.append((member.offset_data, member.size))
+        elif extension.endswith(EXTENSIONS):
+            self.parts.append(member.name)
+        elif extension == ".json" and not self.labels[".cls"]:
+            data = os.pread(file.fileno(), member.size, member.offset_data)
+            values = _json_values(data)
+            self.first_json = [*values] if self.first_json is None else self.first_json
+            label = _json_label(values, ("cls", "label") if self.label_key is None else (self.label_key,))
+            if len(data) == member.size and label is not None:
+                self.labels[extension][sample] = label
+        elif extension == ".cls" and self.label_key is None:
+            data = os.pread(file.fileno(), member.size, member.offset_data)
+            if len(data) == member.size:
+                self.labels[extension][sample] = data.decode(errors="replace").strip()
+
+    def note_what_is_missing(self, complete: bool) -> None:
+        """Make notes of what a user may expect in the shard and that is not among its images."""
+        if not complete:
+            count = len(self.members)
+            self.notes.append(f"{self.path} is cut off or damaged after {count} images; any that follow are lost.")
+        if self.parts:
+            more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
+            self.notes.append(
+                "These are not images of their own, because the name of a sample ends at its first dot: "
+                f"{self.parts[0]}{more} in {self.path}."
+            )
+
+
+def _scan_shard(path: Path, label_key: str | None) -> _Shard:
+    shard = _Shard(path, label_key)
     names: set[str] = set()
-    parts: list[str] = []
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             with suppress(tarfile.ReadError):
-                for member in filter(tarfile.TarInfo.isfile, tar):
-                    extension = member.name.removeprefix(_sample(member.name)).lower()
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep an object for every member
+                    if not member.isfile():
+                        continue
                     if member.name in names:
                         raise SourceError(f"{path} has two members {member.name}. Give every sample a name of its own.")
                     names.add(member.name)
-                    if extension in (*EXTENSIONS, *HEIC):
-                        images.append((member.name, member.offset_data, member.size))
-                    elif extension.endswith(EXTENSIONS):
-                        parts.append(member.name)
-                    elif extension == ".json" and not labels[".cls"]:
-                        data = os.pread(file.fileno(), member.size, member.offset_data)
-                        values = _json_values(data)
-                        first_json = list(values) if first_json is None else first_json
-                        label = _json_label(values, ("cls", "label") if label_key is None else (label_key,))
-                        if len(data) == member.size and label is not None:
-                            labels[extension][_sample(member.name)] = label
-                    elif extension == ".cls" and label_key is None:
-                        data = os.pread(file.fileno(), member.size, member.offset_data)
-                        if len(data) == member.size:
-                            labels[extension][_sample(member.name)] = data.decode(errors="replace").strip()
-            # tarfile takes a damaged header for the end of the archive, which really is a block of zeros.
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
-                logger.warning("%s is cut off or damaged after %d images; any that follow are lost.", path, len(images))
+                    shard.add(member, file)
+            # A damaged header looks to tarfile like the end of the archive, which is a block of zeros.
+            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+            shard.note_what_is_missing(complete=end == tarfile.NUL * tarfile.BLOCKSIZE)
     except tarfile.ReadError as error:
         raise SourceError(f"{path} is not an uncompressed tar file: {error}.") from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
-    if parts:
-        logger.warning(
-            "Not taken for images, since the names of samples end at their first dot: %s%s in %s.",
-            parts[0],
-            f" and {len(parts) - 1} more" if len(parts) > 1 else "",
-            path,
-        )
-    return _Shard(images, labels, first_json)
+    return shard

@@ -1,0 +1,257 @@
+"""The images of a source as columns, in memory or mapped from an Arrow file that all processes share.
+
+N is the number of images. No column holds a Python object for each image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ijepa_enhanced.errors import RunError
+from ijepa_enhanced.files import replacing
+
+FORMAT = 3
+"""Version of the file. Raise it when the meaning of a column or of the metadata changes."""
+
+METADATA = b"ijepa_enhanced"
+"""Key of the schema's metadata that holds all but the columns, as JSON."""
+
+
+class Names(ABC):
+    """N texts, each made when it is asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, row: int) -> str: ...
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+
+class Texts(Names):
+    """N texts in two arrays. File names that are not valid UTF-8 keep their bytes.
+
+    Args:
+        ends: int64 [N + 1]; text n is the bytes from ends[n] to ends[n + 1] of `data`.
+        data: uint8.
+    """
+
+    def __init__(self, ends: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        self.ends = ends
+        self.data = data
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Texts:
+        """Copy texts into arrays."""
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        ends = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), out=ends[1:])
+        return cls(ends, np.frombuffer(b"".join(encoded), dtype=np.uint8))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> str:
+        return self.data[self.ends[row] : self.ends[row + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """What a scan of the headers found."""
+
+    heights: NDArray[np.int32]
+    """[N] pixels of the upright image; 0 where the header cannot be read."""
+    widths: NDArray[np.int32]
+    """[N]"""
+    reasons: Names
+    """N reasons why a header cannot be read; empty where it can."""
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The images of a source in its order."""
+
+    keys: Names
+    """N names for messages and paths: the same wherever the source lies."""
+    labels: NDArray[np.int64] | None = None
+    """[N], -1 for images without a label; None if no image has one."""
+    classes: list[str] | None = None
+    """The name of each label; None if labels are only numbers, or there are none."""
+    location: NDArray[np.int64] | None = None
+    """[N, k] what the source needs besides the key to read an image; None if it needs nothing."""
+    folders: tuple[str, ...] = ()
+    """Folders whose times show that files were added or removed, relative to the source."""
+    notes: tuple[str, ...] = ()
+    """What users must know about these images, a sentence each."""
+    shares: NDArray[np.float64] | None = None
+    """[N] fraction of the epochs that show each image, in a mixture; None if all epochs show all images."""
+    fingerprint: str = ""
+    """The state of the source's files when they were scanned, see `Source.fingerprint`."""
+    sizes: Sizes | None = None
+    """None until the headers are scanned."""
+    hash: str = ""
+    """SHA-256 of keys, labels and sizes, the same wherever the images lie; empty until the headers are scanned."""
+    path: Path | None = None
+    """The file that the columns are mapped from."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def with_sizes(self, sizes: Sizes) -> Listing:
+        """Return the listing with the sizes of its images, and the hash of both."""
+        digest = hashlib.sha256()
+        keys = _as_texts(self.keys)
+        for values in (keys.ends, keys.data, self.labels, sizes.heights, sizes.widths):
+            if values is not None:
+                digest.update(np.ascontiguousarray(values).data)
+        return dataclasses.replace(self, sizes=sizes, hash=digest.hexdigest(), path=None)
+
+    def with_fingerprint(self, fingerprint: str) -> Listing:
+        """Return the listing with the state of the files that it was made of."""
+        return dataclasses.replace(self, fingerprint=fingerprint, path=None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path of a mapped listing in place of its columns."""
+        if self.path is not None:
+            return _map_again, (self.path, self.hash)
+        return Listing, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def save_listing(listing: Listing, path: Path, source: str) -> None:
+    """Write a listing to an Arrow file, in one batch so that its columns can be mapped as arrays.
+
+    Args:
+        listing: with or without sizes.
+        path: a file that is already there is replaced; processes that have mapped it keep the old one.
+        source: what the listing is of, for people who look into the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import pyarrow as pa
+
+    labels = np.full(len(listing), -1) if listing.labels is None else listing.labels
+    columns = {"key": _to_arrow(listing.keys), "label": pa.array(labels)}
+    if listing.location is not None:
+        width = listing.location.shape[1]
+        columns["location"] = pa.FixedSizeListArray.from_arrays(pa.array(listing.location.ravel()), width)
+    if listing.sizes is not None:
+        columns |= _columns_of(listing.sizes)
+    facts = {name: getattr(listing, name) for name in ("classes", "folders", "notes", "fingerprint", "hash")}
+    _write(path, columns, {"format": FORMAT, "source": source, "labelled": listing.labels is not None} | facts)
+
+
+def map_listing(path: Path) -> Listing:
+    """Map a listing from an Arrow file: none of its columns is read before it is used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError, ValueError: the file is damaged, or was written by another version.
+    """
+    columns, facts = _map(path)
+    if facts["format"] != FORMAT:
+        raise ValueError("another version of this program wrote it")
+    location = columns.get("location")
+    return Listing(
+        _from_arrow(columns["key"]),
+        columns["label"].to_numpy() if facts["labelled"] else None,
+        facts["classes"],
+        None if location is None else location.flatten().to_numpy().reshape(len(location), -1),
+        tuple(facts["folders"]),
+        tuple(facts["notes"]),
+        None,
+        facts["fingerprint"],
+        _sizes_of(columns) if "height" in columns else None,
+        facts["hash"],
+        path,
+    )
+
+
+def save_sizes(sizes: Sizes, path: Path) -> None:
+    """Write what a scan has found so far.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    _write(path, _columns_of(sizes), {})
+
+
+def map_sizes(path: Path) -> Sizes:
+    """Map what `save_sizes` wrote; raises errors as `map_listing` does."""
+    return _sizes_of(_map(path)[0])
+
+
+def _map_again(path: Path, expected: str) -> Listing:
+    """Map a listing in another process; it must be the one that the first process mapped."""
+    listing = map_listing(path)
+    if listing.hash != expected:
+        raise RunError(f"The catalog {path} changed while it was in use: the images were scanned again. Start again.")
+    return listing
+
+
+def _write(path: Path, columns: dict[str, Any], facts: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    batch = pa.RecordBatch.from_pydict(columns, metadata={METADATA: json.dumps(facts)})
+    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _map(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the columns of a file as Arrow arrays in mapped memory, and its metadata."""
+    import pyarrow as pa
+
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batch = reader.get_batch(0)
+        batch.validate()
+        facts = json.loads(batch.schema.metadata[METADATA])
+    except (LookupError, TypeError) as error:
+        raise ValueError("it is no catalog") from error
+    return dict(zip(batch.schema.names, batch.columns, strict=True)), facts
+
+
+def _as_texts(names: Names) -> Texts:
+    return names if isinstance(names, Texts) else Texts.of(names)
+
+
+def _columns_of(sizes: Sizes) -> dict[str, Any]:
+    import pyarrow as pa
+
+    unreadable = np.packbits(sizes.heights == 0, bitorder="little")
+    return {
+        "height": pa.array(sizes.heights),
+        "width": pa.array(sizes.widths),
+        "reason": _to_arrow(sizes.reasons, unreadable),
+    }
+
+
+def _sizes_of(columns: dict[str, Any]) -> Sizes:
+    return Sizes(columns["height"].to_numpy(), columns["width"].to_numpy(), _from_arrow(columns["reason"]))
+
+
+def _to_arrow(names: Names, valid: NDArray[np.uint8] | None = None) -> Any:
+    """Return texts as an Arrow array; they are bytes there, since file names need not be UTF-8."""
+    import pyarrow as pa
+
+    texts = _as_texts(names)
+    buffers = [None if valid is None else pa.py_buffer(valid), pa.py_buffer(texts.ends), pa.py_buffer(texts.data)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(texts), buffers)
+
+
+def _from_arrow(array: Any) -> Texts:
+    _, ends, data = array.buffers()
+    ends = np.frombuffer(ends, dtype=np.int64)[: len(array) + 1]
+    return Texts(ends, np.frombuffer(b"" if data is None else data, dtype=np.uint8))
