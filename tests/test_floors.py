@@ -19,7 +19,7 @@ FLOORS = (
     ("train", "visualize", "benchmarks", "study"),
     ("config", "commands", "cli", "__main__"),
 )
-READ_FLOORS, MOST_LINES = range(4), 5000
+READ_FLOORS, MOST_LINES = range(4), 5500
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
@@ -97,7 +97,7 @@ def test_a_file_imports_only_from_floors_below_its_own(name: str) -> None:
         ("ops/attention.py", "from ijepa_enhanced.packed import Packed\nfrom ijepa_enhanced.ops import pooling", []),
         ("ops/attention.py", "from ijepa_enhanced.data import loader", ["ijepa_enhanced.data.loader"]),
         ("data/plan.py", "def f():\n    from ijepa_enhanced import jepa", ["ijepa_enhanced.jepa"]),
-        ("data/plan.py", "from ..models import vit", ["ijepa_enhanced.encoder"]),
+        ("data/plan.py", "from ..models import vit", ["ijepa_enhanced.models.vit"]),
         ("data/plan.py", "from . import index\nfrom .index import Catalog\nfrom .. import masks", []),
         ("models/vit.py", "from ijepa_enhanced import Encoder", ["ijepa_enhanced"]),
         ("evaluate/knn.py", "from ijepa_enhanced.jepa import JEPA", []),
