@@ -2,6 +2,9 @@
 
 import functools
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -43,3 +46,28 @@ def say_too_old() -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """While entered, matrix products on `device` are in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def default_workers() -> int:
+    """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """While entered, let PyTorch compute with so many threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def all_cores() -> AbstractContextManager[None]:
+    """Return what lets PyTorch compute with all cores while entered, unless OMP_NUM_THREADS says how many.
+
+    Commands leave cores to the workers that decode; scoring begins when these have ended.
+    """
+    return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(default_workers())

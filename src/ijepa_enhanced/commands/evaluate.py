@@ -36,8 +36,17 @@ from ijepa_enhanced.evaluate.dense import dense, open_maps
 from ijepa_enhanced.evaluate.features import extract, hash_weights, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
 from ijepa_enhanced.evaluate.labelled import labelled_pair
-from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, score
-from ijepa_enhanced.evaluate.sweep import Point, advice, choose, frontier, network_costs, setting_name, write_points
+from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, Scoring, layers_for, score
+from ijepa_enhanced.evaluate.sweep import (
+    Point,
+    advice,
+    choose,
+    frontier,
+    network_costs,
+    setting_name,
+    sweep_scores,
+    write_points,
+)
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.train.saved import load_config, random_start
@@ -171,12 +180,14 @@ def scores_of_features(
             found = thumbnails(images.source, images.catalog)
         else:
             with counting(images.source.name, len(images.catalog.rows)) as progress:
-                found = extract(encoder, images, setting, progress, cache=True)
+                found = extract(encoder, images, setting, progress, cache=True, layers=layers_for(protocols))
         warn_of_unreadable(images.source, found.unreadable)
         both.append(found)
+    known, asked = both
+    how = Scoring(options.seed, setting.ranks.device, setting.ranks if encoder is not None else Ranks())
+    scores = sweep_scores(known, asked, how) if options.sweep else score(known, asked, protocols, how)
     if not setting.ranks.main:
         return {}
-    known, asked = both
     most = max(NEIGHBOURS)
     if "knn" in protocols and len(known.values) < most:
         logger.warning(
@@ -186,7 +197,6 @@ def scores_of_features(
             most,
             most,
         )
-    scores = dict(score(known, asked, options.seed, protocols))
     scores["images_per_second"] = (len(known.values) + len(asked.values)) / (known.seconds + asked.seconds)
     return scores
 
