@@ -3,6 +3,8 @@
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -54,6 +56,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def own_cores() -> int:
+    """Return how many cores are this process's share: those that `torchrun` starts on one machine divide its cores."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def default_workers() -> int:
     """Return how many processes should decode images while a network runs.
 
@@ -61,5 +68,24 @@ def default_workers() -> int:
     (docs/evaluation.md) and decoding a few, so a quarter of the cores keeps up. Processes that `torchrun` starts on one
     machine share its cores.
     """
-    own = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, own if best_device().type == "cuda" else own // CORES_PER_WORKER)
+    own = own_cores()
+    return own if best_device().type == "cuda" else max(1, own // CORES_PER_WORKER)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """While entered, let PyTorch compute with so many threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def all_cores() -> AbstractContextManager[None]:
+    """Return what lets PyTorch compute with all cores while entered, unless OMP_NUM_THREADS says how many.
+
+    Commands leave cores to the workers that decode; scoring begins when these have ended.
+    """
+    return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(own_cores())

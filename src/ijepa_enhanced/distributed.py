@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
@@ -64,6 +64,26 @@ class Ranks:
         with _together():
             dist.gather_object(value, found)
         return found or []
+
+    def broadcast_from_rank0(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the main rank's tensors, which are on the host, on all ranks; those of the others are ignored.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self.world == 1:
+            return list(tensors)
+        shapes = self.gather([None if each is None else (each.shape, each.dtype) for each in tensors])[0]
+        found: list[Tensor | None] = []
+        for own, shape in zip(tensors, shapes, strict=True):
+            if shape is None:
+                found.append(None)
+                continue
+            value = own.contiguous() if self.main and own is not None else torch.empty(shape[0], dtype=shape[1])
+            with _together():
+                dist.broadcast(value, 0)
+            found.append(value)
+        return found
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Check that all ranks are about to do the same.

@@ -10,6 +10,7 @@ from torch import Tensor
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.evaluate import attentive as attentive_module
 from ijepa_enhanced.evaluate.attentive import AttentiveClassifier, attentive, segment_softmax
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, Tokens, stored_tokens, uncounted
@@ -54,8 +55,7 @@ def test_the_softmax_of_a_segment_does_not_overflow() -> None:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder(EncoderConfig(variant="Ti", depth=2, patch_size=8)).eval()
+    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8), Preprocessing(32), 0)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ijepa_enhanced import Encoder
+from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate import dense as dense_module
 from ijepa_enhanced.evaluate.dense import dense, mean_iou, open_maps, patch_labels
@@ -39,8 +40,7 @@ def test_mean_iou_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder(EncoderConfig(variant="Ti", depth=1, patch_size=8)).eval()
+    return Encoder.random(EncoderConfig(variant="Ti", depth=1, patch_size=8), Preprocessing(32), 0)
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def test_no_more_images_are_used_than_are_allowed(
 ) -> None:
     fit, seen = dense_module.softmax_regression, []
 
-    def spy(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        seen.append(len(x))
-        return fit(x, *arguments)
+    def spy(x: torch.Tensor, *arguments: Any, rows: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(len(x) if rows is None else len(rows))
+        return fit(x, *arguments, rows=rows)
 
     monkeypatch.setattr(dense_module, "softmax_regression", spy)
     monkeypatch.setattr(dense_module, "MOST_PATCHES", 150)
@@ -143,9 +143,9 @@ def test_the_strength_is_chosen_by_one_image_of_two(
 ) -> None:
     fit, seen = dense_module.softmax_regression, []
 
-    def spy(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        seen.append(len(x))
-        return fit(x, *arguments)
+    def spy(x: torch.Tensor, *arguments: Any, rows: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(len(x) if rows is None else len(rows))
+        return fit(x, *arguments, rows=rows)
 
     monkeypatch.setattr(dense_module, "softmax_regression", spy)
     monkeypatch.setattr(dense_module, "MOST_PATCHES", 80)

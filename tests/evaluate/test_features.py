@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from PIL import Image
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.errors import NotFiniteError
+from ijepa_enhanced.encoder import Preprocessing
+from ijepa_enhanced.errors import NotFiniteError, RequestError
+from ijepa_enhanced.evaluate import cache as cache_module
 from ijepa_enhanced.evaluate import features
 from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
@@ -27,8 +31,7 @@ SMALL = InferenceConfig(32, tokens_per_pack=64, workers=0)
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    torch.manual_seed(0)
-    return Encoder(EncoderConfig(variant="Ti", depth=2, patch_size=8)).eval()
+    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8), Preprocessing(32), 0)
 
 
 @pytest.fixture
@@ -44,19 +47,19 @@ def damaged(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("side", [32, None])
+@pytest.mark.parametrize("resolution", [32, None])
 @pytest.mark.parametrize("tokens_per_pack", [64, 16384])
 def test_features_are_those_of_embed_in_the_order_of_the_source(
-    encoder: Encoder, pictures: Path, side: int | None, tokens_per_pack: int
+    encoder: Encoder, pictures: Path, resolution: int | None, tokens_per_pack: int
 ) -> None:
     source = open_source(str(pictures))
     found = extract(
         encoder,
         LabelledSource(source, open_catalog(source)),
-        InferenceConfig(side, tokens_per_pack=tokens_per_pack, workers=0),
+        InferenceConfig(resolution, tokens_per_pack=tokens_per_pack, workers=0),
     )
     paths = [pictures / name / f"{n}.{'jpg' if n % 2 else 'png'}" for name in ("dark", "light") for n in range(5)]
-    expected = encoder.embed(paths, side=side)
+    expected = encoder.embed(paths, resolution or "native")
     assert found.values.shape == (10, 192)
     assert found.values.dtype == torch.float32
     assert ((found.values - expected).norm(dim=1) < BOUND * expected.norm(dim=1)).all()
@@ -109,7 +112,7 @@ def test_unreadable_images_are_left_out_and_named(encoder: Encoder, damaged: Pat
     )
     assert found.image_ids.tolist() == [0, 1, 3, 5]
     assert found.labels is None
-    expected = encoder.embed([damaged / f"{number}.png" for number in (0, 1, 3, 5)], side=40)
+    expected = encoder.embed([damaged / f"{number}.png" for number in (0, 1, 3, 5)], resolution=40)
     assert ((found.values - expected).norm(dim=1) < BOUND * expected.norm(dim=1)).all()
     assert found.unreadable.keys() == {4}
     assert found.unreadable[4].startswith("cannot be decoded: ")
@@ -140,19 +143,21 @@ def test_thumbnails_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("merge_rate", [0.0, 0.3])
 def test_a_layer_counts_as_if_it_were_the_last(pictures: Path, merge_rate: float) -> None:
     """Each of the last four layers pools to what an encoder pools to that ends there."""
-    torch.manual_seed(0)
-    encoder = Encoder(EncoderConfig(variant="Ti", depth=6, patch_size=8)).eval()
+    encoder = Encoder.random(EncoderConfig(variant="Ti", depth=6, patch_size=8), Preprocessing(32), 0)
     source = open_source(str(pictures))
     found = extract(
-        encoder, LabelledSource(source, open_catalog(source)), InferenceConfig(40, workers=0, merge_rate=merge_rate)
+        encoder,
+        LabelledSource(source, open_catalog(source)),
+        InferenceConfig(40, workers=0, merge_rate=merge_rate),
+        layers=4,
     )
     assert found.layers is not None
     assert found.layers.shape == (10, 4, 192)
     assert torch.equal(found.layers[:, -1], found.values)
     for place, depth in enumerate((3, 4, 5, 6)):
         ended = copy.deepcopy(encoder)
-        ended.config = dataclasses.replace(encoder.config, depth=depth)
-        ended.blocks.layers = ended.blocks.layers[:depth]
+        ended.network.config = dataclasses.replace(encoder.config, depth=depth)
+        ended.network.blocks.layers = ended.network.blocks.layers[:depth]
         expected = ended.embed([source.open(row) for row in range(10)], 40, merge_rate)
         assert ((found.layers[:, place] - expected).norm(dim=1) < BOUND * expected.norm(dim=1)).all()
 
@@ -175,10 +180,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "features"
 
 
-def cached(encoder: Encoder, source: FolderSource, index: Catalog, side: int = 32, rate: float = 0.0) -> Features:
-    return extract(
-        encoder, LabelledSource(source, index), dataclasses.replace(SMALL, side=side, merge_rate=rate), cache=True
-    )
+def cached(
+    encoder: Encoder, source: Source, catalog: Catalog, resolution: int = 32, rate: float = 0.0, layers: int = 1
+) -> Features:
+    setting = dataclasses.replace(SMALL, resolution=resolution, merge_rate=rate)
+    return extract(encoder, LabelledSource(source, catalog), setting, cache=True, layers=layers)
 
 
 def test_what_was_extracted_is_not_extracted_again(encoder: Encoder, damaged: Path, cache: Path) -> None:
@@ -192,8 +198,7 @@ def test_what_was_extracted_is_not_extracted_again(encoder: Encoder, damaged: Pa
     second = cached(encoder, source, index)
     assert source.opened == opened > 0
     assert len(list(cache.glob("*/*.safetensors"))) > 1
-    assert second.layers is not None
-    for name in ("values", "labels", "image_ids", "layers"):
+    for name in ("values", "labels", "image_ids"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert (first.unreadable, first.seconds) == (second.unreadable, second.seconds)
     assert second.unreadable.keys() == {4}
@@ -205,9 +210,9 @@ def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pic
     cached(encoder, source, index)
     other = copy.deepcopy(encoder)
     with torch.no_grad():
-        other.patch_embed.bias[0] += 1e-3  # one number of all the weights
+        other.network.patch_embed.bias[0] += 1e-3  # one number of all the weights
     deeper = copy.deepcopy(encoder)
-    deeper.config = dataclasses.replace(encoder.config, max_grid=31)
+    deeper.network.config = dataclasses.replace(encoder.config, max_grid=31)
     cases = [
         (other, index, 32, 0.0),
         (deeper, index, 32, 0.0),
@@ -215,9 +220,11 @@ def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pic
         (encoder, index, 40, 0.0),
         (encoder, index, 32, 0.25),
     ]
-    for number, (network, some, side, rate) in enumerate(cases, start=2):
-        found = cached(network, source, some, side, rate)
-        fresh = extract(network, LabelledSource(source, some), dataclasses.replace(SMALL, side=side, merge_rate=rate))
+    for number, (network, some, resolution, rate) in enumerate(cases, start=2):
+        found = cached(network, source, some, resolution, rate)
+        fresh = extract(
+            network, LabelledSource(source, some), dataclasses.replace(SMALL, resolution=resolution, merge_rate=rate)
+        )
         assert torch.equal(found.values, fresh.values)
         assert len(list(cache.iterdir())) == number
     extract(encoder, LabelledSource(source, index), dataclasses.replace(SMALL, dtype=torch.bfloat16), cache=True)
@@ -270,7 +277,7 @@ def test_a_damaged_cache_is_made_anew(
     path.write_bytes(whole[:100])
     again = cached(encoder, source, index)
     assert torch.equal(first.values, again.values)
-    assert f"The cached features {path} cannot be read and are made anew: " in caplog.text
+    assert f"The cached features {path} cannot be read and are computed again: " in caplog.text
     caplog.clear()
     cached(encoder, source, index)
     assert caplog.text == ""
@@ -284,14 +291,106 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     (tmp_path / "file").touch()
     monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "file"))
     assert len(cached(encoder, source, index).values) == 10
-    assert "The features cannot be cached in " in caplog.text
+    assert caplog.text.count("The features cannot be cached in ") == 1, "once, though each of several parts fails"
 
 
 def test_what_is_no_number_is_an_error_and_not_cached(encoder: Encoder, pictures: Path, cache: Path) -> None:
     spoilt = copy.deepcopy(encoder)
     with torch.no_grad():
-        spoilt.patch_embed.bias[0] = torch.inf
+        spoilt.network.patch_embed.bias[0] = torch.inf
     source = open_source(str(pictures))
     with pytest.raises(NotFiniteError, match=f"The features of dark/0.png of {pictures} are not finite"):
         cached(spoilt, source, open_catalog(source))
     assert not list(cache.glob("*/*"))
+
+
+@pytest.mark.parametrize(("first", "second", "again"), [(4, 1, False), (1, 1, False), (1, 4, True)])
+def test_cached_layers_serve_a_request_for_fewer(
+    encoder: Encoder, damaged: Path, cache: Path, first: int, second: int, again: bool
+) -> None:
+    """The encoder has two layers, so four are two."""
+    source = CountedSource(damaged)
+    catalog = open_catalog(source)
+    cached(encoder, source, catalog, layers=first)
+    before, source.opened = source.opened, 0
+    found = cached(encoder, source, catalog, layers=second)
+    assert source.opened == (before if again else 0)
+    fresh = extract(encoder, LabelledSource(source, catalog), SMALL, layers=second)
+    assert torch.equal(found.values, fresh.values)
+    if second == 1:
+        assert found.layers is None
+    else:
+        assert found.layers is not None
+        assert fresh.layers is not None
+        assert found.layers.shape == (4, 2, 192)
+        assert torch.equal(found.layers, fresh.layers)
+
+
+def test_only_the_layers_that_are_asked_for_are_stored(encoder: Encoder, pictures: Path, cache: Path) -> None:
+    source = open_source(str(pictures))
+    sizes = []
+    for layers in (1, 4):
+        cached(encoder, source, open_catalog(source), layers=layers)
+        sizes.append(sum(path.stat().st_size for path in cache.glob("*/*")))
+    # Ten images of 192 float32 more; the rest of a file does not change.
+    assert 10 * 192 * 4 <= sizes[1] - sizes[0] < 10 * 192 * 4 + 1000
+
+
+@pytest.fixture
+def folders(cache: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Cached folders of 1 MB each, used one after the other, by other processes."""
+    found = {name: cache / name for name in ("oldest", "older", "newest")}
+    for second, folder in enumerate(found.values()):
+        folder.mkdir(parents=True)
+        (folder / "00000.safetensors").write_bytes(bytes(10**6))
+        os.utime(folder, (second, second))
+    monkeypatch.setattr(cache_module, "_in_use", set())
+    return found
+
+
+def test_what_was_used_longest_ago_is_deleted_first(
+    encoder: Encoder, pictures: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IJEPA_CACHE_GB", "0.0021")
+    source = open_source(str(pictures))
+    os.utime(folders["oldest"])  # as if used now
+    cached(encoder, source, open_catalog(source))
+    assert [name for name, folder in folders.items() if folder.exists()] == ["oldest", "newest"]
+
+
+def test_what_an_evaluation_uses_stays_whatever_the_limit(
+    encoder: Encoder, pictures: Path, folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IJEPA_CACHE_GB", "0")
+    source = CountedSource(pictures)
+    catalog = open_catalog(source)
+    for resolution in (32, 40):
+        cached(encoder, source, catalog, resolution)
+    assert not any(folder.exists() for folder in folders.values())
+    assert len(list(cache.iterdir())) == 2
+    source.opened = 0
+    cached(encoder, source, catalog)
+    assert not source.opened
+
+
+def test_reading_from_the_cache_counts_as_use(
+    encoder: Encoder, pictures: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(pictures))
+    cached(encoder, source, open_catalog(source))
+    (folder,) = cache.iterdir()
+    os.utime(folder, (1, 1))
+    cached(encoder, source, open_catalog(source))
+    assert folder.stat().st_mtime > 1
+
+
+@pytest.mark.parametrize("limit", ["much", "-1", "nan"])
+def test_a_limit_that_is_not_a_number_is_an_error(
+    encoder: Encoder, pictures: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setenv("IJEPA_CACHE_GB", limit)
+    source = CountedSource(pictures)
+    with pytest.raises(RequestError) as caught:
+        cached(encoder, source, open_catalog(source))
+    assert str(caught.value) == f"IJEPA_CACHE_GB must be a number of gigabytes from 0, not '{limit}'."
+    assert not source.opened

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from ijepa_enhanced.evaluate import knn
-from ijepa_enhanced.evaluate.knn import knn_classify, standardize
+from ijepa_enhanced.evaluate.cost import peak_bytes
+from ijepa_enhanced.evaluate.knn import knn_classify, knn_votes
+from ijepa_enhanced.evaluate.standardize import standardize
 
 
 def brute_force(train, labels, queries, k, temperature):
@@ -50,19 +52,63 @@ def test_a_near_neighbour_outvotes_a_far_majority_only_at_low_temperature():
     assert knn_classify(train, labels, query, k=3, temperature=100.0).tolist() == [2]
 
 
-def test_chunks_do_not_change_the_answer(monkeypatch):
+@pytest.mark.parametrize(("queries_at_once", "images_at_once"), [(7, 300), (200, 11), (13, 40), (1, 1)])
+def test_chunks_do_not_change_the_answer(monkeypatch, queries_at_once, images_at_once):
     train, labels, queries = map(torch.from_numpy, problem())
-    whole = knn_classify(train, labels, queries)
-    sizes = []
-    split = torch.split
+    whole = knn_votes(train, labels, queries, (1, 5, 20))
+    monkeypatch.setattr(knn, "QUERIES", queries_at_once)
+    monkeypatch.setattr(knn, "IMAGES", images_at_once)
+    for one, other in zip(whole, knn_votes(train, labels, queries, (1, 5, 20)), strict=True):
+        assert torch.equal(one, other)
 
-    def in_sevens(tensor, size):
-        sizes.append(size)
-        return split(tensor, 7)
 
-    monkeypatch.setattr(knn.torch, "split", in_sevens)
-    assert torch.equal(knn_classify(train, labels, queries), whole)
-    assert sizes[0] * len(train) <= 2**24
+def test_several_k_in_one_pass_are_those_of_each(monkeypatch):
+    train, labels, queries = map(torch.from_numpy, problem(n=500))
+    passes = []
+    nearest = knn._nearest
+    monkeypatch.setattr(knn, "_nearest", lambda *args: passes.append(args) or nearest(*args))
+    together = knn_votes(train, labels, queries, (1, 5, 20, 600))
+    assert len(passes) == 1
+    for k, found in zip((1, 5, 20, 600), together, strict=True):
+        assert torch.equal(found, knn_classify(train, labels, queries, k))
+        if k < 600:  # in exact arithmetic a sum over all images depends on no order either
+            assert found.tolist() == brute_force(train.numpy(), labels.numpy(), queries.numpy(), k, 0.07)
+
+
+def test_ties_beyond_the_list_vote_from_every_block(monkeypatch):
+    """Each of 60 images is there three times or more, in blocks of 7, so the k-th has equals in other blocks."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(60, 8))
+    copies = np.concatenate([np.arange(60)] * 3 + [np.arange(0, 60, 2)] * 30)
+    labels = rng.integers(4, size=len(copies)) * 5
+    queries = rng.normal(size=(50, 8))
+    monkeypatch.setattr(knn, "IMAGES", 7)
+    mean, std = points[copies].mean(axis=0), points[copies].std(axis=0)
+    unit = (points - mean) / std
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    counted = dict.fromkeys((1, 5, 20), 0)
+    found = knn_votes(*map(torch.from_numpy, (points[copies], labels, queries)), tuple(counted))
+    for k, predicted in zip(counted, found, strict=True):
+        for query, answer in zip((queries - mean) / std, predicted.tolist(), strict=True):
+            similarity = (unit @ query / np.linalg.norm(query))[copies]
+            kth = np.sort(similarity)[-k]
+            voters = similarity >= kth - 1e-9
+            counted[k] += voters.sum() > 21
+            votes = [np.exp(similarity[voters & (labels == label)] / 0.07).sum() for label in np.unique(labels)]
+            assert answer == np.unique(labels)[int(np.argmax(votes))]
+    assert min(counted.values()) > 5, "more images vote than are listed"
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_memory_does_not_grow_with_images_times_classes(collapsed):
+    """One-hot votes and all similarities would be 480 MB here."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.zeros(20000, 4) if collapsed else torch.randn(20000, 4, generator=generator)
+    labels = torch.arange(20000) % 1000
+    queries = torch.randn(5000, 4, generator=generator)
+    peak = peak_bytes(lambda: knn_votes(train, labels, queries, (1, 5, 20)), torch.device("cpu"))
+    # 64 MiB of similarities, as much for the next block or a comparison, and a few votes [1024, 1000] of 4 MB.
+    assert peak < 3 * 2**26
 
 
 def test_k_beyond_all_images_means_all():

@@ -8,7 +8,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from ijepa_enhanced.devices import threads
 from ijepa_enhanced.evaluate import linear
+from ijepa_enhanced.evaluate.cost import peak_bytes
 from ijepa_enhanced.evaluate.linear import calibrated_loss, softmax_regression, stratified_split
 from ijepa_enhanced.evaluate.scores import top1
 from ijepa_enhanced.randomness import Purpose, generator
@@ -75,16 +77,16 @@ def test_the_chosen_strength_minimises_the_held_out_loss(monkeypatch, best):
     trained, losses = [], iter([1.0 if number == best else 9.0 for number in range(len(linear.STRENGTHS))])
     fit = linear.softmax_regression
 
-    def spy(x, targets, strengths, start=None):
-        trained.append((len(x), strengths))
-        return fit(x, targets, strengths, start)
+    def spy(x, targets, strengths, start=None, rows=None):
+        trained.append((len(x) if rows is None else len(rows), strengths))
+        return fit(x, targets, strengths, start, rows)
 
     def loss(logits, y):
         assert logits.shape == (60, 3)
-        return torch.tensor(next(losses))
+        return torch.tensor([next(losses)])
 
     monkeypatch.setattr(linear, "softmax_regression", spy)
-    monkeypatch.setattr(linear, "calibrated_loss", loss)
+    monkeypatch.setattr(linear, "losses_by_temperature", loss)
     linear_probe(train, train_labels, queries)
     assert trained == [(240, linear.STRENGTHS), (300, linear.STRENGTHS[best : best + 1])]
 
@@ -196,6 +198,45 @@ def test_targets_may_be_shares_of_classes():
     mixed = 0.5 * targets + 0.5 * targets.roll(1, dims=1)
     both = softmax_regression(torch.cat([x, x]), torch.cat([targets, targets.roll(1, dims=1)]), [0.01])
     torch.testing.assert_close(softmax_regression(x, mixed, [0.01]), both, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("rows", [None, torch.arange(0, 600, 2)])
+def test_blocks_change_rounding_alone(monkeypatch, soft, rows):
+    x, y, _, _ = clouds(600, 7, 4, 1.0)
+    targets = F.one_hot(y, 4).float() if soft else y
+    whole = softmax_regression(x, targets, [0.1], rows=rows)
+    monkeypatch.setattr(linear, "BLOCK", 4 * 37)
+    # At this strength L-BFGS comes to the minimum, up to float32.
+    torch.testing.assert_close(softmax_regression(x, targets, [0.1], rows=rows), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_integer_targets_are_one_hot_targets_bit_for_bit():
+    x, y, _, _ = clouds(600, 7, 4, 1.0)
+    one_hot = softmax_regression(x, F.one_hot(y, 4).float(), [0.1, 1e-4])
+    assert torch.equal(softmax_regression(x, y, [0.1, 1e-4]), one_hot)
+    rows = torch.arange(0, 600, 3)
+    assert torch.equal(softmax_regression(x, y, [1e-4], rows=rows), softmax_regression(x[rows], y[rows], [1e-4]))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """So many logits are summed in parts by several threads."""
+    x, y, _, _ = clouds(20000, 4, 10, 1.0)
+    found = []
+    for count in (1, 2):
+        with threads(count):
+            found.append(softmax_regression(x, y, [1e-4]))
+    assert torch.equal(*found)
+
+
+def test_memory_does_not_grow_with_images_times_classes(monkeypatch):
+    """One-hot targets or logits alone would be 80 MB here."""
+    monkeypatch.setattr(linear, "BLOCK", 2**18)
+    monkeypatch.setattr(linear, "ITERATIONS", 3)
+    x = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20000) % 1000
+    peak = peak_bytes(lambda: linear.linear_probe(x, labels, x[:1]), torch.device("cpu"))
+    assert peak < 20 * 2**20
 
 
 def test_calibrated_loss_forgets_confidence_and_keeps_order():

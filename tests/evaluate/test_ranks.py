@@ -12,6 +12,7 @@ import torch
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.cli import main
+from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.models.config import EncoderConfig
 
 PROTOCOLS = """
@@ -21,8 +22,11 @@ from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.distributed import ranks_of_run
-from ijepa_enhanced.evaluate import attentive, finetune, features
-from ijepa_enhanced.evaluate.tokens import Images, InferenceConfig
+from ijepa_enhanced.evaluate import attentive, finetune, features, knn, protocol
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
+
+def noise(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 encoder = Encoder.from_pretrained(sys.argv[1])
 source = open_source(sys.argv[2])
@@ -37,7 +41,7 @@ with ranks_of_run() as ranks:
     found = {}
     for turn in ("made", "cached"):
         done = []
-        extracted = features.extract(encoder, images, setting, done.append, cache=True)
+        extracted = features.extract(encoder, images, setting, done.append, cache=True, layers=4)
         if ranks.main:
             found[turn] = {
                 "values": extracted.values.tolist(),
@@ -48,18 +52,27 @@ with ranks_of_run() as ranks:
             }
         else:
             assert not len(extracted.values)
-    for protocol in (attentive.attentive, lambda *args: finetune.finetune(*args, config=config)):
-        found |= dict(protocol(encoder, images, images, setting))
+    if ranks.main:
+        extracted = dataclasses.replace(extracted, values=torch.cat([extracted.values] * 4) + noise(36, 192),
+            labels=torch.cat([extracted.labels] * 4), image_ids=torch.arange(36))
+    knn.QUERIES = 7
+    answers = protocol.knn(extracted, extracted, protocol.Scoring(ranks=ranks))
+    found |= {answer.name: answer.predicted.tolist() for answer in answers}
+    scores = protocol.score(extracted, extracted, ("knn", "linear"), protocol.Scoring(ranks=ranks))
+    assert bool(scores) == ranks.main
+    found |= {"scores": scores} if ranks.main else {}
+    for probe in (attentive.attentive, lambda *args: finetune.finetune(*args, config=config)):
+        found |= dict(probe(encoder, images, images, setting))
     trained = []
     make = finetune.Classifier
     finetune.Classifier = lambda *args: trained.append(make(*args)) or trained[0]
-    config = finetune.FinetuneConfig(epochs=3, drop_path=0.5, mixup=0.8)
+    config = finetune.FinetuneConfig(epochs=3, drop_path=0.5)
     for _ in finetune.finetune(encoder, images, images, setting, config=config):
         pass
     weights = torch.cat([value.flatten() for value in trained[0].parameters()]).tolist()
-    noise = trained[0].random.initial_seed()
-    every = ranks.gather((weights, noise))
-    assert all(theirs == weights for theirs, _ in every), "what ranks drop and mix leaves their weights alike"
+    dropped = trained[0].random.initial_seed()
+    every = ranks.gather((weights, dropped))
+    assert all(theirs == weights for theirs, _ in every), "the ranks have the same weights, whatever each drops"
     assert len({theirs for _, theirs in every}) == ranks.world
 if ranks.main:
     print(json.dumps(found))
@@ -70,9 +83,8 @@ else:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoder")
-    Encoder(EncoderConfig(variant="Ti", depth=2, patch_size=8)).save_pretrained(folder)
+    Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8), Preprocessing(32), 0).save_pretrained(folder)
     return folder
 
 
@@ -115,6 +127,10 @@ def test_two_ranks_find_what_one_finds(encoder: Path, pictures: Path, tmp_path: 
     assert one["made"]["done"] == len(one["labels"]) == 9
     assert one["made"]["unreadable"].keys() == {"7"}
     assert two["labels"] == one["labels"]
+    for answers in ("knn1", "knn5", "knn20", "scores"):
+        assert two[answers] == one[answers]
+    assert len(one["knn5"]) == 36
+    assert set(one["knn5"]) == {0, 1}
     assert two["attentive"] == one["attentive"]
     # Gradients are summed in another order, and AdamW's first steps divide by their size.
     torch.testing.assert_close(torch.tensor(two["finetune"]), torch.tensor(one["finetune"]), rtol=1e-3, atol=1e-4)
@@ -157,7 +173,7 @@ sys.exit(main(["evaluate", sys.argv[1 + int(os.environ["RANK"])], *sys.argv[3:]]
 def test_ranks_with_other_weights_are_refused(encoder: Path, pictures: Path, tmp_path: Path) -> None:
     other = Encoder.from_pretrained(encoder)
     with torch.no_grad():
-        other.blocks.norm.bias[0] += 1e-3
+        other.network.blocks.norm.bias[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
     (tmp_path / "disagreeing.py").write_text(DISAGREEING)
     what = ("--train", str(pictures), "--val", str(pictures), "--resolution", "32")

@@ -43,8 +43,8 @@ def test_a_classifier_by_hand():
         "probe": 2 / 5,
         "probe_top5": pytest.approx(3 / 5),
         "probe_mean_per_class": pytest.approx((1 / 2 + 1 + 0 + 0) / 4),
-        "probe_low": 0.0,
-        "probe_high": 0.8,
+        "probe_low": pytest.approx(0.1176, abs=1e-4),
+        "probe_high": pytest.approx(0.7693, abs=1e-4),
     }
 
 
@@ -53,16 +53,29 @@ def test_with_fewer_classes_than_five_all_are_among_the_best():
     assert (scores["x"], scores["x_top5"]) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize(("right", "images"), [(1, 7), (450, 1000), (990, 1000), (9000, 50000)])
-def test_the_interval_is_that_of_resampling(right, images):
-    rng = np.random.default_rng(0)
-    correct = np.arange(images) < right
-    drawn = [correct[rng.integers(images, size=images)].mean() for _ in range(2000)]
-    # A percentile of 2,000 draws is off by up to some tenth of their deviation, and lies between two images.
-    error = 0.2 * np.std(drawn) + 1 / images
-    assert interval(right, images) == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist(), abs=error)
+@pytest.mark.parametrize("right", [0, 1, 7, 19, 20])
+def test_the_interval_is_the_shares_that_the_images_do_not_reject(right):
+    """Wilson's: the shares p with |right / n - p| at most Z standard errors, the error being that under p itself."""
+    images = 20
+    shares = np.linspace(0, 1, 200001)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = shares[np.abs(right / images - shares) <= 1.959964 * np.sqrt(shares * (1 - shares) / images)]
+    # The grid's step.
+    assert interval(right, images) == pytest.approx((kept.min(), kept.max()), abs=5e-6)
 
 
-def test_certain_scores_have_no_interval():
-    assert interval(0, 5) == (0.0, 0.0)
-    assert interval(5, 5) == (1.0, 1.0)
+def test_certain_scores_have_an_interval_too():
+    low, high = interval(20, 20)
+    # n / (n + Z^2)
+    assert (low, high) == (pytest.approx(0.83887, abs=1e-5), 1.0)
+    assert interval(0, 20) == (0.0, pytest.approx(1 - low))
+    assert interval(50000, 50000)[0] > 0.9999
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """Also near the ends, where the interval of resampling holds it far less often."""
+    for share in (0.5, 0.97):
+        right = np.random.default_rng(0).binomial(50, share, size=4000)
+        held = [low <= share <= high for low, high in (interval(int(count), 50) for count in right)]
+        # The number of right images is discrete, so coverage swings about 95% by a few points.
+        assert 0.92 < np.mean(held) < 0.99

@@ -28,8 +28,17 @@ from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.evaluate.dense import LabelledMaps, dense, open_maps
 from ijepa_enhanced.evaluate.features import Features, extract, hash_weights, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
-from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, score
-from ijepa_enhanced.evaluate.sweep import Point, advice, choose, frontier, network_costs, setting_name, write_points
+from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, Scoring, layers_for, score
+from ijepa_enhanced.evaluate.sweep import (
+    Point,
+    advice,
+    choose,
+    frontier,
+    network_costs,
+    setting_name,
+    sweep_scores,
+    write_points,
+)
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.train.saved import random_start
@@ -166,7 +175,10 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
     protocols = [protocol for protocol in work.options.protocols if protocol in FEATURE_PROTOCOLS]
     if not protocols or (encoder is None and not config.ranks.main):
         return {}
-    train, val = (features_of(work, encoder, images, config) for images in (work.train, work.val))
+    layers = layers_for(protocols)
+    train, val = (features_of(work, encoder, images, config, layers) for images in (work.train, work.val))
+    how = Scoring(work.options.seed, config.ranks.device, Ranks() if encoder is None else config.ranks)
+    scores = sweep_scores(train, val, how) if work.options.sweep else score(train, val, protocols, how)
     if not config.ranks.main:
         return {}
     most = max(NEIGHBOURS)
@@ -178,18 +190,19 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
             most,
             most,
         )
-    scores = dict(score(train, val, work.options.seed, protocols))
     scores["images_per_second"] = (len(train.values) + len(val.values)) / (train.seconds + val.seconds)
     return scores
 
 
-def features_of(work: Work, encoder: Encoder | None, images: LabelledSource, config: InferenceConfig) -> Features:
-    """Return the features of a source, and log each of its images that cannot be decoded once."""
+def features_of(
+    work: Work, encoder: Encoder | None, images: LabelledSource, config: InferenceConfig, layers: int
+) -> Features:
+    """Return the features of a source from the last `layers` layers, and log its images that cannot be decoded once."""
     if encoder is None:
         found = thumbnails(images.source, images.catalog)
     else:
         with counting(images.source.name, len(images.catalog.rows)) as progress:
-            found = extract(encoder, images, config, progress, cache=True)
+            found = extract(encoder, images, config, progress, cache=True, layers=layers)
     new = {row: reason for row, reason in found.unreadable.items() if work.is_new((images.source.name, row))}
     warn_of_unreadable(images.source, new)
     return found

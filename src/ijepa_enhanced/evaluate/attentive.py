@@ -1,4 +1,4 @@
-"""Classification by attentive pooling of frozen tokens: what a small reader finds that may look at single patches."""
+"""Classification by attentive pooling of frozen tokens: what a small reader finds that sees single patches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_enhanced.devices import all_cores
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.linear import calibrated_loss, stratified_split
 from ijepa_enhanced.evaluate.scores import classification
@@ -18,6 +19,7 @@ from ijepa_enhanced.evaluate.tokens import (
     InferenceConfig,
     LabelledSource,
     Tokens,
+    check_space,
     help_store,
     stored_tokens,
     uncounted,
@@ -95,11 +97,11 @@ def attentive(
     seed: int = 0,
     counting: Counting = uncounted,
 ) -> Iterator[tuple[str, float]]:
-    """`attentive`, and what comes with it (see `scores.classification`).
+    """Yield `attentive`, and what comes with it (see `scores.classification`).
 
-    The encoder is run once over each source, by all ranks; the probe then reads stored tokens, on the main one. Of
-    `RATES` the one is chosen whose probe has the lowest `calibrated_loss` on a fifth of `train`, stratified; that probe
-    is trained again on all of it.
+    All ranks run the encoder once over each source; the probe then reads stored tokens, on the main rank. The learning
+    rate is the one of `RATES` whose probe has the lowest `calibrated_loss` on a fifth of `train`, stratified; that
+    probe is trained again on all of it.
 
     Args:
         encoder: in evaluation mode, on the device that the probe is trained on.
@@ -109,15 +111,18 @@ def attentive(
         counting: shows progress.
 
     Raises:
+        RequestError: the tokens of both sources do not fit on the disk; nothing has been computed.
         UnreadableImage: no image of a source can be decoded.
         NotFiniteError: a feature is not finite.
     """
+    check_space("attentive", encoder, (train, val), setting)
     if not setting.ranks.main:
         help_store(encoder, (train, val), setting)
         return
     with (
         stored_tokens(encoder, train, setting, counting) as known,
         stored_tokens(encoder, val, setting, counting) as asked,
+        all_cores(),
     ):
         assert known.labels is not None
         assert asked.labels is not None
@@ -133,8 +138,8 @@ def attentive(
             losses.append(calibrated_loss(_logits(probe, known, held_out), numbers[held_out]))
         best = RATES[int(torch.stack(losses).argmin())]
         probe = _trained(start, known, numbers, torch.arange(len(numbers)), best, seed, counting)
-        logits = _logits(probe, asked, torch.arange(len(asked.labels)))
-        yield from classification("attentive", logits, classes, asked.labels)
+        logits, labels = _logits(probe, asked, torch.arange(len(asked.labels))), asked.labels
+    yield from classification("attentive", logits, classes, labels)
 
 
 def _trained(
@@ -146,7 +151,7 @@ def _trained(
     seed: int,
     counting: Counting,
 ) -> AttentiveClassifier:
-    """A copy of `start`, trained on some of the images by AdamW, from `rate` to 0 on half a cosine."""
+    """Return a copy of `start`, trained on some of the images by AdamW, from `rate` to 0 on half a cosine."""
     probe = copy.deepcopy(start)
     rng = generator(seed, Purpose.PROTOCOL, view=1)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
@@ -171,7 +176,7 @@ def _logits(probe: AttentiveClassifier, tokens: Tokens, images: Tensor) -> Tenso
 
 
 def _shown(probe: AttentiveClassifier, tokens: Tokens, images: Tensor) -> Tensor:
-    """The probe's logits of some images."""
+    """Return the probe's logits of some images."""
     device = probe.query.device
     ends = tokens.lengths.cumsum(0)
     rows = [torch.arange(int(ends[i] - tokens.lengths[i]), int(ends[i])) for i in images]

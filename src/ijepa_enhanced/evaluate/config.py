@@ -14,7 +14,7 @@ class FinetuneConfig:
     lr: float = 5e-4
     """Peak learning rate of the last layer. A step is one pack, so it does not scale with a batch."""
     layer_decay: float = 0.75
-    """Learning rate of a layer by that of the layer above it (BEiT, arXiv 2106.08254, appendix H)."""
+    """Learning rate of a layer, divided by that of the layer above it (BEiT, arXiv 2106.08254, appendix H)."""
     weight_decay: float = 0.05
     """Decoupled, on matrices only."""
     warmup: float = 0.05
@@ -22,11 +22,6 @@ class FinetuneConfig:
     drop_path: float = 0.1
     """Chance that a view skips half of the last block; that of earlier blocks rises to it on a straight line from 0
     (stochastic depth, arXiv 1603.09382)."""
-    label_smoothing: float = 0.0
-    """Share of the target that all classes have in common; MAE's is 0.1."""
-    mixup: float = 0.0
-    """Both parameters of the Beta distribution that two images are mixed by; 0: never. Images of two sizes cannot be
-    mixed as pixels: their pooled features are (manifold mixup, arXiv 1806.05236), with those of their own rank."""
     min_crop: float = 0.3
     """Smallest area of the random crop, as a fraction of the image."""
     flip: float = 0.5
@@ -36,15 +31,13 @@ class FinetuneConfig:
         for name in ("epochs", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"finetune.{name} must be above 0, not {getattr(self, name)}.")
-        for name in ("weight_decay", "mixup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"finetune.{name} must be at least 0, not {getattr(self, name)}.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"finetune.weight_decay must be at least 0, not {self.weight_decay}.")
         for name in ("layer_decay", "min_crop"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"finetune.{name} must be above 0 and at most 1, not {getattr(self, name)}.")
-        for name in ("drop_path", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"finetune.{name} must be at least 0 and below 1, not {getattr(self, name)}.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"finetune.drop_path must be at least 0 and below 1, not {self.drop_path}.")
         for name in ("warmup", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"finetune.{name} must lie between 0 and 1, not {getattr(self, name)}.")

@@ -1,4 +1,4 @@
-"""Segmentation by a linear layer on the feature of each patch: what the features say of places."""
+"""Segmentation by a linear layer on the feature of each patch: what features say about places."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +19,17 @@ from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import FAILURES, open_image
 from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.devices import all_cores
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate.linear import STRENGTHS, softmax_regression
+from ijepa_enhanced.evaluate.standardize import moments, roomiest, scale
 from ijepa_enhanced.evaluate.tokens import (
     Counting,
     InferenceConfig,
     LabelledSource,
+    Tokens,
+    check_space,
     help_store,
     stored_tokens,
     uncounted,
@@ -34,7 +39,8 @@ from ijepa_enhanced.randomness import Purpose, generator
 IGNORED = 255
 """The label of pixels that do not count: PASCAL VOC's."""
 MOST_PATCHES = 2**18
-"""Of the training images that are shown: 1,300 images of 196 patches. Their features take 4 * D bytes each."""
+"""Of the training images that are used: 1,300 images of 196 patches. Memory holds one float32 copy of their features,
+4 * D bytes a patch: 0.4 GB for a ViT-S."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,11 @@ class LabelledMaps(LabelledSource):
 
 
 def open_maps(spec: str, part: str) -> LabelledMaps:
-    """The images and label maps that `spec` describes.
+    """Return the images and label maps that `spec` describes.
 
     Args:
         spec: `synthetic`, or a folder with images in `images` and for each of them a PNG of the same name in `labels`,
-            of one channel or with a palette, whose values are the labels and 255 where nothing is to be said.
+            of one channel or with a palette. Its values are the labels; pixels of 255 do not count.
         part: of the synthetic images.
 
     Raises:
@@ -90,15 +96,15 @@ def dense(
     seed: int = 0,
     counting: Counting = uncounted,
 ) -> Iterator[tuple[str, float]]:
-    """`dense_miou`: the mean over classes of intersection over union of all pixels of `val`, at the maps' own size.
+    """Yield `dense_miou`: the mean over classes of intersection over union, over all pixels of the label maps of `val`.
 
-    Softmax regression on standardised tokens, trained with the cross-entropy of all pixels of a patch. Of
-    `linear.STRENGTHS` the one is chosen that has the least on a fifth of the labelled training images; the layer is
-    then trained on all of them.
+    The probe is softmax regression on standardised tokens, trained with the cross-entropy of all pixels of a patch. Its
+    strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labelled training images;
+    the layer is then trained on all of them.
 
     Args:
         encoder: in evaluation mode.
-        train, val: images with label maps. Of `train` no more are used than have `MOST_PATCHES`, drawn by `seed`.
+        train, val: images with label maps. From `train`, at most as many as have `MOST_PATCHES` are drawn by `seed`.
         setting: how images are shown to the encoder.
         seed: of that draw and of the held-out part.
         counting: shows progress.
@@ -106,7 +112,8 @@ def dense(
     Raises:
         UnreadableImage: no image of a source can be decoded, or a label map cannot be read or is not of its image's
             size.
-        SourceError: `val` has a label that `train` has not, or the label maps of one of them label nothing.
+        SourceError: `val` has a label that `train` lacks, or the label maps of one of them label nothing.
+        RequestError: the tokens do not fit on the disk; nothing has been computed.
         NotFiniteError: a feature is not finite.
     """
     rng = generator(seed, Purpose.PROTOCOL)
@@ -117,52 +124,82 @@ def dense(
     order = rng.permutation(len(catalog.rows))
     few = np.sort(order[np.cumsum(grids[order].prod(axis=1)) <= MOST_PATCHES])
     chosen = LabelledSource(train.source, catalog.select(few))
+    check_space("dense", encoder, (chosen, val), setting)
     if not setting.ranks.main:
         help_store(encoder, (chosen, val), setting)
         return
-    with stored_tokens(encoder, chosen, setting, counting) as tokens:
-        x = tokens.values.float()
-        maps = [_map_of(train, row) for row in tokens.image_ids.tolist()]
-        classes = np.unique(np.concatenate([np.unique(labels) for labels in maps]))
-        classes = classes[classes != IGNORED]
-        _need_labels(len(classes), train)
-        counts = torch.cat(
-            [patch_labels(labels, grid, classes) for labels, grid in zip(maps, tokens.grids.tolist(), strict=True)]
-        )
-        image_of = torch.arange(len(tokens.lengths)).repeat_interleave(tokens.lengths)
-    std, mean = torch.std_mean(x, dim=0, correction=0)
-    std = std.masked_fill((x == x[0]).all(dim=0), torch.inf)
-    labelled = counts.sum(dim=1) > 0
-    x = F.pad((x[labelled] - mean) / std, (0, 1), value=1.0)
-    image_of = image_of[labelled].unique(return_inverse=True)[1]  # counting those only that have a label somewhere
-    targets = counts[labelled] / counts[labelled].sum(dim=1, keepdim=True)
-    images = int(image_of.max()) + 1
-    # Of fewer than five images too one is held out, or there would be nothing to choose by.
-    held_out = torch.from_numpy(rng.permutation(images) % 5 == min(4, max(1, images - 1)))[image_of]
-    layers = softmax_regression(x[~held_out], targets[~held_out], STRENGTHS)
-    losses = torch.stack([F.cross_entropy(x[held_out] @ layer, targets[held_out]) for layer in layers])
-    best = int(losses.argmin())
-    head = softmax_regression(x, targets, STRENGTHS[best : best + 1], layers[best])[0]
-
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    with stored_tokens(encoder, val, setting, counting) as tokens:
-        views = tokens.values.split(tokens.lengths.tolist())
-        for row, grid, view in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), views, strict=True):
-            labels = _map_of(val, row)
-            logits = F.pad((view.float() - mean) / std, (0, 1), value=1.0) @ head
-            whole = logits.T.view(1, -1, *grid)
-            predicted = F.interpolate(whole, size=labels.shape, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-            counted = labels != IGNORED
-            unknown = np.setdiff1d(labels[counted], classes)
-            if len(unknown):
-                raise SourceError(
-                    f"The label map of {val.source.key(row)} of {val.source.name} has the label {unknown[0]}, which "
-                    f"none of {train.source.name} has."
-                )
-            places = np.searchsorted(classes, labels[counted]) * len(classes) + predicted.numpy()[counted]
-            confusion += np.bincount(places, minlength=confusion.size).reshape(confusion.shape)
+    with stored_tokens(encoder, chosen, setting, counting) as tokens, all_cores():
+        probe = _fitted(tokens, train, rng, encoder.device)
+    with stored_tokens(encoder, val, setting, counting) as tokens, all_cores():
+        confusion = _confusion(probe, tokens, train, val)
     _need_labels(confusion.sum(), val)
     yield "dense_miou", mean_iou(confusion)
+
+
+class _Probe(NamedTuple):
+    """A linear layer on standardised tokens, on the encoder's device."""
+
+    classes: NDArray[np.uint8]
+    """[C] labels, ascending."""
+    mean: Tensor
+    """float32 [D]"""
+    std: Tensor
+    """float32 [D], infinite where a dimension is constant."""
+    layer: Tensor
+    """float32 [D + 1, C]"""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens [T, D] -> logits [T, C]."""
+        return scale(tokens, self.mean, self.std, self.layer.device, ones=1) @ self.layer
+
+
+def _fitted(tokens: Tokens, train: LabelledMaps, rng: np.random.Generator, device: torch.device) -> _Probe:
+    """Fit the probe on the tokens of some images of `train`; `rng` draws those that choose its strength."""
+    maps = [_map_of(train, row) for row in tokens.image_ids.tolist()]
+    classes = np.unique(np.concatenate([np.unique(labels) for labels in maps]))
+    classes = classes[classes != IGNORED]
+    _need_labels(len(classes), train)
+    counts = torch.cat(
+        [patch_labels(labels, grid, classes) for labels, grid in zip(maps, tokens.grids.tolist(), strict=True)]
+    )
+    mean, std = moments(tokens.values)
+    rows = counts.sum(dim=1).nonzero()[:, 0]
+    image_of = torch.arange(len(tokens.lengths)).repeat_interleave(tokens.lengths)[rows]
+    image_of = image_of.unique(return_inverse=True)[1]  # counting only those that have a label somewhere
+    targets = (counts[rows] / counts[rows].sum(dim=1, keepdim=True)).to(device)
+    place = roomiest(device, 4 * len(rows) * (len(mean) + 1))
+    x = scale(tokens.values[rows], mean, std, place, ones=1)
+    images = int(image_of.max()) + 1
+    # Even of fewer than five images one is held out, or there would be nothing to choose by.
+    held_out = torch.from_numpy(rng.permutation(images) % 5 == min(4, max(1, images - 1)))[image_of]
+    fitted, held_out = ((~held_out).nonzero()[:, 0].to(device), held_out.nonzero()[:, 0].to(device))
+    layers = softmax_regression(x, targets, STRENGTHS, rows=fitted)
+    shown = x[held_out.to(place)].to(device)
+    losses = torch.stack([F.cross_entropy(shown @ layer, targets[held_out]) for layer in layers])
+    best = int(losses.argmin())
+    (layer,) = softmax_regression(x, targets, STRENGTHS[best : best + 1], layers[best])
+    return _Probe(classes, mean, std, layer)
+
+
+def _confusion(probe: _Probe, tokens: Tokens, train: LabelledMaps, val: LabelledMaps) -> NDArray[np.int64]:
+    """Return how many pixels of each class (rows) are predicted as each class (columns): [C, C]."""
+    classes = probe.classes
+    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    views = tokens.values.split(tokens.lengths.tolist())
+    for row, grid, view in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), views, strict=True):
+        labels = _map_of(val, row)
+        whole = probe(view).T.view(1, -1, *grid)
+        predicted = F.interpolate(whole, size=labels.shape, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+        counted = labels != IGNORED
+        unknown = np.setdiff1d(labels[counted], classes)
+        if len(unknown):
+            raise SourceError(
+                f"The label map of {val.source.key(row)} of {val.source.name} has the label {unknown[0]}, which "
+                f"none of {train.source.name} has."
+            )
+        places = np.searchsorted(classes, labels[counted]) * len(classes) + predicted.cpu().numpy()[counted]
+        confusion += np.bincount(places, minlength=confusion.size).reshape(confusion.shape)
+    return confusion
 
 
 def _need_labels(labels: int, maps: LabelledMaps) -> None:
@@ -183,12 +220,12 @@ def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
 
 
 def patch_labels(labels: NDArray[np.uint8], grid: tuple[int, int], classes: NDArray[np.uint8]) -> Tensor:
-    """How many pixels of each class lie in each patch: float32 [rows * columns, C].
+    """Count the pixels of each class in each patch: float32 [rows * columns, C].
 
     A pixel belongs to the patch that its centre lies in.
 
     Args:
-        labels: [h, w], of which those in `classes` [C], ascending, count.
+        labels: [h, w]; only those in `classes` [C], ascending, count.
         grid: rows and columns of patches.
         classes: the labels of the columns.
     """
@@ -202,7 +239,7 @@ def patch_labels(labels: NDArray[np.uint8], grid: tuple[int, int], classes: NDAr
 
 
 def mean_iou(confusion: NDArray[np.int64]) -> float:
-    """The mean over classes of intersection over union, without classes that are neither there nor predicted.
+    """Return the mean over classes of intersection over union, without classes that are neither there nor predicted.
 
     Args:
         confusion: [C, C] pixels of each true class (rows) and predicted class (columns), at least one.

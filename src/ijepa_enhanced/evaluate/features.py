@@ -1,41 +1,33 @@
-"""One feature an image, of a whole source: extracted once, kept in a cache, scored by every protocol."""
+"""One feature an image, for a whole source: extracted once, kept in a cache, scored by every protocol."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ijepa_enhanced.batch import Batch
-from ijepa_enhanced.data.catalog import Catalog, cache_folder
+from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.sources.base import UNREAD, Source
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import UnreadableImage
+from ijepa_enhanced.evaluate.cache import FeatureCache, Part, cache_limit
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, need_images, packs_of, reduced_packs
-from ijepa_enhanced.files import replacing
 from ijepa_enhanced.ops.pooling import segment_mean
 
-logger = logging.getLogger(__name__)
-
 LAYERS = 4
-"""Last layers whose outputs are kept: those that I-JEPA (arXiv 2301.08243, appendix A.2) and DINOv2 (arXiv 2304.07193)
+"""Last layers that `linear4` reads: those that I-JEPA (arXiv 2301.08243, appendix A.2) and DINOv2 (arXiv 2304.07193)
 probe."""
 PACKS_PER_PART = 16
 """Of a file of the cache, and so the most that an interruption loses: 1,300 images of 196 tokens, on a CPU 330."""
-FORMAT = 2
+FORMAT = 3
 """Raised when a cached file means something else, or an encoder of the same weights computes something else."""
 
 
@@ -54,8 +46,8 @@ class Features:
     seconds: float
     """From the first decoded image to the last feature, when they were extracted."""
     layers: Tensor | None = None
-    """float32 [N, L, D]: such a mean of the output of each of the last L layers, the last of which is `values`; L is
-    `LAYERS`, or the encoder's depth where that is less. None where the features are no encoder's."""
+    """float32 [N, L, D]: such a mean of the output of each of the last L layers, the last of which is `values`. None if
+    only that was asked for, or if no encoder made the features."""
 
 
 def extract(
@@ -64,34 +56,40 @@ def extract(
     setting: InferenceConfig,
     progress: Callable[[int], None] | None = None,
     cache: bool = False,
+    layers: int = 1,
 ) -> Features:
-    """The mean of each image's tokens: whole images, no crop.
+    """Return the mean of each image's tokens: whole images, no crop.
 
     Args:
         encoder: in evaluation mode.
         images: the source.
-        setting: how they are shown to the encoder. On other ranks than the main one what is returned is empty.
+        setting: how they are shown to the encoder. On ranks other than the main one, the result is empty.
         progress: called with the number of images done.
-        cache: keep what is found in the user's cache folder (see `open_catalog`) and read what is there, a file for
-            every `PACKS_PER_PART` packs. They are found by a digest of all that features depend on: weights and
-            architecture, the files and their catalog, and the setting. What cannot be read is made anew; what
-            cannot be written is a warning.
+        cache: keep the result in the user's cache folder (see `open_catalog`), a file for every `PACKS_PER_PART`
+            packs, and read what is there. A folder is named by a digest of all that features depend on: weights and
+            architecture, the files and their catalog, and the setting. What cannot be read is computed again; what
+            cannot be written is a warning. `FeatureCache.evict` says what is deleted.
+        layers: last layers to keep; all of them if the encoder has fewer.
 
     Raises:
         UnreadableImage: none of the images can be decoded.
         NotFiniteError: a feature is not finite; nothing of its part is cached.
+        RequestError: the limit of the cache is not a number.
         ValueError: a merge rate out of range.
     """
-    catalog, ranks = images.catalog, setting.ranks
-    packs = packs_of(encoder, catalog, setting)
+    ranks, count = setting.ranks, min(layers, encoder.config.shape.depth)
+    packs = packs_of(encoder, images.catalog, setting)
     cuts = [packs[start : start + PACKS_PER_PART] for start in range(0, len(packs), PACKS_PER_PART)]
-    found: list[_Part | None] = [None] * len(cuts)
-    if cache and ranks.main:
-        folder = cache_folder() / "features" / _digest(encoder, images, setting)
-        found = [_Part.load(folder / f"{number:05d}.safetensors") for number in range(len(cuts))]
+    found: list[Part | None] = [None] * len(cuts)
+    store = None
+    if cache:
+        cache_limit()  # what is wrong with it should be said before the work
+        if ranks.main:
+            store = FeatureCache(_digest(encoder, images, setting), count)
+            found = [store.load(number) for number in range(len(cuts))]
     wanted = ranks.gather([part is None for part in found])[0]
     missing = [pack for cut, want in zip(cuts, wanted, strict=True) if want for pack in cut]
-    pooled = reduced_packs(encoder, images, missing, setting, _pooled, LAYERS)
+    pooled = reduced_packs(encoder, images, missing, setting, _pooled, count)
     if not ranks.main:
         for _ in pooled:
             pass
@@ -99,15 +97,22 @@ def extract(
     parts, done = [], 0
     for number, (cut, part) in enumerate(zip(cuts, found, strict=True)):
         if part is None:
-            part = _Part.of(itertools.islice(pooled, len(cut)), done, progress)
+            part = _joined(itertools.islice(pooled, len(cut)), done, progress)
             # What could not be read for a moment, as over a network, may be there the next time.
-            if cache and not any(reason.startswith(UNREAD) for reason in part.unreadable.values()):
-                part.save(folder / f"{number:05d}.safetensors")
+            if store and not any(reason.startswith(UNREAD) for reason in part.unreadable.values()):
+                store.save(number, part)
         elif progress:
             progress(done + len(part.image_ids))
         parts.append(part)
         done += len(part.image_ids)
+    if store and missing:
+        store.evict()
     need_images(done, images.source)
+    return _features(parts, images.catalog, layers > 1)
+
+
+def _features(parts: list[Part], catalog: Catalog, several: bool) -> Features:
+    """Return all parts of a source as one, with their labels; with all layers or the last alone."""
     layers = torch.cat([part.layers for part in parts if len(part.layers)])
     image_ids = torch.cat([part.image_ids for part in parts])
     readable = np.isin(catalog.rows, image_ids)
@@ -117,82 +122,49 @@ def extract(
         image_ids,
         {row: reason for part in parts for row, reason in part.unreadable.items()},
         sum(part.seconds for part in parts),
-        layers,
+        layers if several else None,
     )
 
 
-def _pooled(batch: Batch, layers: list[Tensor]) -> _Part:
+def _pooled(batch: Batch, layers: list[Tensor]) -> Part:
     cu_seqlens = batch.packed.segments.cu_seqlens
     means = torch.stack([segment_mean(x, cu_seqlens) for x in layers], dim=1).cpu() if layers else torch.empty(0)
-    return _Part(means, batch.image_ids.cpu(), dict(batch.unreadable), 0.0)
+    return Part(means, batch.image_ids.cpu(), dict(batch.unreadable), 0.0)
 
 
-class _Part(NamedTuple):
-    """The features of some packs: n images."""
-
-    layers: Tensor
-    """float32 [n, L, D], on the CPU."""
-    image_ids: Tensor
-    unreadable: dict[int, str]
-    seconds: float
-
-    @classmethod
-    def of(cls, packs: Iterable[_Part], done: int, progress: Callable[[int], None] | None) -> _Part:
-        """Some packs as one, and the time they take."""
-        start = time.perf_counter()
-        shown, image_ids = [], [torch.empty(0, dtype=torch.int64)]
-        unreadable: dict[int, str] = {}
-        for pack in packs:
-            unreadable |= pack.unreadable
-            if not len(pack.image_ids):
-                continue
-            shown.append(pack.layers)
-            image_ids.append(pack.image_ids)
-            done += len(pack.image_ids)
-            if progress:
-                progress(done)
-        seconds = time.perf_counter() - start
-        return cls(torch.cat(shown) if shown else torch.empty(0), torch.cat(image_ids), unreadable, seconds)
-
-    @classmethod
-    def load(cls, path: Path) -> _Part | None:
-        try:
-            with safe_open(path, "pt") as file:
-                said = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-            unreadable = {int(row): reason for row, reason in json.loads(said["unreadable"]).items()}
-            return cls(tensors["layers"], tensors["image_ids"], unreadable, float(said["seconds"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, SafetensorError) as error:
-            logger.warning("The cached features %s cannot be read and are made anew: %s", path, error)
-            return None
-
-    def save(self, path: Path) -> None:
-        tensors = {"layers": self.layers, "image_ids": self.image_ids}
-        said = {"unreadable": json.dumps(self.unreadable), "seconds": repr(self.seconds)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                save_file(tensors, temporary, said)
-        except (OSError, SafetensorError) as error:
-            logger.warning("The features cannot be cached in %s: %s", path.parent, error)
+def _joined(packs: Iterable[Part], done: int, progress: Callable[[int], None] | None) -> Part:
+    """Return some packs as one part, and the time they take; `done` images came before."""
+    start = time.perf_counter()
+    shown, image_ids = [], [torch.empty(0, dtype=torch.int64)]
+    unreadable: dict[int, str] = {}
+    for pack in packs:
+        unreadable |= pack.unreadable
+        if not len(pack.image_ids):
+            continue
+        shown.append(pack.layers)
+        image_ids.append(pack.image_ids)
+        done += len(pack.image_ids)
+        if progress:
+            progress(done)
+    seconds = time.perf_counter() - start
+    return Part(torch.cat(shown) if shown else torch.empty(0), torch.cat(image_ids), unreadable, seconds)
 
 
 def _digest(encoder: Encoder, images: LabelledSource, setting: InferenceConfig) -> str:
-    """The name of all that features depend on."""
-    format_of = (FORMAT, LAYERS, PACKS_PER_PART)
-    where = (encoder.config, encoder.device.type, images.source.fingerprint(), images.catalog.hash)
+    """Return the name of all that features depend on."""
+    format_of = (FORMAT, PACKS_PER_PART)
+    where = (encoder.config, encoder.preprocessing.mean, encoder.preprocessing.std, encoder.device.type)
+    what = (images.source.fingerprint(), images.catalog.hash)
     limit = setting.tokens_per_pack
     shown = (setting.resolution, setting.dtype, limit, encoder.at_once(limit), setting.merge_rate)
-    digest = hashlib.sha256(repr((*format_of, *where, *shown)).encode())
+    digest = hashlib.sha256(repr((*format_of, *where, *what, *shown)).encode())
     digest.update(images.catalog.rows.tobytes())
     digest.update(hash_weights(encoder).encode())
     return digest.hexdigest()
 
 
 def hash_weights(encoder: Encoder) -> str:
-    """SHA-256 of all weights and their names."""
+    """Return the SHA-256 of all weights and their names."""
     digest = hashlib.sha256()
     for name, weights in encoder.state_dict().items():
         digest.update(name.encode())
@@ -201,7 +173,7 @@ def hash_weights(encoder: Encoder) -> str:
 
 
 def thumbnails(source: Source, catalog: Catalog, side: int = 16) -> Features:
-    """The floor that any encoder must beat: each image squashed to `side` x `side` RGB pixels, [N, side * side * 3]."""
+    """Return the floor that any encoder must beat: images squashed to `side` x `side` RGB pixels, [N, 3 * side**2]."""
     start = time.perf_counter()
     values, kept, unreadable = [], [], {}
     for image, row in enumerate(catalog.rows.tolist()):

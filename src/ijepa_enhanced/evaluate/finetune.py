@@ -1,4 +1,4 @@
-"""Classification by an encoder that goes on learning, with labels: what its weights are worth as a start."""
+"""Classification by an encoder that continues to learn, with labels: what its weights are worth as a start."""
 
 from __future__ import annotations
 
@@ -93,16 +93,16 @@ def finetune(
     counting: Counting = uncounted,
     config: FinetuneConfig | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """`finetune`, and what comes with it (see `scores.classification`): of the last step, none is chosen.
+    """Yield `finetune`, and what comes with it (see `scores.classification`), of the last step: no step is chosen.
 
-    AdamW over random crops, resized to the resolution that is scored, a pack a step, whose views the ranks share; the
-    encoder that is given does not change.
+    AdamW learns from random crops, resized to the resolution that is scored. A step is a pack, whose views the ranks
+    share. The encoder that is given does not change.
 
     Args:
         encoder: on the device to train on.
         train, val: images with labels; those of `val` should occur in `train`.
         setting: how images are shown to the encoder.
-        seed: of crops, order, mixing and dropping.
+        seed: of crops, order and dropping.
         counting: shows progress.
         config: of the training.
 
@@ -115,9 +115,9 @@ def finetune(
     assert train.catalog.labels is not None
     assert val.catalog.labels is not None
     classes = torch.from_numpy(np.unique(train.catalog.labels))
-    rng = generator(seed, Purpose.PROTOCOL)
-    model = Classifier(encoder, len(classes), config.drop_path, int(rng.integers(2**62)) + setting.ranks.rank).train()
-    _train(model, train, classes, setting, seed, rng, counting, config)
+    noise = int(generator(seed, Purpose.PROTOCOL).integers(2**62)) + setting.ranks.rank
+    model = Classifier(encoder, len(classes), config.drop_path, noise).train()
+    _train(model, train, classes, setting, seed, counting, config)
     scored = _predict(model.eval(), val, setting, counting)
     if setting.ranks.main:
         logits, labels = (torch.cat(parts) for parts in zip(*scored, strict=True))
@@ -130,7 +130,6 @@ def _train(
     classes: Tensor,
     setting: InferenceConfig,
     seed: int,
-    rng: np.random.Generator,
     counting: Counting,
     config: FinetuneConfig,
 ) -> None:
@@ -174,13 +173,10 @@ def _train(
             if len(batch.image_ids):
                 moved = batch.to(device, non_blocking=True)
                 assert moved.labels is not None
-                targets = F.one_hot(torch.searchsorted(classes.to(device), moved.labels), len(classes)).float()
+                targets = torch.searchsorted(classes.to(device), moved.labels)
                 with autocast(device, setting.dtype):
                     pooled = model.pooled(moved.packed, moved.merge_plan)
-                if config.mixup:
-                    pooled, targets = mixed(pooled, targets, config.mixup, rng)
-                logits = model.head(pooled)
-                loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing, reduction="sum")
+                loss = F.cross_entropy(model.head(pooled), targets, reduction="sum")
                 (loss / views_shown).backward()
             ranks.sum_gradients(learned)
             for group in optimizer.param_groups:
@@ -214,13 +210,6 @@ def parameter_groups(model: Classifier, config: FinetuneConfig) -> list[dict[str
         decay = config.weight_decay if decays else 0.0
         groups.append({"params": [parameter], "share": config.layer_decay**below, "weight_decay": decay})
     return groups
-
-
-def mixed(pooled: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """V features [V, D] and targets [V, C], each mixed with another's, in one proportion from Beta(alpha, alpha)."""
-    share = float(rng.beta(alpha, alpha))
-    other = torch.from_numpy(rng.permutation(len(pooled))).to(pooled.device)
-    return share * pooled + (1 - share) * pooled[other], share * targets + (1 - share) * targets[other]
 
 
 @torch.inference_mode()

@@ -12,12 +12,16 @@ from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.errors import RequestError, RunError
 from ijepa_enhanced.evaluate.tokens import LabelledSource
+from ijepa_enhanced.randomness import Purpose, generator
 
 logger = logging.getLogger(__name__)
 
+VAL_SHARE = 0.2
+"""Of each class, for validation, where one source is split."""
+
 
 def labelled(spec: str, part: str) -> LabelledSource:
-    """A source and its catalog.
+    """Return a source and the catalog of its labelled images.
 
     Raises:
         RequestError: the source has no labels.
@@ -25,7 +29,7 @@ def labelled(spec: str, part: str) -> LabelledSource:
     """
     source = open_source(spec, part)
     catalog = open_catalog(source)
-    if catalog.labels is None:
+    if catalog.labels is None or (len(catalog.labels) and catalog.labels.max() < 0):
         raise RequestError(
             f"{spec} has no labels, and scoring needs them: put the images of each class into a folder of its own, "
             "or a .cls file beside each image of a shard."
@@ -33,32 +37,69 @@ def labelled(spec: str, part: str) -> LabelledSource:
     report_unreadable(catalog, f"Left out of {spec}")
     if not len(catalog.rows):
         raise RunError(f"None of the {len(catalog.unreadable)} images of {spec} can be read.")
+    known = np.flatnonzero(catalog.labels >= 0)
+    if len(known) < len(catalog.rows):
+        missing = len(catalog.rows) - len(known)
+        logger.warning("Left out of %s: %d of %d images, which have no label.", spec, missing, len(catalog.rows))
+        catalog = catalog.select(known)
     return LabelledSource(source, catalog)
 
 
 def labelled_pair(train_spec: str, val_spec: str) -> list[LabelledSource]:
-    """The images of training and validation, the latter's classes numbered as the former's.
+    """Return the images of training and validation, the latter's classes numbered as the former's.
 
     Raises:
-        RequestError: images lack labels, there is one class only, or a class of validation is missing in training.
+        RequestError: there are no labels, there is only one class, or a class of validation is missing in training.
+        RunError: none of a source's images can be read.
     """
     train, val = (labelled(*spec) for spec in ((train_spec, "train"), (val_spec, "val")))
-    assert train.catalog.labels is not None
     assert val.catalog.labels is not None
-    only = np.unique(train.catalog.labels)
-    if len(only) < 2:
-        raise RequestError(
-            f"{train_spec} has images of one class only, '{train.catalog.class_name(only[0])}'; "
-            "scoring needs two or more."
-        )
+    _need_classes(train, train_spec)
     numbers = class_numbers(train, val)
     if train.source.fingerprint() == val.source.fingerprint():
         logger.warning("%s: the same images for training and validation, so scores say nothing of others.", val_spec)
     return [train, LabelledSource(val.source, dataclasses.replace(val.catalog, labels=numbers))]
 
 
+def split_labelled(spec: str, seed: int) -> list[LabelledSource]:
+    """Split the labelled images of one source into training and validation: a fifth of each class is for validation.
+
+    A class of fewer than five images gives one, and a class of a single image none: probes could not learn it.
+
+    Args:
+        spec: the source.
+        seed: of the split.
+
+    Raises:
+        RequestError: there are no labels, only one class, or no class of two or more images.
+        RunError: none of the images can be read.
+    """
+    images = labelled(spec, "train")
+    _need_classes(images, spec)
+    assert images.catalog.labels is not None
+    order = generator(seed, Purpose.HOLDOUT).permutation(len(images.catalog.rows))
+    val: list[int] = []
+    for label in np.unique(images.catalog.labels):
+        own = order[images.catalog.labels[order] == label]
+        val += own[: max(1, round(len(own) * VAL_SHARE)) if len(own) > 1 else 0].tolist()
+    if not val:
+        raise RequestError(f"{spec} has one image of each class: scoring needs classes of two or more.")
+    rows = np.sort(np.array(val))
+    parts = (np.setdiff1d(np.arange(len(order)), rows), rows)
+    return [LabelledSource(images.source, images.catalog.select(part)) for part in parts]
+
+
+def _need_classes(images: LabelledSource, spec: str) -> None:
+    assert images.catalog.labels is not None
+    only = np.unique(images.catalog.labels)
+    if len(only) < 2:
+        raise RequestError(
+            f"{spec} has images of one class only, '{images.catalog.class_name(only[0])}'; scoring needs two or more."
+        )
+
+
 def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int64]:
-    """The labels of the validation source as the training source numbers their classes: int64 [N].
+    """Return the labels of the validation source as the training source numbers their classes: int64 [N].
 
     Raises:
         RequestError: a class that has images in the validation source has none in the training source.

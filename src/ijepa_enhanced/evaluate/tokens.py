@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,10 +20,10 @@ from ijepa_enhanced.data.catalog import Catalog, cache_folder
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Pack, inference_packs
 from ijepa_enhanced.data.sources.base import Source
-from ijepa_enhanced.devices import autocast
+from ijepa_enhanced.devices import autocast, default_workers
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import NotFiniteError, UnreadableImage
+from ijepa_enhanced.errors import NotFiniteError, RequestError, UnreadableImage
 from ijepa_enhanced.packed import segment_ids
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_PACK = 16384
 """Most tokens of an image, and of what an encoder sees at once."""
 
+TOKEN_BYTES = 2
+"""Of each number of a stored token: bfloat16."""
 
 Reduced = TypeVar("Reduced")
 """What is kept of a pack."""
@@ -54,13 +57,13 @@ class InferenceConfig:
     """Precision of the matrix products."""
     merge_rate: float | Sequence[float] = 0.0
     """See `Encoder.embed`."""
-    workers: int = 1
+    workers: int = field(default_factory=default_workers)
     """Processes that decode."""
     tokens_per_pack: int = TOKENS_PER_PACK
     """Tokens in memory at once."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes that share the packs, each with the encoder on a device of its own. All of them call the same
-    functions in the same order; what these find is the main one's."""
+    functions in the same order; the main one gets the results."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,10 @@ def reduced_packs(
     reduce: Callable[[Batch, list[Tensor]], Reduced],
     layers: int = 1,
 ) -> Iterator[Reduced]:
-    """What `reduce` keeps, on the host, of each pack and its tokens (see `token_batches`), in the order of the packs.
+    """Yield what `reduce` keeps, on the host, of each pack and its tokens (see `token_batches`), in order.
 
-    Each rank runs the encoder on its share of them, and the main one gets all; the others get none, and must ask
-    for the first to do their part.
+    Each rank runs the encoder on its share of the packs. The main rank gets all results; the others get nothing, and
+    must iterate all the same to do their part.
     """
     ranks = setting.ranks
     own = token_batches(encoder, images, packs[ranks.rank :: ranks.world], setting, layers)
@@ -101,10 +104,10 @@ def reduced_packs(
 def token_batches(
     encoder: Encoder, images: LabelledSource, packs: Iterable[Pack], setting: InferenceConfig, layers: int = 1
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
-    """Each pack on the encoder's device, and what the last `layers` layers make of its patches: [T, D] each.
+    """Yield each pack on the encoder's device, and the outputs [T, D] of the last `layers` blocks for its patches.
 
-    Of all layers the output is as the encoder's own: after the last LayerNorm, and with merging, for each patch that of
-    the token that holds it. A pack of which no image can be decoded has an empty list.
+    Outputs are after the last LayerNorm. With merging, each patch has that of the token that holds it. The list is
+    empty for a pack none of whose images can be decoded.
 
     Raises:
         NotFiniteError: a feature of the last layer is not finite.
@@ -145,14 +148,34 @@ class Tokens(NamedTuple):
     """int64 [N], or None where the source has none."""
 
 
+def check_space(protocol: str, encoder: Encoder, sources: Iterable[LabelledSource], setting: InferenceConfig) -> None:
+    """Check that the tokens of all sources fit on the main rank's disk, before any is computed.
+
+    Raises:
+        RequestError: they do not fit; the message gives both figures.
+    """
+    tokens = sum(
+        int(pack.grids.prod(axis=1).sum()) for images in sources for pack in packs_of(encoder, images.catalog, setting)
+    )
+    folder = cache_folder()
+    exists = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    needed, free = TOKEN_BYTES * encoder.width * tokens, setting.ranks.gather(shutil.disk_usage(exists).free)[0]
+    if needed > free:
+        raise RequestError(
+            f"{protocol} stores the features of {tokens:,} patches, which take {needed / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB are free in {folder}: lower the resolution, score fewer images, or set IJEPA_CACHE "
+            "to a folder on a larger disk."
+        )
+
+
 @contextmanager
 def stored_tokens(
     encoder: Encoder, images: LabelledSource, setting: InferenceConfig, counting: Counting
 ) -> Iterator[Tokens]:
-    """The tokens of all images after the last LayerNorm, for as long as the context lasts; the main rank's.
+    """Give the tokens of all images after the last LayerNorm, for as long as the context lasts, to the main rank.
 
-    They take 2 * D bytes each, in a file in the user's cache folder that has no name there: it is gone
-    when the process is, whatever ends it.
+    They take 2 * D bytes each, in a file in the user's cache folder that has no name there: it disappears with the
+    process, whatever ends it.
 
     Raises:
         UnreadableImage: none of the images can be decoded.
@@ -187,7 +210,7 @@ def stored_tokens(
 
 
 def help_store(encoder: Encoder, sources: Iterable[LabelledSource], setting: InferenceConfig) -> None:
-    """What every other rank does while the main one enters `stored_tokens` of these, one after the other."""
+    """Do what every other rank does while the main one enters `stored_tokens` of these, one after the other."""
     for images in sources:
         for _ in _tokens_of_packs(encoder, images, setting):
             pass
@@ -196,7 +219,7 @@ def help_store(encoder: Encoder, sources: Iterable[LabelledSource], setting: Inf
 def _tokens_of_packs(
     encoder: Encoder, images: LabelledSource, setting: InferenceConfig
 ) -> Iterator[tuple[Tokens, dict[int, str]]]:
-    """The tokens of the images of each pack, on the CPU, and row and reason of those that could not be decoded."""
+    """Yield the tokens of each pack's images, on the CPU, and row and reason of those that could not be decoded."""
 
     def reduce(batch: Batch, layers: list[Tensor]) -> tuple[Tokens, dict[int, str]]:
         values = layers[-1].to("cpu", torch.bfloat16) if layers else torch.empty(0)

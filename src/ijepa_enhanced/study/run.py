@@ -19,7 +19,7 @@ from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import NotFiniteError, RequestError, RunError
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.labelled import labelled_pair
-from ijepa_enhanced.evaluate.protocol import score
+from ijepa_enhanced.evaluate.protocol import Scoring, score
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.study.compare import write_summary
@@ -156,8 +156,8 @@ def _scores(folder: Path, resolution: int | str | None, images: Sequence[Labelle
     setting = InferenceConfig(pixels, autocast_dtype("auto", device))
 
     def of(encoder: Encoder) -> dict[str, float]:
-        known, asked = (extract(encoder, part, setting, cache=True) for part in images)
-        return dict(score(known, asked))
+        train, val = (extract(encoder, part, setting, cache=True) for part in images)
+        return score(train, val, how=Scoring(device=device))
 
     found, start = of(encoder), of(random_start(encoder, folder))
     logged = [line["knn"] for line in read_log(folder) if "knn" in line]
