@@ -367,3 +367,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path)
     with pytest.raises(NotFiniteError, match=r"^The weights blocks\.norm\.bias in .* are not finite"):
         Encoder.from_pretrained(tmp_path)
+
+
+def test_positions_that_were_never_trained_are_never_used(images: list[Image.Image]) -> None:
+    """In training no grid was longer than 9 rows and 7 columns; at twice the resolution grids are."""
+    encoder = Encoder.random(TINY, Preprocessing(resolution=64, trained_grid=(9, 7)), seed=0)
+    free = Encoder(encoder.network, Preprocessing(resolution=64))
+    assert torch.equal(encoder.embed(images[:1]), free.embed(images[:1]))  # a grid of 9 x 7
+    maps = encoder.feature_maps(images, resolution=96)
+    assert max(features.shape[0] for features in maps) > 9
+    with torch.no_grad():
+        encoder.network.positions.cols[7:] = 1e6
+        encoder.network.positions.rows[9:] = -1e6
+    for found, before in zip(encoder.feature_maps(images, resolution=96), maps, strict=True):
+        assert torch.equal(found, before)
+    assert not torch.equal(free.embed(images, resolution=96), encoder.embed(images, resolution=96))

@@ -31,6 +31,7 @@ from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.vit import CHANNELS, VisionTransformer
 from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.positions import within_grid
 from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ijepa_enhanced.packed import Packed, Segments
 
@@ -73,6 +74,9 @@ class Preprocessing:
     """Of each channel, on [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
     """Of each channel, on [0, 1]."""
+    trained_grid: tuple[int, int] | None = None
+    """Rows and columns of the longest grids of training. Longer grids are interpolated onto this size: positions beyond
+    it were never trained. None: any grid, as for positions that do not learn."""
     pooling: Literal["mean"] = "mean"
     """The feature of an image: the mean of its patches' features."""
 
@@ -121,12 +125,14 @@ class Encoder(nn.Module):
 
     def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
         """uint8 patches [T, P * P * C] -> features [T, D]; see `VisionTransformer.forward`."""
-        features: Tensor = self.network(self.normalize(packed), plan)
-        return features
+        return self.last_layers(packed, plan, count=1)[0]
 
     def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
         """uint8 patches [T, P * P * C] -> the outputs [T, D] of the last `count` blocks."""
-        return self.network.last_layers(self.normalize(packed), plan, count)
+        packed = self.normalize(packed)
+        if self.preprocessing.trained_grid is not None:
+            packed = within_grid(packed, self.preprocessing.trained_grid)
+        return self.network.last_layers(packed, plan, count)
 
     def embed(
         self,
@@ -386,10 +392,9 @@ class Encoder(nn.Module):
                     f"{folder} was written by another version of ijepa_enhanced, which did not record its "
                     "preprocessing. Train it again, or write config.json in the form that docs/decisions.md gives."
                 )
-            preprocessing = Preprocessing(**config["preprocessing"])
-            preprocessing = dataclasses.replace(
-                preprocessing, mean=tuple(preprocessing.mean), std=tuple(preprocessing.std)
-            )
+            values: dict[str, Any] = config["preprocessing"]
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            preprocessing = Preprocessing(**values)
             network = VisionTransformer(EncoderConfig(**config["architecture"]))
             network.load_state_dict(load_file(folder / "model.safetensors"))
         except EncoderError:

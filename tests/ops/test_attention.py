@@ -17,6 +17,7 @@ from ijepa_enhanced.ops.attention import (
     cpu_attention_backward,
     dense_attention,
     padded_attention,
+    whole_window,
     with_bias_channels,
 )
 from ijepa_enhanced.packed import Segments
@@ -301,6 +302,14 @@ def test_without_flash_attention_padding_is_never_more_than_dense(
     q, k, v = (torch.empty(segments.total, HEADS, WIDTH, device="meta") for _ in range(3))
     attention(q, k, v, segments)
     assert called == [expected]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 9), (9, 3), (1, 8), (8, 1)])
+def test_the_window_hides_nothing(queries: int, keys: int) -> None:
+    """FlashAttention shows query i the keys from i + keys - queries - left to i + keys - queries + right."""
+    left, right = whole_window(Segments.of([queries, 1]), Segments.of([keys, 1]))
+    for query, key in itertools.product(range(queries), range(keys)):
+        assert query + keys - queries - left <= key <= query + keys - queries + right
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d
+from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d, within_grid
+from ijepa_enhanced.packed import Packed
 
 
 def line(extent: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,3 +105,12 @@ def test_a_width_that_is_no_multiple_of_four_is_refused(width: int) -> None:
     message = f"^2-D sine-cosine positions need a width that is a multiple of 4, not {width}\\.$"
     with pytest.raises(ValueError, match=message):
         sincos_2d(torch.zeros(1), torch.zeros(1), width)
+
+
+def test_longer_grids_lie_evenly_on_the_longest_and_others_do_not_move() -> None:
+    packed = Packed.of_grids(np.zeros((5 * 2 + 3 * 2, 1), np.uint8), np.array([[5, 2], [3, 2]]))
+    found = within_grid(packed, (3, 4))
+    assert found.grids.tolist() == [[3, 2], [3, 2]]
+    assert found.positions[:10, 0].tolist() == [row for row in (0, 0.5, 1, 1.5, 2) for _ in range(2)]
+    assert torch.equal(found.positions[10:], packed.positions[10:].float())
+    assert torch.equal(found.positions[:, 1], packed.positions[:, 1].float())

@@ -1,4 +1,5 @@
 import json
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -75,3 +76,40 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
     load_checkpoint(previous, *trained(seed=2))
+
+
+class Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.write_text, (self.path, "executed")
+
+
+def test_a_foreign_checkpoint_executes_nothing(tmp_path: Path) -> None:
+    """In each file that a checkpoint has, or had in PyTorch's own format."""
+    model, optimizer = trained(seed=1)
+    checkpoint = save_checkpoint(tmp_path, 3, model, optimizer, {"step": 3})
+    names = [path.name for path in checkpoint.iterdir() if path.name != "progress.json"]
+    bomb = pickle.dumps(Bomb(tmp_path / "executed"))
+    pickle.loads(bomb)
+    assert (tmp_path / "executed").exists()  # the trap works
+    (tmp_path / "executed").unlink()
+    for foreign in (names, [".metadata", "__0_0.distcp"]):
+        for path in checkpoint.iterdir():
+            path.unlink()
+        (checkpoint / "progress.json").write_text("{}")
+        for name in foreign:
+            (checkpoint / name).write_bytes(bomb)
+        with pytest.raises(CheckpointError):
+            load_checkpoint(checkpoint, model, optimizer)
+        assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path, 3, *trained(seed=1), {})
+    model = JEPA(EncoderConfig("Ti", 8, depth=2), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    with pytest.raises(CheckpointError, match=r"^Could not read checkpoint "):
+        load_checkpoint(checkpoint, model, make_optimizer(model))

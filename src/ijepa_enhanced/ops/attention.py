@@ -52,15 +52,23 @@ def attention(
         width = q.shape[2]
         if bias is not None:
             q, k, v = with_bias_channels(q, k, v, bias)
-        # A window as wide as the longest segment is none. It keeps torch 2.14 off cuDNN, which builds a graph for every
-        # number of tokens, and no two packs have the same. What is given, torch 2.11 to 2.14 agree on.
-        window = (longest_key, longest_key)
+        window = whole_window(segments, keys)
         edges = (segments.cu_seqlens, keys.cu_seqlens)
         out = varlen_attn(q, k, v, *edges, longest, longest_key, scale=width**-0.5, window_size=window)
         return cast(Tensor, out)[:, :, :width]
     if (len(segments.cu_seqlens) - 1) * longest * longest_key > len(q) * len(k):
         return dense_attention(q, k, v, segments, keys, bias)
     return padded_attention(q, k, v, segments, keys, bias)
+
+
+def whole_window(queries: Segments, keys: Segments) -> tuple[int, int]:
+    """Return a window, keys to the left and to the right of a query, that hides nothing.
+
+    It keeps torch 2.14 off cuDNN, which builds a graph for every number of tokens, and no two packs have the same.
+    FlashAttention aligns the last query with the last key, so a window must cover the longer of the two on both sides.
+    """
+    longest = max(queries.max_seqlen, keys.max_seqlen)
+    return longest, longest
 
 
 def dense_attention(

@@ -1,11 +1,15 @@
 """Where a token lies in its view's grid, as vectors."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from ijepa_enhanced.packed import Packed, segment_ids
+
 
 def axis_coordinates(positions: Tensor, extents: Tensor, size: int) -> Tensor:
-    """Coordinates on a table of `size` entries of one axis: float32 [T].
+    """Return coordinates on a table of `size` entries of one axis: float32 [T].
 
     A grid no longer than the table is indexed as it is; a longer one is squeezed evenly onto it, which is linear
     interpolation of the table per axis (NaViT, arXiv 2307.06304, section 2.1).
@@ -17,6 +21,22 @@ def axis_coordinates(positions: Tensor, extents: Tensor, size: int) -> Tensor:
     """
     squeeze = ((size - 1) / (extents - 1).clamp(min=1)).clamp(max=1.0)
     return positions * squeeze
+
+
+def within_grid(packed: Packed, longest: tuple[int, int]) -> Packed:
+    """Place the tokens of views with more than `longest` rows or columns evenly on a grid of that size.
+
+    A network was trained on positions up to the longest grid that it was shown; those beyond are as they were drawn.
+    Grids that are not longer keep their positions bit for bit.
+
+    Args:
+        packed: any stream.
+        longest: rows and columns.
+    """
+    extents = packed.grids[segment_ids(packed.segments.cu_seqlens, packed.positions.shape[0])]
+    places = [axis_coordinates(packed.positions[:, axis], extents[:, axis], longest[axis]) for axis in (0, 1)]
+    grids = [packed.grids[:, axis].clamp(max=longest[axis]) for axis in (0, 1)]
+    return dataclasses.replace(packed, positions=torch.stack(places, dim=1), grids=torch.stack(grids, dim=1))
 
 
 def interpolation_weights(coordinates: Tensor, size: int) -> Tensor:

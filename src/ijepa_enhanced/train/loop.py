@@ -154,7 +154,9 @@ class Run:
         self.model = JEPA(config.encoder, config.predictor, config.objective, config.data.masked_views)
         self.model.to(ranks.device)
         self.optimizer = make_optimizer(self.model)
-        self.encoder = Encoder(self.model.teacher, Preprocessing(resolution=config.data.max_resolution))
+        longest_rows, longest_cols = images.first_epoch.grids.reshape(-1, 2).max(axis=0).tolist()
+        preprocessing = Preprocessing(config.data.max_resolution, trained_grid=(longest_rows, longest_cols))
+        self.encoder = Encoder(self.model.teacher, preprocessing)
         self.autocast = autocast(ranks.device, autocast_dtype(config.precision, ranks.device))
         self.model.student.blocks.recompute = config.activation_checkpointing
         if config.compile:
