@@ -112,7 +112,7 @@ def test_a_view_is_the_crop_resized_and_cut_into_patches(scene: Scene) -> None:
         row = int(scene.catalog.rows[pack.images[number]])
         top, left, height, width = pack.boxes[number].tolist()
         rows, cols = pack.grids[number].tolist()
-        with Image.open(scene.source.root / scene.source.keys[row]) as image:
+        with Image.open(scene.source.root / scene.source.key(row)) as image:
             assert (image.height, image.width) == (scene.catalog.heights[row - 1], scene.catalog.widths[row - 1])
             box = (left, top, min(left + width, image.width), min(top + height, image.height))
             pixels = np.asarray(image.resize((cols * PATCH, rows * PATCH), Image.Resampling.BICUBIC, box))
@@ -128,7 +128,7 @@ def test_a_batch_says_whose_views_it_holds(scene: Scene) -> None:
         batch = scene.dataset()[pack]
         assert batch.image_ids.tolist() == scene.catalog.rows[pack.images].tolist()
         assert batch.image_ids.min() > 0, "rows of the source, whose first cannot be read"
-        classes = [scene.source.keys[row][0] for row in batch.image_ids.tolist()]
+        classes = [scene.source.key(row)[0] for row in batch.image_ids.tolist()]
         assert batch.labels is not None
         assert ["ab"[label] for label in batch.labels.tolist()] == classes
         assert batch.packed.grids.tolist() == pack.grids.tolist()
@@ -274,7 +274,7 @@ def test_masks_become_indices_as_their_definition_says(grids: list[tuple[int, in
 
 def damage(scene: Scene, row: int) -> None:
     """Cut an image off after its header, so that only decoding finds out."""
-    path = scene.source.root / scene.source.keys[row]
+    path = scene.source.root / scene.source.key(row)
     path.write_bytes(path.read_bytes()[:200])
 
 

@@ -23,7 +23,7 @@ from ijepa_enhanced.errors import PlanError
 def make_index(sizes: Iterable[tuple[int, int]], name: str = "an index") -> Catalog:
     heights, widths = np.array(list(sizes), dtype=np.int32).reshape(-1, 2).T
     rows = np.arange(len(heights), dtype=np.int64)
-    return Catalog(heights, widths, rows, None, None, [str(row) for row in rows], (), name)
+    return Catalog(heights, widths, rows, None, None, name)
 
 
 def photographs(count: int, seed: int = 0) -> list[tuple[int, int]]:

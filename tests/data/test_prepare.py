@@ -76,10 +76,10 @@ def load(folder):
 def test_it_is_a_source_with_the_same_images_and_labels(photos, prepared):
     before, after = FolderSource(photos), open_source(str(prepared), "val")
     assert after.classes == before.classes == ["ant", "bee"]
-    kept = [row for row, key in enumerate(before.keys) if key not in {image["key"] for image in DROPPED}]
+    kept = [row for row, key in enumerate(before.listing.keys) if key not in {image["key"] for image in DROPPED}]
     assert len(kept) == COUNT
     np.testing.assert_array_equal(after.labels, before.labels[kept])
-    assert [key.partition(":")[2] for key in after.keys] == [f"{row:09d}.jpg" for row in kept]
+    assert [key.partition(":")[2] for key in after.listing.keys] == [f"{row:09d}.jpg" for row in kept]
     assert load(prepared)["dropped"] == DROPPED
     assert load(prepared)["complete"]
 
@@ -92,7 +92,7 @@ def test_the_origin_of_an_image_stands_beside_it(photos, prepared):
             row = int(image.name.removesuffix(".jpg"))
             height, width = source.size(row)
             values = json.load(tar.extractfile(origin))
-            assert values == {"key": source.keys[row], "height": height, "width": width}
+            assert values == {"key": source.key(row), "height": height, "width": width}
 
 
 def test_images_are_shrunk_to_the_side_and_never_enlarged(tmp_path):
@@ -189,7 +189,7 @@ def test_images_without_labels(tmp_path):
 
 def test_the_synthetic_images(tmp_path):
     source = open_source("synthetic", "val")
-    source.keys, source.labels = source.keys[:12], source.labels[:12]
+    [*source.listing.keys], source.labels = [*source.listing.keys][:12], source.labels[:12]
     prepare(source, tmp_path)
     after = open_source(str(tmp_path))
     np.testing.assert_array_equal(after.labels, source.labels)

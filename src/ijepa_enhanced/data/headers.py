@@ -14,13 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ijepa_enhanced.data.listing import Listing, Sizes, Texts, map_listing, map_sizes, save_listing, save_sizes
-from ijepa_enhanced.data.sources.base import UNREAD, Source
+from ijepa_enhanced.data.sources.base import THREADS, UNREAD, Source
 from ijepa_enhanced.errors import UnreadableImage
 
 logger = logging.getLogger(__name__)
-
-THREADS = 8
-"""Threads that read headers; docs/data.md has the rates of other numbers."""
 
 CHUNK = 64
 """Images that a thread reads at a time: handing over one costs as much as reading it."""

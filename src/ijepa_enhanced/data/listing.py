@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ FORMAT = 3
 
 METADATA = b"ijepa_enhanced"
 """Key of the schema's metadata that holds all but the columns, as JSON."""
+
+
+_Number = TypeVar("_Number", np.int32, np.int64)
 
 
 class Names(ABC):
@@ -166,9 +169,9 @@ def map_listing(path: Path) -> Listing:
     location = columns.get("location")
     return Listing(
         _from_arrow(columns["key"]),
-        columns["label"].to_numpy() if facts["labelled"] else None,
+        _numbers(columns["label"], np.int64) if facts["labelled"] else None,
         facts["classes"],
-        None if location is None else location.flatten().to_numpy().reshape(len(location), -1),
+        None if location is None else _numbers(location.values, np.int64).reshape(len(location), -1),
         tuple(facts["folders"]),
         tuple(facts["notes"]),
         None,
@@ -239,7 +242,13 @@ def _columns_of(sizes: Sizes) -> dict[str, Any]:
 
 
 def _sizes_of(columns: dict[str, Any]) -> Sizes:
-    return Sizes(columns["height"].to_numpy(), columns["width"].to_numpy(), _from_arrow(columns["reason"]))
+    heights, widths = (_numbers(columns[name], np.int32) for name in ("height", "width"))
+    return Sizes(heights, widths, _from_arrow(columns["reason"]))
+
+
+def _numbers(array: Any, dtype: type[_Number]) -> NDArray[_Number]:
+    """Return an Arrow array as an array on the same memory; `to_numpy` would import pandas."""
+    return np.frombuffer(array.buffers()[1], dtype=dtype)[: len(array)]
 
 
 def _to_arrow(names: Names, valid: NDArray[np.uint8] | None = None) -> Any:

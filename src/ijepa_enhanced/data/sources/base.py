@@ -35,6 +35,9 @@ UNREAD = "cannot be read"
 HEAD = 4096
 """Bytes that are read of an image at a time to learn its size; few headers are longer."""
 
+THREADS = 16
+"""Threads that read headers: each waits for the disk or the network most of the time."""
+
 SAMPLE = 256
 """Most image files that `fingerprint` looks into; they are spread evenly over the source."""
 

@@ -98,13 +98,14 @@ class TableSource(FileSource):
 
     def identity(self) -> tuple[str, ...]:
         """See `Source`."""
-        # Slices of a split lie in the same files.
         names = (name or "" for name in self.columns)
         return ("table", self.split, *names, *(file["filename"] for file in self.images.cache_files))
 
     def fingerprint(self) -> str:
         """See `Source`; it knows size, time and first and last bytes of the files that `datasets` maps."""
-        return fingerprint_of((file["filename"],) * 2 for file in self.images.cache_files)
+        files = [Path(file["filename"]) for file in self.images.cache_files]
+        # Slices of a split lie in the same files.
+        return fingerprint_of((f"{file.name}\0{self.split}\0{self.columns}", file) for file in files)
 
 
 def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSource:

@@ -7,15 +7,25 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import CLASSES, EXTENSIONS, HEAD, FileSource, fingerprint_of, number_labels
+from ijepa_enhanced.data.sources.base import (
+    CLASSES,
+    EXTENSIONS,
+    HEAD,
+    THREADS,
+    FileSource,
+    fingerprint_of,
+    number_labels,
+)
 from ijepa_enhanced.data.sources.folder import HEIC
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
@@ -47,7 +57,8 @@ class TarSource(FileSource):
             SourceError: a shard is not a tar file, no shard holds an image, a label is not a class, or no image has a
                 class under the key `label`.
         """
-        shards = [_scan_shard(shard, self.label) for shard in self.shards]
+        with ThreadPoolExecutor(THREADS) as pool:
+            shards = [*pool.map(partial(_scan_shard, label_key=self.label), self.shards)]
         # One kind for all images: the two kinds may not mean the same.
         kind = ".cls" if any(shard.labels[".cls"] for shard in shards) else ".json"
         written = [shard.labels[kind].get(_sample(member)) or None for shard in shards for member in shard.members]

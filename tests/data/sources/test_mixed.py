@@ -25,6 +25,10 @@ from ijepa_enhanced.train.saved import load_config
 CONFIG = DataConfig(tokens_per_pack=512, min_resolution=32, max_resolution=64)
 
 
+def keys(source: Source) -> list[str]:
+    return [*source.listing.keys]
+
+
 def folder(root: Path, *names: str, start: int = 1) -> Path:
     """Images of 1, 2, 3 and so on pixels in height, of 6 in width."""
     for height, name in enumerate(names, start=start):
@@ -47,8 +51,7 @@ def index_of(shares: list[float] | None, count: int = 2000, size: int = 64) -> C
     """Images all of one size."""
     sides = np.full(count, size, dtype=np.int32)
     drawn = None if shares is None else np.repeat(shares, count // len(shares))
-    keys = [str(row) for row in range(count)]
-    return Catalog(sides, sides, np.arange(count), None, None, keys, (), "hash", drawn)
+    return Catalog(sides, sides, np.arange(count), None, None, "hash", drawn)
 
 
 def shown(index: Catalog, epoch: int = 0, seed: int = 0) -> list[int]:
@@ -57,7 +60,7 @@ def shown(index: Catalog, epoch: int = 0, seed: int = 0) -> list[int]:
 
 def test_images_are_those_of_the_sources_one_after_another(two: tuple[Path, Path]) -> None:
     source = open_source(f"{two[0]} + {two[1]}")
-    assert source.keys == ["1:ant/0.png", "1:dog/0.png", "1:dog/1.png", "2:bee/0.png", "2:dog/0.png"]
+    assert keys(source) == ["1:ant/0.png", "1:dog/0.png", "1:dog/1.png", "2:bee/0.png", "2:dog/0.png"]
     assert [source.size(row) for row in range(5)] == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6)]
     assert [source.open(row).getpixel((0, 0)) for row in range(5)] == [(height, 0, 0) for height in range(1, 6)]
     assert [source.length(row) for row in range(5)] == [len(source.read(row)) for row in range(5)]
@@ -66,9 +69,9 @@ def test_images_are_those_of_the_sources_one_after_another(two: tuple[Path, Path
 def test_a_mix_of_kinds_may_be_kept_in_memory(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ijepa_enhanced.data.synthetic.IMAGES", {"train": 3, "val": 2})
     source = open_source(f"{two[0]} + synthetic@2", "val")
-    assert source.keys[3:] == ["2:val-00000", "2:val-00001"]
+    assert keys(source)[3:] == ["2:val-00000", "2:val-00001"]
     kept = InMemory(source)
-    assert kept.shares is source.shares
+    assert kept.listing.shares is source.listing.shares
     for row in range(5):
         assert np.array_equal(np.asarray(kept.open(row)), np.asarray(source.open(row)))
     assert np.array_equal(np.asarray(source.open(4)), np.asarray(SyntheticSource("val").open(1)))
@@ -117,8 +120,8 @@ def test_there_are_no_labels_where_one_source_has_none_or_other_ones(two: tuple[
 )
 def test_weights_are_shares_of_the_largest(spec: str, shares: list[float], two: tuple[Path, Path]) -> None:
     source = open_source(spec.format(a=two[0], b=two[1]))
-    assert source.shares is not None
-    assert source.shares.tolist() == pytest.approx(np.repeat(shares, [3, 2]).tolist())
+    assert source.listing.shares is not None
+    assert source.listing.shares.tolist() == pytest.approx(np.repeat(shares, [3, 2]).tolist())
 
 
 def test_weights_of_patterns_and_names_that_look_like_a_mix(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -126,11 +129,11 @@ def test_weights_of_patterns_and_names_that_look_like_a_mix(two: tuple[Path, Pat
     assert isinstance(open_source(str(odd)), FolderSource)
     doubled = folder(tmp_path / "photos@2", "0.png")
     source = open_source(f"{doubled} + {two[0]}")
-    assert source.shares is not None
-    assert source.shares.tolist() == [1.0] * 4
+    assert source.listing.shares is not None
+    assert source.listing.shares.tolist() == [1.0] * 4
     source = open_source(f"{doubled}@3 + {two[0]}")
-    assert source.shares is not None
-    assert source.shares.tolist() == pytest.approx([1.0, *[1 / 3] * 3])
+    assert source.listing.shares is not None
+    assert source.listing.shares.tolist() == pytest.approx([1.0, *[1 / 3] * 3])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_an_index_knows_shares_of_what_can_be_read(two: tuple[Path, Path]) -> No
     index = open_catalog(open_source(f"{two[0]} + {two[1]}@2"))
     assert index.shares is not None
     assert index.shares.tolist() == [0.5, 0.5, 1.0, 1.0]
-    assert index.unreadable == (("1:ant/0.png", "empty file"),)
+    assert tuple(index.unreadable) == (("1:ant/0.png", "empty file"),)
     hashes = {open_catalog(open_source(f"{two[0]}@{weight} + {two[1]}@2")).hash for weight in (1, 1.5, 2)}
     assert len(hashes) == 3, "a run cannot go on with other weights"
     assert index.select(np.array([3, 0])).shares is None

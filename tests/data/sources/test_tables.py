@@ -20,6 +20,10 @@ from ijepa_enhanced.errors import SourceError, UnreadableImage
 SPECIES = ["dog", "ant", "cat"]
 
 
+def keys(source):
+    return [*source.listing.keys]
+
+
 def png(height, width=6):
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (height, 0, 0)).save(buffer, "PNG")
@@ -76,14 +80,14 @@ def test_a_configuration_of_the_hub_is_named_after_the_data_set(tmp_path):
 
 
 def heights(source):
-    return [source.size(row)[0] for row in range(len(source.keys))]
+    return [source.size(row)[0] for row in range(len(source))]
 
 
 def test_a_parquet_file(tmp_path):
     path = tmp_path / "a.parquet"
     dataset().to_parquet(path)
     source = open_source(str(path))
-    assert source.keys == ["a.parquet:0", "a.parquet:1", "a.parquet:2"]
+    assert keys(source) == ["a.parquet:0", "a.parquet:1", "a.parquet:2"]
     assert source.classes == SPECIES, "the names keep the order that the file gives them"
     np.testing.assert_array_equal(source.labels, [0, 2, 1])
     assert source.labels.dtype == np.int64
@@ -94,7 +98,7 @@ def test_a_parquet_file(tmp_path):
 def test_the_parts_of_a_folder(splits):
     train, val = open_source(str(splits)), open_source(str(splits), "val")
     assert heights(train) == [1, 2, 3, 4, 5, 6]
-    assert train.keys[3] == "train-00001-of-00002.parquet:0"
+    assert train.key(3) == "train-00001-of-00002.parquet:0"
     assert (heights(val), val.labels.tolist()) == ([7, 8], [1, 1])
     assert heights(open_source(str(splits / "data"), "val")) == [7, 8]
 
@@ -125,7 +129,7 @@ def test_a_data_set_of_the_hub(splits, split, part, expected):
     source = open_source(f"hf://{splits}{split}", part)
     assert heights(source) == expected
     assert source.classes == SPECIES
-    assert source.keys[0] == f"{split[1:] or {'val': 'validation'}.get(part, part)}:0"
+    assert source.key(0) == f"{split[1:] or {'val': 'validation'}.get(part, part)}:0"
 
 
 def test_saved_data_sets(tmp_path):
@@ -162,10 +166,11 @@ def test_string_labels_are_numbered_in_the_order_of_the_alphabet(tmp_path):
     assert (source.labels.tolist(), source.classes) == ([1, 0, 1], ["ant", "dog"])
 
 
-def test_rows_without_a_label_are_left_out_unless_all_are(tmp_path):
+def test_rows_without_a_label_are_images(tmp_path):
     some = open_source(str(parquet(tmp_path / "a.parquet", image=cells(0, 3), label=["dog", None, "ant"])))
     assert some.labels.tolist() == [1, -1, 0]
-    assert open_catalog(some, cache=False).unreadable == (("a.parquet:1", "no label, which others have"),)
+    catalog = open_catalog(some, cache=False)
+    assert (len(catalog.unreadable), catalog.labels.tolist()) == (0, [1, -1, 0])
     dataset(labels=(-1, -1)).to_parquet(tmp_path / "b.parquet")
     none = open_source(str(tmp_path / "b.parquet"))
     assert (none.labels, none.classes, heights(none)) == (None, None, [1, 2])
@@ -369,7 +374,7 @@ def test_a_data_set_of_one_split_does_not_stand_for_another_part(splits):
 def test_a_label_too_large_for_int64_is_an_error(tmp_path):
     path = parquet(tmp_path / "a.parquet", image=cells(0, 1), label=pa.array([2**63], pa.uint64()))
     with pytest.raises(SourceError) as error:
-        open_source(str(path))
+        _ = open_source(str(path)).listing
     assert str(error.value) == f"{path} has the label {2**63}, which is too large a number."
 
 
@@ -386,7 +391,7 @@ def test_labels_that_have_no_name(tmp_path):
     numbers = pa.array([0, 1, len(SPECIES)], table.schema.field("label").type)
     pq.write_table(table.set_column(1, table.schema.field("label"), numbers), path)
     with pytest.raises(SourceError) as error:
-        open_source(str(path))
+        _ = open_source(str(path)).listing
     assert str(error.value) == f"{path} has the label 3, but names for 3 classes only."
 
 
@@ -419,12 +424,12 @@ def test_imagenette(real_data, tmp_path):
         shutil.copy(file, copies)
     source = open_source(str(copies), "val")
     read = datasets.Dataset.from_parquet([str(file) for file in sorted(copies.glob("*.parquet"))])
-    assert len(source.keys) == len(read) == 3925
+    assert len(source) == len(read) == 3925
     assert source.classes == read.features["label"].names
     np.testing.assert_array_equal(source.labels, read["label"][:])
     assert source.classes == (folder / "classes.txt").read_text().splitlines()
     table = pa.concat_tables([pq.read_table(file) for file in sorted(copies.glob("*.parquet"))])
     np.testing.assert_array_equal(source.labels, table["label"].to_numpy())
     for row in np.random.default_rng(0).choice(len(read), 50, replace=False).tolist():
-        assert source._read(row) == table["image"][row]["bytes"].as_py()
+        assert source.read(row) == table["image"][row]["bytes"].as_py()
         np.testing.assert_array_equal(np.asarray(source.open(row)), np.asarray(read[row]["image"]))

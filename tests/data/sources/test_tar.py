@@ -1,0 +1,381 @@
+"""Tar shards: members, labels, and what is said of shards that are damaged."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.base import HEAD
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.sources.tar import TarSource
+from ijepa_enhanced.errors import SourceError, UnreadableImage
+
+DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[4] / "shared" / "data"))
+
+
+def png(height=4, width=6, colour="red", **options):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def noise_jpeg(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write(root, **files):
+    """Write files by their paths, folders made as needed."""
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def shard(path, members, tar_format=tarfile.USTAR_FORMAT):
+    """A tar file of (name, bytes) members."""
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(*labels, first=0):
+    """Members of one image and one label for every label; image n is n + 1 pixels high."""
+    members = []
+    for number, label in enumerate(labels, start=first):
+        members += [(f"{number:04d}.png", png(height=number + 1)), (f"{number:04d}.cls", label.encode())]
+    return members
+
+
+def described(*metadata):
+    """Members of one image and its metadata, for every one."""
+    members = []
+    for number, data in enumerate(metadata):
+        members += [(f"{number:04d}.png", png()), (f"{number:04d}.json", data)]
+    return members
+
+
+def keys(source):
+    return [*source.listing.keys]
+
+
+def heights(source):
+    return [source.size(row)[0] for row in range(len(source))]
+
+
+def test_shards_of_a_pattern(tmp_path):
+    shard(tmp_path / "train-000009.tar", samples("1", "0"))
+    shard(tmp_path / "train-000010.tar", samples("2", first=2))
+    source = open_source(str(tmp_path / "train-{000009..000010}.tar"))
+    assert keys(source) == ["train-000009.tar:0000.png", "train-000009.tar:0001.png", "train-000010.tar:0002.png"]
+    assert source.labels is not None
+    np.testing.assert_array_equal(source.labels, [1, 0, 2])
+    assert source.classes is None
+    assert heights(source) == [1, 2, 3]
+    assert source.open(2).size == (6, 3)
+
+
+def test_shards_of_a_list_in_other_folders(tmp_path):
+    for part in "ab":
+        (tmp_path / part).mkdir()
+        shard(tmp_path / part / "x.tar", samples("0"))
+    source = open_source(str(tmp_path / "{b,a}" / "x.tar"))
+    assert keys(source) == ["b/x.tar:0000.png", "a/x.tar:0000.png"]
+
+
+def test_class_names_of_classes_txt(tmp_path):
+    shard(tmp_path / "a.tar", samples("1", "0\n"))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    source = open_source(str(tmp_path / "a.tar"))
+    assert source.classes == ["cat", "dog"]
+    assert source.labels is not None
+    np.testing.assert_array_equal(source.labels, [1, 0])
+
+
+def test_labels_may_be_class_names(tmp_path):
+    path = shard(tmp_path / "a.tar", samples("dog", "ant", "dog"))
+    source = TarSource([path], "a.tar")
+    assert (source.classes, source.labels.tolist()) == (["ant", "dog"], [1, 0, 1])
+    (tmp_path / "classes.txt").write_text("dog\nbee\nant\n")
+    source = TarSource([path], "a.tar")
+    assert (source.classes, source.labels.tolist()) == (["dog", "bee", "ant"], [0, 2, 0])
+
+
+@pytest.mark.parametrize("label", ["2", "dog"])
+def test_labels_beyond_classes_txt(tmp_path, label):
+    shard(tmp_path / "a.tar", samples("0", label))
+    (tmp_path / "classes.txt").write_text("0\n1\n")
+    with pytest.raises(SourceError) as error:
+        _ = open_source(f"{tmp_path}/a.tar").listing
+    assert str(error.value) == f"{tmp_path}/a.tar has the label '{label}', which is none of the 2 in classes.txt."
+
+
+def test_a_classes_txt_that_is_no_text(tmp_path):
+    shard(tmp_path / "a.tar", samples("0"))
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xd8")
+    with pytest.raises(SourceError) as error:
+        _ = open_source(f"{tmp_path}/a.tar").listing
+    assert str(error.value) == f"{tmp_path}/classes.txt is not text in UTF-8."
+
+
+def test_an_empty_label_is_none(tmp_path):
+    shard(tmp_path / "a.tar", samples("dog", ""))
+    assert open_source(f"{tmp_path}/a.tar").labels.tolist() == [0, -1]
+    shard(tmp_path / "b.tar", samples("", " "))
+    assert open_source(f"{tmp_path}/b.tar").labels is None
+
+
+def test_shards_without_labels(tmp_path):
+    path = shard(tmp_path / "a.tar", [("x.png", png()), ("x.txt", b"a caption"), ("sub/y.JPEG", noise_jpeg(8, 8))])
+    source = TarSource([path], "a.tar")
+    assert (keys(source), source.labels, source.classes) == (["a.tar:x.png", "a.tar:sub/y.JPEG"], None, None)
+    assert source.size(1) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "labels", "classes"),
+    [
+        ([b'{"label": 7, "width": 3}', b'{"label": "2"}'], [7, 2], None),
+        ([b'{"cls": "dog"}', b'{"cls": "ant", "caption": "\xc3\xbc"}', b'{"cls": " dog "}'], [1, 0, 1], ["ant", "dog"]),
+        ([b'{"label": "other", "cls": 3}', b'{"label": 4, "cls": null}'], [3, 4], None),
+        # Nothing that could be a class.
+        (
+            [b'{"label": 0}', b'{"label": [1]}', b'{"label": -1}', b'{"label": true}', b'{"label": ""}'],
+            [0] + 4 * [-1],
+            None,
+        ),
+        ([b'{"label": 0}', b"{", b"[1]", b"\xff", b"", b"[" * 100_000], [0] + 5 * [-1], None),
+        ([b'{"key": "a", "height": 4}', b"{}"], None, None),
+    ],
+)
+def test_labels_in_metadata(tmp_path, metadata, labels, classes):
+    source = TarSource([shard(tmp_path / "a.tar", described(*metadata))], "a.tar")
+    assert keys(source) == [f"a.tar:{number:04d}.png" for number in range(len(metadata))]
+    assert (None if source.labels is None else source.labels.tolist(), source.classes) == (labels, classes)
+
+
+def test_names_in_metadata_are_numbered_by_classes_txt(tmp_path):
+    path = shard(tmp_path / "a.tar", described(b'{"label": "dog"}', b'{"label": "ant"}'))
+    (tmp_path / "classes.txt").write_text("dog\nant\n")
+    source = TarSource([path], "a.tar")
+    assert (source.classes, source.labels.tolist()) == (["dog", "ant"], [0, 1])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_metadata_say_nothing_where_any_shard_has_labels(tmp_path, first):
+    paths = [
+        shard(tmp_path / "a.tar", [*described(b'{"label": "dog"}', b'{"cls": 9}'), ("0001.cls", b"5")]),
+        shard(tmp_path / "b.tar", described(b'{"label": 6}')),
+    ]
+    source = TarSource(paths[::-1] if first else paths, "both")
+    assert (source.labels.tolist(), source.classes) == ([-1, -1, 5] if first else [-1, 5, -1], None)
+
+
+def test_metadata_that_are_cut_off_are_no_label(tmp_path):
+    path = shard(tmp_path / "a.tar", described(b'{"label": 1}', b'{"label": 2}' + b" " * 5000))
+    os.truncate(path, 4 * 1024 + 100)
+    assert TarSource([path], "a.tar").labels.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize("place", ["a.tar", "*.tar", "."])
+def test_labels_by_another_key_of_the_metadata(tmp_path, place):
+    """Those of `.cls`, `cls` and `label` say nothing then, before the metadata or behind them."""
+    metadata = (b'{"class": "dog", "cls": 7}', b'{"label": 8}', b'{"class": " ant "}')
+    shard(tmp_path / "a.tar", [("0000.cls", b"5"), *described(*metadata), ("0001.cls", b"6")])
+    source = open_source(f"{tmp_path}/{place}#label=class")
+    assert (source.labels.tolist(), source.classes) == ([1, -1, 0], ["ant", "dog"])
+
+
+def test_names_under_another_key_are_numbered_by_classes_txt(tmp_path):
+    shard(tmp_path / "a.tar", described(b'{"class": "dog"}', b'{"class": "ant"}'))
+    (tmp_path / "classes.txt").write_text("dog\nant\n")
+    source = open_source(f"{tmp_path}/a.tar#label=class")
+    assert (source.labels.tolist(), source.classes) == ([0, 1], ["dog", "ant"])
+
+
+def test_labels_of_mixed_shards_by_different_keys(tmp_path):
+    shard(tmp_path / "a.tar", described(b'{"class": "dog"}'))
+    shard(tmp_path / "b.tar", described(b'{"kind": "ant"}'))
+    source = open_source(f"{tmp_path}/a.tar#label=class@2 + {tmp_path}/b.tar#label=kind")
+    assert (source.labels.tolist(), source.classes, source.listing.shares.tolist()) == (
+        [0, 1],
+        ["dog", "ant"],
+        [1, 0.5],
+    )
+
+
+def test_an_index_is_not_that_of_another_key(tmp_path):
+    """Labels are in the catalog, and another key has others."""
+    shard(tmp_path / "a.tar", described(b'{"class": 0, "kind": 1}', b'{"kind": 2}'))
+    spec = f"{tmp_path}/a.tar#label="
+    found = [open_catalog(open_source(f"{spec}{key}")).labels.tolist() for key in ("class", "kind", "class")]
+    assert found == [[0, -1], [1, 2], [0, -1]]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            described(b'{"width": 6, "class": null, "label": 4}', b'{"class": [1], "a": 0}'),
+            "no image has a class, a whole number from 0 or a name, under 'class' of its member KEY.json. "
+            "The keys of the first of these are: class, label, width.",
+        ),
+        (
+            [*described(b"{"), ("other.json", b'{"class": 1}')],
+            "no image has a class, a whole number from 0 or a name, under 'class' of its member KEY.json. "
+            "The keys of the first of these are: none.",
+        ),
+        (samples("0"), "there are no members KEY.json to take labels from."),
+    ],
+    ids=["other keys", "damaged", "no metadata"],
+)
+def test_keys_that_no_metadata_have(tmp_path, members, message):
+    shard(tmp_path / "a.tar", [("0.png", png())])
+    shard(tmp_path / "b.tar", members)
+    with pytest.raises(SourceError) as error:
+        _ = open_source(f"{tmp_path}/*.tar#label=class").listing
+    assert str(error.value) == f"{tmp_path}/*.tar#label=class: {message}"
+
+
+def test_an_image_without_a_label_is_an_image(tmp_path):
+    path = shard(tmp_path / "a.tar", [*samples("0"), ("new.png", png())])
+    source = TarSource([path], "a.tar")
+    assert source.labels.tolist() == [0, -1]
+    assert source.size(1) == (4, 6), "it is an image all the same"
+
+
+def test_samples_end_at_the_first_dot_and_keep_their_folder(tmp_path):
+    members = [("a/1.png", png()), ("a/1.seg.png", png()), ("b/1.png", png()), ("b/1.cls", b"1"), ("a/1.cls", b"0")]
+    source = TarSource([shard(tmp_path / "a.tar", members)], "a.tar")
+    assert keys(source) == ["a.tar:a/1.png", "a.tar:b/1.png"]
+    assert source.labels.tolist() == [0, 1]
+    assert source.listing.notes == (
+        "These are not images of their own, because the name of a sample ends at its first dot: "
+        f"a/1.seg.png in {tmp_path / 'a.tar'}.",
+    )
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names(tmp_path, tar_format):
+    long = "folder/" * 30 + "ü" * 120
+    members = [(f"{long}.png", png(5)), (f"{long}.cls", b"3"), ("b.png", png(6)), ("b.cls", b"0")]
+    source = TarSource([shard(tmp_path / "a.tar", members, tar_format)], "a.tar")
+    assert keys(source) == [f"a.tar:{long}.png", "a.tar:b.png"]
+    assert source.labels.tolist() == [3, 0]
+    assert heights(source) == [5, 6]
+
+
+def test_a_shard_cut_within_an_image(tmp_path):
+    path = shard(tmp_path / "a.tar", [*samples("0", "1"), ("c.jpg", noise_jpeg(400, 500)), ("c.cls", b"1")])
+    with tarfile.open(path) as tar:
+        member = tar.getmember("c.jpg")
+    # More than the head of the image is still there.
+    os.truncate(path, member.offset_data + HEAD + 100)
+    source = TarSource([path], "a.tar")
+    assert source.listing.notes == (f"{path} is cut off or damaged after 3 images; any that follow are lost.",)
+    assert keys(source) == ["a.tar:0000.png", "a.tar:0001.png", "a.tar:c.jpg"]
+    assert [source.size(0), source.size(1)] == [(1, 6), (2, 6)]
+    for read in (source.open, source.size):
+        with pytest.raises(UnreadableImage) as error:
+            read(2)
+        assert str(error.value) == f"cut off: its shard ends after {HEAD + 100:,} of its {member.size:,} bytes"
+
+
+@pytest.mark.parametrize("place", ["label", "header", "between", "padding"])
+def test_a_shard_cut_elsewhere(tmp_path, place):
+    path = shard(tmp_path / "a.tar", samples("0", "class"))
+    with tarfile.open(path) as tar:
+        label, image = tar.getmember("0001.cls"), tar.getmember("0001.png")
+    end = {
+        "label": label.offset_data + 2,
+        "header": label.offset + 100,
+        "between": label.offset,
+        "padding": image.offset_data + image.size,
+    }[place]
+    os.truncate(path, end)
+    source = TarSource([path], "a.tar")
+    assert source.listing.notes == (f"{path} is cut off or damaged after 2 images; any that follow are lost.",)
+    assert (source.labels.tolist(), source.size(0), source.size(1)) == ([0, -1], (1, 6), (2, 6))
+
+
+def test_a_whole_shard_warns_of_nothing(tmp_path):
+    for number, tar_format in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        assert TarSource([shard(tmp_path / f"{number}.tar", samples("0"), tar_format)], "a.tar").listing.notes == ()
+
+
+def test_a_damaged_header_in_the_middle_is_told(tmp_path):
+    path = shard(tmp_path / "a.tar", samples("0", "1", "2"))
+    with tarfile.open(path) as tar:
+        offset = tar.getmember("0001.png").offset
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 512)
+    source = TarSource([path], "a.tar")
+    assert keys(source) == ["a.tar:0000.png"]
+    assert source.listing.notes == (f"{path} is cut off or damaged after 1 images; any that follow are lost.",)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"no tar, but words " * 100, "{} is not an uncompressed tar file: "),
+        (png(), "{} is not an uncompressed tar file: "),
+        (b"", "{} is not an uncompressed tar file: empty file."),
+        (
+            bytes(10240),
+            "No images in {}. Members must end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
+        ),
+    ],
+)
+def test_files_that_are_no_shards(tmp_path, data, message):
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    with pytest.raises(SourceError) as error:
+        _ = open_source(str(path)).listing
+    assert str(error.value).startswith(message.format(path))
+
+
+def test_compressed_shards_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(SourceError, match=r"a\.tar\.gz is not an uncompressed tar file: "):
+        _ = open_source(str(tmp_path / "a.tar.gz")).listing
+
+
+def test_fingerprint_of_shards_knows_times_and_bytes(tmp_path):
+    path = shard(tmp_path / "a.tar", samples("0"))
+    before = TarSource([path], "a.tar").fingerprint()
+    assert TarSource([path], "another name").fingerprint() == before
+    os.utime(path, ns=(1, 1))
+    assert TarSource([path], "a.tar").fingerprint() != before
+
+
+@pytest.mark.skipif(not (DATA / "caltech-101").is_dir(), reason=f"no caltech-101 in {DATA} (set IJEPA_DATA)")
+def test_caltech():
+    source = open_source(str(DATA / "caltech-101" / "train-{000000..000002}.tar"))
+    assert len(source) == 5722
+    assert keys(open_source(str(DATA / "caltech-101"))) == keys(source)
+    names = (DATA / "caltech-101" / "classes.txt").read_text().split()
+    assert source.classes == names
+    # Keys begin with the class name, so they prove that images and labels belong together.
+    for key, label in zip(keys(source), source.labels.tolist(), strict=True):
+        assert key.partition(":")[2].rpartition("-")[0] == names[label]
+    assert len(open_source(str(DATA / "caltech-101"), "val")) == 1434
+
+
+def test_two_members_of_one_name(tmp_path):
+    path = shard(tmp_path / "a.tar", [*samples("0"), *samples("1")])
+    with pytest.raises(SourceError) as error:
+        _ = open_source(str(path)).listing
+    assert str(error.value) == f"{path} has two members 0000.png. Give every sample a name of its own."
