@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ijepa_enhanced.commands.setup import load_encoder
 from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import NotFiniteError, RequestError, RunError, did_you_mean
@@ -239,7 +240,7 @@ def _scores(folder: Path, resolution: int | None, images: Sequence[LabelledSourc
         known, asked = (extract(encoder, part, setting, cache=True) for part in images)
         return dict(score(known, asked))
 
-    encoder = Encoder.from_pretrained(folder).to(device)
+    encoder = load_encoder(str(folder)).to(device)
     found, start = of(encoder), of(random_start(encoder, folder))
     looks = [line["knn"] for line in read_log(folder) if "knn" in line]
     return {
