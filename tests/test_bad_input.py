@@ -749,6 +749,8 @@ BEGUN = {"new/", "new/config.yaml", "new/log.jsonl"}
 """What is there of a run from its first step on: enough to resume it."""
 DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete it to resume from {}."
 
+CUT_HEADER = "metadata is None; global metadata read failed: Error while deserializing header: invalid header length"
+
 TAKE_AWAY = "Remove them, or raise data.max_unreadable."
 
 FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
@@ -870,7 +872,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "a checkpoint cut short": (
         damaged_checkpoint("*.safetensors", 1000),
         "train --resume run",
-        [DAMAGED.format("EOFError", "run/checkpoints/step-00000002")],
+        [DAMAGED.format(CUT_HEADER, "run/checkpoints/step-00000002")],
         set(),
     ),
     "an empty file in a checkpoint": (
