@@ -1,4 +1,4 @@
-"""What users set about the loss."""
+"""The configuration of the loss."""
 
 from __future__ import annotations
 

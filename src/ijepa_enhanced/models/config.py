@@ -1,4 +1,4 @@
-"""What users set about networks."""
+"""The configuration of the networks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What defines an encoder's architecture."""
+    """The architecture of an encoder."""
 
     variant: str = "S"
-    """Width, depth, heads by name: Ti, S, B, L, H or g."""
+    """Size of the Vision Transformer: Ti, S, B, L, H or g."""
     patch_size: int = 16
-    """Side of a square patch in pixels: 8, 14 or 16."""
+    """Height and width of a patch in pixels: 8, 14 or 16."""
     depth: int | None = None
-    """Number of blocks, if not the variant's: for studies on small machines."""
+    """Number of blocks. Null: that of the variant."""
     positions: Literal["factorized", "sincos"] = "factorized"
-    """Factorized learnable tables (NaViT), or the fixed 2-D sine-cosine of I-JEPA's released weights."""
+    """factorized: one learnable table for rows and one for columns (NaViT). sincos: the fixed 2-D sine-cosine positions
+    of I-JEPA's released weights."""
     max_grid: int = 32
-    """Entries of each axis's position table. Longer grids are interpolated onto it: set it near the longest
-    side, in patches, of the training views."""
+    """Entries of each position table. Longer grids are interpolated onto the table, so set it near the longest grid of
+    the training views, in patches."""
     patch_embed: Literal["linear", "mlp"] = "linear"
-    """What makes a token of a patch: one linear layer, as in I-JEPA's released weights, or two with GELU between them,
-    which learned more of photographs in every run (docs/recipe.md)."""
+    """Layers that turn a patch into a token. linear: one, as in I-JEPA's released weights. mlp: two with a GELU in
+    between, which learned more from photographs in every run (docs/recipe.md)."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -43,25 +44,25 @@ class EncoderConfig:
 
     @property
     def shape(self) -> Variant:
-        """The variant with its depth as configured."""
+        """The size of the variant, with the configured depth."""
         variant = VARIANTS[self.variant]
         return dataclasses.replace(variant, depth=self.depth or variant.depth)
 
 
 HEAD_MULTIPLE = 8
-"""What FlashAttention wants the width of a head to be a multiple of."""
+"""FlashAttention needs a head width that is a multiple of it."""
 
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """The predictor's size; defaults are those of the original for ViT-S (width 256, depth 4)."""
+    """The size of the predictor. The defaults suit a ViT-S encoder."""
 
     width: int = 256
-    """Width of its tokens: narrower than the encoder's is better (I-JEPA, arXiv 2301.08243, ablations)."""
+    """Width of the predictor's tokens. Narrower than the encoder is better (I-JEPA, arXiv 2301.08243, ablations)."""
     depth: int = 4
     """Number of blocks."""
     heads: int = 4
-    """Attention heads, each of a width that is a multiple of 8."""
+    """Attention heads; width / heads must be a multiple of 8."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads) < 1 or self.width % (HEAD_MULTIPLE * self.heads):
@@ -73,15 +74,15 @@ class PredictorConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Merging in training: targets and context features return to their patches' places before the predictor.
+    """Token merging during training. Before the predictor, each patch gets the feature of the token that holds it.
 
-    Off, because merging while training is reported to cost accuracy (arXiv 2508.02829 among others; docs/merging.md).
+    Off by default: merging during training is reported to cost accuracy (arXiv 2508.02829; docs/merging.md).
     """
 
     student_rate: float = 0.0
-    """Share of its tokens that each layer of the student merges into others, from 0 to 0.5."""
+    """Share of its tokens that each layer of the student merges, from 0 to 0.5."""
     teacher_rate: float = 0.0
-    """The same of the teacher."""
+    """Share of its tokens that each layer of the teacher merges, from 0 to 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("student_rate", "teacher_rate"):

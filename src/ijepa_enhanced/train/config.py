@@ -1,4 +1,4 @@
-"""What defines a training run."""
+"""The configuration of a training run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ijepa_enhanced.objective import ObjectiveConfig
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedules; every schedule is a function of the step and of the run's fixed length."""
+    """The optimizer and its schedules, each a function of the step and of the run's fixed length."""
 
     lr: float = 1e-3
-    """Peak learning rate (the original's, arXiv 2301.08243 appendix A.1 and this project's predecessor agree)."""
+    """Peak learning rate (I-JEPA, arXiv 2301.08243, appendix A.1)."""
     final_lr: float = 1e-6
-    """Learning rate at the last step, reached on half a cosine."""
+    """Learning rate at the last step; it falls along half a cosine."""
     warmup: float = 0.05
     """Fraction of all steps over which the learning rate rises."""
     weight_decay: float = 0.04
-    """Decoupled weight decay at the first step, on matrices only."""
+    """Weight decay at the first step. It is decoupled from the gradient and applies to matrices only."""
     final_weight_decay: float = 0.4
-    """Weight decay at the last step (arXiv 2301.08243, appendix A.1), reached on half a cosine as in the paper's code;
-    its text has a straight line."""
+    """Weight decay at the last step (arXiv 2301.08243, appendix A.1). It changes along half a cosine, as in the paper's
+    code; the paper's text says linearly."""
     ema: float = 0.996
-    """Teacher's momentum at the first step."""
+    """Momentum of the teacher's moving average at the first step."""
     final_ema: float = 1.0
-    """Teacher's momentum at the last step, reached on a straight line (arXiv 2301.08243, appendix A.1)."""
+    """Momentum at the last step; it changes linearly (arXiv 2301.08243, appendix A.1)."""
     clip: float = 1.0
-    """Largest norm of all gradients together; larger ones are scaled down to it."""
+    """Largest norm of all gradients together; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "clip"):
@@ -47,15 +47,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """The collapse watch."""
+    """Monitoring of the teacher during training: collapse, and the best checkpoint."""
 
     every: int | None = None
-    """Steps between looks at the teacher; there is one after the last step too. 0: never. Null: as often as 3% of the
-    run's computing pays for, at most 100 times."""
+    """Steps between probes of the teacher; the last step is always probed. 0: never. Null: as often as 3% of the run's
+    computing allows, at most 100 times."""
     images: int | None = None
-    """Images of the training source that are looked at. The accuracy of their nearest neighbours has a standard error
-    of at most 0.5 / sqrt(images). Null: 512, or 20 of each class, as many as the neighbours that vote, where that is
-    more, and 4,096 at most: with 5 of each of 101 classes it did not see what a run learned (docs/log.md)."""
+    """Training images in the probe set. The kNN accuracy on them has a standard error of at most 0.5 / sqrt(images).
+    Null: 512, or 20 of each class if that is more, as many as the neighbors that vote, and 4,096 at most. With 5 of
+    each of 101 classes the probe did not see what a run learned (docs/log.md)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
@@ -80,19 +80,19 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps of the run. Null: as many as `epochs` take."""
     epochs: float = 100.0
-    """Passes over the images, where `steps` is null."""
+    """Passes over the images, if `steps` is null."""
     seed: int = 0
-    """Of the weights, the plan and the masks."""
+    """Seed of the weights, the order and crops of images, and the masks."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the matrix products; weights and sums stay float32. Auto: bf16 where the device has it."""
+    """Precision of matrix products; weights and sums stay float32. auto: bf16 on hardware that has it, else fp32."""
     compile: bool = False
     """Compile student, teacher and predictor with `torch.compile`."""
     activation_checkpointing: bool = False
-    """Compute what is inside the student's blocks again in the backward pass: less memory, more time (docs/log.md)."""
+    """Recompute the student's blocks in the backward pass: less memory, more time (docs/log.md)."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     log_every: int = 10
-    """Steps between lines of the log; there is one at each look of the watch too."""
+    """Steps between lines of the log; each probe of the monitor adds one."""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "log_every"):
