@@ -1,6 +1,8 @@
 """The attentive probe is a cross-attention block on segments of any length, and finds what pooling loses."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,18 @@ from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.encoder import Preprocessing
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate import attentive as attentive_module
 from ijepa_enhanced.evaluate.attentive import AttentiveClassifier, attentive, segment_softmax
-from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, Tokens, stored_tokens, uncounted
+from ijepa_enhanced.evaluate.tokens import (
+    InferenceConfig,
+    LabelledSource,
+    Tokens,
+    check_space,
+    packs_of,
+    stored_tokens,
+    uncounted,
+)
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.packed import Segments
 
@@ -110,3 +121,32 @@ def test_it_scores_and_repeats(encoder: Encoder, images: LabelledSource, monkeyp
     names = ["attentive", "attentive_top5", "attentive_mean_per_class", "attentive_low", "attentive_high"]
     assert list(first) == names
     assert first["attentive"] == 1.0  # the classes differ in brightness
+
+
+def test_tokens_that_the_disk_cannot_hold_are_refused_before_any_is_computed(
+    encoder: Encoder,
+    images: LabelledSource,
+    index_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two sources of ten images of 16 tokens, give or take some for their shapes, of 384 bytes each."""
+    setting = InferenceConfig(32, workers=0)
+    tokens = sum(int(pack.grids.prod(axis=1).sum()) for pack in packs_of(encoder, images.catalog, setting))
+    free = 2 * tokens * 2 * 192
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
+    monkeypatch.setattr(encoder, "last_layers", None)  # it would fail
+    with pytest.raises(RequestError) as caught:
+        list(attentive(encoder, images, images, setting))
+    assert str(caught.value) == (
+        f"attentive stores the features of {2 * tokens} patches, which take 0.0 GB, and 0.0 GB are free in "
+        f"{index_cache}: lower the resolution, score fewer images, or set IJEPA_CACHE to a folder on a larger disk."
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    check_space("attentive", encoder, (images, images), setting)
+
+
+def test_a_cache_folder_that_is_not_there_yet_has_the_space_of_its_disk(
+    encoder: Encoder, images: LabelledSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "not" / "yet"))
+    check_space("attentive", encoder, (images, images), InferenceConfig(32, workers=0))

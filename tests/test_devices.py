@@ -1,0 +1,47 @@
+"""How many cores decode and compute."""
+
+import os
+
+import pytest
+import torch
+
+from ijepa_enhanced.devices import all_cores, default_workers, threads
+from ijepa_enhanced.evaluate import protocol
+from ijepa_enhanced.evaluate.features import Features
+from ijepa_enhanced.evaluate.tokens import InferenceConfig
+
+
+@pytest.fixture
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_all_cores_decode_and_the_ranks_of_a_machine_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_workers() == 8
+    assert InferenceConfig(32).workers == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert default_workers() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    assert default_workers() == 1
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_scoring_has_all_cores_and_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(train: Features, val: Features, how: protocol.Scoring) -> list[protocol.Answer]:
+        seen.append(torch.get_num_threads())
+        return [protocol.Answer("spy", torch.zeros(2, dtype=torch.int64))]
+
+    monkeypatch.setitem(protocol.FEATURE_PROTOCOLS, "spy", spy)
+    features = Features(torch.eye(2), torch.arange(2), torch.arange(2), {}, 1.0)
+    with threads(1):
+        assert protocol.score(features, features, ["spy"])["spy"] == 0.5
+        assert seen == [8]
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        with all_cores():
+            assert torch.get_num_threads() == 1
