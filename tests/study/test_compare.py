@@ -77,7 +77,7 @@ def test_what_cannot_be_tested_is_not_called_different() -> None:
     assert verdicts(failed)["other"] == "not tested: fewer than two scored runs"
     assert verdicts([failed[-1], *study(base=BASE)])["base"] == "not tested: fewer than two scored runs"
     frozen = study(base=[(0.5, 0.4), (0.5, 0.41)], other=[(0.6, 0.4), (0.6, 0.41)])
-    assert verdicts(frozen)["other"] == "kNN-20 not tested: the seeds do not differ, linear not different (p = 1)"
+    assert verdicts(frozen)["other"] == "kNN-20 not tested (no spread), linear not different (p = 1)"
 
 
 @pytest.mark.parametrize("arms", [2, 4])

@@ -331,6 +331,14 @@ def test_a_term_that_a_run_does_without_has_no_curve(run: Path, tmp_path: Path) 
     assert "Contrastive loss" not in titles
 
 
+def test_beside_others_too_a_term_that_a_run_does_without_has_no_line(trained: Path, run: Path, tmp_path: Path) -> None:
+    log = [line | {"vicreg": 0.0} for line in read_log(run)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    charts = report(tmp_path / "report.html", trained, run).charts
+    assert [line["name"] for line in charts["VICReg loss"]["lines"]] == ["first"]
+    assert [line["name"] for line in charts["Loss"]["lines"]] == ["first", "run"]
+
+
 def test_a_chart_of_full_packs_is_not_called_budget_use(page: Page, trained: Path) -> None:
     """`fill` is the share of `tokens_per_pack`; budget use, which is in the table, compares packs with the largest."""
     assert page.points("Pack fill") == [(line["step"], line["fill"]) for line in read_log(trained)]

@@ -102,7 +102,7 @@ def _verdict(arm: str, runs: dict[str, list[Row]], corrected: dict[tuple[str, st
         p = corrected.get((arm, score))
         own, other = (statistics.mean(_values(runs[name], score)) for name in (arm, first))
         if p is None:
-            said.append(f"{title} not tested: the seeds do not differ")
+            said.append(f"{title} not tested (no spread)")
         else:
             found = "not different" if p >= LEVEL else "higher" if own > other else "lower"
             said.append(f"{title} {found} ({'p < 0.001' if p < 0.001 else f'p = {p:.2g}'})")

@@ -31,7 +31,7 @@ def cells(line: dict[str, Any]) -> list[str]:
     problems = [f"{line[kind]} {kind}" for kind in ("failed", "collapsed") if line[kind]]
     return [
         line["arm"],
-        ", ".join([str(line["runs"]), *problems]),
+        f"{line['runs']} ({', '.join(problems)})" if problems else str(line["runs"]),
         f"{line['steps']:,}",
         *(f"{_percent(line, name)} ({_percent(line, f'{name}_gain')})" for name in ("knn20", "linear")),
         NOTHING if line["rankme"] is None else f"{line['rankme']:.1f}",

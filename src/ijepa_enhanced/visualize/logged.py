@@ -66,8 +66,9 @@ def curves_section(runs: Sequence[Run]) -> str:
         charts = []
         for name, curve in curves.items():
             lines = [Line(run.name, place, run.logged(name)) for place, run in enumerate(runs)]
-            values = [value for line in lines for _, value in line.points if math.isfinite(value)]
-            if values and (name not in TERMS or any(values)):
+            if name in TERMS:
+                lines = [line for line in lines if any(value for _, value in line.points)]
+            if any(math.isfinite(value) for line in lines for _, value in line.points):
                 charts.append(chart(curve.title, curve.unit, lines, curve.percent, curve.from_zero))
         if charts:
             parts.append(f'<h3>{escape(group)}</h3><div class="charts">{"".join(charts)}</div>')

@@ -122,6 +122,7 @@ table { border-collapse: collapse; font-size: 14px; }
 th, td { padding: 5px 18px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 400; color: var(--soft); white-space: nowrap; }
 td { overflow-wrap: anywhere; }
+thead ~ tbody td { overflow-wrap: break-word; }
 thead th { font-weight: 600; color: var(--ink); }
 tr.marked td:first-of-type { font-weight: 700; color: var(--accent); }
 .groups { columns: 340px; column-gap: 36px; }
