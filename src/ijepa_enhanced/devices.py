@@ -1,4 +1,4 @@
-"""Where networks run, and in which precision."""
+"""Devices: where networks run, in which precision, and with how many cores."""
 
 import functools
 import logging
@@ -11,26 +11,30 @@ import torch
 logger = logging.getLogger(__name__)
 
 CORES_PER_WORKER = 4
-"""On a CPU that runs the network too."""
+"""Cores for each worker process, on a CPU that runs the network too."""
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one that can be used, else the CPU."""
+    """Return the GPU if PyTorch can use one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has products in bfloat16."""
+    """Return whether the hardware multiplies bfloat16 matrices."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Builds without oneDNN lack the question.
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # an emulation gains nothing
+    # Checked first: builds without oneDNN do not have the second function.
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The precision of matrix products on `device`; `auto` takes bfloat16 where the hardware multiplies it.
+    """Return the precision of matrix products on `device`.
 
-    A GPU without it gets float32 whatever is asked for: it has no flash attention for half precision either.
+    A GPU without bfloat16 always computes in float32, because it has no FlashAttention for half precision either.
+
+    Args:
+        precision: auto, bf16 or fp32. `auto` is bfloat16 if the hardware multiplies it, else float32.
+        device: where the network runs.
     """
     if precision == "fp32":
         return torch.float32
@@ -42,31 +46,31 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def say_too_old() -> None:
-    """Once, not at every look at the precision."""
-    logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and padded attention instead.")
+    """Warn, once in a process, that the GPU has neither bfloat16 nor FlashAttention."""
+    logger.warning("This GPU is too old for bfloat16 and FlashAttention. Using float32 and padded attention instead.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """While entered, matrix products on `device` are in `dtype`."""
+    """Return a context in which matrix products on `device` are in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def cores() -> int:
     """Return how many processor cores this process may use."""
+    # A container or scheduler may allow fewer cores than the machine has; macOS and Windows cannot tell.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def own_cores() -> int:
-    """Return how many cores are this process's share: those that `torchrun` starts on one machine divide its cores."""
+    """Return this process's share of the cores: the processes that `torchrun` starts on a machine divide its cores."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def default_workers() -> int:
-    """Return how many processes should decode images while a network runs.
+    """Return how many worker processes should decode images while a network runs.
 
-    Beside a GPU all cores decode. On a CPU the network needs them: a ViT-S takes 34 ms an image of 224 px on one core
-    (docs/evaluation.md) and decoding a few, so a quarter of the cores keeps up. Processes that `torchrun` starts on one
-    machine share its cores.
+    If the network runs on a GPU, all cores decode. If it runs on the CPU, a quarter of the cores keeps up, since the
+    network takes several times as long as decoding. The processes that `torchrun` starts on a machine divide its cores.
     """
     own = own_cores()
     return own if best_device().type == "cuda" else max(1, own // CORES_PER_WORKER)
@@ -74,7 +78,7 @@ def default_workers() -> int:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """While entered, let PyTorch compute with so many threads on the CPU."""
+    """Let PyTorch compute with `count` threads on the CPU while entered."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -84,8 +88,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def all_cores() -> AbstractContextManager[None]:
-    """Return what lets PyTorch compute with all cores while entered, unless OMP_NUM_THREADS says how many.
+    """Return a context in which PyTorch computes with all cores, unless OMP_NUM_THREADS is set.
 
-    Commands leave cores to the workers that decode; scoring begins when these have ended.
+    For scoring, which starts after the workers that decode have ended.
     """
     return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(own_cores())
