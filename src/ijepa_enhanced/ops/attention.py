@@ -259,7 +259,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad, _grad_logsumexp):  # type: ignore[no-untyped-def]
-    return *cpu_attention_backward(grad, *ctx.saved_tensors), None, None, None
+    return *cpu_attention_backward(grad, *ctx.saved_tensors), None, None, None  # none for cu_seqlens, cu_keys, bias
 
 
 cpu_attention.register_autograd(_backward, setup_context=_setup_context)
