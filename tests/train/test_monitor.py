@@ -333,8 +333,8 @@ def test_a_run_too_short_for_it_says_so(tiny: TrainConfig, tmp_path: Path, caplo
     with caplog.at_level(logging.DEBUG, logger="ijepa_enhanced"):
         train(dataclasses.replace(tiny, monitor=MonitorConfig(), steps=2), tmp_path / "run")
     assert (
-        "The run is not monitored: that would cost more than 3% of so short a run. monitor.every forces it."
-        in caplog.messages
+        "The run is not monitored: it is so short that monitoring would cost more than 3% of it. "
+        "Set monitor.every to monitor it anyway." in caplog.messages
     )
     assert not (tmp_path / "run" / "best").exists()
 
