@@ -1037,7 +1037,7 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(
     for checkpoint in checkpoints.iterdir():
         if checkpoint.name not in saved:
             shutil.rmtree(checkpoint)
-    without = [] if saved else ["run has no checkpoint yet: it starts from the first step."]
+    without = [] if saved else ["run has no checkpoint yet. Training starts from the first step."]
     with disk_of(100_000):
         assert ijepa("train --resume run") == (1, [], [*without, f"ijepa: {message}"])
     assert [path.name for path in checkpoints.iterdir()] == saved
