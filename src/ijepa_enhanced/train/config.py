@@ -55,8 +55,8 @@ class MonitorConfig:
     computing allows, at most 100 times."""
     images: int | None = None
     """Training images in the probe set. The kNN accuracy on them has a standard error of at most 0.5 / sqrt(images).
-    Null: 512, or 20 of each class if that is more, as many as the neighbors that vote, and 4,096 at most. With 5 of
-    each of 101 classes the probe did not see what a run learned (docs/log.md)."""
+    Null: 512, or 20 of each class if that is more, and at most 4,096. With fewer images of each class than the 20
+    neighbors that vote, the probe can miss what a run learns (docs/log.md)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
