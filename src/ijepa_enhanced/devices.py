@@ -3,13 +3,12 @@
 import functools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 logger = logging.getLogger(__name__)
-
-CORES_PER_WORKER = 4
-"""On a CPU that runs the network too."""
 
 
 def best_device() -> torch.device:
@@ -49,17 +48,26 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_workers() -> int:
-    """Return how many processes should decode images while a network runs.
+    """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    Beside a GPU all cores decode. On a CPU the network needs them: a ViT-S takes 34 ms an image of 224 px on one core
-    (docs/evaluation.md) and decoding a few, so a quarter of the cores keeps up. Processes that `torchrun` starts on one
-    machine share its cores.
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """While entered, let PyTorch compute with so many threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def all_cores() -> AbstractContextManager[None]:
+    """Return what lets PyTorch compute with all cores while entered, unless OMP_NUM_THREADS says how many.
+
+    Commands leave cores to the workers that decode; scoring begins when these have ended.
     """
-    own = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, own if best_device().type == "cuda" else own // CORES_PER_WORKER)
+    return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(default_workers())
