@@ -732,7 +732,9 @@ def test_torchrun_shares_training_and_evaluation_only(monkeypatch: pytest.Monkey
     assert ijepa("scan", pictures) == (2, [], [said])
 
 
-def test_each_worker_has_a_core(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_worker_has_a_core_and_torch_has_half_of_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     given: list[int] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -743,10 +745,10 @@ def test_each_worker_has_a_core(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     monkeypatch.delenv("OMP_NUM_THREADS")
     for workers in (0, 1, 3, 8):
         share_cores(workers)
-    assert given == [8, 7, 5, 1]
+    assert given == [8, 7, 5, 4]
     assert caplog.messages == []
     share_cores(9)
-    assert given[-1] == 1
+    assert given[-1] == 4
     assert caplog.messages == ["9 workers share 8 cores, which is slower than 8 workers."]
 
 

@@ -10,9 +10,6 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-CORES_PER_WORKER = 4
-"""On a CPU that runs the network too."""
-
 
 def best_device() -> torch.device:
     """A GPU where there is one that can be used, else the CPU."""
@@ -51,25 +48,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def own_cores() -> int:
-    """Return how many cores are this process's share: those that `torchrun` starts on one machine divide its cores."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def default_workers() -> int:
-    """Return how many processes should decode images while a network runs.
-
-    Beside a GPU all cores decode. On a CPU the network needs them: a ViT-S takes 34 ms an image of 224 px on one core
-    (docs/evaluation.md) and decoding a few, so a quarter of the cores keeps up. Processes that `torchrun` starts on one
-    machine share its cores.
-    """
-    own = own_cores()
-    return own if best_device().type == "cuda" else max(1, own // CORES_PER_WORKER)
+    """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
@@ -88,4 +70,4 @@ def all_cores() -> AbstractContextManager[None]:
 
     Commands leave cores to the workers that decode; scoring begins when these have ended.
     """
-    return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(own_cores())
+    return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(default_workers())

@@ -154,8 +154,7 @@ class EvaluateOptions(EncoderOptions):
     seed: int = option(0)
     """Seed of the split, of the few labels and of what is trained."""
     workers: int | None = option(None)
-    """Processes that decode images; 0: none besides this one (default: one for each core beside a GPU, and one for four
-    cores without)."""
+    """Processes that decode images; 0: none besides this one (default: one for each core)."""
     finetune: Mapping[str, Any] = keys(FinetuneConfig, "finetune.")
 
     def __post_init__(self) -> None:
