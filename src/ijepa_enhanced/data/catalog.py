@@ -223,7 +223,7 @@ def _find(source: Source, path: Path) -> tuple[Listing | None, str]:
     """Return what was kept of a source, or None and the reason why it cannot be used, if there is any."""
     try:
         listing = map_listing(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None, ""
     except (OSError, ValueError) as error:
         return None, f"The catalog {path} of {source.name} cannot be used and is made again: {error}"

@@ -154,8 +154,8 @@ class Counting(io.FileIO):
         return count
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
-def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "reads"), [("a.jpg", 1), ("a.tif", 3)])
+def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch, name, reads):
     Image.open(io.BytesIO(noise_jpeg(400, 500))).save(tmp_path / name)
     assert (tmp_path / name).stat().st_size > 10 * HEAD
     opened = lambda path, mode, buffering: io.BufferedReader(Counting(path, mode), buffering)  # noqa: E731
@@ -163,8 +163,7 @@ def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch, nam
     monkeypatch.setattr(Counting, "total", 0)
     source = FolderSource(tmp_path)
     assert source.size(0) == (400, 500)
-    # The directory of a TIFF file that Pillow writes lies at its beginning.
-    assert 0 < Counting.total <= HEAD
+    assert 0 < Counting.total <= reads * HEAD
 
 
 def test_a_disk_that_fails_is_not_a_damaged_image(tmp_path, monkeypatch):
