@@ -239,8 +239,8 @@ def test_every_protocol_scores(run: Run, pictures: Path, monkeypatch: pytest.Mon
         [name for name in names if name != "lowshot10"], 1.0
     )
     assert found["linear_high"] == found["linear_top5"] == 1.0
-    # Wilson's lower bound of 10 of 10 is n / (n + z ** 2).
-    assert found["linear_low"] == pytest.approx(10 / (10 + 1.959964**2), rel=1e-6)
+    # Wilson's interval of 10 of 10: n / (n + z^2).
+    assert found["linear_low"] == pytest.approx(10 / (10 + 1.96**2), abs=1e-4)
     assert sum(line.startswith("│") for line in answer.out) == 11
     kept = json.loads((run.folder / "evaluation.json").read_text())
     assert kept["scores"]["trained"]["finetune"] == 1.0
@@ -288,7 +288,7 @@ def test_a_sweep_scores_every_combination(run: Run, pictures: Path, swept: tuple
     timing = "Timing the network at 4 settings"
     assert answer.err == [SAME.format(pictures), timing, scoring[0], FEW.format(pictures), *scoring[1:]]
     single = scores(evaluate(run.folder, pictures, pictures, "--merge-rate", "0.5"))
-    # RankMe is that of the half of the validation images that is reported.
+    # RankMe is of half of the images in a sweep.
     names = ("knn20", "knn20_mean_per_class", "linear", "linear_mean_per_class")
     assert {name: points[3][name] for name in names} == {name: single[name] for name in names}
     assert points[0]["gflops_per_image"] < points[2]["gflops_per_image"]
