@@ -42,15 +42,16 @@ def test_counts_and_what_is_dropped(place, capsys):
     assert (code, out[:-1]) == (0, ["      images  8", "     dropped  2", "      shards  1", f"       bytes  {size}"])
     assert json.loads(out[-1]) == {"images": 8, "dropped": 2, "shards": 1, "bytes": size}
     assert err == [
+        "photos has changed since it was scanned: it is scanned again.",
         "Dropped: dark/0.png: empty file",
         "Dropped: light/2.png: cannot be decoded: image file is truncated",
     ]
-    code, out, _ = ijepa(capsys, "index new --json")
+    code, out, _ = ijepa(capsys, "scan new --json")
     assert json.loads(out[-1])["images"] == 8
     assert json.loads(out[-1])["labels"] == 2
 
 
-def test_the_index_is_there_already(place, monkeypatch):
+def test_the_catalog_is_there_already(place, monkeypatch):
     monkeypatch.setattr(TarSource, "size", pytest.fail)
     assert len(open_catalog(open_source("done")).rows) == 10
 

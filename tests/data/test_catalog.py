@@ -223,6 +223,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_catalog_that_is_damaged_or_old_is_made_again_and_that_is_said_once(folder, cache, scanned, caplog, damage):
+    caplog.set_level("INFO")
     first = open_catalog(FolderSource(folder))
     expected = names(first)
     (file,) = files(cache)
@@ -239,6 +240,7 @@ def test_a_catalog_that_is_damaged_or_old_is_made_again_and_that_is_said_once(fo
 
 
 def test_images_that_changed_are_scanned_again_and_that_is_said_once(folder, cache, caplog):
+    caplog.set_level("INFO")
     open_catalog(FolderSource(folder))
     (folder / "ant" / "a.png").write_bytes(png(7, 7))
     for _ in range(2):

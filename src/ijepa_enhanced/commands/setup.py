@@ -93,13 +93,14 @@ def print_counts(counts: dict[str, Any]) -> None:
         print(f"{name:>12}  {shown}")
 
 
-def share_cores(workers: int) -> None:
+def share_cores(workers: int | None) -> None:
     """Leave a core to each worker and half of all cores to torch at least, unless OMP_NUM_THREADS is set.
 
     All threads of a matrix product wait for the one whose core a worker holds: with one thread more, a quickstart on
     two cores is several times slower (docs/log.md). Warns if there are more workers than cores.
     """
     cores = default_workers()
+    workers = default_workers() if workers is None else workers
     if workers > cores:
         logger.warning("%d workers share %d cores, which is slower than %d workers.", workers, cores, cores)
     if "OMP_NUM_THREADS" not in os.environ:
