@@ -107,6 +107,6 @@ def test_views_agree_in_float32_whatever_the_autocast() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (2, 1, 4)])
 def test_one_image_or_one_view_is_an_error(shape: tuple[int, ...]) -> None:
-    message = f"^Views agree or not from 2 images and 2 views on, not {shape[0]} and {shape[1]}\\.$"
+    message = f"^The contrastive loss needs at least 2 images and 2 views of each, not {shape[0]} and {shape[1]}\\.$"
     with pytest.raises(ValueError, match=message):
         nt_xent(torch.zeros(shape))

@@ -215,7 +215,7 @@ def test_thin_grids_keep_several_targets(rows: int, cols: int) -> None:
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 3), (3, 1), (1, 2)])
 def test_a_view_of_fewer_than_four_tokens_is_refused(rows: int, cols: int) -> None:
-    message = f"^A view of {rows} x {cols} tokens is too small to mask: 4 are needed\\.$"
+    message = f"^A view of {rows} x {cols} tokens is too small to mask\\. It needs at least 4\\.$"
     with pytest.raises(ValueError, match=message):
         draw(rows, cols)
 

@@ -1,4 +1,4 @@
-"""What the loader yields: a pack with everything that depends on lengths, made in the worker."""
+"""The batch that the loader yields: a pack, and everything that depends on its lengths, made in the worker."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from ijepa_enhanced.packed import Movable, Packed, Segments, Selection
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """One pack as the loader yields it. V may be 0 when no image of the pack could be read."""
+    """One pack as the loader yields it. V is 0 if no image of the pack could be read."""
 
     packed: Packed
-    """uint8 patches; normalised on the device."""
+    """uint8 patches [T, P * P * C]; the device normalizes them."""
     image_ids: Tensor
     """int64 [V]: the row of each view's image in the source."""
     labels: Tensor | None
-    """int64 [V], or None where the source has none."""
+    """int64 [V], or None if the source has no labels."""
     cursor: tuple[int, int]
-    """Epoch and number of the pack in the plan."""
+    """Epoch of the pack, and its number in the plan of that epoch."""
     unreadable: tuple[tuple[int, str], ...]
-    """(row, reason) of each image that the plan put in this pack and that could not be decoded."""
+    """(row, reason) of each image of this pack that could not be decoded."""
     whole: Packed | None = dataclasses.field(default=None, kw_only=True)
-    """uint8 patches of the views of the same images that the student sees whole and the teacher never; None where there
-    are none."""
+    """uint8 patches of the unmasked views (global and local) of the same images, which only the student sees; None if
+    there are none."""
     merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
-    """How the encoder, in training the teacher, merges the tokens of `packed`; None where it does not."""
+    """How the encoder (in training, the teacher) merges the tokens of `packed`; None if it does not merge."""
 
     @property
     def tokens(self) -> int:
-        """Of all views, the whole ones included."""
+        """Return the number of tokens of all views, unmasked ones included."""
         return self.packed.segments.total + (0 if self.whole is None else self.whole.segments.total)
 
 
 @dataclass(frozen=True)
 class MaskedBatch(Batch):
-    """A batch with the masks of I-JEPA drawn on every view but the whole ones."""
+    """A batch with I-JEPA's masks for every view of `packed`."""
 
     context: Selection
     """The Tc tokens of `packed` that the student sees."""
     targets: Selection
-    """The Tq tokens of the target blocks, each once, whose features are predicted."""
+    """The Tq tokens of the target blocks, each once, whose features the predictor predicts."""
     seen: Segments
-    """Of all that the student sees: the context of every masked view, then every whole view."""
+    """Segments of the student's stream: the context of each masked view, then each unmasked view."""
     seen_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
-    """How the student merges these tokens; None where it does not."""
+    """How the student merges the tokens of its stream; None if it does not merge."""

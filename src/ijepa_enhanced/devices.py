@@ -1,4 +1,4 @@
-"""Where networks run, and in which precision."""
+"""Devices: where networks run, in which precision, and with how many cores."""
 
 import functools
 import logging
@@ -12,22 +12,26 @@ logger = logging.getLogger(__name__)
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one that can be used, else the CPU."""
+    """Return the GPU if PyTorch can use one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has products in bfloat16."""
+    """Return whether the hardware multiplies bfloat16 matrices."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Builds without oneDNN lack the question.
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # an emulation gains nothing
+    # Checked first: builds without oneDNN do not have the second function.
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The precision of matrix products on `device`; `auto` takes bfloat16 where the hardware multiplies it.
+    """Return the precision of matrix products on `device`.
 
-    A GPU without it gets float32 whatever is asked for: it has no flash attention for half precision either.
+    A GPU without bfloat16 always computes in float32, because it has no FlashAttention for half precision either.
+
+    Args:
+        precision: auto, bf16 or fp32. `auto` is bfloat16 if the hardware multiplies it, else float32.
+        device: where the network runs.
     """
     if precision == "fp32":
         return torch.float32
@@ -39,24 +43,25 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def say_too_old() -> None:
-    """Once, not at every look at the precision."""
-    logger.warning("This GPU is too old for bfloat16 and flash attention: float32 and padded attention instead.")
+    """Warn, once in a process, that the GPU has neither bfloat16 nor FlashAttention."""
+    logger.warning("This GPU is too old for bfloat16 and FlashAttention. Using float32 and padded attention instead.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """While entered, matrix products on `device` are in `dtype`."""
+    """Return a context in which matrix products on `device` are in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def default_workers() -> int:
     """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
+    # A container or scheduler may allow fewer cores than the machine has; macOS and Windows cannot tell.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """While entered, let PyTorch compute with so many threads on the CPU."""
+    """Let PyTorch compute with `count` threads on the CPU while entered."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -66,8 +71,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 def all_cores() -> AbstractContextManager[None]:
-    """Return what lets PyTorch compute with all cores while entered, unless OMP_NUM_THREADS says how many.
+    """Return a context in which PyTorch computes with all cores, unless OMP_NUM_THREADS is set.
 
-    Commands leave cores to the workers that decode; scoring begins when these have ended.
+    For scoring, which starts after the workers that decode have ended.
     """
     return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(default_workers())

@@ -1,9 +1,9 @@
-"""Ranks: the processes that `torchrun` starts, one for each device, which share the packs of a run or of an evaluation.
+"""Ranks: the processes that `torchrun` starts, one for each device, which share the packs of a run or an evaluation.
 
-All have the same weights, so all that they tell each other of a step is numbers and the sum of their gradients. The
-gradients are summed once, after the last backward pass of a step, and not by DistributedDataParallel's hooks during it:
-a loss is a rank's share in that of the step, so nothing is to be averaged, and a rank whose images were all unreadable
-has no backward pass that hooks could wait for.
+All ranks hold the same weights. In a step they exchange a few numbers and sum their gradients, once, after the last
+backward pass. DistributedDataParallel does not fit here, for two reasons. It averages gradients, but each rank's loss
+is already its share of the step's loss. And its hooks wait for every rank's backward pass, but a rank whose images are
+all unreadable has none.
 """
 
 from __future__ import annotations
@@ -23,50 +23,56 @@ from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
 
 PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one that scans a large source, say; that one is gone they notice at once."""
+"""How long ranks wait for one that is busy, say scanning a large source. If it has ended, they notice at once."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run; alone by default, when nothing here does anything."""
+    """This process among the ranks of a run. By default it is the only one, and communication does nothing."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
     local_world_size: int = 1
-    """How many of them run on this machine."""
+    """Number of ranks on this machine."""
     local_rank: int = 0
-    """The number of this one among those."""
+    """Number of this rank among those of its machine."""
 
     @property
     def main(self) -> bool:
-        """Whether this process writes what there is one of: logs, checkpoints, encoders."""
+        """Return whether this rank writes the files of the run: logs, checkpoints, encoders."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank has, by rank, on all of them: what pickles and is on the host. It travels between the hosts.
+        """Return the value of each rank, in order, on all ranks.
+
+        Args:
+            value: a picklable object on the host. It travels between the hosts, not between the GPUs.
 
         Raises:
             RankError: another rank is gone.
         """
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        with _together():
-            dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        with _rank_errors():
+            dist.all_gather_object(values, value)
+        return values
 
     def gather_to_rank0(self, value: Any) -> list[Any]:
-        """What each rank has, by rank, on the main one, and nothing on the others; see `gather`."""
+        """Return the value of each rank, in order, on rank 0, and an empty list on the others; see `gather`."""
         if self.world == 1:
             return [value]
-        found = [None] * self.world if self.main else None
-        with _together():
-            dist.gather_object(value, found)
-        return found or []
+        values = [None] * self.world if self.main else None
+        with _rank_errors():
+            dist.gather_object(value, values)
+        return values or []
 
     def broadcast_from_rank0(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the main rank's tensors, which are on the host, on all ranks; those of the others are ignored.
+        """Return the tensors of rank 0 on all ranks.
+
+        Args:
+            tensors: on the host. Those of other ranks are ignored, but there must be as many.
 
         Raises:
             RankError: another rank is gone.
@@ -74,60 +80,63 @@ class Ranks:
         if self.world == 1:
             return list(tensors)
         shapes = self.gather([None if each is None else (each.shape, each.dtype) for each in tensors])[0]
-        found: list[Tensor | None] = []
+        received: list[Tensor | None] = []
         for own, shape in zip(tensors, shapes, strict=True):
             if shape is None:
-                found.append(None)
+                received.append(None)
                 continue
             value = own.contiguous() if self.main and own is not None else torch.empty(shape[0], dtype=shape[1])
-            with _together():
+            with _rank_errors():
                 dist.broadcast(value, 0)
-            found.append(value)
-        return found
+            received.append(value)
+        return received
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Check that all ranks are about to do the same.
+        """Check that all ranks have the same facts.
 
         Raises:
-            RankError: they are not; the message says what differs.
+            RankError: they differ; the message names the first fact that does.
         """
-        every = self.gather(facts)
+        by_rank = self.gather(facts)
         for name in facts:
-            if len({str(each[name]) for each in every}) > 1:
+            if len({str(each[name]) for each in by_rank}) > 1:
                 raise RankError(
-                    f"The processes of this run differ in their {name}: all machines need the same images, the same "
-                    "versions, and one folder of the run that they share."
+                    f"The processes of this run differ in their {name}. All machines need the same images, the same "
+                    "package versions and one shared run folder."
                 )
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """The sum of each number over all ranks; see `gather`."""
+        """Return the sum of each number over all ranks; see `gather`."""
         return [sum(parts) for parts in zip(*self.gather(values), strict=True)]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Make every gradient the sum over all ranks; one that no rank has stays none.
+        """Replace every gradient by its sum over all ranks. A gradient that no rank has stays None.
 
         Raises:
             RankError: another rank is gone.
         """
         if self.world == 1:
             return
+        # A rank may lack a gradient that others have. All must sum the same tensors, or the all-reduce hangs.
         owners = self.sums([parameter.grad is not None for parameter in parameters])
-        learned = [parameter for parameter, count in zip(parameters, owners, strict=True) if count]
-        if not learned:
+        with_grad = [parameter for parameter, count in zip(parameters, owners, strict=True) if count]
+        if not with_grad:
             return
-        parts = [torch.zeros_like(each) if each.grad is None else each.grad for each in learned]
-        flat = torch.cat([part.flatten() for part in parts])
-        with _together():
+        # One flat tensor: a single all-reduce is faster than one for each parameter.
+        grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in with_grad]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        with _rank_errors():
             dist.all_reduce(flat)
-        for parameter, total in zip(learned, flat.split([each.numel() for each in learned]), strict=True):
+        for parameter, total in zip(with_grad, flat.split([each.numel() for each in with_grad]), strict=True):
             parameter.grad = total.view_as(parameter)
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """Run what is inside on rank 0, then on the first rank of each other machine, then on all others.
+        """Run the body on rank 0, then on the first rank of each other machine, then on all other ranks.
 
-        What one of them puts into a cache the next ones find there, on their machine or in a folder that all share.
+        So each rank finds what an earlier one has put into a cache, on its machine or in a shared folder.
         """
+        # Three turns with a barrier between them: a rank passes `turn` barriers before its body and the rest after it.
         turn = 0 if self.main else 1 if not self.local_rank else 2
         for _ in range(turn):
             self.gather(None)
@@ -137,21 +146,21 @@ class Ranks:
 
 
 def is_one_of_many() -> bool:
-    """Whether `torchrun` started this process and others."""
+    """Return whether `torchrun` started this process together with others."""
     return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
 
 
 def is_main() -> bool:
-    """Whether this process is the main rank, before the ranks have met."""
+    """Return whether this process is rank 0. It can be called before `ranks_of_run`."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def ranks_of_run() -> Iterator[Ranks]:
-    """Meet the other ranks where `torchrun` started this process, and part from them in the end.
+    """Join the process group if `torchrun` started this process, and leave it at the end.
 
     Raises:
-        RankError: there are more of them on this machine than GPUs.
+        RankError: this machine has more ranks than GPUs.
     """
     if not dist.is_torchelastic_launched():
         yield Ranks(best_device())
@@ -160,26 +169,29 @@ def ranks_of_run() -> Iterator[Ranks]:
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if 0 < gpus < local_world_size:
         raise RankError(
-            f"torchrun started {local_world_size} processes here, and there are {gpus} GPUs: one each is needed."
+            f"torchrun started {local_world_size} processes on a machine with {gpus} GPUs. Each process needs its own "
+            "GPU."
         )
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    # What the hosts tell each other goes by gloo, beside the gradients of the devices.
+    # Two backends: objects travel between the hosts by gloo, gradients between the GPUs by NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     yield Ranks(device, dist.get_rank(), dist.get_world_size(), local_world_size, local_rank)
-    # Not after an error: the others may wait for this process, and only its end, which torchrun sees, frees them.
+    # Not in a `finally`: after an error the other ranks may wait for this one, and only the end of its process frees
+    # them, because torchrun then stops them.
     dist.destroy_process_group()
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _rank_errors() -> Iterator[None]:
+    """Turn a failure to communicate into a RankError."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, but this process's own trouble
+    except torch.OutOfMemoryError:  # a RuntimeError too, but not the fault of another rank
         raise
     except RuntimeError as error:
         here = str(error).partition("\n")[0]
         raise RankError(
-            f"Another process of this run is gone or cannot be reached; what it said last says why. Here: {here}"
+            f"Another process of this run is gone or cannot be reached; its last messages say why. Here: {here}"
         ) from error

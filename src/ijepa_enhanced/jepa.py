@@ -23,34 +23,35 @@ from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ijepa_enhanced.packed import Packed
 
 PROJECTOR_HIDDEN, PROJECTED = 512, 64
-"""Widths of the projector's hidden layer and of its result, the only ones measured (docs/log.md)."""
+"""Widths of the projector's hidden layer and of its output, the only ones measured (docs/log.md)."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The parts of one pack's loss, float32 scalars; `total` is what is differentiated."""
+    """One pack's share of the loss of a step: float32 scalars. The terms are detached and not weighted."""
 
     total: Tensor
+    """The weighted sum of the terms, to be differentiated."""
     prediction: Tensor
     vicreg: Tensor
     contrastive: Tensor
 
 
 class StepSize(NamedTuple):
-    """What all packs of a step have together, over all ranks: a pack's loss is its share of the step's."""
+    """Size of a whole step, over all ranks: a pack's loss is its share of the loss of the step."""
 
     target_tokens: int
     packs: int
 
 
 class JEPA(nn.Module):
-    """Student, teacher and predictor, and the loss between them; `train.step.train_step` calls its methods in order.
+    """Student, teacher and predictor, and the loss between them. `train.step.train_step` calls the methods in order.
 
     Args:
-        encoder: the architecture of student and teacher.
-        predictor: the predictor's size.
-        objective: the loss.
-        views: masked views of each image, side by side in a pack.
+        encoder: architecture of student and teacher.
+        predictor: size of the predictor.
+        objective: weights of the loss.
+        views: masked views of each image, which follow each other in a pack.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class JEPA(nn.Module):
         self.views = views
         self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, encoder.patch_size)
         self.student = VisionTransformer(encoder)
+        # The teacher starts as a copy of the student and then follows it as a moving average (`update_teacher`).
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         width = self.student.width
+        # A term of weight 0 gets no network.
         self.predictor = Predictor(predictor, width, encoder.max_grid) if objective.prediction_weight else None
         self.projector = projector(width) if objective.contrastive_weight else None
 
@@ -73,17 +76,18 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def targets(self, batch: MaskedBatch) -> Tensor | None:
-        """Return what is to be predicted: the teacher's features of the target tokens, after a LayerNorm, [Tq, D].
+        """Return the prediction targets: the teacher's features of the target tokens, after a LayerNorm, [Tq, D].
 
-        None if the prediction has no weight; the teacher is then not run.
+        Return None, and do not run the teacher, if the prediction loss has weight 0.
         """
         if self.predictor is None:
             return None
-        features = self.teacher(batch.packed, batch.merge_plan)
+        features = self.teacher(batch.packed, batch.merge_plan)  # [T, D]: the teacher sees all tokens of masked views
+        # A LayerNorm without weights, in float32 under autocast too.
         return F.layer_norm(features[batch.targets.index].float(), features.shape[-1:])
 
     def features(self, batch: MaskedBatch) -> Tensor:
-        """Return the student's features [Ts, D] of what it sees: the context of masked views, then unmasked views."""
+        """Return the student's features [Ts, D]: of the context of each masked view, then of each unmasked view."""
         seen = batch.packed.select(batch.context)
         if batch.whole is not None:
             seen = Packed.concatenate([seen, batch.whole], batch.seen)
@@ -91,34 +95,44 @@ class JEPA(nn.Module):
         return features
 
     def predict(self, features: Tensor, batch: MaskedBatch) -> Tensor | None:
-        """Return the prediction [Tq, D] of `targets` from the context's part of `features`, or None as there."""
+        """Return the prediction [Tq, D] of `targets` from the student's `features`, or None if there are no targets."""
         if self.predictor is None:
             return None
         context, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
+        # Contexts come first in the student's stream; unmasked views, which come after them, predict nothing.
         predicted: Tensor = self.predictor(features[: len(context.positions)], context, hidden)
         return predicted
 
     def losses(
         self, predicted: Tensor | None, targets: Tensor | None, features: Tensor, batch: MaskedBatch, step: StepSize
     ) -> Losses:
-        """Return the share of one pack in the loss of a step; the shares of all its packs add up to the step's loss.
+        """Return one pack's share of the loss of a step. The shares of all packs add up to the loss of the step.
 
-        The prediction loss is a mean over the target tokens of the whole step, the other terms over its packs, so that
-        ranks and accumulation agree by construction.
+        The prediction loss is a mean over the target tokens of the whole step. The other terms are means over its
+        packs. So the loss does not depend on how packs are divided into ranks and accumulation.
+
+        Args:
+            predicted: [Tq, D], from `predict`.
+            targets: [Tq, D], from `targets`.
+            features: [Ts, D], from `features`.
+            batch: the pack.
+            step: size of the whole step.
         """
         weights = self.objective
         prediction = vicreg = contrastive = features.new_zeros((), dtype=torch.float32)
         if predicted is not None and targets is not None:
+            # Smooth L1, as in I-JEPA's code; its paper says L2.
             distance = F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
             prediction = distance / targets.shape[1] / step.target_tokens
-        pooled = segment_mean(features, batch.seen.cu_seqlens)
+        pooled = segment_mean(features, batch.seen.cu_seqlens)  # [masked views, then unmasked views, D]
         masked = len(batch.image_ids)
         images = masked // self.views
+        # A single view has no variance, and a single image has no negatives.
         if weights.vicreg_weight and masked > 1:
             vicreg = variance_covariance(pooled[:masked]) / step.packs
         if self.projector is not None and images > 1:
             projected = self.projector(pooled)
-            # Of each image its masked views, then its unmasked ones.
+            # [images, views of an image, K]: the masked views of each image, then its unmasked ones.
             views = [part.unflatten(0, (images, -1)) for part in projected.tensor_split([masked]) if len(part)]
             contrastive = nt_xent(torch.cat(views, dim=1)) / step.packs
         total = (
@@ -129,23 +143,25 @@ class JEPA(nn.Module):
         return Losses(total, prediction.detach(), vicreg.detach(), contrastive.detach())
 
     def trainable(self) -> list[nn.Parameter]:
-        """Return the parameters that learn: all but the teacher's."""
+        """Return the parameters to optimize: all but the teacher's."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student."""
+        """Update the moving average: teacher = momentum * teacher + (1 - momentum) * student."""
+        # A few kernels for all parameters, instead of one for each.
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
 
 
 def projector(width: int) -> nn.Sequential:
-    """[V, D] -> [V, K]: where views are made alike, so that the encoder need not forget all that tells them apart.
+    """Return the network [V, D] -> [V, K] whose output the contrastive loss compares.
 
-    SimCLR (arXiv 2002.05709, section 4.2) showed why, and with one hidden layer. Its norm's statistics are a pack's.
+    With it, the encoder need not discard what tells the views of an image apart (SimCLR, arXiv 2002.05709, section
+    4.2, which uses one hidden layer too).
     """
     return nn.Sequential(
         Linear(width, PROJECTOR_HIDDEN),
-        nn.BatchNorm1d(PROJECTOR_HIDDEN, track_running_stats=False),
+        nn.BatchNorm1d(PROJECTOR_HIDDEN, track_running_stats=False),  # statistics of the pack; never used in inference
         nn.GELU(),
         Linear(PROJECTOR_HIDDEN, PROJECTED),
     )

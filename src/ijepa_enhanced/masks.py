@@ -1,13 +1,13 @@
 """I-JEPA's multi-block masks (arXiv 2301.08243, section 3 and appendix A.1) on a grid of any aspect ratio.
 
-Departures from the paper's code, each with its reason:
+Differences from the paper's code:
 
-- Every block has a size of its own, not one for a whole batch's targets and one for its contexts, and masks are never
-  cut to a common length: the stream is ragged.
-- A block's aspect ratio is relative to the view's own, so a wide image gets wide blocks and a wide context.
+- Each block draws its own size. The paper's code draws one size for all targets of a batch and one for all contexts.
+- Masks are never cut to a common length, because the stream is ragged.
+- A block's aspect ratio is relative to that of the view, so a wide image gets wide blocks and a wide context.
 - Scale and aspect ratio are drawn independently.
-- Every position can be drawn: the last row and column too.
-- Nothing is drawn again until it fits: fixed rules make the result fit, so drawing always ends.
+- Blocks reach every position, including the last row and column.
+- Fixed rules make every draw valid. There is no rejection sampling, so drawing always terminates.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ MIN_TOKENS = 4
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """The masks' settings; defaults are those of I-JEPA (arXiv 2301.08243, appendix A.1)."""
+    """Settings of the masks. The defaults are I-JEPA's (arXiv 2301.08243, appendix A.1)."""
 
     targets: int = 4
-    """Target blocks a view."""
+    """Target blocks of each view."""
     min_target_area: float = 0.15
     """Smallest area of a target block, as a fraction of the view."""
     max_target_area: float = 0.2
@@ -56,32 +56,39 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class ViewMasks:
-    """The masks of one view: token numbers (row * columns + column), ascending."""
+    """The masks of one view, as ascending token numbers (row * columns + column)."""
 
     context: NDArray[np.int64]
     targets: tuple[NDArray[np.int64], ...]
-    """The blocks, which may overlap."""
+    """One array for each target block; blocks may overlap."""
 
     @property
     def hidden(self) -> NDArray[np.int64]:
-        """The tokens of all targets, each once."""
+        """Return the tokens of all target blocks, each once."""
         return np.unique(np.concatenate(self.targets))
 
 
 def block_shape(rows: int, cols: int, area: float, aspect: float) -> tuple[int, int]:
-    """Height and width of a block of `area` (fraction of the grid) and `aspect` (relative to the grid's own).
+    """Return the height and width, in tokens, of a block.
 
-    When one axis does not fit the grid, or rounds to nothing, the other is recomputed so that the area stays.
+    If one axis is clamped to the grid, or rounds to 0, the other axis is recomputed to keep the area.
+
+    Args:
+        rows, cols: of the view's grid.
+        area: of the block, as a fraction of the grid.
+        aspect: height / width of the block, relative to that of the grid.
     """
     height = min(rows, max(1, round(rows * (area * aspect) ** 0.5)))
     width = min(cols, max(1, round(area * rows * cols / height)))
+    # Once more, since `width` may have been clamped to `cols`.
     height = min(rows, max(1, round(area * rows * cols / width)))
     return height, width
 
 
 def draw_block(rows: int, cols: int, area: float, aspect: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """A block at a uniformly drawn place: bool [rows, cols]. Every position that fits is equally likely."""
+    """Draw a block at a uniformly random place: bool [rows, cols]. Every position that fits is equally likely."""
     height, width = block_shape(rows, cols, area, aspect)
+    # With the endpoint, so that blocks reach the last row and column.
     top = rng.integers(0, rows - height, endpoint=True)
     left = rng.integers(0, cols - width, endpoint=True)
     block = np.zeros((rows, cols), dtype=np.bool_)
@@ -90,25 +97,27 @@ def draw_block(rows: int, cols: int, area: float, aspect: float, rng: np.random.
 
 
 def draw_masks(rows: int, cols: int, config: MaskConfig, rng: np.random.Generator) -> ViewMasks:
-    """Target blocks and a context of a view of `rows` x `cols` tokens.
+    """Draw the target blocks and the context of a view of `rows` x `cols` tokens.
 
-    The context is never empty: where the targets cover the whole context block, the context is what they
-    leave of the view, and where they cover the whole view, the last targets are given up one by one and
-    a single one that still covers the view keeps its first half.
+    The context is never empty. If the targets cover the context block, the context is every token outside the targets.
+    If they cover the whole view, the last targets are dropped one by one. A single target that still covers the view
+    keeps its first half.
 
     Raises:
         ValueError: the view has fewer than `MIN_TOKENS` tokens.
     """
     if rows * cols < MIN_TOKENS:
-        raise ValueError(f"A view of {rows} x {cols} tokens is too small to mask: {MIN_TOKENS} are needed.")
+        raise ValueError(f"A view of {rows} x {cols} tokens is too small to mask. It needs at least {MIN_TOKENS}.")
     targets = []
     for _ in range(config.targets):
         area = rng.uniform(config.min_target_area, config.max_target_area)
         aspect = rng.uniform(config.min_target_aspect, config.max_target_aspect)
         targets.append(draw_block(rows, cols, area, aspect, rng))
     area = rng.uniform(config.min_context_area, config.max_context_area)
+    # Targets are taken out of the context, or the student would see what it has to predict.
     context = draw_block(rows, cols, area, 1.0, rng) & ~np.any(targets, axis=0)
     if not context.any():
+        # Drop targets until the rest leaves a part of the view free.
         while len(targets) > 1 and np.all(np.any(targets, axis=0)):
             targets.pop()
         if np.all(targets):

@@ -1,9 +1,9 @@
 """The packed stream: the one data structure that flows from the loader to the loss.
 
-Views of any size lie one after another in one ragged stream without padding ("Patch n' Pack", NaViT,
-arXiv 2307.06304). Shape legend, used by every docstring of the package (see docs/stream.md):
+Views of any size lie one after another in a ragged stream without padding ("Patch n' Pack", NaViT, arXiv 2307.06304).
+Every docstring of the package uses this shape legend (see docs/stream.md):
 
-    T tokens   V views (segments)   D width   H heads   K head width   P patch side   C channels
+    T tokens   V views (segments)   D width   H heads   K head width   P patch size   C channels
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 
 class Movable:
-    """Moving a dataclass moves every field that can be moved."""
+    """A dataclass mixin: `to` and `pin_memory` move every field that can be moved."""
 
     def _map(self, method: str, *args: Any, **kwargs: Any) -> Self:
-        moved = {}
+        moved = {}  # all other fields, such as Python ints and None, are kept as they are
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, (Tensor, Movable)):
@@ -33,40 +33,41 @@ class Movable:
         return dataclasses.replace(self, **moved)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same on `device`; host-side lengths stay on the host."""
+        """Return a copy with its tensors on `device`. Lengths stay on the host."""
         return self._map("to", device, non_blocking=non_blocking)
 
     def pin_memory(self) -> Self:
-        """The same in page-locked memory, so that `to(..., non_blocking=True)` overlaps with computing."""
+        """Return a copy in page-locked memory, so that `to(..., non_blocking=True)` overlaps with computation."""
         return self._map("pin_memory")
 
 
 @dataclass(frozen=True)
 class Segments(Movable):
-    """Where each view begins and ends in a stream of T tokens.
+    """The boundaries of the views in a stream of T tokens.
 
-    `lengths` is for the host alone and is never read inside a compiled region, where every new value would
-    make a new graph; kernels take `cu_seqlens` and `max_seqlen`.
+    Read `lengths` on the host only, and never inside a compiled region: every new value would compile a new graph.
+    Kernels take `cu_seqlens` and `max_seqlen`.
     """
 
     lengths: tuple[int, ...]
-    """Tokens of each view, V Python ints, each at least 1."""
+    """Tokens of each view: V Python ints, each at least 1."""
     cu_seqlens: Tensor
-    """int32 [V + 1] on the stream's device: view v is tokens cu_seqlens[v] to cu_seqlens[v + 1]."""
+    """int32 [V + 1] on the stream's device. View v is tokens cu_seqlens[v] to cu_seqlens[v + 1]."""
     max_seqlen: int
-    """The longest view's tokens; 0 for an empty stream."""
+    """Tokens of the longest view; 0 for an empty stream."""
 
     @classmethod
     def of(cls, lengths: Sequence[int] | NDArray[np.integer]) -> Segments:
-        """Segments of the given lengths, on the CPU.
+        """Return the segments of the given lengths, on the CPU.
 
         Raises:
             ValueError: a length is below 1.
         """
         counts = np.asarray(lengths, dtype=np.int64)
+        # An empty segment has nothing to attend to and no mean.
         if counts.size and counts.min() < 1:
             raise ValueError(f"Every segment needs at least one token, but one has {counts.min()}.")
-        cu_seqlens = np.zeros(counts.size + 1, dtype=np.int32)
+        cu_seqlens = np.zeros(counts.size + 1, dtype=np.int32)  # the type that FlashAttention takes
         np.cumsum(counts, out=cu_seqlens[1:])
         return cls(tuple(counts.tolist()), torch.from_numpy(cu_seqlens), int(counts.max(initial=0)))
 
@@ -75,25 +76,30 @@ class Segments(Movable):
 
     @property
     def total(self) -> int:
-        """T, the tokens of all views."""
+        """Return T, the number of tokens of all views."""
         return sum(self.lengths)
 
 
 def segment_ids(cu_seqlens: Tensor, total: int) -> Tensor:
-    """The view of every token: int64 [T] from `cu_seqlens` [V + 1], without asking the device for a length."""
+    """Return the view of every token: int64 [T].
+
+    Args:
+        cu_seqlens: int32 [V + 1], see `Segments`.
+        total: T, given by the host so that it need not wait for the device.
+    """
     tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # Not of cu_seqlens[1:]: before PyTorch 2.13 compiled graphs forget on CUDA where a slice begins (issue 182343).
+    # Not `cu_seqlens[1:]`: before PyTorch 2.13, compiled code on CUDA ignores the offset of a slice (issue 182343).
     return torch.bucketize(tokens, cu_seqlens, right=True) - 1
 
 
 @dataclass(frozen=True)
 class Selection(Movable):
-    """Some tokens of every view of a stream, in the stream's order."""
+    """A subset of N tokens of a stream, some of every view, in the order of the stream."""
 
     index: Tensor
-    """int64 [N]: the tokens' rows in the stream they are taken from."""
+    """int64 [N]: rows of the tokens in the stream."""
     segments: Segments
-    """How the N tokens divide into the same V views."""
+    """How the N tokens divide into the V views of the stream."""
 
 
 @dataclass(frozen=True)
@@ -101,33 +107,38 @@ class Packed(Movable):
     """A ragged stream of V views."""
 
     values: Tensor
-    """[T, ...]: uint8 patches [T, P * P * C] from the loader, features [T, D] further on."""
+    """[T, ...]: uint8 patches [T, P * P * C] from the loader, features [T, D] after the network."""
     positions: Tensor
-    """[T, 2]: each token's row and column in its own view's grid (integers until tokens are merged)."""
+    """[T, 2]: row and column of each token in the grid of its view; whole numbers in the streams of the loader."""
     grids: Tensor
-    """int32 [V, 2]: rows and columns of each view's whole grid."""
+    """int32 [V, 2]: rows and columns of each view's grid, also where only some of its tokens are in the stream."""
     segments: Segments
 
     def select(self, selection: Selection) -> Packed:
-        """The stream of the selected tokens; views keep their whole grids."""
+        """Return the stream of the selected tokens. Each view keeps its whole grid."""
         index = selection.index
         return Packed(self.values[index], self.positions[index], self.grids, selection.segments)
 
     def with_values(self, values: Tensor) -> Packed:
-        """The same views with other values, one for each token: [T, ...]."""
+        """Return the same views with other values [T, ...], one for each token."""
         return dataclasses.replace(self, values=values)
 
     def split(self) -> list[Tensor]:
-        """The values of each view: V tensors [tokens of the view, ...]."""
+        """Return the values of each view: V tensors [tokens of the view, ...]."""
         return list(torch.split(self.values, list(self.segments.lengths)))
 
     @staticmethod
     def of_grids(values: NDArray[np.generic], grids: NDArray[np.integer]) -> Packed:
-        """A stream of whole views on the CPU: `values` [T, ...] in row-major order of each of the `grids` [V, 2]."""
+        """Return a stream of whole views, on the CPU.
+
+        Args:
+            values: [T, ...], row by row within each view.
+            grids: [V, 2] rows and columns of each view.
+        """
         grids = np.asarray(grids, dtype=np.int32).reshape(-1, 2)
-        lengths = grids.prod(axis=1, dtype=np.int64)
+        lengths = grids.prod(axis=1, dtype=np.int64)  # [V]
         starts = np.cumsum(lengths) - lengths
-        token = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        token = np.arange(lengths.sum()) - np.repeat(starts, lengths)  # [T], counted from the start of its view
         cols = np.repeat(grids[:, 1], lengths)
         positions = np.stack([token // cols, token % cols], axis=1).astype(np.int32)
         return Packed(
@@ -139,12 +150,15 @@ class Packed(Movable):
 
     @staticmethod
     def concatenate(streams: Sequence[Packed], segments: Segments | None = None) -> Packed:
-        """One stream of all views of `streams`, in order; all on the CPU or all on one device.
+        """Return one stream with the views of all `streams`, in order.
 
-        Its `segments` are made on the host, and brought there, where they are not given.
+        Args:
+            streams: all on the same device.
+            segments: those of the result, on that device; None: they are made here.
         """
         values = torch.cat([stream.values for stream in streams])
         if segments is None:
+            # Made on the host and copied: a training step avoids that by taking them from the loader.
             lengths = [length for stream in streams for length in stream.segments.lengths]
             segments = Segments.of(lengths).to(values.device)
         return Packed(

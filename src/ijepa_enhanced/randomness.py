@@ -1,6 +1,6 @@
-"""Counter-based random numbers: what is drawn depends on what it is for, never on what was drawn before.
+"""Counter-based random numbers, keyed by what they are drawn for and not by what was drawn before.
 
-So any worker, rank or resumed run draws the same numbers for the same image.
+So every worker, rank and resumed run draws the same numbers for the same image.
 """
 
 from enum import IntEnum
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for. Values are part of every recorded run: never renumber them."""
+    """What a number is drawn for. Every recorded run depends on these values: never renumber them."""
 
     ORDER = 0
     GEOMETRY = 1
@@ -23,10 +23,11 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view: int = 0) -> np.random.Generator:
-    """A generator of its own for every (seed, purpose, epoch, image, view): Philox 4x64-10 (Salmon et al., SC'11).
+    """Return the generator of a (seed, purpose, epoch, image, view): Philox 4x64-10 (Salmon et al., SC'11).
 
-    The identity goes into the key and the high words of the counter, which leaves 2**64 draws to each stream.
+    Each such tuple has its own stream of 2**64 draws.
     """
     key = np.array([seed, purpose], dtype=np.uint64)
+    # The lowest word counts the draws, so that streams never overlap.
     counter = np.array([0, view, image, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -162,7 +162,7 @@ def test_ranks_that_differ_are_told_in_what() -> None:
     ranks = Others(torch.device("cpu"), world=2)
     object.__setattr__(ranks, "other", {"plan": "abc", "checkpoint": 3})
     ranks.agree({"plan": "abc", "checkpoint": 3})
-    with pytest.raises(RankError, match=r"^The processes of this run differ in their checkpoint: all machines need"):
+    with pytest.raises(RankError, match=r"^The processes of this run differ in their checkpoint\. All machines need"):
         ranks.agree({"plan": "abc", "checkpoint": 4})
 
 
@@ -193,7 +193,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RankError) as error, ranks_of_run():
         pass
-    assert str(error.value) == "torchrun started 4 processes here, and there are 2 GPUs: one each is needed."
+    assert str(error.value) == "torchrun started 4 processes on a machine with 2 GPUs. Each process needs its own GPU."
 
 
 @pytest.mark.usefixtures("launched")

@@ -1,1 +1,1 @@
-"""Functions on packed streams."""
+"""Functions on packed streams: attention, merging, pooling, positions, preprocessing, linear layers."""

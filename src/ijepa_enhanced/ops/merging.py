@@ -1,8 +1,8 @@
 """Token merging within each view of a packed stream (ToMe, arXiv 2210.09461, section 3).
 
-Of a view's tokens, those at places 0, 2, 4, ... each look for the most similar one at places 1, 3, 5, ...; the pairs
-most alike, as many as the `MergePlan` says, become one token. Between equals the first place wins. What is left keeps
-the stream's order. No view sees another, so a view merges the same alone and in any pack.
+In each view, every even token (0, 2, 4, ...) is matched with the most similar odd token (1, 3, 5, ...). Of these pairs,
+the most similar ones are merged into one token each, as many as the `MergePlan` says. Ties go to the earlier token. The
+merged stream keeps the order of its tokens. Views do not interact, so a view merges the same way alone and in any pack.
 """
 
 from typing import NamedTuple
@@ -15,67 +15,71 @@ from ijepa_enhanced.merge_plan import TILE, MergePlan
 from ijepa_enhanced.packed import segment_ids
 
 TILES_AT_ONCE = 256
-"""Blocks of similarities computed together: at most 18 MB with keys of 64 numbers, however long a view is."""
+"""Tiles of similarities computed together: at most 18 MB if keys have 64 channels, however long a view is."""
 LOW = 2**31 - 1
-"""The lower half of a match holds a row, counted down from this."""
+"""The lower 32 bits of a match hold `LOW` minus a row number."""
 
 
 class Merge(NamedTuple):
-    """Which rows of a stream become one."""
+    """An assignment of the T rows of a stream to the T' rows of the merged stream."""
 
     origin: Tensor
-    """int64 [T]: for every row of the stream the row of the merged stream that holds it."""
+    """int64 [T]: the row of the merged stream that holds each row of the stream."""
     rows: int
-    """T', the rows of the merged stream."""
+    """T', the number of rows of the merged stream."""
 
 
 def match(metric: Tensor, plan: MergePlan, layer: int) -> Merge:
-    """The merges of one layer: bipartite soft matching of each view by the cosine of `metric`.
+    """Choose the merges of one layer: bipartite soft matching within each view, by the cosine similarity of `metric`.
 
     Args:
-        metric: [T, K] of any floating type, compared in float32: the layer's keys, averaged over heads. No gradient
-            flows to it. A row that is not finite counts as zero: similar to none.
+        metric: [T, K] of any floating type, compared in float32: the keys of the layer, averaged over heads. No
+            gradient flows to it. A row that is not finite has a similarity of 0 to all others.
         plan: of the pack, on the same device.
-        layer: number of the layer, to which come the T tokens of `plan.segments[layer]`.
+        layer: number of the layer, whose T input tokens are those of `plan.segments[layer]`.
     """
     before, after = (plan.segments[number].cu_seqlens for number in (layer, layer + 1))
     directions = F.normalize(metric.detach().float(), dim=1).nan_to_num(nan=0.0)
-    best = best_matches(directions, plan.tiles, *plan.tile_bounds[layer : layer + 2])
+    best = best_matches(directions, plan.tiles, *plan.tile_bounds[layer : layer + 2])  # [T]
     view = segment_ids(before, best.shape[0])
-    # By view, then the most similar first, then, as the sort is stable, by place.
+    # Sort by view, then by descending similarity, then by position, because the sort is stable.
     order = torch.argsort((view << 32) - (best >> 32), stable=True)
+    # The first n of each view in this order are merged away, where n is what the plan says for its length.
     rank = torch.arange(best.shape[0], device=best.device) - before[view]
     chosen = rank < (torch.diff(before) - torch.diff(after))[view]
-    joins = torch.empty_like(chosen).scatter(0, order, chosen)
-    row = (~joins).cumsum(0) - 1
-    return Merge(torch.where(joins, row[LOW - (best & LOW)], row), plan.totals[layer + 1])
+    merged = torch.empty_like(chosen).scatter(0, order, chosen)  # [T], back in stream order
+    row = (~merged).cumsum(0) - 1  # [T], the new row of each token that stays
+    return Merge(torch.where(merged, row[LOW - (best & LOW)], row), plan.totals[layer + 1])
 
 
 @torch.library.custom_op("ijepa_enhanced::best_matches", mutates_args=())
 def best_matches(directions: Tensor, tiles: Tensor, start: int, stop: int) -> Tensor:
-    """The best match of every row at an even place of its view: int64 [T].
+    """Return the best match of every even token of a view: int64 [T].
 
-    The upper half orders similarities, the lower half holds the other row as `LOW` minus it: the larger number is the
-    better match, and of equally similar ones that of the lower row. Other rows hold the least similarity and row 0.
+    A match packs two numbers into 64 bits, so that the larger one is the better match. The upper 32 bits order the
+    similarity. The lower 32 bits hold `LOW` minus the row of the odd token, so that ties go to the lower row. Odd
+    tokens hold the least similarity and row 0.
 
     Args:
         directions: float32 [T, K], of length 1 or 0.
-        tiles: int64 [P, 2, 2], see `MergePlan.tiles`.
-        start, stop: which of the tiles. Plain numbers, and all of it one node of a graph: a slice of `tiles`, and the
-            number of rounds, would make other graphs for other packs.
+        tiles: int64 [N, 2, 2], see `MergePlan.tiles`.
+        start, stop: which of the tiles. These are plain numbers, and the loop is a single node of a compiled graph,
+            because a slice of `tiles` or an unrolled loop would compile a new graph for other packs.
     """
-    best = torch.full(directions.shape[:1], LOW - 2**63, device=directions.device)
+    best = torch.full(directions.shape[:1], LOW - 2**63, device=directions.device)  # the least match: row 0
     steps = 2 * torch.arange(TILE, device=directions.device)
     for some in tiles[start:stop].split(TILES_AT_ONCE):
-        # Past a view's end its last row repeats: tiles of one shape add their products in one order, so that equal
-        # tokens are equally similar wherever they lie.
-        rows = torch.minimum(some[:, :, :1] + steps, some[:, :, 1:])
+        # Past the end of a view its last row repeats. All tiles have one shape and thus one order of summation, so
+        # equal tokens are equally similar wherever they lie.
+        rows = torch.minimum(some[:, :, :1] + steps, some[:, :, 1:])  # [N, 2, TILE]
         even, odd = directions.index_select(0, rows.flatten()).view(*rows.shape, directions.shape[1]).unbind(1)
         with torch.autocast(directions.device.type, enabled=False):
-            similarity, place = torch.bmm(even, odd.transpose(1, 2)).max(dim=2)  # the first of equals
+            similarity, column = torch.bmm(even, odd.transpose(1, 2)).max(dim=2)  # [N, TILE], the first of equals
+        # The bits of floats, read as integers, sort as the floats do once the negative ones are mirrored.
         bits = similarity.view(torch.int32)
-        ordered = (bits ^ (bits >> 31 & LOW)).long()  # as floats are, once the negative ones are mirrored
-        matches = (ordered << 32) + (LOW - rows[:, 1].gather(1, place))
+        ordered = (bits ^ (bits >> 31 & LOW)).long()
+        matches = (ordered << 32) + (LOW - rows[:, 1].gather(1, column))
+        # An even token of a long view is in several tiles: keep the best of its matches.
         best.scatter_reduce_(0, rows[:, 0].flatten(), matches.flatten(), "amax")
     return best
 
@@ -86,31 +90,31 @@ def _(directions: Tensor, tiles: Tensor, start: int, stop: int) -> Tensor:
 
 
 def merge(x: Tensor, sizes: Tensor, merging: Merge) -> tuple[Tensor, Tensor]:
-    """The size-weighted mean of the rows that become one; a row that stays alone is not changed by a bit.
+    """Replace the rows that merge by their size-weighted mean. A row that does not merge keeps its exact bits.
 
-    Summed in float32 at least. On CUDA the order of three or more rows is fixed only under
+    Sums are at least float32. On CUDA, the order in which three or more rows are summed is deterministic only under
     `torch.use_deterministic_algorithms`.
 
     Args:
         x: [T, D] features, which get a gradient, or positions.
-        sizes: float32 [T]: how many patches each row stands for.
-        merging: from `match`, or several of them in `chain`.
+        sizes: float32 [T]: patches that each row stands for.
+        merging: from `match`, or several merges joined by `chain`.
 
     Returns:
-        [T', D], of x's type or, for whole numbers, float32; and the sizes float32 [T'].
+        Merged rows [T', D], of the type of `x`, or float32 if `x` holds integers; and their sizes, float32 [T'].
     """
     origin, rows = merging
-    total = sizes.new_zeros(rows).index_add_(0, origin, sizes)
-    shares = x * (sizes / total[origin])[:, None]
+    total = sizes.new_zeros(rows).index_add_(0, origin, sizes)  # [T']
+    shares = x * (sizes / total[origin])[:, None]  # weights of 1 for rows that do not merge
     mean = shares.new_zeros(rows, x.shape[1]).index_add_(0, origin, shares)
     return mean.to(x.dtype) if x.is_floating_point() else mean, total
 
 
 def unmerge(x: Tensor, merging: Merge) -> Tensor:
-    """Every row of the stream before merging gets what holds it: [T', ...] -> [T, ...]."""
+    """Give every row of the stream before merging the value of the row that holds it: [T', ...] -> [T, ...]."""
     return x[merging.origin]
 
 
 def chain(first: Merge, then: Merge) -> Merge:
-    """Two layers' merges as one: of `first`'s stream into that of `then`."""
+    """Join the merges of two layers into one, from the input of `first` to the output of `then`."""
     return Merge(then.origin[first.origin], then.rows)

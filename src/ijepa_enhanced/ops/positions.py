@@ -1,4 +1,4 @@
-"""Where a token lies in its view's grid, as vectors."""
+"""Position embeddings: from the row and column of a token in its view's grid to a vector."""
 
 import dataclasses
 
@@ -9,30 +9,33 @@ from ijepa_enhanced.packed import Packed, segment_ids
 
 
 def axis_coordinates(positions: Tensor, extents: Tensor, size: int) -> Tensor:
-    """Return coordinates on a table of `size` entries of one axis: float32 [T].
+    """Return the coordinates of tokens on a table of `size` entries, along one axis: float32 [T].
 
-    A grid no longer than the table is indexed as it is; a longer one is squeezed evenly onto it, which is linear
-    interpolation of the table per axis (NaViT, arXiv 2307.06304, section 2.1).
+    A grid no longer than the table keeps its positions. A longer grid is squeezed evenly onto the table, so that the
+    table is interpolated linearly, axis by axis (NaViT, arXiv 2307.06304, section 2.1).
 
     Args:
-        positions: [T] row (or column) of each token, whole or fractional.
-        extents: [T] rows (or columns) of the grid that each token belongs to.
+        positions: [T] row (or column) of each token; may be fractional.
+        extents: [T] rows (or columns) of each token's grid.
         size: entries of the table.
     """
+    # The last position, extent - 1, lands on the last entry, size - 1. The first clamp avoids a division by zero, the
+    # second leaves short grids as they are.
     squeeze = ((size - 1) / (extents - 1).clamp(min=1)).clamp(max=1.0)
     return positions * squeeze
 
 
 def within_grid(packed: Packed, longest: tuple[int, int]) -> Packed:
-    """Place the tokens of views with more than `longest` rows or columns evenly on a grid of that size.
+    """Squeeze the positions of views with more than `longest` rows or columns evenly onto a grid of that size.
 
-    A network was trained on positions up to the longest grid that it was shown; those beyond are as they were drawn.
-    Grids that are not longer keep their positions bit for bit.
+    A network learns the positions of the longest grid that it is trained on. Those beyond it stay as initialized.
+    Shorter grids keep the exact bits of their positions.
 
     Args:
         packed: any stream.
-        longest: rows and columns.
+        longest: rows and columns of the longest grid of training.
     """
+    # [T, 2]: the grid of each token.
     extents = packed.grids[segment_ids(packed.segments.cu_seqlens, packed.positions.shape[0])]
     places = [axis_coordinates(packed.positions[:, axis], extents[:, axis], longest[axis]) for axis in (0, 1)]
     grids = [packed.grids[:, axis].clamp(max=longest[axis]) for axis in (0, 1)]
@@ -40,31 +43,31 @@ def within_grid(packed: Packed, longest: tuple[int, int]) -> Packed:
 
 
 def interpolation_weights(coordinates: Tensor, size: int) -> Tensor:
-    """Linear interpolation as a matrix: [T] -> float32 [T, size], rows sum to 1 on [0, size - 1].
+    """Return linear interpolation as a matrix: [T] -> float32 [T, size]; rows sum to 1 on [0, size - 1].
 
-    `weights @ table` reads a table at fractional places, and its gradient is a matrix product too:
-    deterministic and free of scattered additions.
+    `weights @ table` reads a table at fractional coordinates. Its gradient is a matrix product too, which is
+    deterministic and needs no scattered additions.
     """
     entries = torch.arange(size, device=coordinates.device, dtype=torch.float32)
     return (1.0 - (coordinates.float()[:, None] - entries).abs()).clamp(min=0.0)
 
 
 def sincos_2d(rows: Tensor, cols: Tensor, width: int) -> Tensor:
-    """2-D sine-cosine positions: float32 [T, width].
+    """Return 2-D sine-cosine positions: float32 [T, width].
 
-    The first half encodes the column, the second the row; each is sin(w x) then cos(w x) with frequencies
-    w = 10000 ** (-2 i / (width / 2)). The order and the base are those of MAE (arXiv 2111.06377) and of I-JEPA's
-    released weights.
+    The first half of the channels encodes the column and the second half the row. Each half is sin(w x), then cos(w x),
+    with frequencies w = 10000 ** (-2 i / (width / 2)). Order and base are those of MAE (arXiv 2111.06377) and of
+    I-JEPA's released weights.
 
     Args:
-        rows, cols: [T] coordinates, whole or fractional.
+        rows, cols: [T] coordinates; may be fractional.
         width: D, a multiple of 4.
 
     Raises:
-        ValueError: width is not a multiple of 4.
+        ValueError: `width` is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"2-D sine-cosine positions need a width that is a multiple of 4, not {width}.")
     frequencies = 10000.0 ** -(torch.arange(width // 4, device=rows.device, dtype=torch.float32) / (width // 4))
-    angles = [axis.float()[:, None] * frequencies for axis in (cols, rows)]
+    angles = [axis.float()[:, None] * frequencies for axis in (cols, rows)]  # [T, D / 4] each
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)

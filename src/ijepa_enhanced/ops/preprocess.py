@@ -1,4 +1,4 @@
-"""From the bytes of a packed stream to what a network sees."""
+"""Preprocessing on the device: from uint8 patches to the normalized patches that a network takes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ijepa_enhanced.packed import Packed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""ImageNet's statistics on [0, 1], the field's convention, so that imported weights see what they were trained on."""
+"""Statistics of ImageNet's channels on [0, 1]: the convention of the field, and what released weights expect."""
 
 
 class Normalize(nn.Module):
-    """Shift and scale uint8 patches to the statistics of a data set.
+    """Normalization of uint8 patches by the mean and standard deviation of each channel.
 
     Args:
-        mean, std: of each of C channels, on [0, 1].
+        mean, std: C values each, for pixel values on [0, 1].
         patch_size: P.
     """
 
@@ -28,10 +28,11 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float], patch_size: int) -> None:
         super().__init__()
         deviation = torch.tensor(std)
-        # Buffers, so that they move to the device once and not with every pack.
+        # (x / 255 - mean) / std as one multiplication and one addition. Channels vary fastest within a patch.
+        # Buffers move to the device once, with the module, instead of with every pack.
         self.register_buffer("scale", (1 / (255 * deviation)).repeat(patch_size**2), persistent=False)
         self.register_buffer("shift", (-torch.tensor(mean) / deviation).repeat(patch_size**2), persistent=False)
 
     def forward(self, packed: Packed) -> Packed:
-        """uint8 patches [T, P * P * C] -> floating-point patches of the same shape."""
+        """Normalize uint8 patches [T, P * P * C] into floating-point patches of the same shape."""
         return packed.with_values(packed.values * self.scale + self.shift)
