@@ -1,1 +1,1 @@
-"""Networks over packed streams; weights in and out."""
+"""Networks over packed streams."""

@@ -1,4 +1,4 @@
-"""What the encoder and the predictor are made of: pre-norm transformer blocks over packed streams, and positions."""
+"""Building blocks of the encoder and the predictor: pre-norm transformer blocks over packed streams, and positions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,11 +20,11 @@ LAYER_NORM_EPS = 1e-6
 
 
 class FeedForward(nn.Module):
-    """The second half of a pre-norm transformer block (ViT, arXiv 2010.11929, section 3.1).
+    """The second half of a pre-norm transformer block (ViT, arXiv 2010.11929, section 3.1): LayerNorm and MLP.
 
     Args:
         width: D.
-        hidden: width of the MLP between its two layers.
+        hidden: width of the MLP's hidden layer.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def transform(self, x: Tensor) -> Tensor:
-        """Each token for itself: [T, D] -> [T, D]."""
+        """Transform each token on its own, with a residual connection: [T, D] -> [T, D]."""
         transformed: Tensor = self.fc2(self.fc1(self.norm2(x), gelu=True))
         return x + transformed
 
@@ -44,8 +44,8 @@ class Block(FeedForward):
 
     Args:
         width: D.
-        heads: H, which divides D.
-        hidden: width of the MLP between its two layers.
+        heads: H, a divisor of D.
+        hidden: width of the MLP's hidden layer.
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -58,33 +58,37 @@ class Block(FeedForward):
     def forward(
         self, x: Tensor, segments: Segments, sizes: Tensor | None = None, plan: MergePlan | None = None, layer: int = 0
     ) -> tuple[Tensor, Tensor | None, Merge | None]:
-        """Attend, merge what the plan says, and transform each token.
+        """Attend, merge the tokens that the plan says, and transform each token.
 
-        Tokens are merged between attention and MLP by their keys averaged over heads (ToMe, arXiv 2210.09461,
-        section 3).
+        Merging comes between attention and MLP. Tokens are compared by their keys, averaged over heads (ToMe,
+        arXiv 2210.09461, section 3).
 
         Args:
-            x: [T, D], and pad rows after them on a CPU (`ops.linear.pad_rows`).
-            segments: the views of the T tokens.
-            sizes: float32 [T], how many patches each token stands for; None: one each.
-            plan: None: nothing merges.
+            x: [T, D], followed by pad rows on a CPU (`ops.linear.pad_rows`).
+            segments: of the T tokens.
+            sizes: float32 [T], patches that each token stands for; None: one each.
+            plan: the merge plan; None: nothing merges.
             layer: number of this block in the plan.
 
         Returns:
-            [T', D] with its pad rows; the sizes of the T' tokens, None while all are 1; what merged, None if nothing.
+            [T', D], followed by pad rows; the sizes of the T' tokens, or None if all are 1; and the merges of this
+            block, or None if it merges nothing.
         """
         x, keys = self.attend(x, segments, sizes)
         if plan is None or not plan.active[layer]:
             return self.transform(x), sizes, None
-        tokens = plan.totals[layer]
+        tokens = plan.totals[layer]  # without pad rows, which must not merge
         merging = match(keys[:tokens].mean(dim=1, dtype=torch.float32), plan, layer)
         sizes = x.new_ones(tokens, dtype=torch.float32) if sizes is None else sizes
         x, sizes = merge(x[:tokens], sizes, merging)
         return self.transform(pad_rows(x)), sizes, merging
 
     def attend(self, x: Tensor, segments: Segments, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The first half: [T, D] -> [T, D], and the keys of all tokens [T, H, K]; `sizes` as for `attention`."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
+        """Run the first half of the block: [T, D] -> [T, D]. Return also the keys of all tokens, [T, H, K].
+
+        `sizes` is that of `ops.attention.attention`.
+        """
+        q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # [T, H, K] each
         return x + self.proj(attention(q, k, v, segments, sizes).flatten(1)), k
 
 
@@ -93,8 +97,8 @@ class CrossBlock(FeedForward):
 
     Args:
         width: D.
-        heads: H, which divides D.
-        hidden: width of the MLP between its two layers.
+        heads: H, a divisor of D.
+        hidden: width of the MLP's hidden layer.
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -107,7 +111,7 @@ class CrossBlock(FeedForward):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments, context: Tensor, context_segments: Segments) -> Tensor:
-        """[T, D] and what each segment of it attends to [S, D] -> [T, D]."""
+        """Let `x` [T, D] attend to `context` [S, D], segment by segment, and transform each token: -> [T, D]."""
         q = self.q(self.norm1(x)).unflatten(1, (self.heads, -1))
         k, v = self.kv(self.norm_context(context)).unflatten(1, (2, self.heads, -1)).unbind(1)
         mixed = attention(q, k, v, segments, keys=context_segments)
@@ -120,8 +124,8 @@ class Blocks(nn.Module):
     Args:
         width: D.
         depth: number of blocks.
-        heads: H, which divides D.
-        mlp_ratio: width of the MLPs' hidden layer over D.
+        heads: H, a divisor of D.
+        mlp_ratio: width of the MLPs' hidden layer, divided by D.
     """
 
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
@@ -129,23 +133,23 @@ class Blocks(nn.Module):
         self.layers = nn.ModuleList(Block(width, heads, round(width * mlp_ratio)) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.recompute = False
-        """Whether the backward pass computes what is inside a block again, of which then only the input [T, D] is kept
+        """Whether the backward pass recomputes the activations inside a block, so that only its input [T, D] is stored
         (activation checkpointing, arXiv 1604.06174)."""
 
     def forward(
         self, x: Tensor, segments: Segments, plan: MergePlan | None = None, count: int = 1
     ) -> tuple[list[Tensor], list[Merge | None]]:
-        """Run all blocks on [T, D].
+        """Run all blocks.
 
         Args:
             x: [T, D].
-            segments: the views of the T tokens.
-            plan: what merges in each block; None: nothing.
-            count: how many blocks' outputs to return; all of them if there are fewer.
+            segments: of the T tokens.
+            plan: the merge plan; None: nothing merges.
+            count: number of last blocks whose outputs to return; all outputs if there are fewer blocks.
 
         Returns:
             The outputs of the last `count` blocks after the final LayerNorm, [T', D] each, where T' shrinks as tokens
-            merge; and what each block merged, None for those that merge nothing.
+            merge; and the merges of each block, None for blocks that merge nothing.
         """
         tokens, sizes = len(x), None
         x = pad_rows(x)
@@ -154,11 +158,12 @@ class Blocks(nn.Module):
         for number, block in enumerate(self.layers):
             call: Callable[..., Any] = block
             if self.recompute and torch.is_grad_enabled():
+                # There is no dropout, so no state of the random generator to restore.
                 call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             x, sizes, merging = call(x, segments, sizes, plan, number)
             merges.append(merging)
             if plan is not None:
-                # A host-side number of the plan, not len(x): on a CPU pad rows follow the tokens.
+                # The plan's host-side number and not len(x), because pad rows follow the tokens on a CPU.
                 segments, tokens = plan.segments[number + 1], plan.totals[number + 1]
             if number >= len(self.layers) - count:
                 outputs.append(self.norm(x)[:tokens])
@@ -166,11 +171,11 @@ class Blocks(nn.Module):
 
 
 class FactorizedPositions(nn.Module):
-    """A learnable table for rows and one for columns, added (NaViT, arXiv 2307.06304, section 2.1).
+    """The sum of a learnable table for rows and one for columns (NaViT, arXiv 2307.06304, section 2.1).
 
     Args:
         width: D, a multiple of 4.
-        size: entries of each table; a grid longer than that is interpolated, axis by axis.
+        size: entries of each table. For longer grids, the table is interpolated.
     """
 
     def __init__(self, width: int, size: int) -> None:
@@ -180,10 +185,10 @@ class FactorizedPositions(nn.Module):
         self.cols = nn.Parameter(torch.empty(size, width))
 
     def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[T, 2] positions in grids [V, 2] -> [T, D]."""
+        """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
         coordinates = _coordinates(positions, grids, cu_seqlens, self.size)
-        rows, cols = (interpolation_weights(axis, self.size) for axis in coordinates)
-        # In float32 at least, under autocast too: the residual stream starts here and keeps this precision.
+        rows, cols = (interpolation_weights(axis, self.size) for axis in coordinates)  # [T, size] each
+        # At least float32, under autocast too: the residual stream starts here and keeps this precision.
         dtype = torch.promote_types(torch.float32, self.rows.dtype)
         with torch.autocast(rows.device.type, enabled=False):
             return rows.to(dtype) @ self.rows.to(dtype) + cols.to(dtype) @ self.cols.to(dtype)
@@ -194,7 +199,7 @@ class SinCosPositions(nn.Module):
 
     Args:
         width: D, a multiple of 4.
-        size: rows and columns of the grid the weights were trained on; a longer grid is squeezed onto it.
+        size: rows and columns of the grid that the weights were trained on. Longer grids are squeezed onto it.
     """
 
     def __init__(self, width: int, size: int) -> None:
@@ -203,23 +208,25 @@ class SinCosPositions(nn.Module):
         self.size = size
 
     def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[T, 2] positions in grids [V, 2] -> [T, D]."""
+        """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
         return sincos_2d(*_coordinates(positions, grids, cu_seqlens, self.size), self.width)
 
 
 def _coordinates(positions: Tensor, grids: Tensor, cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    extents = grids[segment_ids(cu_seqlens, positions.shape[0])]
+    """Return the row and the column of every token on a table of `size` entries: float32 [T] each."""
+    extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
     rows, cols = (axis_coordinates(positions[:, axis], extents[:, axis], size) for axis in range(2))
     return rows, cols
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """I-JEPA's initialisation: truncated normal of deviation 0.02, zero biases.
+    """Initialize weights as I-JEPA does: truncated normal with a standard deviation of 0.02, zero biases.
 
-    The two layers that write into the residual stream are divided by sqrt(2 * layer) (I-JEPA's code,
-    after BEiT, arXiv 2106.08254, section 2.5). Learnable positions start as I-JEPA's fixed ones: from small random
-    numbers, mask tokens of different places are nearly alike, and learning stalls (docs/log.md, 2026-11-24).
+    The two layers of a block that write into the residual stream are divided by sqrt(2 * layer) (I-JEPA's code, after
+    BEiT, arXiv 2106.08254, section 2.5). Learnable positions start as I-JEPA's fixed ones. If they started as small
+    random numbers, mask tokens at different positions would be almost equal, and learning would stall (docs/log.md,
+    2026-11-24).
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -228,10 +235,12 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, FactorizedPositions):
             entries = torch.arange(part.size)
-            waves = sincos_2d(entries, entries, part.rows.shape[1])
+            waves = sincos_2d(entries, entries, part.rows.shape[1])  # [size, D]
+            # Each table holds its half of the channels and 0 in the other, so that their sum is the fixed embedding.
             encodes_column = torch.arange(waves.shape[1]) < waves.shape[1] // 2
             part.cols.copy_(waves * encodes_column)
             part.rows.copy_(waves * ~encodes_column)
+    # After the loop above, which sets the weights that are divided here.
     for part in module.modules():
         if isinstance(part, nn.ModuleList):
             for number, layer in enumerate(part, start=1):

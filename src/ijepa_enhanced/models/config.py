@@ -1,4 +1,4 @@
-"""The configuration of the networks."""
+"""Configuration of the networks."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class EncoderConfig:
 
     @property
     def shape(self) -> Variant:
-        """The size of the variant, with the configured depth."""
+        """Return the size of the variant, with `depth` if it is set."""
         variant = VARIANTS[self.variant]
         return dataclasses.replace(variant, depth=self.depth or variant.depth)
 
 
 HEAD_MULTIPLE = 8
-"""FlashAttention needs a head width that is a multiple of it."""
+"""FlashAttention needs a head width that is a multiple of this."""
 
 
 @dataclass(frozen=True)

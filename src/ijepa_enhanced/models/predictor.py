@@ -1,4 +1,4 @@
-"""The predictor: from the context's features to those of the hidden tokens."""
+"""The predictor: from the features of the context to the features of the target tokens."""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,16 @@ from ijepa_enhanced.packed import Packed
 
 
 class Predictor(nn.Module):
-    """A narrow transformer that is asked for the features at some positions (I-JEPA, arXiv 2301.08243, section 3).
+    """A narrow transformer that predicts the features at given positions (I-JEPA, arXiv 2301.08243, section 3).
 
-    Mask tokens attend to the context of their view alone (CrossMAE, arXiv 2401.14391): they hold nothing but their own
-    position, so they have nothing to tell each other. A position's answer is the same whichever others are asked for,
-    and the context is read once for all of them.
+    Mask tokens attend only to the context of their view (CrossMAE, arXiv 2401.14391). They do not attend to each other,
+    because a mask token holds nothing but its position. So the prediction at a position does not depend on which others
+    are predicted, and the context is processed once for all of them.
 
     Args:
-        config: its size.
-        encoder_width: D, the width of what it reads and of what it predicts.
-        max_grid: entries of each axis's position table.
+        config: size of the predictor.
+        encoder_width: D, width of the features that it reads and predicts.
+        max_grid: entries of the position table of each axis.
     """
 
     def __init__(self, config: PredictorConfig, encoder_width: int, max_grid: int) -> None:
@@ -35,15 +35,17 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, features: Tensor, context: Packed, targets: Packed) -> Tensor:
-        """The student's features [Tc, D] of the context's tokens -> predicted features [Tq, D] of the targets' tokens.
+        """Return the predicted features [Tq, D] of the target tokens.
 
-        Of the streams `context` and `targets`, of the same V views, only places are read.
+        Args:
+            features: [Tc, D], the student's features of the context tokens.
+            context, targets: streams of the same V views, whose positions are read and whose values are not.
         """
-        seen = self.embed(pad_rows(features)) + pad_rows(self._places(context))
-        x = pad_rows(self.mask_token + self._places(targets))
+        seen = self.embed(pad_rows(features)) + pad_rows(self._positions_of(context))  # [Tc, W]
+        x = pad_rows(self.mask_token + self._positions_of(targets))  # [Tq, W]
         for layer in self.layers:
             x = layer(x, targets.segments, seen, context.segments)
-        return self.head(self.norm(x))[: len(targets.positions)]
+        return self.head(self.norm(x))[: len(targets.positions)]  # without pad rows
 
-    def _places(self, stream: Packed) -> Tensor:
+    def _positions_of(self, stream: Packed) -> Tensor:
         return self.positions(stream.positions, stream.grids, stream.segments.cu_seqlens)

@@ -1,4 +1,4 @@
-"""The encoder's sizes, by the field's names."""
+"""Sizes of the Vision Transformer, by their usual names."""
 
 from dataclasses import dataclass
 

@@ -17,14 +17,14 @@ from ijepa_enhanced.packed import Packed
 CHANNELS = 3
 
 PATCH_MLP_RATIO = 2
-"""Width of the hidden layer of a patch embedding over D, the only one measured (docs/recipe.md)."""
+"""Width of the hidden layer of `PatchMLP`, divided by D: the only ratio measured (docs/recipe.md)."""
 
 
 class PatchMLP(nn.Module):
-    """A patch embedding with a hidden layer.
+    """A patch embedding with one hidden layer.
 
     Args:
-        pixels: values of a patch.
+        pixels: values in a patch, P * P * C.
         width: D.
     """
 
@@ -34,12 +34,16 @@ class PatchMLP(nn.Module):
         self.out = Linear(PATCH_MLP_RATIO * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, P * P * C] -> [T, D]."""
+        """Embed patches: [T, P * P * C] -> [T, D]."""
         return self.out(self.hidden(x, gelu=True))
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer (arXiv 2010.11929) without class token, over a packed stream of normalized patches."""
+    """A Vision Transformer (arXiv 2010.11929) without class token, over a packed stream of normalized patches.
+
+    Args:
+        config: the architecture.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -52,42 +56,44 @@ class VisionTransformer(nn.Module):
         self.blocks = Blocks(shape.width, shape.depth, shape.heads, shape.mlp_ratio)
         init_weights(self)
         if isinstance(self.patch_embed, PatchMLP):
-            # He's (arXiv 1502.01852): with deviations of 0.02 it would start where GELU is nearly linear.
+            # He initialization (arXiv 1502.01852): with a standard deviation of 0.02, the layer would start where GELU
+            # is almost linear.
             nn.init.kaiming_normal_(self.patch_embed.hidden.weight, nonlinearity="relu")
 
     @property
     def width(self) -> int:
-        """D, the width of a feature."""
+        """Return D, the width of a feature."""
         return self.config.shape.width
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
+        """Return the data type of the weights."""
         return self.blocks.norm.weight.dtype
 
     def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
-        """Normalized patches [T, P * P * C] -> features [T, D] after the last LayerNorm.
+        """Return the features [T, D], after the final LayerNorm, of normalized patches [T, P * P * C].
 
-        With a plan, tokens merge on the way. Each patch then gets the feature of the token that holds it, so that a
-        mean over patches weighs tokens by their sizes, and targets, maps and pooling need no code for merging.
+        With a plan, tokens merge on the way, and each patch gets the feature of the token that holds it. So a mean over
+        patches weighs tokens by their sizes, and targets, maps and pooling need no code for merging.
         """
         return self.last_layers(packed, plan, count=1)[0]
 
     def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
-        """Return the outputs of the last `count` blocks, [T, D] each, each as `forward` returns that of the last."""
+        """Return the outputs of the last `count` blocks, [T, D] each; the last one is the result of `forward`."""
         outputs, merges = self.tokens(packed, plan, count)
+        # For each output, which token holds each patch.
         to_patches = patches_to_tokens(merges)[-len(outputs) :]
         return [x if merge is None else unmerge(x, merge) for x, merge in zip(outputs, to_patches, strict=True)]
 
     def tokens(self, packed: Packed, plan: MergePlan | None, count: int = 1) -> tuple[list[Tensor], list[Merge | None]]:
-        """Return the tokens that patches merged into, and what each block merged; see `Blocks.forward`."""
-        x = self.patch_embed(pad_rows(packed.values.to(self.dtype)))[: len(packed.values)]
+        """Return the merged tokens after each of the last `count` blocks, and the merges; see `Blocks.forward`."""
+        x = self.patch_embed(pad_rows(packed.values.to(self.dtype)))[: len(packed.values)]  # [T, D]
         x = x + self.positions(packed.positions, packed.grids, packed.segments.cu_seqlens).to(self.dtype)
         return self.blocks(x, packed.segments, plan, count)
 
 
 def patches_to_tokens(merges: list[Merge | None]) -> list[Merge | None]:
-    """Chain the merges of all blocks: after each block, which token holds each patch; None while none has merged."""
+    """Return which token holds each patch after each block, or None for blocks before the first merge."""
 
     def joined(before: Merge | None, merge: Merge | None) -> Merge | None:
         return merge if before is None else before if merge is None else chain(before, merge)

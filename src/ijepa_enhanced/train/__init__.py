@@ -1,1 +1,1 @@
-"""The run: loop, optimizer, checkpoints, logs."""
+"""Training: the loop, its state, checkpoints, logs and monitoring."""

@@ -1,6 +1,6 @@
-"""Checkpoints: `torch.distributed.checkpoint` as safetensors into a temporary folder, flushed to disk, then renamed.
+"""Checkpoints: written by `torch.distributed.checkpoint` as safetensors, and atomic.
 
-Safetensors holds numbers alone, so loading a checkpoint, whoever wrote it, executes nothing.
+Safetensors files hold numbers only, so loading a checkpoint never executes code, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -25,37 +25,45 @@ from torch.optim import Optimizer
 from ijepa_enhanced.errors import CheckpointError
 
 KEPT = 2
-"""Newest checkpoints kept: one more than needed, in case the disk block of the last one goes bad."""
+"""How many of the newest checkpoints are kept: one more than needed, in case the last one is damaged on disk."""
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-"""One tensor for each moment, by the name of its parameter, as safetensors wants them."""
+"""One tensor for each moment, named after its parameter, because safetensors has no nested dictionaries."""
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
-    """Write `folder/step-NNNNNNNN` with the model, the optimizer and `progress` (JSON), and drop all but the newest.
+    """Write the checkpoint `folder/step-NNNNNNNN`, delete all but the `KEPT` newest, and return its path.
 
-    Nothing under its final name is ever incomplete: everything is written beside it, flushed and renamed. A checkpoint
-    of that step that is already there stays as it is.
+    A folder of that name is never incomplete: it is written under a temporary name, flushed to disk and renamed. If the
+    checkpoint of this step already exists, it stays as it is.
+
+    Args:
+        folder: of the run's checkpoints.
+        step: steps done.
+        model, optimizer: their weights and moments are saved.
+        progress: what else to save, as JSON; see `read_progress`.
 
     Raises:
-        CheckpointError: it cannot be written, say because the disk is full; the previous checkpoints are untouched.
+        CheckpointError: the checkpoint cannot be written, for example because the disk is full. The previous
+            checkpoints are untouched.
     """
     final = folder / f"step-{step:08d}"
     if final.exists():
         return final
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
         partial.mkdir(parents=True)
         with _single_process():
             writer = HuggingFaceStorageWriter(str(partial))
             state_dict_saver.save(_tensors(model, optimizer), storage_writer=writer, no_dist=True)
         (partial / "progress.json").write_text(json.dumps(progress))
+        # The files first, then the folder that names them: after a power cut, a renamed folder must have its contents.
         for written in (*partial.iterdir(), partial):
             _flush(written)
         partial.rename(final)
         _flush(folder)
     except (OSError, CheckpointException, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # frees the disk
         kept = latest_checkpoint(folder)
         survivor = f"The previous one, {kept}, is intact." if kept else "There is no earlier one."
         raise CheckpointError(f"Could not save checkpoint {final}: {_reason(error)}. {survivor}") from error
@@ -70,10 +78,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """Return what `save_checkpoint` was given as `progress`.
+    """Return the `progress` that `save_checkpoint` was given.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     try:
         progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
@@ -83,10 +91,10 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load weights and moments in place.
+    """Load weights and moments into `model` and `optimizer`, in place.
 
     Raises:
-        CheckpointError: it is damaged, of another architecture, or of an older version.
+        CheckpointError: the checkpoint is damaged, of another architecture, or of an older version.
     """
     if not any(checkpoint.glob("*.safetensors")):
         raise CheckpointError(
@@ -98,6 +106,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
             state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
         raise _unreadable(checkpoint, error) from error
+    # The loaded tensors go back into the nested form; what is not a tensor keeps its current value.
     weights, moments = _state(model, optimizer)
     for name, value in tensors.items():
         kind, _, name = name.partition(".")
@@ -106,9 +115,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return weights as `model.NAME` and moments as `optimizer.state.NAME.KIND`.
+    """Return the weights as `model.NAME` and the moments as `optimizer.state.NAME.KIND`.
 
-    Learning rate and weight decay are no part of it: the schedules set them at every step.
+    Learning rate and weight decay are left out, because the schedules set them at every step.
     """
     weights, moments = _state(model, optimizer)
     named = [("model", *item) for item in weights.items()] + [("optimizer", *item) for item in moments.items()]
@@ -116,23 +125,26 @@ def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state dictionaries of the model and of the optimizer."""
     weights, moments = get_state_dict(model, optimizer, options=FLAT)
     return dict(weights), dict(moments)
 
 
 @contextmanager
 def _single_process() -> Iterator[None]:
-    """Hide PyTorch's warning that there is no process group, which is what `no_dist` asks for."""
+    """Hide PyTorch's warning that there is no process group, since `no_dist` asks for none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    """Return the complete checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*"))  # the step has leading zeros, so names sort by step
 
 
 def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -141,15 +153,16 @@ def _flush(path: Path) -> None:
 
 
 def _unreadable(checkpoint: Path, error: BaseException) -> CheckpointError:
+    """Return the error of a damaged checkpoint, with the one to go back to."""
     others = [path for path in _checkpoints(checkpoint.parent) if path != checkpoint]
     way_out = f"Delete it to resume from {others[-1]}." if others else "There is no other one."
     return CheckpointError(f"Could not read checkpoint {checkpoint}: {_reason(error)}. {way_out}")
 
 
 def _reason(error: BaseException) -> str:
-    """Return the operating system's words, which PyTorch wraps in its own."""
+    """Return the message of the operating system, which PyTorch wraps in its own errors."""
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+        error = next(iter(error.failures.values()))[0]  # one failure per rank, and there is one rank
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""A run's logs: JSON lines, TensorBoard where it is installed, and a progress bar."""
+"""Logs of a run: JSON lines, TensorBoard if it is installed, and a progress bar."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ except ImportError:  # comes with the extra `plots`
     SummaryWriter = None  # type: ignore[assignment, misc]
 
 PLAIN_SECONDS = 10.0
-"""Where stderr is no terminal, a line of progress at most this often."""
+"""Seconds between lines of progress when stderr is not a terminal."""
 
 
 class RunLog:
-    """Appends to `log.jsonl` and to TensorBoard.
+    """The log of a run: it appends lines to `log.jsonl` and values to TensorBoard.
 
     Args:
-        folder: the run's.
-        step: the first step that will be logged; TensorBoard hides what it has from there on.
-        offset: bytes of `log.jsonl` that the checkpoint vouches for; what lies beyond is cut off, since the steps
-            after the checkpoint are run again.
+        folder: of the run.
+        step: steps done. TensorBoard hides older values of later steps.
+        offset: length of `log.jsonl`, in bytes, when the checkpoint was saved. The rest is cut off, because those steps
+            run again.
     """
 
     def __init__(self, folder: Path, step: int, offset: int) -> None:
@@ -38,15 +38,15 @@ class RunLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step) if SummaryWriter else None  # type: ignore[truthy-function]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line: the step and its values."""
+        """Write one line: the step and its values."""
         self.file.write(json.dumps({"step": step, **values}).encode() + b"\n")
-        self.file.flush()
+        self.file.flush()  # so that a reader sees the line now
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
 
     def sync(self) -> int:
-        """Flush to the disk; the log's length in bytes."""
+        """Flush the log to disk, and return its length in bytes."""
         os.fsync(self.file.fileno())
         if self.board:
             self.board.flush()
@@ -62,19 +62,24 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `log.jsonl`."""
+    """Return the lines of a run's `log.jsonl`."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 class ProgressBar:
-    """Where a run stands, on stderr: a bar on a terminal, a line now and then elsewhere."""
+    """Progress of a run, on stderr: a bar on a terminal, else a line every `PLAIN_SECONDS`.
+
+    Args:
+        total: steps of the run.
+        done: steps done before this process started.
+    """
 
     def __init__(self, total: int, done: int) -> None:
         self.total = total
         self.started, self.start = time.monotonic(), done
         self.last_line = self.started
         console = Console(file=sys.stderr)
-        text = TextColumn("{task.description}", table_column=Column(ratio=1))  # wraps where a terminal is narrow
+        text = TextColumn("{task.description}", table_column=Column(ratio=1))  # wraps on a narrow terminal
         self.bar = Progress(
             MofNCompleteColumn(), BarColumn(10), text, TimeRemainingColumn(), console=console, expand=True
         )
@@ -82,10 +87,11 @@ class ProgressBar:
         self.plain = not console.is_terminal
 
     def update(self, done: int, text: str) -> None:
-        """`done` steps are done; `text` says how it goes."""
+        """Show that `done` steps are done, and a `text` with losses and rates."""
         self.bar.update(self.task, completed=done, description=text)
         now = time.monotonic()
         if self.plain and (now - self.last_line >= PLAIN_SECONDS or done == self.total):
+            # Seconds per step of this process, not counting the steps before it resumed.
             left = (now - self.started) / max(1, done - self.start) * (self.total - done)
             print(f"{done}/{self.total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
             self.last_line = now
