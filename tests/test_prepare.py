@@ -72,8 +72,8 @@ def test_check(place, capsys):
 
 
 REFUSED = {
-    "prepare photos": "Missing: out.",
-    "prepare": "Missing: source.",
+    "prepare photos": "OUT is missing: name the folder for the shards after the source.",
+    "prepare": "The following arguments are required: SOURCE. `ijepa prepare --help` lists what it accepts.",
     "prepare done new --check": "--check takes one folder, the one that was prepared.",
     "prepare photos --check": "photos was not made by ijepa prepare: it has no manifest.json.",
     "prepare nope --check": "nope was not made by ijepa prepare: it has no manifest.json.",
@@ -81,7 +81,7 @@ REFUSED = {
     "prepare photos done --quality 80": (
         "done was prepared with quality 90, not 80. Name another folder, or delete this one."
     ),
-    "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
+    "prepare photos new --quality 101": "--quality must be at most 100, not 101.",
     "prepare photos new --max-resolution 0": "--max-resolution must be at least 1, not 0.",
     "prepare photos new --workers -1": "--workers must be at least 0, not -1.",
     "prepare photos new --shard-size 0": "--shard-size must be at least 1, not 0.",

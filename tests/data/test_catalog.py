@@ -271,7 +271,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning(folder, cache, caplog):
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, cache, disk_of, caplog):
-    with disk_of(100):
+    with disk_of(1000):  # the log of the tests may lie on a disk too
         assert len(open_catalog(FolderSource(folder)).rows) == 3
     assert files(cache) == []
     assert "File too large" in caplog.text
