@@ -49,7 +49,7 @@ CPU_TOKENS = 4096
 
 FAR = (0.5, 1.5)
 """An encoder is warned to be used at a resolution below or above these multiples of the trained one: half as large
-again still scores about as well (docs/recipe.md); smaller ones were not measured."""
+again still scores about as well (docs/measurements.md); smaller ones were not measured."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
 """A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or

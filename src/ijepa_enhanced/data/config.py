@@ -111,7 +111,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities, drawn for every view on its own; 0 is never. docs/recipe.md says what each is worth."""
+    """Probabilities, drawn for every view on its own; 0 is never. docs/measurements.md says what each is worth."""
 
     flip: float = 0.0
     """Mirrored left to right."""

@@ -34,7 +34,7 @@ and 0.62 with two (grids of 7 x 7 to 10 x 18). That is 2.3 and more, and the pre
 MOST_PROBES = 100
 """More probes than this do not tell more about a long run."""
 FALL, FALLEN, PATIENCE = 1 / 4, 2, 2
-"""The alarm: at two probes in a row, two metrics or more are below a quarter of their peak. docs/evaluation.md says
+"""The alarm: at two probes in a row, two metrics or more are below a quarter of their peak. docs/measurements.md says
 what this was tried on."""
 FEWEST, MOST, A_CLASS = 512, 4096, 20
 """Images of the probe set, when the configuration does not say."""
