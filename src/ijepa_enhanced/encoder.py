@@ -152,7 +152,7 @@ class Encoder(nn.Module):
             images: N images of any sizes. They are read one at a time, so a generator need not hold more than one.
             resolution: see `Resolution`.
             merge_rate: the share of its tokens that each layer merges into others, from 0 to 0.5, or one for each
-                layer: faster, and less exact (docs/merging.md has the figures).
+                layer: faster, and less exact (docs/measurements.md has the figures).
             precision: of the matrix products. `auto`: what `torch.autocast` says if it is entered, else float32 on a
                 CPU, and bfloat16 on a GPU that has it.
             tokens_per_pack: most tokens of an image, and most in memory at once; lower it when memory is short. A CPU
