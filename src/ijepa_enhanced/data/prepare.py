@@ -213,7 +213,7 @@ def _write_shard(path: Path, catalog: Catalog, images: Iterator[tuple[int, bytes
             height, width = catalog.heights[position].item(), catalog.widths[position].item()
             origin = {"key": catalog.key(position), "height": height, "width": width}
             members = {f"{sample}.jpg": image, f"{sample}.json": json.dumps(origin).encode()}
-            if catalog.labels is not None:
+            if catalog.labels is not None and catalog.labels[position] >= 0:  # -1: this image has no label
                 members[f"{sample}.cls"] = str(catalog.labels[position]).encode()
             for name, data in members.items():
                 member = tarfile.TarInfo(name)
