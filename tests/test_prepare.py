@@ -71,8 +71,8 @@ def test_check(place, capsys):
 
 
 REFUSED = {
-    "prepare photos": "Missing: out.",
-    "prepare": "Missing: source.",
+    "prepare photos": "OUT is missing: name the folder for the shards after the source.",
+    "prepare": "The following arguments are required: SOURCE. `ijepa prepare --help` lists what it accepts.",
     "prepare done new --check": "--check takes one folder, the one that was prepared.",
     "prepare photos --check": "photos was not made by ijepa prepare: it has no manifest.json.",
     "prepare nope --check": "nope was not made by ijepa prepare: it has no manifest.json.",
