@@ -1,4 +1,4 @@
-"""The configuration of a training run."""
+"""Configuration of a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ijepa_enhanced.objective import ObjectiveConfig
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedules, each a function of the step and of the run's fixed length."""
+    """The optimizer and its schedules, which depend only on the step and on the length of the run."""
 
     lr: float = 1e-3
     """Peak learning rate (I-JEPA, arXiv 2301.08243, appendix A.1)."""
@@ -34,6 +34,7 @@ class OptimConfig:
     """Largest norm of all gradients together; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
+        # `not x > 0` instead of `x <= 0`, so that NaN is refused too.
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optim.{name} must be above 0, not {getattr(self, name)}.")
@@ -47,7 +48,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """Monitoring of the teacher during training: collapse, and the best checkpoint."""
+    """Monitoring of the teacher during training, to detect collapse and to keep the best encoder."""
 
     every: int | None = None
     """Steps between probes of the teacher; the last step is always probed. 0: never. Null: as often as 3% of the run's
