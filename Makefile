@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 quickstart: .venv/installed
 	rm -rf runs/quickstart
 	$(BIN)/ijepa train --config quickstart --run runs/quickstart
-	$(BIN)/ijepa evaluate runs/quickstart --train synthetic --val synthetic --resolution 64 --baselines
+	$(BIN)/ijepa evaluate runs/quickstart --train synthetic --val synthetic --baselines
 	$(BIN)/ijepa report runs/quickstart
 
 ## Lint, types and tests, these on up to four cores.

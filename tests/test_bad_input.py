@@ -670,7 +670,7 @@ WRONG_REQUESTS = {
     "a quality beyond what can be": (
         nothing,
         "prepare photos new --quality 101",
-        "--quality must be at most 100, not 101.",
+        "--quality must be at least 1 and at most 100, not 101.",
     ),
     "nothing to scan": (
         nothing,

@@ -53,7 +53,7 @@ def test_every_key_has_a_type_a_default_and_help() -> None:
     assert keys["optim.lr"].help.startswith("Peak learning rate")
     # Over several lines in the source.
     assert "\n" not in keys["encoder.max_grid"].help
-    assert keys["encoder.max_grid"].help.endswith("of the training views.")
+    assert keys["encoder.max_grid"].help.endswith("of the training views, in patches.")
     assert all(key.help for key in keys.values())
 
 

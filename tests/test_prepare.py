@@ -42,15 +42,16 @@ def test_counts_and_what_is_dropped(place, capsys):
     assert (code, out[:-1]) == (0, ["      images  8", "     dropped  2", "      shards  1", f"       bytes  {size}"])
     assert json.loads(out[-1]) == {"images": 8, "dropped": 2, "shards": 1, "bytes": size}
     assert err == [
+        "photos has changed since it was scanned: it is scanned again.",
         "Dropped: dark/0.png: empty file",
         "Dropped: light/2.png: cannot be decoded: image file is truncated",
     ]
-    code, out, _ = ijepa(capsys, "index new --json")
+    code, out, _ = ijepa(capsys, "scan new --json")
     assert json.loads(out[-1])["images"] == 8
     assert json.loads(out[-1])["labels"] == 2
 
 
-def test_the_index_is_there_already(place, monkeypatch):
+def test_the_catalog_is_there_already(place, monkeypatch):
     monkeypatch.setattr(TarSource, "size", pytest.fail)
     assert len(open_catalog(open_source("done")).rows) == 10
 
@@ -71,8 +72,8 @@ def test_check(place, capsys):
 
 
 REFUSED = {
-    "prepare photos": "Missing: out.",
-    "prepare": "Missing: source.",
+    "prepare photos": "OUT is missing: name the folder for the shards after the source.",
+    "prepare": "The following arguments are required: SOURCE. `ijepa prepare --help` lists what it accepts.",
     "prepare done new --check": "--check takes one folder, the one that was prepared.",
     "prepare photos --check": "photos was not made by ijepa prepare: it has no manifest.json.",
     "prepare nope --check": "nope was not made by ijepa prepare: it has no manifest.json.",
@@ -80,7 +81,7 @@ REFUSED = {
     "prepare photos done --quality 80": (
         "done was prepared with quality 90, not 80. Name another folder, or delete this one."
     ),
-    "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
+    "prepare photos new --quality 101": "--quality must be at most 100, not 101.",
     "prepare photos new --max-resolution 0": "--max-resolution must be at least 1, not 0.",
     "prepare photos new --workers -1": "--workers must be at least 0, not -1.",
     "prepare photos new --shard-size 0": "--shard-size must be at least 1, not 0.",

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: names of files may not be text
     debug = "--debug" in arguments
-    logging.basicConfig(handlers=[StderrHandler()], format="%(message)s", force=True)
+    logger.handlers = [StderrHandler()]  # not the root logger's: torch logs whole tracebacks of what we say in words
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         return run(arguments)

@@ -10,9 +10,6 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-CORES_PER_WORKER = 4
-"""Cores for each worker process, on a CPU that runs the network too."""
-
 
 def best_device() -> torch.device:
     """Return the GPU if PyTorch can use one, else the CPU."""
@@ -55,25 +52,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    # A container or scheduler may allow fewer cores than the machine has; macOS and Windows cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def own_cores() -> int:
-    """Return this process's share of the cores: the processes that `torchrun` starts on a machine divide its cores."""
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def default_workers() -> int:
-    """Return how many worker processes should decode images while a network runs.
-
-    If the network runs on a GPU, all cores decode. If it runs on the CPU, a quarter of the cores keeps up, since the
-    network takes several times as long as decoding. The processes that `torchrun` starts on a machine divide its cores.
-    """
-    own = own_cores()
-    return own if best_device().type == "cuda" else max(1, own // CORES_PER_WORKER)
+    """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
+    # A container or scheduler may allow fewer cores than the machine has; macOS and Windows cannot tell.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager
@@ -92,4 +75,4 @@ def all_cores() -> AbstractContextManager[None]:
 
     For scoring, which starts after the workers that decode have ended.
     """
-    return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(own_cores())
+    return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(default_workers())

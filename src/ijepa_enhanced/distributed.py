@@ -23,7 +23,7 @@ from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
 
 PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one that is busy, such as scanning a large source. They notice at once if one has ended."""
+"""How long ranks wait for one that is busy, say scanning a large source. If it has ended, they notice at once."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_views, open_image, patchify, upright_size
 from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.loader import serve_the_parent
@@ -49,7 +50,7 @@ are slower, except with strong merging in bfloat16."""
 
 FAR = (0.5, 1.5)
 """Resolutions below or above these multiples of the trained one cause a warning. Up to 1.5 times the trained resolution
-scores about as well (docs/recipe.md). Smaller resolutions were not measured."""
+scores about as well (docs/measurements.md). Smaller resolutions were not measured."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
 """A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or
@@ -152,7 +153,7 @@ class Encoder(nn.Module):
             images: N images of any size. They are read one at a time, so a generator need not hold more than one.
             resolution: the resolution to resize images to; see `Resolution`.
             merge_rate: share of its tokens that each layer merges into others, from 0 to 0.5; one for all layers, or
-                one for each. Merging is faster and less accurate (docs/merging.md).
+                one for each. Merging is faster and less accurate (docs/measurements.md).
             precision: of matrix products. `auto` follows `torch.autocast` if it is entered. Otherwise it is float32 on
                 a CPU, and bfloat16 on a GPU that supports it.
             tokens_per_pack: largest number of tokens of an image, and in memory at once. Lower it if memory is short.
@@ -206,6 +207,8 @@ class Encoder(nn.Module):
         if isinstance(images, (str, Path)):
             images = open_source(str(images))
         source = images if isinstance(images, Source) else None
+        if source is not None:
+            open_catalog(source)  # lists the images once and for all workers
         items = range(len(images)) if isinstance(images, Source) else images
         # The warning for an unusual resolution is logged here, and not once in every worker.
         decoder = _Decoder(source, self.pixels(resolution), self.config.patch_size, tokens_per_pack, on_error)

@@ -13,7 +13,7 @@ class ObjectiveConfig:
     """Weight of I-JEPA's prediction of hidden features. 0: neither the teacher nor the predictor runs."""
     vicreg_weight: float = 0.1
     """Weight of VICReg's variance and covariance on the mean of the student's context tokens. 0 is plain I-JEPA,
-    under which the rank of small runs' features falls by more than half (docs/evaluation.md)."""
+    under which the rank of small runs' features falls by more than half (docs/measurements.md)."""
     contrastive_weight: float = 0.0
     """Weight of the contrast between the views of an image and those of all others (`losses.nt_xent`), on a projection
     of the mean of what the student sees of each. It needs two views of each image, global and local views included."""

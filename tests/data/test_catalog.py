@@ -1,26 +1,31 @@
-"""Scanning, caching, and what the index says of images that cannot be read."""
+"""The catalog: what it says, when it is made again, and how processes share it."""
 
 import csv
-import dataclasses
 import io
-import logging
 import os
+import pickle
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from ijepa_enhanced.data.catalog import cache_folder, open_catalog, summary
+from ijepa_enhanced.data.catalog import cache_folder, open_catalog, report_unreadable, scan, summary
+from ijepa_enhanced.data.listing import FORMAT, map_listing, save_listing
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.errors import RunError, UnreadableImage
 
 DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
-def names(index):
-    return [index.key(position) for position in range(len(index.rows))]
+def names(catalog):
+    return [catalog.key(position) for position in range(len(catalog.rows))]
 
 
 def png(height, width):
@@ -57,7 +62,7 @@ def folder(tmp_path):
 def scanned(monkeypatch):
     """The rows whose headers are read, as they are read."""
     rows = []
-    size = FolderSource.size
+    size = FolderSource.size  # called by threads, in any order
 
     def spy(source, row):
         rows.append(row)
@@ -68,41 +73,44 @@ def scanned(monkeypatch):
 
 
 def assert_same(first, second):
-    for field in dataclasses.fields(first):
-        one, other = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(one, np.ndarray):
-            np.testing.assert_array_equal(one, other)
-            assert one.dtype == other.dtype
-        else:
-            assert one == other
+    for name in ("heights", "widths", "rows", "labels"):
+        one, other = getattr(first, name), getattr(second, name)
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+    assert (first.classes, first.hash, names(first)) == (second.classes, second.hash, names(second))
+    assert [*first.unreadable] == [*second.unreadable]
 
 
-def test_the_index_of_a_folder(folder):
-    index = open_catalog(FolderSource(folder), cache=False)
-    assert index.heights.tolist() == [10, 20, 90]
-    assert index.widths.tolist() == [40, 20, 10]
-    assert index.rows.tolist() == [0, 2, 3]
-    assert index.labels.tolist() == [0, 0, 1]
-    assert (index.heights.dtype, index.widths.dtype) == (np.int32, np.int32)
-    assert (index.rows.dtype, index.labels.dtype) == (np.int64, np.int64)
-    assert index.classes == ["ant", "bee"]
-    assert names(index) == ["ant/a.png", "ant/c.png", "bee/a.png"]
-    assert tuple(index.unreadable) == (
+def test_the_catalog_of_a_folder(folder):
+    catalog = open_catalog(FolderSource(folder), cache=False)
+    assert catalog.heights.tolist() == [10, 20, 90]
+    assert catalog.widths.tolist() == [40, 20, 10]
+    assert catalog.rows.tolist() == [0, 2, 3]
+    assert catalog.labels.tolist() == [0, 0, 1]
+    assert (catalog.heights.dtype, catalog.widths.dtype) == (np.int32, np.int32)
+    assert (catalog.rows.dtype, catalog.labels.dtype) == (np.int64, np.int64)
+    assert catalog.classes == ["ant", "bee"]
+    assert names(catalog) == ["ant/a.png", "ant/c.png", "bee/a.png"]
+    assert tuple(catalog.unreadable) == (
         ("ant/b.png", "empty file"),
         ("bee/b.png", "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"),
     )
 
 
 def test_without_labels(folder):
-    index = open_catalog(FolderSource(folder / "ant"), cache=False)
-    assert (index.labels, index.classes) == (None, None)
-    assert summary(index)["labels"] == 0
+    catalog = open_catalog(FolderSource(folder / "ant"), cache=False)
+    assert (catalog.labels, catalog.classes) == (None, None)
+    assert summary(catalog)["labels"] == 0
 
 
-def test_a_cached_index_is_the_same_and_reads_no_header(folder, cache, scanned):
+def files(cache):
+    return [path for path in cache.iterdir() if not path.name.startswith(".")]
+
+
+def test_a_catalog_that_is_there_is_the_same_and_reads_no_header(folder, cache, scanned):
     first = open_catalog(FolderSource(folder))
-    assert scanned == [0, 1, 2, 3, 4]
-    assert [path.suffix for path in cache.iterdir()] == [".parquet"]
+    assert sorted(scanned) == [0, 1, 2, 3, 4]
+    assert [path.suffix for path in files(cache)] == [".arrow"]
     second = open_catalog(FolderSource(folder))
     assert len(scanned) == 5
     assert_same(first, second)
@@ -134,13 +142,26 @@ def test_a_file_replaced_by_one_of_the_same_length_is_scanned_again(folder, cach
     assert (before.heights[0], after.heights[0]) == (10, 11)
 
 
-def test_a_file_that_may_be_read_now_is_scanned_again(folder, cache, scanned, monkeypatch):
-    with monkeypatch.context() as closed:
-        closed.setattr("os.access", lambda path, mode: False)
-        open_catalog(FolderSource(folder))
-    scanned.clear()
-    open_catalog(FolderSource(folder))
-    assert scanned
+def test_what_the_disk_did_not_give_is_tried_again_each_time(folder, cache, scanned, monkeypatch):
+    whole = open_catalog(FolderSource(folder), cache=False)
+    size = FolderSource.size
+
+    def fail(source, row):
+        if row == 2:
+            scanned.append(row)
+            raise UnreadableImage("cannot be read: Input/output error")
+        return size(source, row)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(FolderSource, "size", fail)
+        for _ in range(2):
+            scanned.clear()
+            assert ("ant/c.png", "cannot be read: Input/output error") in open_catalog(FolderSource(folder)).unreadable
+        assert scanned == [2], "only what the disk did not give is tried again"
+    for _ in range(2):
+        scanned.clear()
+        assert_same(open_catalog(FolderSource(folder)), whole)
+    assert scanned == [], "what it gave is kept"
 
 
 def test_the_hash_does_not_know_where_the_images_lie(folder, tmp_path, cache):
@@ -165,53 +186,106 @@ def test_the_hash_knows_what_the_images_are(folder, change):
 
 
 def test_the_hash_knows_the_labels(folder):
-    source = FolderSource(folder)
-    before = open_catalog(source, cache=False).hash
-    source.labels = 1 - source.labels
-    assert open_catalog(source, cache=False).hash != before
+    hashes = set()
+    for labels in ("0,1", "1,0", "0,"):
+        lines = [f"{name},{label}" for name, label in zip(["ant/a.png", "ant/c.png"], labels.split(","), strict=True)]
+        (folder / "list.csv").write_text("\n".join(["path,label", *lines]))
+        hashes.add(open_catalog(open_source(f"{folder}/list.csv"), cache=False).hash)
+    assert len(hashes) == 3
 
 
-def test_names_that_are_no_text(folder, cache):
+def test_names_that_are_not_text(folder, cache):
     (folder / "bee" / os.fsdecode(b"\xff.png")).write_bytes(png(3, 3))
     for _ in range(2):
-        assert os.fsencode(open_catalog(FolderSource(folder)).keys[-1]) == b"bee/\xff.png"
+        assert os.fsencode(names(open_catalog(FolderSource(folder)))[-1]) == b"bee/\xff.png"
 
 
-def test_a_corrupt_cache_is_rebuilt(folder, cache, scanned, caplog):
+def older(path):
+    listing = map_listing(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ijepa_enhanced.data.listing.FORMAT", FORMAT - 1)
+        save_listing(listing, path, "")
+
+
+def foreign(path):
+    with pa.ipc.new_file(str(path), pa.schema([("x", pa.int64())])) as writer:
+        writer.write_batch(pa.record_batch({"x": [1]}))
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "words": lambda path: path.write_bytes(b"no Arrow file"),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "of an older version": older,
+    "of another program": foreign,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_catalog_that_is_damaged_or_old_is_made_again_and_that_is_said_once(folder, cache, scanned, caplog, damage):
+    caplog.set_level("INFO")
     first = open_catalog(FolderSource(folder))
-    (file,) = cache.iterdir()
-    whole = file.read_bytes()
-    for damage in (b"", b"no parquet file", whole[: len(whole) // 2]):
-        file.write_bytes(damage)
-        scanned.clear()
-        caplog.clear()
-        assert_same(first, open_catalog(FolderSource(folder)))
-        assert scanned == [0, 1, 2, 3, 4]
-        assert f"The cached index {file} cannot be read and is made anew: " in caplog.text
-        scanned.clear()
-        open_catalog(FolderSource(folder))
-        assert not scanned, "what was rebuilt is cached again"
-
-
-def test_a_cache_that_cannot_be_written_is_a_warning(folder, cache, caplog):
-    cache.write_text("a file where the folder should be")
-    index = open_catalog(FolderSource(folder))
-    assert names(index) == ["ant/a.png", "ant/c.png", "bee/a.png"]
-    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert record.getMessage().startswith(f"The index cannot be cached in {cache}: ")
-
-
-def test_a_failed_write_leaves_nothing_behind(folder, cache, monkeypatch, caplog):
-    import pyarrow.parquet
-
-    def fill_the_disk(table, path):
-        Path(path).write_bytes(b"PAR1")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pyarrow.parquet, "write_table", fill_the_disk)
+    expected = names(first)
+    (file,) = files(cache)
+    DAMAGE[damage](file)
+    scanned.clear()
+    again = open_catalog(FolderSource(folder))
+    assert (again.hash, names(again), sorted(scanned)) == (first.hash, expected, [0, 1, 2, 3, 4])
+    (message,) = caplog.messages
+    assert message.startswith(f"The catalog {file} of {folder} cannot be used and is made again: ")
+    scanned.clear()
+    caplog.clear()
     open_catalog(FolderSource(folder))
-    assert list(cache.iterdir()) == []
-    assert "No space left on device" in caplog.text
+    assert (scanned, caplog.messages) == ([], []), "what was made again is kept"
+
+
+def test_images_that_changed_are_scanned_again_and_that_is_said_once(folder, cache, caplog):
+    caplog.set_level("INFO")
+    open_catalog(FolderSource(folder))
+    (folder / "ant" / "a.png").write_bytes(png(7, 7))
+    for _ in range(2):
+        assert open_catalog(FolderSource(folder)).heights[0] == 7
+    assert caplog.messages == [f"{folder} has changed since it was scanned: it is scanned again."]
+
+
+def test_another_set_with_the_same_names_sizes_and_times_has_another_catalog(tmp_path, cache):
+    """As an archive leaves it that sets all times to one value, unpacked over the first."""
+    assert len(png(10, 40)) == len(png(11, 41))
+    found = []
+    for height in (10, 11):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / "a.png").write_bytes(png(height, height + 30))
+        for path in (tmp_path / "set" / "a.png", tmp_path / "set"):
+            os.utime(path, ns=(10**9, 10**9))
+        found.append(open_catalog(FolderSource(tmp_path / "set")).heights.tolist())
+    assert found == [[10], [11]]
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(folder, cache, caplog):
+    cache.write_text("a file where the folder should be")
+    source = FolderSource(folder)
+    assert names(open_catalog(source)) == ["ant/a.png", "ant/c.png", "bee/a.png"]
+    (message,) = caplog.messages
+    assert message.startswith(f"The catalog of {folder} cannot be kept, so every start scans again: ")
+    assert pickle.loads(pickle.dumps(source)).size(0) == (10, 40), "workers can use it all the same"
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, cache, disk_of, caplog):
+    with disk_of(1000):  # the log of the tests may lie on a disk too
+        assert len(open_catalog(FolderSource(folder)).rows) == 3
+    assert files(cache) == []
+    assert "File too large" in caplog.text
+
+
+def test_a_user_without_a_home(folder, tmp_path, monkeypatch, caplog):
+    """As in a container that runs as a number that the system has no user for."""
+    for name in ("IJEPA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cache_folder().parent == tmp_path
+    assert len(open_catalog(FolderSource(folder)).rows) == 3
+    assert caplog.messages == []
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -228,27 +302,18 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_nothing_readable(tmp_path, cache):
     (tmp_path / "a.png").write_bytes(b"")
     for _ in range(2):
-        index = open_catalog(FolderSource(tmp_path))
-        assert tuple(index.unreadable) == (("a.png", "empty file"),)
-        assert summary(index) == {"images": 0, "unreadable": 1, "labels": 0, "side": {}, "aspect": {}}
-
-
-def test_a_long_scan_says_how_far_it_is(tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(b"")
-    monkeypatch.setattr("ijepa_enhanced.data.catalog.PATIENCE", -1.0)
-    open_catalog(FolderSource(tmp_path), cache=False)
-    assert caplog.messages == [f"Scanning {tmp_path}: {number} of 3 images" for number in (1, 2, 3)]
+        catalog = open_catalog(FolderSource(tmp_path))
+        assert tuple(catalog.unreadable) == (("a.png", "empty file"),)
+        assert summary(catalog) == {"images": 0, "unreadable": 1, "labels": 0, "resolution": {}, "aspect": {}}
 
 
 def test_summary_by_hand(folder):
-    # Sides of 20, 20 and 30 px; aspects of 4, 1 and 1 / 9. Quantiles lie on straight lines between them.
+    # Resolutions of 20, 20 and 30 px; aspects of 4, 1 and 1 / 9. Quantiles lie on straight lines between them.
     assert summary(open_catalog(FolderSource(folder), cache=False)) == {
         "images": 3,
         "unreadable": 2,
         "labels": 2,
-        "side": {"5%": 20.0, "25%": 20.0, "50%": 20.0, "75%": 25.0, "95%": 29.0},
+        "resolution": {"5%": 20.0, "25%": 20.0, "50%": 20.0, "75%": 25.0, "95%": 29.0},
         "aspect": {"5%": 0.2, "25%": 0.556, "50%": 1.0, "75%": 2.5, "95%": 3.7},
     }
 
@@ -256,20 +321,112 @@ def test_summary_by_hand(folder):
 @pytest.mark.skipif(not (DATA / "caltech-101").is_dir(), reason=f"no caltech-101 in {DATA} (set IJEPA_DATA)")
 def test_caltech_sizes_are_those_of_its_own_table(cache):
     source = open_source(str(DATA / "caltech-101" / "val-000000.tar"))
-    index = open_catalog(source)
-    assert_same(index, open_catalog(source))
-    assert summary(index)["images"] == 1434
-    assert tuple(index.unreadable) == ()
+    catalog = open_catalog(source)
+    assert_same(catalog, open_catalog(source))
+    assert summary(catalog)["images"] == 1434
+    assert tuple(catalog.unreadable) == ()
     with open(DATA / "caltech-101" / "samples.tsv", newline="") as file:
         table = {line["key"]: line for line in csv.DictReader(file, delimiter="\t")}
-    for key, height, width in zip(names(index), index.heights, index.widths, strict=True):
+    for key, height, width in zip(names(catalog), catalog.heights, catalog.widths, strict=True):
         row = table[key.partition(":")[2].removesuffix(".jpg")]
         assert (int(row["h"]), int(row["w"])) == (height, width)
 
 
-def test_a_part_of_an_index_is_in_the_order_asked_for(folder):
+def test_a_part_of_a_catalog_is_in_the_order_asked_for(folder):
     whole = open_catalog(open_source(str(folder)), cache=False)
     part = whole.select(np.array([2, 0]))
-    assert part.keys == [whole.keys[2], whole.keys[0]]
+    assert names(part) == [whole.key(2), whole.key(0)]
     for name in ("heights", "widths", "rows", "labels"):
         assert getattr(part, name).tolist() == [getattr(whole, name)[2], getattr(whole, name)[0]]
+
+
+def test_images_without_a_label_are_not_counted_as_a_class(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png(4, 4))
+    (tmp_path / "list.csv").write_text("path,label\n0.png,ant\n1.png,\n2.png,bee\n")
+    catalog = open_catalog(open_source(str(tmp_path / "list.csv")), cache=False)
+    assert catalog.labels.tolist() == [0, -1, 1]
+    assert (summary(catalog)["images"], summary(catalog)["labels"]) == (3, 2)
+    assert [catalog.class_name(label) for label in (-1, 0, 1)] == ["no label", "ant", "bee"]
+
+
+def test_a_scan_makes_the_catalog_again(folder, cache, scanned):
+    open_catalog(FolderSource(folder))
+    scanned.clear()
+    found = scan(FolderSource(folder))
+    assert (found, sorted(scanned)) == (summary(open_catalog(FolderSource(folder))), [0, 1, 2, 3, 4])
+
+
+def test_what_is_missing_is_reported_each_time_it_is_asked_for(tmp_path, cache, caplog):
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in ("a.png", "b.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(4, 4))
+            tar.addfile(member, io.BytesIO(png(4, 4)))
+    os.truncate(shard, 1024 + 512 + 10)
+    note = f"{shard} is cut off or damaged after 2 images; any that follow are lost."
+    reason = f"cut off: its shard ends after 10 of its {len(png(4, 4))} bytes"
+    for _ in range(2):
+        catalog = open_catalog(open_source(str(shard)))
+        assert caplog.messages == [], "opening says nothing, since a command opens its images more than once"
+        report_unreadable(catalog)
+        assert caplog.messages == [note, f"Left out: a.tar:b.png: {reason}"]
+        caplog.clear()
+
+
+def test_opening_touches_no_image_and_maps_its_columns(folder, cache, monkeypatch):
+    for name in ("ant/b.png", "bee/b.png"):
+        (folder / name).unlink()
+    open_catalog(FolderSource(folder))
+    monkeypatch.setattr(FolderSource, "make_listing", pytest.fail)
+    source = FolderSource(folder)
+    catalog = open_catalog(source)
+    for values in (catalog.heights, catalog.widths, catalog.labels):
+        assert not values.flags.owndata
+        assert not values.flags.writeable, "they lie in the file"
+    assert len(pickle.dumps(source)) < 500, "a worker gets the path of the catalog"
+    assert pickle.loads(pickle.dumps(source)).key(2) == "bee/a.png"
+
+
+ONE_OF_TWO = """
+import sys
+from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.folder import FolderSource
+
+size, scanned = FolderSource.size, []
+FolderSource.size = lambda source, row: scanned.append(row) or size(source, row)
+print("ready", flush=True)
+sys.stdin.readline()
+catalog = open_catalog(FolderSource(sys.argv[1]))
+print(len(scanned), len(catalog.rows), catalog.hash, catalog.heights.flags.owndata)
+"""
+
+
+def test_of_two_processes_one_makes_the_catalog_and_both_map_it(tmp_path, cache):
+    (tmp_path / "images").mkdir()
+    for number in range(300):
+        (tmp_path / "images" / f"{number:03d}.png").write_bytes(png(4, 4 + number))
+    start = [sys.executable, "-c", ONE_OF_TWO, str(tmp_path / "images")]
+    both = [subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = sorted(process.communicate(timeout=60)[0].split() for process in both)
+    (scanned_first, *first), (scanned_second, *second) = said
+    assert (scanned_first, scanned_second) == ("0", "300")
+    assert first == second
+    assert first[0::2] == ["300", "False"]
+
+
+def test_a_worker_that_finds_another_catalog_stops(folder, cache):
+    source = FolderSource(folder)
+    open_catalog(source)
+    sent = pickle.dumps(source)
+    (folder / "ant" / "b.png").write_bytes(png(5, 5))
+    open_catalog(FolderSource(folder))
+    assert len(source) == 5, "this process keeps the one that it has mapped"
+    with pytest.raises(RunError, match=r"changed while it was in use: the images were scanned again\. Start again\.$"):
+        pickle.loads(sent)

@@ -98,7 +98,7 @@ def assert_same(one: Batch, other: Batch) -> None:
             assert ours == theirs, name
 
 
-LOCAL = dataclasses.replace(CONFIG, tokens_per_pack=1024, views=2, local_views=3, min_crop=0.5)
+LOCAL = dataclasses.replace(CONFIG, tokens_per_pack=1024, masked_views=2, local_views=3, min_crop=0.5)
 
 # --- pixels
 
@@ -281,7 +281,7 @@ def damage(scene: Scene, row: int) -> None:
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_an_image_that_cannot_be_decoded_is_left_out_and_named(scene: Scene, place: str) -> None:
     pack = scene.packs[0]
-    images = pack.images[:: CONFIG.views]
+    images = pack.images[:: CONFIG.masked_views]
     image = images[{"first": 0, "middle": len(images) // 2, "last": -1}[place]]
     row = int(scene.catalog.rows[image])
     without = pack.select(pack.images != image)

@@ -271,7 +271,7 @@ def test_crops_lie_inside_their_image_with_the_area_asked_for_and_its_aspect(con
 def test_local_views_are_small_crops_at_half_the_side_beside_their_images_others() -> None:
     config = DataConfig(
         tokens_per_pack=8192,
-        views=2,
+        masked_views=2,
         local_views=3,
         min_resolution=160,
         max_resolution=320,
@@ -299,7 +299,7 @@ def test_local_views_are_small_crops_at_half_the_side_beside_their_images_others
 def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them_and_local_ones() -> None:
     config = DataConfig(
         tokens_per_pack=8192,
-        views=1,
+        masked_views=1,
         global_views=1,
         local_views=1,
         min_resolution=160,
@@ -308,7 +308,7 @@ def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them
         max_view_tokens=400,
     )
     epoch = make_plan(config, [(1000, 1000)] * 200).epoch(0)
-    plain = dataclasses.replace(config, views=2, global_views=0)
+    plain = dataclasses.replace(config, masked_views=2, global_views=0)
     other = make_plan(plain, [(1000, 1000)] * 200).epoch(0)
     # The same draws, so the same views; images are dealt alike too.
     assert (epoch.boxes == other.boxes).all()
@@ -320,7 +320,7 @@ def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them
 def test_a_view_that_is_not_masked_may_be_of_one_token() -> None:
     """2 x 2 patches can be masked; the crop of another view may be a single one."""
     config = DataConfig(
-        tokens_per_pack=64, views=1, global_views=1, min_resolution=None, max_resolution=None, min_crop=0.05
+        tokens_per_pack=64, masked_views=1, global_views=1, min_resolution=None, max_resolution=None, min_crop=0.05
     )
     plan = make_plan(config, [(40, 40)] * 300)
     epoch = plan.epoch(0)
@@ -445,7 +445,7 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
     [
         ({"tokens_per_pack": 0}, "data.tokens_per_pack must be at least 1, not 0."),
         ({"packs_per_step": 0}, "data.packs_per_step must be at least 1, not 0."),
-        ({"views": -1}, "data.masked_views must be at least 1, not -1."),
+        ({"masked_views": -1}, "data.masked_views must be at least 1, not -1."),
         ({"workers": -1}, "data.workers must be at least 0, not -1."),
         (
             {"min_resolution": None},
@@ -469,19 +469,19 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
         ({"max_unreadable": -0.1}, "data.max_unreadable must lie between 0 and 1, not -0.1."),
         ({"max_unreadable": 1.1}, "data.max_unreadable must lie between 0 and 1, not 1.1."),
         (
-            {"tokens_per_pack": 1000, "views": 4, "max_view_tokens": 300},
+            {"tokens_per_pack": 1000, "masked_views": 4, "max_view_tokens": 300},
             "data.tokens_per_pack (1000) cannot hold the views of one image (4 of up to 300 tokens). "
             "Raise it, or lower data.max_view_tokens.",
         ),
         (
-            {"views": 9},
+            {"masked_views": 9},
             "data.tokens_per_pack (16384) cannot hold the views of one image (9 of up to 2048 tokens). "
             "Raise it, or lower data.max_view_tokens.",
         ),
         ({"global_views": -1}, "data.global_views must be at least 0, not -1."),
         ({"local_views": -1}, "data.local_views must be at least 0, not -1."),
         (
-            {"tokens_per_pack": 1000, "views": 2, "local_views": 6, "max_view_tokens": 300},
+            {"tokens_per_pack": 1000, "masked_views": 2, "local_views": 6, "max_view_tokens": 300},
             "data.tokens_per_pack (1000) cannot hold the views of one image (2 of up to 300 tokens, 6 of up to 75). "
             "Raise it, or lower data.max_view_tokens.",
         ),
@@ -506,7 +506,7 @@ def test_settings_that_cannot_be_met_are_refused(settings: dict[str, Any], messa
 def test_settings_at_their_bounds_are_taken() -> None:
     config = DataConfig(
         tokens_per_pack=32,
-        views=8,
+        masked_views=8,
         min_resolution=1,
         max_resolution=1,
         min_crop=1.0,
@@ -524,7 +524,7 @@ def test_settings_at_their_bounds_are_taken() -> None:
 CHANGES: dict[str, dict[str, Any]] = {
     "tokens_per_pack": {"tokens_per_pack": 520},
     "packs_per_step": {"packs_per_step": 3},
-    "views": {"views": 2},
+    "masked_views": {"masked_views": 2},
     "global_views": {"global_views": 1},
     "local_views": {"local_views": 2},
     "min_resolution": {"min_resolution": 100},

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
 from ijepa_enhanced.data.sources.folder import FolderSource
@@ -187,9 +188,9 @@ def test_images_without_labels(tmp_path):
     assert (source.labels, source.classes, source.size(0)) == (None, None, (9, 12))
 
 
-def test_the_synthetic_images(tmp_path):
+def test_the_synthetic_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("ijepa_enhanced.data.synthetic.IMAGES", {"train": 1, "val": 12})
     source = open_source("synthetic", "val")
-    [*source.listing.keys], source.labels = [*source.listing.keys][:12], source.labels[:12]
     prepare(source, tmp_path)
     after = open_source(str(tmp_path))
     np.testing.assert_array_equal(after.labels, source.labels)
@@ -297,3 +298,13 @@ def test_a_folder_that_was_not_prepared(tmp_path):
     with pytest.raises(SourceError) as error:
         check(tmp_path)
     assert str(error.value) == f"{tmp_path} was not made by ijepa prepare: it has no manifest.json."
+
+
+@pytest.mark.parametrize("labels", [["ant", "", "bee", ""], ["0", "", "1", ""]])
+def test_images_without_a_label_stay_without_one(tmp_path, labels):
+    lines = [f"{number}.png,{label}" for number, label in enumerate(labels)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    for number in range(4):
+        smooth(np.random.default_rng(number), 30, 40).save(tmp_path / f"{number}.png")
+    prepare(open_source(str(tmp_path / "list.csv")), tmp_path / "out")
+    assert open_catalog(open_source(str(tmp_path / "out"))).labels.tolist() == [0, -1, 1, -1]

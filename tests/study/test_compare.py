@@ -85,7 +85,7 @@ def test_equal_arms_are_seldom_called_different(arms: int) -> None:
     """In at most 5% of 1,000 studies of three seeds, plus three standard errors of that share: 2.1%.
 
     The two scores of a run vary together, as they do in real runs, and the last arm varies three times as much. To ask
-    instead whether the means are further apart than their spreads would be wrong more often than in a tenth of studies.
+    instead whether the means are further apart than their spreads would be wrong in more than a fifth of studies.
     """
     rng = np.random.default_rng(0)
     studies, wrong, apart = 1000, 0, 0
@@ -103,7 +103,7 @@ def test_equal_arms_are_seldom_called_different(arms: int) -> None:
         )
     assert wrong / studies <= LEVEL + 3 * (LEVEL * (1 - LEVEL) / studies) ** 0.5
     assert wrong / studies > LEVEL / 5, "and the test is not so strict that it can find nothing"
-    assert apart / studies > 0.1
+    assert apart / studies > 0.2
 
 
 def test_a_difference_of_six_spreads_is_found_by_three_seeds() -> None:

@@ -209,7 +209,7 @@ def test_torchrun_is_for_training_and_evaluation_alone(capsys: pytest.CaptureFix
 
 def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> None:
     source = FolderSource(photos)
-    total = sum(source.length(row) for row in range(len(source.keys)))
+    total = sum(source.length(row) for row in range(len(source)))
     InMemory(source, {"memory": 4 * total}, copies=3)
     with pytest.raises(SourceError, match=r"and only 80% of the .* that are free in memory may be taken"):
         InMemory(source, {"memory": 3 * total}, copies=3)

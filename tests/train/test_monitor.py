@@ -240,7 +240,7 @@ def test_signs_are_those_of_the_same_images_looked_at_by_hand(tiny: TrainConfig)
     probe = probe_of(config)
     source = probe.dataset.source
     rows = [row for row, _ in shown(probe, probe.images)]
-    z = encoder.embed([Path(config.data.source, source.keys[row]) for row in rows], resolution=48)
+    z = encoder.embed([Path(config.data.source, source.key(row)) for row in rows], resolution=48)
     labels = torch.tensor([source.labels[row] for row in rows])
     predicted = torch.cat([knn_classify(z[8:], labels[8:], z[:8]), knn_classify(z[:8], labels[:8], z[8:])])
     metrics = probe.metrics(encoder, FLOAT32, Ranks())
@@ -403,5 +403,5 @@ def test_values_out_of_range_are_refused(values: dict[str, int], message: str) -
 def test_many_classes_are_looked_at_in_more_images(classes: int | None, images: int) -> None:
     labels = None if classes is None else np.arange(3000) % classes
     sizes = np.full(3000, 64)
-    index = Catalog(sizes, sizes, np.arange(3000), labels, None, [""] * 3000, (), "")
-    assert default_images(index) == images
+    catalog = Catalog(sizes, sizes, np.arange(3000), labels, None, "")
+    assert default_images(catalog) == images

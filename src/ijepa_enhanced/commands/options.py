@@ -154,8 +154,7 @@ class EvaluateOptions(EncoderOptions):
     seed: int = option(0)
     """Seed of the split, of the few labels and of what is trained."""
     workers: int | None = option(None)
-    """Processes that decode images; 0: none besides this one (default: one for each core beside a GPU, and one for four
-    cores without)."""
+    """Processes that decode images; 0: none besides this one (default: one for each core)."""
     finetune: Mapping[str, Any] = keys(FinetuneConfig, "finetune.")
 
     def __post_init__(self) -> None:
@@ -218,10 +217,10 @@ class PrepareOptions(Common):
     """Compare a prepared folder with its checksums."""
 
     def __post_init__(self) -> None:
-        at_least(1, max_resolution=self.max_resolution, quality=self.quality, shard_size=self.shard_size)
+        at_least(1, max_resolution=self.max_resolution, shard_size=self.shard_size)
         at_least(0, workers=self.workers)
-        if self.quality > 100:
-            raise RequestError(f"--quality must be at most 100, not {self.quality}.")
+        if not 1 <= self.quality <= 100:
+            raise RequestError(f"--quality must be at least 1 and at most 100, not {self.quality}.")
         if self.out is None and not self.check:
             raise RequestError("OUT is missing: name the folder for the shards after the source.")
         if self.out is not None and self.check:

@@ -12,7 +12,7 @@ from ijepa_enhanced.data.catalog import LISTED, open_catalog
 from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
 from ijepa_enhanced.data.remote import fetch
 from ijepa_enhanced.data.sources.open import is_remote, open_source
-from ijepa_enhanced.devices import cores
+from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def run(options: PrepareOptions) -> int:
 
 def _prepare(options: PrepareOptions) -> int:
     assert options.out is not None  # the options are checked
-    workers = cores() if options.workers is None else options.workers
+    workers = default_workers() if options.workers is None else options.workers
     spec, folder = options.source, Path(options.out)
     copies = folder / ".remote"
     with counting_bars() as bar:

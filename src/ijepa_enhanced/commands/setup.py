@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ijepa_enhanced.commands.options import Common, TrainOptions
 from ijepa_enhanced.config import build, find_config, read_config
-from ijepa_enhanced.devices import cores
+from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
@@ -93,14 +93,15 @@ def print_counts(counts: dict[str, Any]) -> None:
         print(f"{name:>12}  {shown}")
 
 
-def share_cores(workers: int) -> None:
-    """Leave a core to each worker, unless OMP_NUM_THREADS is set, and warn if there are more workers than cores.
+def share_cores(workers: int | None) -> None:
+    """Leave a core to each worker and half of all cores to torch at least, unless OMP_NUM_THREADS is set.
 
     All threads of a matrix product wait for the one whose core a worker holds: with one thread more, a quickstart on
-    two cores is several times slower (docs/log.md).
+    two cores is several times slower (docs/log.md). Warns if there are more workers than cores.
     """
-    here = cores()
-    if workers > here:
-        logger.warning("%d workers share %d cores, which is slower than %d workers.", workers, here, here)
+    cores = default_workers()
+    workers = default_workers() if workers is None else workers
+    if workers > cores:
+        logger.warning("%d workers share %d cores, which is slower than %d workers.", workers, cores, cores)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), here - workers)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), max(cores - workers, cores // 2))))

@@ -125,18 +125,23 @@ def open_catalog(source: Source, cache: bool = True) -> Catalog:
 def scan(source: Source) -> dict[str, Any]:
     """Make the catalog of a source again, and return its `summary`; raises errors as `open_catalog` does."""
     source.attach(partial(_listing_of, anew=True))
-    for note in source.listing.notes:
-        logger.warning("%s", note)
+    report_notes(source)
     return summary(_catalog_of(source))
 
 
-def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:
-    """Log what is missing in a source, and the images whose header cannot be read, the first `LISTED` with the reason.
-
-    Call it once for each use of a catalog.
-    """
-    for note in () if catalog.source is None else catalog.source.listing.notes:
+def report_notes(source: Source) -> None:
+    """Log what users must know about a source, such as shards that are cut off."""
+    for note in source.listing.notes:
         logger.warning("%s", note)
+
+
+def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:
+    """Log the notes of a source and the images whose header cannot be read, the first `LISTED` with the reason.
+
+    Opening a catalog says nothing, since a command may open it several times: call this once for each command.
+    """
+    if catalog.source is not None:
+        report_notes(catalog.source)
     for key, reason in itertools.islice(catalog.unreadable, LISTED):
         logger.warning("%s: %s: %s", heading, key, reason)
     if len(catalog.unreadable) > LISTED:
@@ -210,7 +215,7 @@ def _listing_of(source: Source, cache: bool = True, anew: bool = False) -> Listi
             listing, why_not = (None, "") if anew else _find(source, path)
             if listing is None:
                 if why_not:
-                    logger.warning("%s", why_not)
+                    logger.info("%s", why_not)
                 unfinished = Unfinished(path.with_suffix(".partial"))
                 listing = _kept(list_and_scan(source, unfinished), path, source.name)
                 unfinished.remove()
@@ -223,7 +228,7 @@ def _find(source: Source, path: Path) -> tuple[Listing | None, str]:
     """Return what was kept of a source, or None and the reason why it cannot be used, if there is any."""
     try:
         listing = map_listing(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None, ""
     except (OSError, ValueError) as error:
         return None, f"The catalog {path} of {source.name} cannot be used and is made again: {error}"

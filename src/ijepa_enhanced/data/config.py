@@ -1,4 +1,4 @@
-"""What users set about images and how they become packs."""
+"""The configuration of the data: which images, which views of them, and how views are changed and packed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class DataConfig:
     masked_views: int = 1
     """Views drawn of each image; all of them lie in one pack."""
     global_views: int = 0
-    """Views drawn of each image besides, that are not masked: the student sees them whole, and the teacher never. They
-    serve objective.contrastive_weight alone."""
+    """Views of each image that are not masked, besides the masked ones: only the student sees them, and sees them
+    whole. Only objective.contrastive_weight uses them."""
     local_views: int = 0
-    """Small whole views besides, from 5% of the image to `min_crop`, at half the resolution (multi-crop, SwAV, arXiv
-    2006.09882, section 3.2)."""
+    """Small views of each image that are not masked, besides the others: from 5% of the image to `min_crop`, at half
+    the resolution (multi-crop, SwAV, arXiv 2006.09882, section 3.2)."""
     min_resolution: int | None = 112
     """Smallest sqrt(height * width) of a view in pixels, after resizing with its aspect ratio kept."""
     max_resolution: int | None = 224
@@ -47,11 +47,12 @@ class DataConfig:
     """Most tokens of a view; larger ones are scaled down. Null: tokens_per_pack / 8."""
     max_unreadable: float = 0.01
     """Fraction of the source's images that may be unreadable before the run stops."""
-    workers: int = 1
-    """Processes that decode images; 0 decodes in the training process."""
+    workers: int | None = None
+    """Processes that decode images; 0 decodes in the training process. Null: as many as suit the cores at hand. The
+    number changes no result."""
     cache: Literal["none", "memory"] = "none"
-    """Memory: all image files, or what `synthetic` draws, are read before training into memory that the workers share.
-    It takes their bytes (`synthetic`: 241 MB), and is refused when they do not fit."""
+    """`memory` reads all image files, or draws all images of `synthetic`, before training, into memory that the workers
+    share. It needs as many bytes as they have (`synthetic`: 241 MB), and is refused if they do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "packs_per_step", "masked_views"):
@@ -62,7 +63,7 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be at least 0, not {getattr(self, name)}.")
         if self.max_view_tokens is not None and self.max_view_tokens < 1:
             raise ValueError(f"data.max_view_tokens must be null or at least 1, not {self.max_view_tokens}.")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers must be at least 0, not {self.workers}.")
         if (self.min_resolution is None) != (self.max_resolution is None):
             raise ValueError(
@@ -110,14 +111,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities, each for every view by itself; 0 is never. docs/recipe.md has what each is worth."""
+    """Probabilities, drawn for every view on its own; 0 is never. docs/measurements.md says what each is worth."""
 
     flip: float = 0.0
     """Mirrored left to right."""
     color: float = 0.0
-    """Brightness, contrast, saturation and hue drawn anew."""
+    """Brightness, contrast, saturation and hue changed."""
     gray: float = 0.0
-    """Without colour."""
+    """Colours turned into grey."""
     blur: float = 0.0
     """Gaussian blur."""
     solarize: float = 0.0

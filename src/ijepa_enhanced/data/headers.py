@@ -63,7 +63,7 @@ class Unfinished:
 
     def keep(self, source: Source, part: Sizes, start: int) -> None:
         """Keep a part of the sizes, from row `start` on."""
-        if self.folder is None:
+        if self.folder is None or not len(part.heights):
             return
         try:
             if start == 0:

@@ -31,6 +31,7 @@ from ijepa_enhanced.data.decode import decode_views, patchify
 from ijepa_enhanced.data.in_memory import MEGABYTE, SHARED_MEMORY
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
@@ -154,9 +155,17 @@ def _selection(segments: Segments, tokens: Sequence[NDArray[np.int64]]) -> Selec
 
 
 def make_loader(
-    dataset: PackDataset, packs: Iterable[Pack], workers: int, pin_memory: bool = False
+    dataset: PackDataset, packs: Iterable[Pack], workers: int | None, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """A plain DataLoader over packs, in their order whatever the number of workers."""
+    """Return a plain DataLoader over packs; batches come in their order, whatever the number of workers.
+
+    Args:
+        dataset: makes the batches.
+        packs: one for each batch.
+        workers: processes that make batches; 0 makes them in this one, None means `default_workers`.
+        pin_memory: copy batches to pinned memory, for a GPU.
+    """
+    workers = default_workers() if workers is None else workers
     with warnings.catch_warnings():
         # More workers than cores is a matter of speed, and said once, where a command begins.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -172,24 +181,25 @@ def make_loader(
 
 
 def check_shared_memory(
-    workers: int, tokens_per_pack: int, patch_size: int, held: int, free: int | None, ranks: int = 1
+    workers: int | None, tokens_per_pack: int, patch_size: int, held: int, free: int | None, ranks: int = 1
 ) -> None:
-    """Whether the packs that so many processes, of each rank, hand over fit where the system keeps shared memory.
+    """Check that the packs which workers hand over fit into the shared memory of this machine.
 
-    Each worker has up to `PREFETCH` of them there, of P * P * C bytes a token for its patch and `BESIDE_PATCH` for all
-    else. In a container that is often no more than 64 MB, and a process that finds it full is killed without a word.
+    Each worker keeps up to `PREFETCH` packs there, with P * P * C bytes for the patch of each token and `BESIDE_PATCH`
+    for all else. A container often has 64 MB of it, and the system kills a process that finds it full without a word.
 
     Args:
-        workers: of each rank.
+        workers: of each rank; None means `default_workers`.
         tokens_per_pack: most tokens of a pack.
         patch_size: P.
         held: packs of each rank that stay there while they are computed with.
-        free: bytes there; None where there is no such limit.
+        free: bytes of free shared memory; None if it has no limit.
         ranks: on this machine.
 
     Raises:
         SourceError: they do not fit; the message says what to set.
     """
+    workers = default_workers() if workers is None else workers
     pack = ranks * tokens_per_pack * (patch_size**2 * 3 + BESIDE_PATCH)
     needed = (held + workers * PREFETCH) * pack
     if workers and free is not None and needed > free:

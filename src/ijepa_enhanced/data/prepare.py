@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.catalog import Catalog, open_catalog, report_notes
 from ijepa_enhanced.data.decode import decode_whole
 from ijepa_enhanced.data.loader import serve_the_parent
 from ijepa_enhanced.data.sources.base import CLASSES, Source
@@ -85,6 +85,7 @@ def prepare(
         SourceError: no image can be read, or the folder holds something else, or images prepared in another way.
     """
     catalog = open_catalog(source)
+    report_notes(source)
     if not len(catalog.rows):
         raise SourceError(f"None of the {len(catalog.unreadable)} images of {source.name} can be read.")
     settings = {
@@ -212,7 +213,7 @@ def _write_shard(path: Path, catalog: Catalog, images: Iterator[tuple[int, bytes
             height, width = catalog.heights[position].item(), catalog.widths[position].item()
             origin = {"key": catalog.key(position), "height": height, "width": width}
             members = {f"{sample}.jpg": image, f"{sample}.json": json.dumps(origin).encode()}
-            if catalog.labels is not None:
+            if catalog.labels is not None and catalog.labels[position] >= 0:  # -1: this image has no label
                 members[f"{sample}.cls"] = str(catalog.labels[position]).encode()
             for name, data in members.items():
                 member = tarfile.TarInfo(name)

@@ -17,7 +17,7 @@ STRENGTHS = tuple(10 ** (-power / 2) for power in range(2, 11))
 """Half decades of L2 regularisation from 0.1 to 1e-5, the strongest first. Measured best: 1e-3 to 1e-4."""
 ITERATIONS = 100
 """Of L-BFGS at each strength. SGD with momentum and a grid of learning rates and weight decays took as long and was
-0.7 points worse on Imagenette, whose features are ill conditioned (docs/evaluation.md)."""
+0.7 points worse on Imagenette, whose features are ill conditioned (docs/measurements.md)."""
 BLOCK = 2**22
 """Logits in memory at once: 16 MiB of float32, and as much for each of the few tensors made from them."""
 TEMPERATURES = tuple(2 ** (power / 2) for power in range(-8, 17))

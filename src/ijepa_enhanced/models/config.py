@@ -27,7 +27,7 @@ class EncoderConfig:
     the training views, in patches."""
     patch_embed: Literal["linear", "mlp"] = "linear"
     """Layers that turn a patch into a token. linear: one, as in I-JEPA's released weights. mlp: two with a GELU in
-    between, which learned more from photographs in every run (docs/recipe.md)."""
+    between, which learned more from photographs in every run (docs/measurements.md)."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:

@@ -17,7 +17,7 @@ from ijepa_enhanced.packed import Packed
 CHANNELS = 3
 
 PATCH_MLP_RATIO = 2
-"""Width of the hidden layer of `PatchMLP`, divided by D: the only ratio measured (docs/recipe.md)."""
+"""Width of the hidden layer of `PatchMLP`, divided by D: the only ratio measured (docs/measurements.md)."""
 
 
 class PatchMLP(nn.Module):

@@ -84,7 +84,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         if not resume and ranks.main:
             write_config(config, folder)
         run = Run(config, folder, images, ranks)
-        state = TrainState(images.plan.hash, Unreadable(images.catalog, config.data.max_unreadable))
+        state = TrainState(images.plan.hash, images.unreadable)
         if resume and not state.load(run.checkpoints, run.model, run.optimizer, ranks):
             logger.warning("%s has no checkpoint yet. Training starts from the first step.", folder)
         run.introduce(state)
@@ -97,6 +97,7 @@ class TrainingImages:
 
     source: Source
     catalog: Catalog
+    unreadable: Unreadable
     plan: Plan
     first_epoch: EpochPlan
 
@@ -106,6 +107,7 @@ def open_images(config: TrainConfig, ranks: Ranks) -> TrainingImages:
     source = open_source(config.data.source)
     with ranks.one_first():  # one rank scans the images, and the others read its catalog
         catalog = open_catalog(source)
+    unreadable = Unreadable(catalog, config.data.max_unreadable)
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
     own_packs = plan.share(ranks.world)
     first_epoch = plan.epoch(0)
@@ -124,7 +126,7 @@ def open_images(config: TrainConfig, ranks: Ranks) -> TrainingImages:
     )
     if config.data.cache == "memory":
         source = InMemory(source, free, ranks.local_world_size)
-    return TrainingImages(source, catalog, plan, first_epoch)
+    return TrainingImages(source, catalog, unreadable, plan, first_epoch)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

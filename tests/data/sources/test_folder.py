@@ -154,8 +154,8 @@ class Counting(io.FileIO):
         return count
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
-def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "reads"), [("a.jpg", 1), ("a.tif", 3)])
+def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch, name, reads):
     Image.open(io.BytesIO(noise_jpeg(400, 500))).save(tmp_path / name)
     assert (tmp_path / name).stat().st_size > 10 * HEAD
     opened = lambda path, mode, buffering: io.BufferedReader(Counting(path, mode), buffering)  # noqa: E731
@@ -163,12 +163,12 @@ def test_only_the_head_of_a_file_is_read_for_its_size(tmp_path, monkeypatch, nam
     monkeypatch.setattr(Counting, "total", 0)
     source = FolderSource(tmp_path)
     assert source.size(0) == (400, 500)
-    # The directory of a TIFF file that Pillow writes lies at its beginning.
-    assert 0 < Counting.total <= HEAD
+    assert 0 < Counting.total <= reads * HEAD
 
 
 def test_a_disk_that_fails_is_not_a_damaged_image(tmp_path, monkeypatch):
-    source = FolderSource(write(tmp_path, **{"a.jpg": noise_jpeg(400, 500)}))
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", icc_profile=bytes(5 * HEAD))  # a header longer than the head
+    source = FolderSource(tmp_path)
 
     class Failing(io.FileIO):
         def readinto(self, buffer):
@@ -178,7 +178,7 @@ def test_a_disk_that_fails_is_not_a_damaged_image(tmp_path, monkeypatch):
         def readinto(self, buffer):
             if self.tell():
                 raise OSError(5, "Input/output error")
-            return super().readinto(memoryview(buffer)[:300])
+            return super().readinto(buffer)
 
     for kind in (Failing, FailingLater):
         opened = lambda path, mode, buffering, kind=kind: io.BufferedReader(kind(path, mode), buffering)  # noqa: E731

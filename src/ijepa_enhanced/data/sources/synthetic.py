@@ -33,7 +33,7 @@ class SyntheticSource(Source):
 
     def identity(self) -> tuple[str, ...]:
         """See `Source`."""
-        return ("synthetic", self.part)
+        return ("synthetic", self.fingerprint())
 
     def fingerprint(self) -> str:
         """See `Source`."""
