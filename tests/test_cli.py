@@ -27,13 +27,7 @@ from rich.table import Table
 
 from ijepa_enhanced import cli
 from ijepa_enhanced.commands.flags import parse
-from ijepa_enhanced.commands.options import (
-    COMMANDS,
-    INSPECT,
-    PROTOCOLS,
-    Command,
-    Group,
-)
+from ijepa_enhanced.commands.options import COMMANDS, INSPECT, PROTOCOLS, Command, Group
 from ijepa_enhanced.commands.setup import counting_bars, print_table, share_cores
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import (

@@ -9,15 +9,22 @@ import yaml
 
 from ijepa_enhanced.commands.flags import parse
 from ijepa_enhanced.commands.setup import train_config
-from ijepa_enhanced.config import build, checked, find_config, keys_of, read_config, recipe_names
+from ijepa_enhanced.config import build, checked, find_config, keys_of, recipe_names
 from ijepa_enhanced.errors import RequestError, did_you_mean
 from ijepa_enhanced.train.config import OptimConfig, TrainConfig
-from ijepa_enhanced.train.saved import FREE_ON_RESUME, check_resumable, config_of_run, flatten, load_config
+from ijepa_enhanced.train.saved import (
+    FREE_ON_RESUME,
+    check_resumable,
+    config_of_run,
+    flatten,
+    load_config,
+    read_train_config,
+)
 
 
 def refused(file: Path) -> str:
     with pytest.raises(RequestError, match=r".") as error:
-        read_config(find_config(str(file)))
+        read_train_config(find_config(str(file)))
     return str(error.value)
 
 
@@ -27,7 +34,7 @@ def test_a_file_sets_values_by_their_dotted_names(tmp_path: Path) -> None:
         "run: runs/mine\nsteps: 3\nepochs: 2\noptim:\n  lr: 1e-3\ndata: {source: photos, min_resolution: null}\n"
     )
     assert find_config(str(file)) == file
-    found = read_config(file)
+    found = read_train_config(file)
     assert found == {
         "run": "runs/mine",
         "steps": 3,
@@ -42,8 +49,8 @@ def test_a_file_sets_values_by_their_dotted_names(tmp_path: Path) -> None:
 def test_all_keys_are_known(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(yaml.safe_dump(dataclasses.asdict(TrainConfig())))
-    assert read_config(file) == flatten(dataclasses.asdict(TrainConfig()))
-    assert build(TrainConfig, read_config(file)) == TrainConfig()
+    assert read_train_config(file) == flatten(dataclasses.asdict(TrainConfig()))
+    assert build(TrainConfig, read_train_config(file)) == TrainConfig()
 
 
 def test_every_key_has_a_type_a_default_and_help() -> None:
@@ -177,7 +184,7 @@ def test_every_recipe_is_valid(name: str) -> None:
     _, options = parse(["train", "--config", name])
     config = train_config(options)
     assert isinstance(config, TrainConfig)
-    values = read_config(find_config(name))
+    values = read_train_config(find_config(name))
     assert values, "a recipe sets something"
     assert {key: flatten(dataclasses.asdict(config))[key] for key in values} == values
 

@@ -171,7 +171,8 @@ def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
         ([np.zeros((9, 9, 3))], "An array must be uint8 [height, width, 3], not float64 [9, 9, 3]."),
         ([np.zeros((3, 9, 9), np.uint8)], "An array must be uint8 [height, width, 3], not uint8 [3, 9, 9]."),
         ([torch.zeros(3, 9, 9)], "A tensor must be uint8 [3, height, width], not torch.float32 [3, 9, 9]."),
-        (torch.zeros(2, 3, 9, 9, dtype=torch.uint8), "images must be a list of images, even for a single image."),
+        (torch.zeros(3, 9, 9, dtype=torch.uint8), "images must be a list of images, even for a single image."),
+        (np.zeros((9, 9, 3), np.uint8), "images must be a list of images, even for a single image."),
         ([3], "An image is a PIL image, an array, a tensor, bytes or a path, not int."),
     ],
 )
@@ -257,7 +258,9 @@ def test_the_resolution_is_the_trained_one_unless_another_is_given(
         encoder.embed(images, resolution=resolution)
         assert f"trained at a resolution of 64 px and is used at {resolution} px" in caplog.messages[-1]
     encoder.embed(images, resolution=97)
-    assert len(caplog.messages) == 3  # at every use, not once in a process
+    assert len(caplog.messages) == 2  # once for an encoder and a resolution, not for each call ...
+    Encoder.random(TINY, Preprocessing(resolution=64), seed=0).embed(images, resolution=97)
+    assert len(caplog.messages) == 3  # ... and not once in a process
 
 
 def test_results_are_ordinary_tensors_that_a_layer_on_top_can_learn_from(
@@ -384,3 +387,63 @@ def test_positions_that_were_never_trained_are_never_used(images: list[Image.Ima
     for found, before in zip(encoder.feature_maps(images, resolution=96), maps, strict=True):
         assert torch.equal(found, before)
     assert not torch.equal(free.embed(images, resolution=96), encoder.embed(images, resolution=96))
+
+
+def test_a_batch_of_equal_images_is_a_list_of_them(encoder: Encoder) -> None:
+    batch = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 24, 40), dtype=np.uint8))
+    assert torch.equal(encoder.embed(batch), encoder.embed(list(batch)))
+
+
+def test_hooks_of_the_network_fire(encoder: Encoder, images: list[Image.Image]) -> None:
+    calls = []
+    hook = encoder.network.register_forward_hook(lambda *_: calls.append(1))
+    encoder.embed(images[:1])
+    hook.remove()
+    assert calls == [1]
+
+
+def test_a_later_frame_is_embedded_as_it_is(encoder: Encoder, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "film.gif") as film:
+        film.seek(2)
+        found = encoder.embed([film, film.convert("RGB")])
+        kept = dict(encoder.embed_iter([film], workers=0))["0"]
+    assert distance(found[0], found[1]) < BOUND
+    assert distance(kept, found[1]) < BOUND
+    assert distance(encoder.embed([tmp_path / "film.gif"])[0], found[1]) > 0.01
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_opened_images_travel_to_workers_and_their_faults_come_back(
+    encoder: Encoder, tmp_path: Path, workers: int
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    for name in ("good.jpg", "cut.jpg", "cut.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+        if name.startswith("cut"):
+            data = (tmp_path / name).read_bytes()
+            (tmp_path / name).write_bytes(data[: len(data) // 2])
+    opened = [Image.open(tmp_path / name) for name in ("good.jpg", "cut.jpg", "cut.png", "good.jpg")]
+    before = torch.get_rng_state()
+    found = dict(encoder.embed_iter(opened, workers=workers, on_error="nan", resolution=32))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [bool(vector.isnan().any()) for vector in found.values()] == [False, True, True, False]
+    assert distance(found["0"], encoder.embed([tmp_path / "good.jpg"], resolution=32)[0]) < BOUND
+    with pytest.raises(UnreadableImage, match=r"^cannot be decoded: [^\n]*$"):
+        list(encoder.embed_iter([tmp_path / "good.jpg", opened[1]], workers=workers))
+    with pytest.raises(FileNotFoundError):
+        list(encoder.embed_iter([tmp_path / "gone.jpg"], workers=workers))
+    with pytest.raises(TypeError, match=r"^An image is a PIL image"):
+        list(encoder.embed_iter([3], workers=workers, on_error="skip"))  # type: ignore[list-item]
+    for image in opened:
+        image.close()
+
+
+def test_requests_that_cannot_be_met_are_refused_at_once(encoder: Encoder, images: list[Image.Image]) -> None:
+    with pytest.raises(TypeError, match=r"^images must be a list of images"):
+        encoder.embed_iter(images[0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^on_error must be"):
+        encoder.embed_iter(images, on_error="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^channels must be 3"):
+        Preprocessing(channels=1)

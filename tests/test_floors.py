@@ -12,14 +12,17 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 # Floor by floor, in the order of DESIGN.md. A place, which is a folder or a file beside the folders, may import places
 # of lower floors, and on its own floor those that stand before it.
 FLOORS = (
-    ("errors", "files", "randomness", "schedules", "masks", "devices", "packed", "merge_plan", "batch", "distributed"),
+    (
+        *("errors", "config", "files", "randomness", "schedules", "masks"),
+        *("devices", "packed", "merge_plan", "batch", "distributed"),
+    ),
     ("ops", "data"),
     ("models", "encoder"),
     ("objective", "losses", "jepa", "evaluate"),
     ("train", "visualize", "benchmarks", "study"),
-    ("config", "commands", "cli", "__main__"),
+    ("commands", "cli", "__main__"),
 )
-READ_FLOORS, MOST_LINES = range(4), 5500
+READ_FLOORS, MOST_LINES = range(4), 6000
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]

@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit:  # the help is printed
         return 0
     if not command.ranks:
-        from ijepa_enhanced.distributed import is_one_of_many  # imports torch, as every command does
+        from ijepa_enhanced.distributed import is_one_of_many
 
         if is_one_of_many():
             raise RequestError("torchrun can only share training and evaluation: give this command without it.")

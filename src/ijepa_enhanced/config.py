@@ -21,7 +21,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from ijepa_enhanced.errors import RequestError, did_you_mean
-from ijepa_enhanced.train.config import TrainConfig
 
 Config = TypeVar("Config")
 
@@ -158,8 +157,13 @@ def find_config(name_or_file: str) -> Path:
     raise RequestError(f"No file or recipe '{name_or_file}'.{did_you_mean(name_or_file, recipe_names())}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the values that a YAML file sets, by their dotted names; `run` is the folder that `ijepa train` makes.
+def read_config(path: Path, cls: type[Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a YAML file sets, by their dotted names.
+
+    Args:
+        path: the file.
+        cls: the dataclass whose keys the file may set.
+        more: further keys that it may set, with their types.
 
     Raises:
         RequestError: the file is not YAML, or has an unknown key or a value of the wrong type; the message names it.
@@ -170,19 +174,20 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise RequestError(f"{path} must hold keys and values, as `ijepa train --print_config` prints them.")
-    kinds = {name: key.kind for name, key in keys_of(TrainConfig).items()} | {"run": str | None}
+    kinds = {name: key.kind for name, key in keys_of(cls).items()} | dict(more)
     found = {}
-    for name, value in _flatten(content).items():
+    for name, value in flatten(content).items():
         if name not in kinds:
             raise RequestError(f"{path}: unknown key '{name}'.{did_you_mean(name, list(kinds))}")
         found[name] = checked(f"{path}: {name}", kinds[name], value)
     return found
 
 
-def _flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Join the keys of nested dictionaries with dots: {'a': {'b': 1}} -> {'a.b': 1}."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,28 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from ijepa_enhanced.data.catalog import open_catalog
-from ijepa_enhanced.data.decode import decode_views, open_image, patchify, upright_size
-from ijepa_enhanced.data.geometry import fit_grids
-from ijepa_enhanced.data.loader import serve_the_parent
+from ijepa_enhanced.data.inputs import Decoded, ImageLike, PackBuilder, check_several, decode_all, decode_input
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.devices import autocast, autocast_dtype
-from ijepa_enhanced.errors import EncoderError, NotFiniteError, UnreadableImage
+from ijepa_enhanced.devices import autocast, autocast_dtype, default_workers
+from ijepa_enhanced.errors import EncoderError, NotFiniteError
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.config import EncoderConfig
-from ijepa_enhanced.models.vit import CHANNELS, VisionTransformer
+from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.ops.positions import within_grid
-from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from ijepa_enhanced.ops.preprocess import CHANNELS, IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ijepa_enhanced.packed import Packed, Segments
 
 logger = logging.getLogger(__name__)
@@ -51,10 +44,6 @@ are slower, except with strong merging in bfloat16."""
 FAR = (0.5, 1.5)
 """Resolutions below or above these multiples of the trained one cause a warning. Up to 1.5 times the trained resolution
 scores about as well (docs/measurements.md). Smaller resolutions were not measured."""
-
-ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
-"""A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or
-the path of one."""
 
 Resolution = int | Literal["native"] | None
 """sqrt(height * width) in pixels after resizing, which keeps the aspect ratio. `native`: images keep their size. None:
@@ -80,6 +69,12 @@ class Preprocessing:
     positions beyond it are untrained. None: no limit, as for fixed positions."""
     pooling: Literal["mean"] = "mean"
     """The feature of an image is the mean of the features of its patches."""
+
+    def __post_init__(self) -> None:
+        if self.channels != CHANNELS or not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"channels must be {CHANNELS}, with a mean and a std for each, not {self.channels}.")
+        if self.pooling != "mean":
+            raise ValueError(f"pooling must be mean, not '{self.pooling}'.")
 
 
 class Encoder(nn.Module):
@@ -126,14 +121,19 @@ class Encoder(nn.Module):
 
     def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
         """Return the features [T, D] of uint8 patches [T, P * P * C]; see `VisionTransformer.forward`."""
-        return self.last_layers(packed, plan, count=1)[0]
+        features: Tensor = self.network(self.preprocess(packed), plan)
+        return features
 
     def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
         """Return the outputs [T, D] of the last `count` blocks for uint8 patches [T, P * P * C]."""
+        return self.network.last_layers(self.preprocess(packed), plan, count)
+
+    def preprocess(self, packed: Packed) -> Packed:
+        """Return the input of the network for uint8 patches: normalized, on grids no longer than in training."""
         packed = self.normalize(packed)
         if self.preprocessing.trained_grid is not None:
             packed = within_grid(packed, self.preprocessing.trained_grid)
-        return self.network.last_layers(packed, plan, count)
+        return packed
 
     def embed(
         self,
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
     def embed_iter(
         self,
         images: str | Path | Source | Iterable[ImageLike],
-        workers: int = 0,
+        workers: int | None = None,
         on_error: Literal["raise", "skip", "nan"] = "raise",
         resolution: Resolution = None,
         merge_rate: float | Sequence[float] = 0.0,
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
 
         Args:
             images: a source, written as for `ijepa train`, or images as for `embed`.
-            workers: processes that decode images; 0 decodes in this process. Items of a generator are sent to them.
+            workers: processes that decode images; 0 decodes in this process. None: one for each core at hand.
             on_error: what to do if an image cannot be decoded. `raise` an UnreadableImage, `skip` the image, or yield a
                 feature of `nan`.
             resolution, merge_rate, precision, tokens_per_pack: as for `embed`.
@@ -206,46 +206,50 @@ class Encoder(nn.Module):
             raise ValueError(f"on_error must be raise, skip or nan, not '{on_error}'.")
         if isinstance(images, (str, Path)):
             images = open_source(str(images))
-        source = images if isinstance(images, Source) else None
-        if source is not None:
-            open_catalog(source)  # lists the images once and for all workers
-        items = range(len(images)) if isinstance(images, Source) else images
-        # The warning for an unusual resolution is logged here, and not once in every worker.
-        decoder = _Decoder(source, self.pixels(resolution), self.config.patch_size, tokens_per_pack, on_error)
-        loader = DataLoader(
-            decoder,
-            sampler=items,  # DataLoader passes each of them to the decoder
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_is,
-            worker_init_fn=serve_the_parent,
-        )
+        if isinstance(images, Source):
+            open_catalog(images)  # lists the images once and for all workers
+        else:
+            check_several(images)
+        workers = default_workers() if workers is None else workers
+        decoded = decode_all(images, self.pixels(resolution), self.config.patch_size, tokens_per_pack, workers)
+        return self._embedded(decoded, on_error, merge_rate, precision, tokens_per_pack)
+
+    def _embedded(
+        self,
+        images: Iterable[Decoded],
+        on_error: str,
+        merge_rate: float | Sequence[float],
+        precision: Precision,
+        tokens_per_pack: int,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the key and the feature of each image; arguments as for `embed_iter`."""
+        pack = PackBuilder(self.at_once(tokens_per_pack))
         waiting: list[tuple[str, bool]] = []  # key of each image since the last pack, and whether it was decoded
-        pack = _Pack(self.at_once(tokens_per_pack))
 
         def results() -> Iterator[tuple[str, Tensor]]:
-            features = iter(())
-            if pack.grids:
-                (found,) = [
-                    segment_mean(x, packed.segments.cu_seqlens).cpu()
-                    for packed, x in self._run([pack.take()], merge_rate, precision)
-                ]
-                features = iter(found)
+            packs = [pack.take()] if len(pack) else []
+            features = (
+                feature
+                for packed, x in self._run(packs, merge_rate, precision)
+                for feature in segment_mean(x, packed.segments.cu_seqlens).cpu()
+            )
             # Unreadable images are in `waiting` but not in the pack, so that results keep the order of the images.
-            for key, decoded in waiting:
-                if decoded:
+            for key, readable in waiting:
+                if readable:
                     yield key, next(features)
                 elif on_error == "nan":
                     yield key, torch.full((self.width,), torch.nan)
             waiting.clear()
 
-        for number, (name, view, grid) in enumerate(loader):
-            key = source.key(number) if source is not None else str(number) if name is None else name
-            if view is not None and not pack.fits(grid):
+        for number, image in enumerate(images):
+            # What is not an image at all is the caller's mistake, whatever `on_error` says.
+            if image.error is not None and (on_error == "raise" or isinstance(image.error, TypeError)):
+                raise image.error
+            if image.patches is not None and not pack.fits(image.patches):
                 yield from results()  # empties the pack
-            if view is not None:
-                pack.add(view, grid)
-            waiting.append((key, view is not None))
+            if image.patches is not None:
+                pack.add(image.patches, image.grid)
+            waiting.append((str(number) if image.key is None else image.key, image.patches is not None))
         yield from results()
 
     def feature_maps(
@@ -312,17 +316,17 @@ class Encoder(nn.Module):
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> Iterator[Packed]:
         """Yield the packs of uint8 patches that `embed` runs the network on, on the CPU; arguments as for `embed`."""
-        if isinstance(images, (str, bytes, Path, Image.Image, Tensor)):
-            raise TypeError("images must be a list of images, even for a single image.")
+        check_several(images)
         pixels = self.pixels(resolution)
-        pack = _Pack(self.at_once(tokens_per_pack))
+        pack = PackBuilder(self.at_once(tokens_per_pack))
         for image in images:
-            view, grid = _decode(image, pixels, self.config.patch_size, tokens_per_pack)
-            if not pack.fits(grid):
+            decoded = decode_input(image, pixels, self.config.patch_size, tokens_per_pack)
+            assert decoded.patches is not None  # or it would have raised
+            if not pack.fits(decoded.patches):
                 yield pack.take()
-            pack.add(view, grid)
-            del image, view  # frees this image before a generator makes the next one
-        if pack.grids:
+            pack.add(decoded.patches, decoded.grid)
+            del image, decoded  # frees this image before a generator makes the next one
+        if len(pack):
             yield pack.take()
 
     def pixels(self, resolution: Resolution) -> int | None:
@@ -398,8 +402,8 @@ class Encoder(nn.Module):
                 f"No encoder in {path}: expected config.json and model.safetensors there or in its folder 'encoder'."
             )
         try:
-            config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-            if config.get("format") != FORMAT:
+            config = json.loads((folder / "config.json").read_text())
+            if not isinstance(config, dict) or config.get("format") != FORMAT:
                 raise EncoderError(
                     f"{folder} was written by another version of ijepa_enhanced, which did not record its "
                     "preprocessing. Train it again, or write config.json in the form that docs/decisions.md gives."
@@ -418,127 +422,3 @@ class Encoder(nn.Module):
             if not value.isfinite().all():
                 raise NotFiniteError(f"The weights {name} in {folder} are not finite: this encoder cannot be used.")
         return cls(network, preprocessing).eval()
-
-
-class _Pack:
-    """Decoded images that wait to go through the network together.
-
-    Args:
-        budget: largest number of tokens, unless one image alone has more.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.views: list[NDArray[np.uint8]] = []
-        self.grids: list[NDArray[np.int64]] = []
-
-    def fits(self, grid: NDArray[np.int64]) -> bool:
-        """Return whether an image of this grid, int64 [1, 2], fits into the budget. An empty pack takes any image."""
-        tokens = sum(int(each.prod()) for each in self.grids)
-        return not self.grids or tokens + int(grid.prod()) <= self.budget
-
-    def add(self, view: NDArray[np.uint8], grid: NDArray[np.int64]) -> None:
-        self.views.append(view)
-        self.grids.append(grid)
-
-    def take(self) -> Packed:
-        """Return the images as one stream, and start a new pack."""
-        packed = Packed.of_grids(np.concatenate(self.views), np.concatenate(self.grids))
-        self.views, self.grids = [], []
-        return packed
-
-
-class _Decoder(Dataset[Any]):
-    """The dataset of `embed_iter`: it decodes an item into (key or None, patches, grid), in a worker.
-
-    Args:
-        source: whose rows the items are; None: the items are images.
-        resolution: in pixels; None: native size.
-        patch_size: P.
-        limit: largest number of tokens of an image.
-        on_error: as for `embed_iter`. Unless it is `raise`, the patches of an unreadable image are None.
-    """
-
-    def __init__(
-        self, source: Source | None, resolution: int | None, patch_size: int, limit: int, on_error: str
-    ) -> None:
-        self.source = source
-        self.resolution = resolution
-        self.patch_size = patch_size
-        self.limit = limit
-        self.on_error = on_error
-
-    def __getitem__(self, item: Any) -> tuple[str | None, NDArray[np.uint8] | None, NDArray[np.int64]]:
-        name = str(item) if isinstance(item, (str, Path)) else None
-        try:
-            if self.source is None:
-                image = item
-            else:
-                name = self.source.key(item)
-                image = self.source.open(item)
-            return name, *_decode(image, self.resolution, self.patch_size, self.limit, name)
-        except (UnreadableImage, OSError):
-            if self.on_error == "raise":
-                raise
-            return name, None, np.empty((0, 2), np.int64)  # an empty grid
-
-
-def _as_is(item: Any) -> Any:
-    """Return the item. The default `collate_fn` would turn arrays into tensors."""
-    return item
-
-
-def _decode(
-    image: ImageLike, resolution: int | None, patch_size: int, limit: int, name: str | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return the patches of an image, uint8 [rows * columns, P * P * C], and its grid, int64 [1, 2].
-
-    `name` is named in the error if the image is not a path itself.
-    """
-    try:
-        opened = _open(image)
-        size = np.array([upright_size(opened)])  # [1, 2]: height and width, turned by the EXIF orientation
-        grid = fit_grids(size[:, 0], size[:, 1], resolution, patch_size, limit=limit)
-        # The box (top, left, height, width) is the whole image: nothing is cropped.
-        (view,) = decode_views(opened, np.concatenate([0 * size, size], axis=1), grid * patch_size)
-    except UnreadableImage as error:
-        name = str(image) if isinstance(image, (str, Path)) else name
-        raise UnreadableImage(f"{name}: {error}" if name else str(error)) from error
-    return patchify(view, patch_size), grid
-
-
-def _open(image: ImageLike) -> Image.Image:
-    """Return an image of any kind as a PIL image.
-
-    Raises:
-        TypeError: it is not an image, or an array of another type or shape.
-        UnreadableImage: it is not a file that PIL can open.
-        OSError: the file cannot be read.
-    """
-    if isinstance(image, Image.Image):
-        # PIL keeps the file of an image that is opened but not yet decoded. Read that, so that the result is the same
-        # as for its path.
-        file = getattr(image, "fp", None)
-        if isinstance(image, Image.Image) and file is not None and not isinstance(file, io.BytesIO):
-            try:
-                position = file.tell()
-                file.seek(0)
-                data = file.read()
-                file.seek(position)
-            except (OSError, ValueError):  # the file is closed or cannot seek
-                return image
-            return open_image(data)
-        return image
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != CHANNELS:
-            raise TypeError(f"A tensor must be uint8 [3, height, width], not {image.dtype} {[*image.shape]}.")
-        return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != CHANNELS:
-            raise TypeError(f"An array must be uint8 [height, width, 3], not {image.dtype} {[*image.shape]}.")
-        return Image.fromarray(image)
-    if isinstance(image, bytes):
-        return open_image(image)
-    if not isinstance(image, (str, Path)):
-        raise TypeError(f"An image is a PIL image, an array, a tensor, bytes or a path, not {type(image).__name__}.")
-    return open_image(Path(image).read_bytes())

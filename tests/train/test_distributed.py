@@ -201,9 +201,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("launched")
 def test_torchrun_is_for_training_and_evaluation_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["index", "synthetic"]) == 2
+    assert main(["scan", "synthetic"]) == 2
     assert capsys.readouterr().err == (
-        "ijepa: torchrun shares out training and evaluation alone: give this command without it.\n"
+        "ijepa: torchrun can only share training and evaluation: give this command without it.\n"
     )
 
 

@@ -32,14 +32,7 @@ from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
-from ijepa_enhanced.train.monitor import (
-    COST,
-    MOST_PROBES,
-    PASSES,
-    History,
-    default_images,
-    steps_between_probes,
-)
+from ijepa_enhanced.train.monitor import COST, MOST_PROBES, PASSES, History, default_images, steps_between_probes
 from ijepa_enhanced.train.probe import VIEWS, ProbeSet
 
 METRICS = {"rankme", "lidar", "spread", "cosine", "knn"}

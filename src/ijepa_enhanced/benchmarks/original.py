@@ -23,9 +23,9 @@ from ijepa_enhanced.jepa import Losses, StepSize
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.models.blocks import Block, Blocks, FactorizedPositions
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
-from ijepa_enhanced.models.vit import CHANNELS, VisionTransformer
+from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.linear import Linear
-from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_enhanced.ops.preprocess import CHANNELS, IMAGENET_MEAN, IMAGENET_STD
 
 ROW = 256
 """Tokens of a row, and so the most tokens of a view."""

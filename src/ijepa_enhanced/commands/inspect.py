@@ -10,7 +10,6 @@ from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.commands.options import DataOptions, FeatureOptions, MergeOptions, PackOptions
 from ijepa_enhanced.commands.setup import configuration, print_counts, print_json
 from ijepa_enhanced.commands.train import first_batch
-from ijepa_enhanced.config import read_config
 from ijepa_enhanced.data.catalog import LISTED, open_catalog, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
 from ijepa_enhanced.data.sources.base import Source
@@ -19,6 +18,7 @@ from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError, RunError, UserError
 from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.saved import read_train_config
 from ijepa_enhanced.visualize.data import class_sizes, draw_survey, survey
 from ijepa_enhanced.visualize.features import draw_features
 from ijepa_enhanced.visualize.merges import draw_merges
@@ -81,7 +81,7 @@ def opened_pack(options: PackOptions) -> tuple[TrainConfig, Batch]:
     """
     saved = Path(options.source) / "config.yaml"
     if saved.is_file():
-        config = configuration(None, read_config(saved))
+        config = configuration(None, read_train_config(saved))
     else:
         config = configuration(options.config, dict(options.given) | {"data.source": options.source})
     source = open_source(config.data.source)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ijepa_enhanced.commands.options import ReportOptions
 from ijepa_enhanced.commands.setup import print_json
-from ijepa_enhanced.config import read_config
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
-from ijepa_enhanced.train.saved import config_of_run
+from ijepa_enhanced.train.saved import config_of_run, read_train_config
 from ijepa_enhanced.visualize.report import write_report
 
 
@@ -20,7 +19,7 @@ def run(options: ReportOptions) -> int:
     if options.out is None and len(runs) > 1:
         raise RequestError("Several runs make one page: name its file by --out FILE.")
     for run in runs:
-        read_config(config_of_run(run))
+        read_train_config(config_of_run(run))
     page = Path(options.out) if options.out else runs[0] / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_report(runs, page, dataclasses.asdict(TrainConfig()))

@@ -15,12 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ijepa_enhanced.commands.options import Common, TrainOptions
-from ijepa_enhanced.config import build, find_config, read_config
+from ijepa_enhanced.config import build, find_config
 from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
-from ijepa_enhanced.train.saved import config_of_run
+from ijepa_enhanced.train.saved import config_of_run, read_train_config
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def train_config(options: TrainOptions) -> TrainConfig:
         recipe = "own-images" if torch.cuda.is_available() else "own-images-cpu"
         there = "a" if torch.cuda.is_available() else "no"
         logger.info("Recipe: %s, because this machine has %s GPU. --config NAME chooses another.", recipe, there)
-    saved = read_config(config_of_run(Path(options.resume))) if options.resume is not None else {}
+    saved = read_train_config(config_of_run(Path(options.resume))) if options.resume is not None else {}
     return configuration(recipe, given, saved)
 
 
@@ -56,7 +56,7 @@ def configuration(recipe: str | None, given: Mapping[str, Any], saved: Mapping[s
     Raises:
         RequestError: there is no such recipe, or a value is out of its range.
     """
-    values = dict(saved or {}) | (read_config(find_config(recipe)) if recipe is not None else {}) | dict(given)
+    values = dict(saved or {}) | (read_train_config(find_config(recipe)) if recipe is not None else {}) | dict(given)
     values.pop("run", None)  # where a run goes is not how it is trained
     return build(TrainConfig, values)
 

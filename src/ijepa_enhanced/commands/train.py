@@ -12,7 +12,7 @@ import yaml
 from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.commands.options import TrainOptions
 from ijepa_enhanced.commands.setup import hush_others, print_json, share_cores, train_config
-from ijepa_enhanced.config import find_config, read_config
+from ijepa_enhanced.config import find_config
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
@@ -23,7 +23,7 @@ from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
-from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_config
+from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_config, read_train_config
 from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.report import write_report
 from ijepa_enhanced.visualize.views import draw_masked_views
@@ -70,7 +70,7 @@ def folder_of(options: TrainOptions, config: TrainConfig) -> Path:
         return folder
     named = options.run
     if named is None and options.config is not None:
-        named = read_config(find_config(options.config)).get("run")
+        named = read_train_config(find_config(options.config)).get("run")
     folder = Path(named or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and is_main():
         raise RequestError(f"{folder} already exists. Continue it with --resume {folder}, or name another --run.")

@@ -153,7 +153,7 @@ def _joined(packs: Iterable[Part], done: int, progress: Callable[[int], None] | 
 def _digest(encoder: Encoder, images: LabelledSource, setting: InferenceConfig) -> str:
     """Return the name of all that features depend on."""
     format_of = (FORMAT, PACKS_PER_PART)
-    where = (encoder.config, encoder.preprocessing.mean, encoder.preprocessing.std, encoder.device.type)
+    where = (encoder.config, encoder.preprocessing, encoder.device.type)
     what = (images.source.fingerprint(), images.catalog.hash)
     limit = setting.tokens_per_pack
     shown = (setting.resolution, setting.dtype, limit, encoder.at_once(limit), setting.merge_rate)

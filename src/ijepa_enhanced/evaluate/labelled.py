@@ -20,8 +20,13 @@ VAL_SHARE = 0.2
 """Of each class, for validation, where one source is split."""
 
 
-def labelled(spec: str, part: str) -> LabelledSource:
-    """Return a source and the catalog of its labelled images.
+def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> LabelledSource:
+    """Return a source and the catalog of its labelled images, and log which images are left out.
+
+    Args:
+        spec: the source.
+        part: `train` or `val`.
+        reported: images that were logged already; the same ones are not logged again.
 
     Raises:
         RequestError: the source has no labels.
@@ -34,13 +39,16 @@ def labelled(spec: str, part: str) -> LabelledSource:
             f"{spec} has no labels, and scoring needs them: put the images of each class into a folder of its own, "
             "or a .cls file beside each image of a shard."
         )
-    report_unreadable(catalog, f"Left out of {spec}")
+    new = reported is None or reported.source.fingerprint() != source.fingerprint()
+    if new:
+        report_unreadable(catalog, f"Left out of {spec}")
     if not len(catalog.rows):
         raise RunError(f"None of the {len(catalog.unreadable)} images of {spec} can be read.")
     known = np.flatnonzero(catalog.labels >= 0)
     if len(known) < len(catalog.rows):
         missing = len(catalog.rows) - len(known)
-        logger.warning("Left out of %s: %d of %d images, which have no label.", spec, missing, len(catalog.rows))
+        if new:
+            logger.warning("Left out of %s: %d of %d images, which have no label.", spec, missing, len(catalog.rows))
         catalog = catalog.select(known)
     return LabelledSource(source, catalog)
 
@@ -52,7 +60,8 @@ def labelled_pair(train_spec: str, val_spec: str) -> list[LabelledSource]:
         RequestError: there are no labels, there is only one class, or a class of validation is missing in training.
         RunError: none of a source's images can be read.
     """
-    train, val = (labelled(*spec) for spec in ((train_spec, "train"), (val_spec, "val")))
+    train = labelled(train_spec, "train")
+    val = labelled(val_spec, "val", reported=train)
     assert val.catalog.labels is not None
     _need_classes(train, train_spec)
     numbers = class_numbers(train, val)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from ijepa_enhanced.merge_plan import layer_rates, merged_lengths
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
-from ijepa_enhanced.models.vit import CHANNELS, PATCH_MLP_RATIO
+from ijepa_enhanced.models.vit import PATCH_MLP_RATIO
+from ijepa_enhanced.ops.preprocess import CHANNELS
 
 Lengths = Sequence[int] | NDArray[np.integer]
 Counts = NDArray[np.int64]

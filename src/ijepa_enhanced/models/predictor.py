@@ -48,4 +48,4 @@ class Predictor(nn.Module):
         return self.head(self.norm(x))[: len(targets.positions)]  # without pad rows
 
     def _positions_of(self, stream: Packed) -> Tensor:
-        return self.positions(stream.positions, stream.grids, stream.segments.cu_seqlens)
+        return self.positions(stream.positions, stream.grids, stream.segments.cu_seqlens).to(self.mask_token.dtype)

@@ -12,9 +12,8 @@ from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPosi
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.ops.linear import Linear, pad_rows
 from ijepa_enhanced.ops.merging import Merge, chain, unmerge
+from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.packed import Packed
-
-CHANNELS = 3
 
 PATCH_MLP_RATIO = 2
 """Width of the hidden layer of `PatchMLP`, divided by D: the only ratio measured (docs/measurements.md)."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.packed import Packed
 
+CHANNELS = 3
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Statistics of ImageNet's channels on [0, 1]: the convention of the field, and what released weights expect."""

@@ -163,7 +163,9 @@ class Run:
         self.optimizer = make_optimizer(self.model)
         # Recorded with the encoder: position embeddings beyond this grid stay untrained.
         longest_rows, longest_cols = images.first_epoch.grids.reshape(-1, 2).max(axis=0).tolist()
-        preprocessing = Preprocessing(config.data.max_resolution, trained_grid=(longest_rows, longest_cols))
+        # Fixed positions have no untrained part.
+        trained_grid = (longest_rows, longest_cols) if config.encoder.positions == "factorized" else None
+        preprocessing = Preprocessing(config.data.max_resolution, trained_grid=trained_grid)
         self.encoder = Encoder(self.model.teacher, preprocessing)
         self.autocast = autocast(ranks.device, autocast_dtype(config.precision, ranks.device))
         self.model.student.blocks.recompute = config.activation_checkpointing

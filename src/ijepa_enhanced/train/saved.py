@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import yaml
-
+from ijepa_enhanced.config import build, flatten, read_config
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, read_progress
@@ -27,15 +26,15 @@ FREE_ON_RESUME = (
 """Keys that may change when a run resumes: the location of the images, and settings that do not change the result."""
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Join the keys of nested dictionaries with dots: {'a': {'b': 1}} -> {'a.b': 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def read_train_config(path: Path) -> dict[str, Any]:
+    """Return the values of a training configuration in a YAML file, by their dotted names.
+
+    `run`, which may be among them, is the folder that `ijepa train` makes.
+
+    Raises:
+        RequestError: the file is not YAML, or has an unknown key or a value of the wrong type; the message names it.
+    """
+    return read_config(path, TrainConfig, {"run": str | None})
 
 
 def config_of_run(folder: Path) -> Path:
@@ -54,10 +53,9 @@ def load_config(folder: Path) -> TrainConfig:
     """Return the configuration of a run.
 
     Raises:
-        RequestError: the folder has no configuration file.
+        RequestError: the folder has no configuration file, or one that another version of this program wrote.
     """
-    config: TrainConfig = _build(TrainConfig, yaml.safe_load(config_of_run(folder).read_text()))
-    return config
+    return build(TrainConfig, read_config(config_of_run(folder), TrainConfig, {}))
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig, folder: Path) -> None:
@@ -87,7 +85,7 @@ def check_unchanged(folder: Path) -> None:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         return
-    trained: TrainConfig = _build(TrainConfig, read_progress(checkpoint)["config"])
+    trained = build(TrainConfig, flatten(read_progress(checkpoint)["config"]))
     for key, before, after in _changes(trained, load_config(folder)):
         raise RequestError(
             f"{config_of_run(folder)} says {key} = {after}, but the run was trained with {before}. "
@@ -101,23 +99,6 @@ def _changes(before: TrainConfig, after: TrainConfig) -> Iterator[tuple[str, Any
     for key, value in flatten(dataclasses.asdict(after)).items():
         if value != values[key] and key not in FREE_ON_RESUME:
             yield key, values[key], value
-
-
-def types_of(cls: type[Any], prefix: str = "") -> dict[str, Any]:
-    """Return the type of every key of a configuration class, with keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for name, hint in get_type_hints(cls).items():
-        group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        flat |= types_of(hint, f"{prefix}{name}.") if group else {f"{prefix}{name}": hint}
-    return flat
-
-
-def _build(cls: type[Any], values: dict[str, Any]) -> Any:
-    """Return an instance of a configuration class, with nested dictionaries turned into their classes."""
-    types = get_type_hints(cls)
-    return cls(
-        **{name: _build(types[name], value) if isinstance(value, dict) else value for name, value in values.items()}
-    )
 
 
 def random_start(encoder: Encoder, run: Path) -> Encoder:

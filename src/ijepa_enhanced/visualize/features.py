@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa_enhanced.data.decode import unpatchify
-from ijepa_enhanced.encoder import Encoder, ImageLike, Resolution
+from ijepa_enhanced.data.inputs import ImageLike
+from ijepa_enhanced.encoder import Encoder, Resolution
 from ijepa_enhanced.visualize.views import MARGIN, enlarged, save_png, sheet_of
 
 SIDE = 280

@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ijepa_enhanced.data.decode import unpatchify
-from ijepa_enhanced.encoder import Encoder, ImageLike, Resolution
+from ijepa_enhanced.data.inputs import ImageLike
+from ijepa_enhanced.encoder import Encoder, Resolution
 from ijepa_enhanced.models.vit import patches_to_tokens
 from ijepa_enhanced.visualize.views import enlarged, sheet_of
 

@@ -1,0 +1,218 @@
+"""Images as Python users give them: paths, bytes, arrays, tensors and PIL images become patches, and packs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ijepa_enhanced.data.decode import FAILURES, decode_views, open_image, patchify, upright_size
+from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.loader import serve_the_parent
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.errors import UnreadableImage
+from ijepa_enhanced.ops.preprocess import CHANNELS
+from ijepa_enhanced.packed import Packed
+
+ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
+"""A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or
+the path of one."""
+
+
+class Decoded(NamedTuple):
+    """One image as patches, or the reason why there are none."""
+
+    key: str | None
+    """Its key in a source or its path; None if it has neither."""
+    patches: NDArray[np.uint8] | None
+    """[rows * columns, P * P * C], row by row."""
+    grid: NDArray[np.int64]
+    """[1, 2] rows and columns."""
+    error: UnreadableImage | OSError | TypeError | None = None
+
+
+class PackBuilder:
+    """Decoded images that wait to go through the network together.
+
+    Args:
+        budget: largest number of tokens, unless one image alone has more.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.tokens = 0
+        self.views: list[NDArray[np.uint8]] = []
+        self.grids: list[NDArray[np.int64]] = []
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def fits(self, patches: NDArray[np.uint8]) -> bool:
+        """Return whether an image with these patches fits into the budget. An empty pack takes any image."""
+        return not self.views or self.tokens + len(patches) <= self.budget
+
+    def add(self, patches: NDArray[np.uint8], grid: NDArray[np.int64]) -> None:
+        """Add an image to the pack."""
+        self.tokens += len(patches)
+        self.views.append(patches)
+        self.grids.append(grid)
+
+    def take(self) -> Packed:
+        """Return the images as one stream, and start a new pack."""
+        packed = Packed.of_grids(np.concatenate(self.views), np.concatenate(self.grids))
+        self.tokens, self.views, self.grids = 0, [], []
+        return packed
+
+
+def check_several(images: object) -> None:
+    """Check that `images` is not a single image.
+
+    Raises:
+        TypeError: it is.
+    """
+    single = isinstance(images, (str, bytes, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim < 4)
+    if single or (isinstance(images, np.ndarray) and images.ndim < 4):
+        raise TypeError("images must be a list of images, even for a single image.")
+
+
+def decode_input(image: ImageLike, resolution: int | None, patch_size: int, limit: int) -> Decoded:
+    """Return the patches of an image.
+
+    Args:
+        image: of any kind.
+        resolution: sqrt(height * width) in pixels after resizing; None: native size.
+        patch_size: P.
+        limit: largest number of tokens.
+
+    Raises:
+        UnreadableImage: it cannot be decoded; the message names its path if it is one.
+        OSError: the file cannot be read.
+        TypeError: it is not an image, or an array of another type or shape.
+    """
+    try:
+        return _patches(_open(image), resolution, patch_size, limit)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{image}: {error}" if isinstance(image, (str, Path)) else str(error)) from error
+
+
+def decode_all(
+    images: Source | Iterable[ImageLike], resolution: int | None, patch_size: int, limit: int, workers: int
+) -> Iterator[Decoded]:
+    """Yield all images as patches, in order, decoded by worker processes; arguments as for `decode_input`.
+
+    An image that cannot be decoded has its error; what a generator of images raises is raised.
+    """
+    source = images if isinstance(images, Source) else None
+    items = range(len(images)) if isinstance(images, Source) else map(_portable, images)
+    loader = DataLoader(
+        _Decoder(source, resolution, patch_size, limit),
+        sampler=items,  # passed to the dataset one by one, so that a generator need not hold more than a few images
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=serve_the_parent,
+        generator=torch.Generator(),  # of its own: PyTorch would draw a seed from the caller's
+    )
+    yield from loader
+
+
+class _Decoder(Dataset[Decoded]):
+    """Decodes rows of a source, or images, in a worker."""
+
+    def __init__(self, source: Source | None, resolution: int | None, patch_size: int, limit: int) -> None:
+        self.source = source
+        self.how = (resolution, patch_size, limit)
+
+    def __getitem__(self, item: Any) -> Decoded:
+        if isinstance(item, Decoded):  # its error was found before it could be sent here
+            return item
+        key = str(item) if isinstance(item, (str, Path)) else None
+        try:
+            if self.source is None:
+                return decode_input(item, *self.how)._replace(key=key)
+            key = self.source.key(item)
+            return _patches(self.source.open(item), *self.how)._replace(key=key)
+        except (UnreadableImage, OSError, TypeError) as error:
+            # As a value: raised in a worker, it would reach the user as a traceback in a string.
+            named = f"{key}: {error}" if isinstance(error, UnreadableImage) and self.source is not None else None
+            return _failed(key, UnreadableImage(named) if named else error)
+
+
+def _failed(key: str | None, error: UnreadableImage | OSError | TypeError) -> Decoded:
+    return Decoded(key, None, np.empty((0, 2), np.int64), error)
+
+
+def _as_is(item: Any) -> Any:
+    """Return the item. The default `collate_fn` would turn arrays into tensors."""
+    return item
+
+
+def _portable(image: Any) -> Any:
+    """Return an image as something that can be sent to another process, or its error.
+
+    An image that is opened and not yet decoded holds an open file, which cannot be sent.
+    """
+    if not isinstance(image, Image.Image):
+        return image
+    try:
+        data = _unread_file(image)
+        if data is not None:
+            return data
+        image.load()
+        return image.copy()  # without the file and the plugin that it came from
+    except FAILURES as error:
+        return _failed(None, UnreadableImage(f"cannot be decoded: {error}"))
+
+
+def _patches(image: Image.Image, resolution: int | None, patch_size: int, limit: int) -> Decoded:
+    size = np.array([upright_size(image)])  # [1, 2]: height and width, turned by the EXIF orientation
+    grid = fit_grids(size[:, 0], size[:, 1], resolution, patch_size, limit=limit)
+    # The box (top, left, height, width) is the whole image: nothing is cropped.
+    (view,) = decode_views(image, np.concatenate([0 * size, size], axis=1), grid * patch_size)
+    return Decoded(None, patchify(view, patch_size), grid)
+
+
+def _open(image: ImageLike) -> Image.Image:
+    """Return an image of any kind as a PIL image; errors as for `decode_input`."""
+    if isinstance(image, Image.Image):
+        data = _unread_file(image)
+        return image if data is None else open_image(data)
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != CHANNELS:
+            raise TypeError(f"A tensor must be uint8 [3, height, width], not {image.dtype} {[*image.shape]}.")
+        return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != CHANNELS:
+            raise TypeError(f"An array must be uint8 [height, width, 3], not {image.dtype} {[*image.shape]}.")
+        return Image.fromarray(image)
+    if isinstance(image, bytes):
+        return open_image(image)
+    if not isinstance(image, (str, Path)):
+        raise TypeError(f"An image is a PIL image, an array, a tensor, bytes or a path, not {type(image).__name__}.")
+    return open_image(Path(image).read_bytes())
+
+
+def _unread_file(image: Image.Image) -> bytes | None:
+    """Return the file of an image that was opened and not yet decoded, so that it gives what its path gives.
+
+    None for an image whose pixels are loaded, which may differ from its file, or that shows a later frame of it.
+    """
+    file = getattr(image, "fp", None)
+    if file is None or isinstance(file, io.BytesIO) or image.tell() != 0:
+        return None
+    try:
+        position = file.tell()
+        file.seek(0)
+        data: bytes = file.read()
+        file.seek(position)
+    except (OSError, ValueError):  # the file is closed, or cannot be read twice
+        return None
+    return data
