@@ -58,7 +58,7 @@ def test_a_split_is_stratified_disjoint_and_fixed_by_the_seed() -> None:
     train, val = split_labelled("synthetic", seed=3)
     rows = np.concatenate([train.catalog.rows, val.catalog.rows])
     source = open_source("synthetic", "train")
-    assert sorted(rows.tolist()) == list(range(len(source.keys)))
+    assert sorted(rows.tolist()) == list(range(len(source)))
     for counts in zip(np.bincount(labels_of(train.catalog)), np.bincount(labels_of(val.catalog)), strict=True):
         # A fifth of the class, to the nearest image.
         assert abs(counts[1] - sum(counts) / 5) <= 0.5

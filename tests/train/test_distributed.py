@@ -198,15 +198,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("launched")
 def test_torchrun_is_for_training_and_evaluation_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["index", "synthetic"]) == 2
+    assert main(["scan", "synthetic"]) == 2
     assert capsys.readouterr().err == (
-        "ijepa: torchrun shares out training and evaluation alone: give this command without it.\n"
+        "ijepa: torchrun can only share training and evaluation: give this command without it.\n"
     )
 
 
 def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> None:
     source = FolderSource(photos)
-    total = sum(source.length(row) for row in range(len(source.keys)))
+    total = sum(source.length(row) for row in range(len(source)))
     InMemory(source, {"memory": 4 * total}, copies=3)
     with pytest.raises(SourceError, match=r"and only 80% of the .* that are free in memory may be taken"):
         InMemory(source, {"memory": 3 * total}, copies=3)

@@ -240,7 +240,7 @@ def test_signs_are_those_of_the_same_images_looked_at_by_hand(tiny: TrainConfig)
     probe = probe_of(config)
     source = probe.dataset.source
     rows = [row for row, _ in shown(probe, probe.images)]
-    z = encoder.embed([Path(config.data.source, source.keys[row]) for row in rows], resolution=48)
+    z = encoder.embed([Path(config.data.source, source.key(row)) for row in rows], resolution=48)
     labels = torch.tensor([source.labels[row] for row in rows])
     predicted = torch.cat([knn_classify(z[8:], labels[8:], z[:8]), knn_classify(z[:8], labels[:8], z[8:])])
     metrics = probe.metrics(encoder, FLOAT32, Ranks())
