@@ -696,12 +696,12 @@ WRONG_REQUESTS = {
     "resume with another architecture": (
         nothing,
         "train --resume run --encoder.depth 2",
-        STARTED.format("encoder.depth = 1, so it cannot go on with 2"),
+        STARTED.format("encoder.depth = 1, so it cannot continue with 2"),
     ),
     "resume with another plan": (
         nothing,
         "train --resume run --data.min_resolution 16",
-        STARTED.format("data.min_resolution = 32, so it cannot go on with 16"),
+        STARTED.format("data.min_resolution = 32, so it cannot continue with 16"),
     ),
     "resume with an edited architecture": (
         edited_run("variant: Ti", "variant: S"),
@@ -721,7 +721,7 @@ WRONG_REQUESTS = {
     "resume with merging": (
         nothing,
         "train --resume run --merging.student_rate 0.1",
-        STARTED.format("merging.student_rate = 0.0, so it cannot go on with 0.1"),
+        STARTED.format("merging.student_rate = 0.0, so it cannot continue with 0.1"),
     ),
     "resume with edited merging": (
         edited_run("teacher_rate: 0.0", "teacher_rate: 0.2"),
@@ -1037,7 +1037,7 @@ def test_a_full_disk_leaves_a_run_that_can_go_on(
     for checkpoint in checkpoints.iterdir():
         if checkpoint.name not in saved:
             shutil.rmtree(checkpoint)
-    without = [] if saved else ["run has no checkpoint yet: it starts from the first step."]
+    without = [] if saved else ["run has no checkpoint yet. Training starts from the first step."]
     with disk_of(100_000):
         assert ijepa("train --resume run") == (1, [], [*without, f"ijepa: {message}"])
     assert [path.name for path in checkpoints.iterdir()] == saved

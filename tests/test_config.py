@@ -199,11 +199,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"steps": 9}, "steps = 7, so it cannot go on with 9"),
-    ({"encoder.depth": 3}, "encoder.depth = None, so it cannot go on with 3"),
-    ({"data.min_resolution": 96}, "data.min_resolution = 112, so it cannot go on with 96"),
-    ({"merging.teacher_rate": 0.1}, "merging.teacher_rate = 0.0, so it cannot go on with 0.1"),
-    ({"data.workers": 3, "optim.lr": 0.5}, "optim.lr = 0.001, so it cannot go on with 0.5"),
+    ({"steps": 9}, "steps = 7, so it cannot continue with 9"),
+    ({"encoder.depth": 3}, "encoder.depth = None, so it cannot continue with 3"),
+    ({"data.min_resolution": 96}, "data.min_resolution = 112, so it cannot continue with 96"),
+    ({"merging.teacher_rate": 0.1}, "merging.teacher_rate = 0.0, so it cannot continue with 0.1"),
+    ({"data.workers": 3, "optim.lr": 0.5}, "optim.lr = 0.001, so it cannot continue with 0.5"),
 ]
 
 

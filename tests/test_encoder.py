@@ -166,12 +166,12 @@ def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("photo.jpg", "embed takes several images: put a single one into a list."),
-        (Image.new("RGB", (9, 9)), "embed takes several images: put a single one into a list."),
+        ("photo.jpg", "images must be a list of images, even for a single image."),
+        (Image.new("RGB", (9, 9)), "images must be a list of images, even for a single image."),
         ([np.zeros((9, 9, 3))], "An array must be uint8 [height, width, 3], not float64 [9, 9, 3]."),
         ([np.zeros((3, 9, 9), np.uint8)], "An array must be uint8 [height, width, 3], not uint8 [3, 9, 9]."),
         ([torch.zeros(3, 9, 9)], "A tensor must be uint8 [3, height, width], not torch.float32 [3, 9, 9]."),
-        (torch.zeros(2, 3, 9, 9, dtype=torch.uint8), "embed takes several images: put a single one into a list."),
+        (torch.zeros(2, 3, 9, 9, dtype=torch.uint8), "images must be a list of images, even for a single image."),
         ([3], "An image is a PIL image, an array, a tensor, bytes or a path, not int."),
     ],
 )
@@ -183,7 +183,9 @@ def test_what_cannot_be_embedded_is_said(encoder: Encoder, images: Any, message:
 
 def test_images_may_come_one_by_one_and_have_a_resolution(encoder: Encoder, images: list[Image.Image]) -> None:
     assert torch.equal(encoder.embed((image for image in images), resolution=32), encoder.embed(images, resolution=32))
-    with pytest.raises(ValueError, match=r"^resolution must be a number of pixels from 1, or 'native', not 0\.$"):
+    with pytest.raises(
+        ValueError, match=r"^resolution must be a whole number of pixels above 0, or 'native', not 0\.$"
+    ):
         encoder.embed(images, resolution=0)
 
 

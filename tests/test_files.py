@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,30 @@ def test_it_is_written_beside_the_file_so_that_renaming_cannot_cross_file_system
         temporary.write_text("")
         assert temporary.parent == tmp_path
         assert temporary.name.startswith("."), "no glob of results takes it for one"
+
+
+def test_two_that_write_one_file_at_once_do_not_share_a_temporary_path(tmp_path: Path) -> None:
+    """Processes in two containers that share a folder can have one number."""
+    path = tmp_path / "log"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            assert second != first
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["log"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_file_has_the_mode_of_new_files(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "log") as temporary:
+            temporary.write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def ranks_of_run() -> Iterator[Ranks]:
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if 0 < gpus < local_world_size:
         raise RankError(
-            f"torchrun started {local_world_size} processes on a machine with {gpus} GPUs. Each process needs its own "
-            "GPU."
+            f"torchrun started {local_world_size} processes on this machine. Each needs its own GPU, but the machine "
+            f"has only {gpus}: use --nproc-per-node {gpus}."
         )
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:

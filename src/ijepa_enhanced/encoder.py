@@ -1,4 +1,4 @@
-"""`Encoder`: a network with its preprocessing, and everything that people do with it from Python."""
+"""`Encoder`: a network with its preprocessing, and the Python interface to both."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_views, open_image, patchify, upright_size
 from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.loader import serve_the_parent
@@ -38,58 +39,58 @@ from ijepa_enhanced.packed import Packed, Segments
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Of config.json. Raised when an older file cannot be read; 1 had no preprocessing."""
+"""Version of config.json, raised whenever older files can no longer be read. Version 1 had no preprocessing."""
 
 TOKENS_PER_PACK = 16384
-"""Most tokens of an image, and most tokens in memory at once."""
+"""Default for the largest number of tokens of an image, and in memory at once."""
 
 CPU_TOKENS = 4096
-"""Most tokens of a pack on a CPU: two tenths faster than 16,384, though a tenth slower where much is merged in bfloat16
-(docs/log.md). An image with more tokens is a pack of its own."""
+"""Largest number of tokens in memory at once on a CPU, unless one image has more. Measured in docs/log.md: larger packs
+are slower, except with strong merging in bfloat16."""
 
 FAR = (0.5, 1.5)
-"""An encoder is warned to be used at a resolution below or above these multiples of the trained one: half as large
-again still scores about as well (docs/measurements.md); smaller ones were not measured."""
+"""Resolutions below or above these multiples of the trained one cause a warning. Up to 1.5 times the trained resolution
+scores about as well (docs/measurements.md). Smaller resolutions were not measured."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
 """A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or
-its path."""
+the path of one."""
 
 Resolution = int | Literal["native"] | None
-"""sqrt(height * width) in pixels after resizing with the aspect ratio kept; `native`: images keep their size; None: the
-resolution that the encoder was trained at."""
+"""sqrt(height * width) in pixels after resizing, which keeps the aspect ratio. `native`: images keep their size. None:
+the resolution that the encoder was trained at."""
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become what a network sees, and its tokens one feature."""
+    """How an image becomes the input of a network, and how its tokens become one feature."""
 
     resolution: int | None = None
-    """sqrt(height * width) in pixels that the network was trained at, the largest if there were several; None: native
-    size."""
+    """Resolution that the network was trained at, sqrt(height * width) in pixels; if there were several, the largest.
+    None: native size."""
     channels: int = CHANNELS
     mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of each channel, on [0, 1]."""
+    """Mean of each channel, for pixel values on [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
-    """Of each channel, on [0, 1]."""
+    """Standard deviation of each channel, for pixel values on [0, 1]."""
     trained_grid: tuple[int, int] | None = None
-    """Rows and columns of the longest grids of training. Longer grids are interpolated onto this size: positions beyond
-    it were never trained. None: any grid, as for positions that do not learn."""
+    """Rows and columns of the longest grids of training. Longer grids are interpolated onto this size, because
+    positions beyond it are untrained. None: no limit, as for fixed positions."""
     pooling: Literal["mean"] = "mean"
-    """The feature of an image: the mean of its patches' features."""
+    """The feature of an image is the mean of the features of its patches."""
 
 
 class Encoder(nn.Module):
-    """A network with its preprocessing.
+    """A network with its preprocessing: it turns images of any size into features.
 
         encoder = Encoder.from_pretrained("runs/pets")
-        z = encoder.embed(["a.jpg", "b.png"])
+        z = encoder.embed(["a.jpg", "b.png"])  # [2, D]
 
     Args:
-        network: any vision transformer; it is not copied.
-        preprocessing: how its images are made.
+        network: the vision transformer, which is not copied.
+        preprocessing: how images become its input.
     """
 
     def __init__(self, network: VisionTransformer, preprocessing: Preprocessing) -> None:
@@ -97,38 +98,38 @@ class Encoder(nn.Module):
         self.network = network
         self.preprocessing = preprocessing
         self.normalize = Normalize(preprocessing.mean, preprocessing.std, network.config.patch_size)
-        self.to(next(network.parameters()).device)
+        self.to(next(network.parameters()).device)  # the buffers of `normalize` join the network
         self.warned: set[int] = set()
-        """Resolutions far from the trained one that were warned of."""
+        """Resolutions far from the trained one that a warning was logged for."""
 
     @classmethod
     def random(cls, config: EncoderConfig, preprocessing: Preprocessing, seed: int) -> Encoder:
-        """Return an untrained encoder, in evaluation mode, on the CPU: the start of a run with that seed."""
-        with torch.random.fork_rng(devices=[]):
+        """Return an untrained encoder in evaluation mode on the CPU: the one that a run with this seed starts from."""
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's random generator as it is
             torch.manual_seed(seed)
             return cls(VisionTransformer(config), preprocessing).eval()
 
     @property
     def config(self) -> EncoderConfig:
-        """The architecture of the network."""
+        """Return the architecture of the network."""
         return self.network.config
 
     @property
     def width(self) -> int:
-        """D, the width of a feature."""
+        """Return D, the width of a feature."""
         return self.network.width
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Return the device of the network."""
         return self.normalize.scale.device
 
     def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
-        """uint8 patches [T, P * P * C] -> features [T, D]; see `VisionTransformer.forward`."""
+        """Return the features [T, D] of uint8 patches [T, P * P * C]; see `VisionTransformer.forward`."""
         return self.last_layers(packed, plan, count=1)[0]
 
     def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
-        """uint8 patches [T, P * P * C] -> the outputs [T, D] of the last `count` blocks."""
+        """Return the outputs [T, D] of the last `count` blocks for uint8 patches [T, P * P * C]."""
         packed = self.normalize(packed)
         if self.preprocessing.trained_grid is not None:
             packed = within_grid(packed, self.preprocessing.trained_grid)
@@ -142,30 +143,30 @@ class Encoder(nn.Module):
         precision: Precision = "auto",
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> Tensor:
-        """Return one feature an image: the mean of its tokens.
+        """Return one feature for each image: the mean of its tokens.
 
-        The same file gives the same feature as a path, as bytes and as a PIL image that has just been opened. A PIL
-        image whose pixels are loaded is resized from these, while a large JPEG file is decoded at a fraction of its
-        size, so there the features differ a little.
+        A path, the bytes of that file, and a PIL image that was just opened from it give the same feature. A PIL image
+        whose pixels are already loaded gives a slightly different one if it comes from a large JPEG file, which is
+        otherwise decoded at a fraction of its size.
 
         Args:
-            images: N images of any sizes. They are read one at a time, so a generator need not hold more than one.
-            resolution: see `Resolution`.
-            merge_rate: the share of its tokens that each layer merges into others, from 0 to 0.5, or one for each
-                layer: faster, and less exact (docs/measurements.md has the figures).
-            precision: of the matrix products. `auto`: what `torch.autocast` says if it is entered, else float32 on a
-                CPU, and bfloat16 on a GPU that has it.
-            tokens_per_pack: most tokens of an image, and most in memory at once; lower it when memory is short. A CPU
-                takes at most 4,096 at once, or one image.
+            images: N images of any size. They are read one at a time, so a generator need not hold more than one.
+            resolution: the resolution to resize images to; see `Resolution`.
+            merge_rate: share of its tokens that each layer merges into others, from 0 to 0.5; one for all layers, or
+                one for each. Merging is faster and less accurate (docs/measurements.md).
+            precision: of matrix products. `auto` follows `torch.autocast` if it is entered. Otherwise it is float32 on
+                a CPU, and bfloat16 on a GPU that supports it.
+            tokens_per_pack: largest number of tokens of an image, and in memory at once. Lower it if memory is short.
+                A CPU takes at most 4,096 at once, unless one image has more.
 
         Returns:
             float32 [N, D] on the encoder's device.
 
         Raises:
-            UnreadableImage: an image cannot be decoded; the message says which, if it is a path, and why.
+            UnreadableImage: an image cannot be decoded. The message says why and, for a path, which one.
             OSError: a file cannot be read.
             TypeError: an item is not an image, or `images` is a single image.
-            ValueError: a merge rate or a resolution out of range.
+            ValueError: a merge rate, a resolution or the precision is out of range.
         """
         pooled = [
             segment_mean(features, packed.segments.cu_seqlens)
@@ -183,21 +184,22 @@ class Encoder(nn.Module):
         precision: Precision = "auto",
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the key and the feature of each image, in order, pack by pack; memory does not grow with their number.
+        """Yield the key and the feature of each image, in order. Memory does not grow with the number of images.
 
         Args:
-            images: a source, as `ijepa train` takes it, or images as for `embed`.
-            workers: processes that decode; 0 decodes in this one. What a generator yields travels to them.
-            on_error: what an image that cannot be decoded does: `raise` UnreadableImage, `skip` the image, or yield
-                `nan` for each number of its feature.
+            images: a source, written as for `ijepa train`, or images as for `embed`.
+            workers: processes that decode images; 0 decodes in this process. Items of a generator are sent to them.
+            on_error: what to do if an image cannot be decoded. `raise` an UnreadableImage, `skip` the image, or yield a
+                feature of `nan`.
             resolution, merge_rate, precision, tokens_per_pack: as for `embed`.
 
         Yields:
-            The key of the image in its source, or its path, or its number as text; and float32 [D] on the host.
+            The key of the image in its source, or else its path, or else its number as text; and its feature, float32
+            [D], on the host.
 
         Raises:
-            SourceError: there is no such source.
-            ValueError: `on_error` is none of the three, or as for `embed`.
+            SourceError: the source does not exist.
+            ValueError: `on_error` is not one of the three; or as for `embed`.
             UnreadableImage, OSError, TypeError: as for `embed`.
         """
         if on_error not in ("raise", "skip", "nan"):
@@ -205,17 +207,20 @@ class Encoder(nn.Module):
         if isinstance(images, (str, Path)):
             images = open_source(str(images))
         source = images if isinstance(images, Source) else None
+        if source is not None:
+            open_catalog(source)  # lists the images once and for all workers
         items = range(len(images)) if isinstance(images, Source) else images
+        # The warning for an unusual resolution is logged here, and not once in every worker.
         decoder = _Decoder(source, self.pixels(resolution), self.config.patch_size, tokens_per_pack, on_error)
         loader = DataLoader(
             decoder,
-            sampler=items,  # any iterable will do
+            sampler=items,  # DataLoader passes each of them to the decoder
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_is,
             worker_init_fn=serve_the_parent,
         )
-        waiting: list[tuple[str, bool]] = []
+        waiting: list[tuple[str, bool]] = []  # key of each image since the last pack, and whether it was decoded
         pack = _Pack(self.at_once(tokens_per_pack))
 
         def results() -> Iterator[tuple[str, Tensor]]:
@@ -226,6 +231,7 @@ class Encoder(nn.Module):
                     for packed, x in self._run([pack.take()], merge_rate, precision)
                 ]
                 features = iter(found)
+            # Unreadable images are in `waiting` but not in the pack, so that results keep the order of the images.
             for key, decoded in waiting:
                 if decoded:
                     yield key, next(features)
@@ -236,7 +242,7 @@ class Encoder(nn.Module):
         for number, (name, view, grid) in enumerate(loader):
             key = source.key(number) if source is not None else str(number) if name is None else name
             if view is not None and not pack.fits(grid):
-                yield from results()
+                yield from results()  # empties the pack
             if view is not None:
                 pack.add(view, grid)
             waiting.append((key, view is not None))
@@ -250,9 +256,10 @@ class Encoder(nn.Module):
         precision: Precision = "auto",
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> list[Tensor]:
-        """Return each image's features in their places: N tensors [rows, columns, D]; arguments as for `embed`."""
+        """Return the features of each image on its grid: N tensors [rows, columns, D]; arguments as for `embed`."""
         maps: list[Tensor] = []
         for packed, features in self._features(images, resolution, merge_rate, precision, tokens_per_pack):
+            # Tokens of a view are in row-major order, and merged ones are spread over their patches again.
             views = torch.split(features, list(packed.segments.lengths))
             maps += [view.view(*grid, self.width) for view, grid in zip(views, packed.grids.tolist(), strict=True)]
         return maps
@@ -277,6 +284,7 @@ class Encoder(nn.Module):
         precision: Precision,
         tokens_per_pack: int,
     ) -> Iterator[tuple[Packed, Tensor]]:
+        """Yield packs of decoded images and their features; arguments as for `embed`."""
         return self._run(self.packs(images, resolution, tokens_per_pack), merge_rate, precision)
 
     def _run(
@@ -285,14 +293,14 @@ class Encoder(nn.Module):
         """Yield each pack on the encoder's device, and its features float32 [T, D]."""
         if precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16, not '{precision}'.")
-        # `auto` on a CPU is float32; on CUDA ragged streams have no kernel in float32 (ops/attention.py).
+        # `auto` is float32 on a CPU. On a GPU it is bfloat16, because the varlen kernel needs it (ops/attention.py).
         as_it_is = precision == "auto" and (self.device.type == "cpu" or torch.is_autocast_enabled(self.device.type))
         for packed in packs:
-            plan = self.merge_plan(packed.segments, merge_rate)
+            plan = self.merge_plan(packed.segments, merge_rate)  # before the move, from lengths on the host
             moved = packed.to(self.device)
             products = nullcontext() if as_it_is else autocast(self.device, autocast_dtype(precision, self.device))
-            # Around the network alone: the caller's generator and what the caller does with a result are its own.
-            # Not inference mode, whose tensors no layer on top could learn from.
+            # Around the network only: `yield` must not run the caller's code under no_grad or autocast.
+            # Not inference_mode, whose tensors cannot be the input of a layer that is trained on top.
             with torch.no_grad(), products:
                 features = self(moved, plan and plan.to(self.device))
             yield moved, features.float()
@@ -303,9 +311,9 @@ class Encoder(nn.Module):
         resolution: Resolution = None,
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> Iterator[Packed]:
-        """Yield the packs of uint8 patches that `embed` shows the network, on the CPU; arguments as there."""
+        """Yield the packs of uint8 patches that `embed` runs the network on, on the CPU; arguments as for `embed`."""
         if isinstance(images, (str, bytes, Path, Image.Image, Tensor)):
-            raise TypeError("embed takes several images: put a single one into a list.")
+            raise TypeError("images must be a list of images, even for a single image.")
         pixels = self.pixels(resolution)
         pack = _Pack(self.at_once(tokens_per_pack))
         for image in images:
@@ -313,23 +321,23 @@ class Encoder(nn.Module):
             if not pack.fits(grid):
                 yield pack.take()
             pack.add(view, grid)
-            del image, view  # a generator's image is let go before the next is asked for
+            del image, view  # frees this image before a generator makes the next one
         if pack.grids:
             yield pack.take()
 
     def pixels(self, resolution: Resolution) -> int | None:
-        """Return the resolution in pixels, None for native size, and warn if it is far from the trained one."""
+        """Return the resolution in pixels, or None for native size, and warn if it is far from the trained one."""
         if resolution is None:
             return self.preprocessing.resolution
         if resolution == "native":
             return None
         if not isinstance(resolution, int) or resolution < 1:
-            raise ValueError(f"resolution must be a number of pixels from 1, or 'native', not {resolution!r}.")
+            raise ValueError(f"resolution must be a whole number of pixels above 0, or 'native', not {resolution!r}.")
         self.check_resolution(resolution)
         return resolution
 
     def check_resolution(self, resolution: int | None) -> None:
-        """Log a warning, once for each resolution, if images are much smaller or larger than in training."""
+        """Log a warning, once for each resolution, if images would be much smaller or larger than in training."""
         trained = self.preprocessing.resolution
         if resolution is None or trained is None:
             return
@@ -344,15 +352,15 @@ class Encoder(nn.Module):
             )
 
     def at_once(self, tokens: int) -> int:
-        """Return how many of so many tokens to compute at once: on a CPU at most `CPU_TOKENS`."""
+        """Return the largest number of tokens to compute at once: `tokens`, but at most `CPU_TOKENS` on a CPU."""
         return min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
-        """Return what merging at `rate` does to views of these lengths, on the CPU; None if that is nothing."""
+        """Return the plan for merging views of these lengths at `rate`, on the CPU, or None if nothing merges."""
         return plan_merges(segments.lengths, rate, self.config.shape.depth)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, which is created."""
+        """Write `config.json` and `model.safetensors` into `folder`, and create it if needed."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -362,6 +370,7 @@ class Encoder(nn.Module):
             "architecture": dataclasses.asdict(self.config),
             "preprocessing": dataclasses.asdict(self.preprocessing),
         }
+        # Each file is written under a temporary name and renamed, so that a reader never sees half of one.
         with replacing(folder / "model.safetensors") as temporary:
             save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
         with replacing(folder / "config.json") as temporary:
@@ -369,10 +378,13 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Encoder:
-        """Return the encoder of a run, or of a folder that `save_pretrained` wrote; in evaluation mode, on the CPU.
+        """Load an encoder, in evaluation mode, on the CPU.
+
+        Args:
+            path: folder of a run, or a folder that `save_pretrained` wrote.
 
         Raises:
-            EncoderError: the folder holds no encoder, one of an older version, or one that is damaged.
+            EncoderError: the folder holds no encoder, or one of an older version, or a damaged one.
             NotFiniteError: a weight is not finite.
         """
         from safetensors import SafetensorError
@@ -393,11 +405,12 @@ class Encoder(nn.Module):
                     "preprocessing. Train it again, or write config.json in the form that docs/decisions.md gives."
                 )
             values: dict[str, Any] = config["preprocessing"]
+            # JSON has no tuples.
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             preprocessing = Preprocessing(**values)
             network = VisionTransformer(EncoderConfig(**config["architecture"]))
             network.load_state_dict(load_file(folder / "model.safetensors"))
-        except EncoderError:
+        except EncoderError:  # the one raised above; it is a ValueError too, which the next line would wrap
             raise
         except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
             raise EncoderError(f"{folder} does not hold an encoder that can be read: {error}") from error
@@ -408,10 +421,10 @@ class Encoder(nn.Module):
 
 
 class _Pack:
-    """Decoded images that wait for the network.
+    """Decoded images that wait to go through the network together.
 
     Args:
-        budget: most tokens, unless one image alone has more.
+        budget: largest number of tokens, unless one image alone has more.
     """
 
     def __init__(self, budget: int) -> None:
@@ -420,6 +433,7 @@ class _Pack:
         self.grids: list[NDArray[np.int64]] = []
 
     def fits(self, grid: NDArray[np.int64]) -> bool:
+        """Return whether an image of this grid, int64 [1, 2], fits into the budget. An empty pack takes any image."""
         tokens = sum(int(each.prod()) for each in self.grids)
         return not self.grids or tokens + int(grid.prod()) <= self.budget
 
@@ -428,14 +442,22 @@ class _Pack:
         self.grids.append(grid)
 
     def take(self) -> Packed:
-        """Return the images as one stream and begin a new pack."""
+        """Return the images as one stream, and start a new pack."""
         packed = Packed.of_grids(np.concatenate(self.views), np.concatenate(self.grids))
         self.views, self.grids = [], []
         return packed
 
 
 class _Decoder(Dataset[Any]):
-    """Decodes items of `embed_iter`, in a worker: (path or None, patches or None, grid)."""
+    """The dataset of `embed_iter`: it decodes an item into (key or None, patches, grid), in a worker.
+
+    Args:
+        source: whose rows the items are; None: the items are images.
+        resolution: in pixels; None: native size.
+        patch_size: P.
+        limit: largest number of tokens of an image.
+        on_error: as for `embed_iter`. Unless it is `raise`, the patches of an unreadable image are None.
+    """
 
     def __init__(
         self, source: Source | None, resolution: int | None, patch_size: int, limit: int, on_error: str
@@ -458,21 +480,26 @@ class _Decoder(Dataset[Any]):
         except (UnreadableImage, OSError):
             if self.on_error == "raise":
                 raise
-            return name, None, np.empty((0, 2), np.int64)
+            return name, None, np.empty((0, 2), np.int64)  # an empty grid
 
 
 def _as_is(item: Any) -> Any:
+    """Return the item. The default `collate_fn` would turn arrays into tensors."""
     return item
 
 
 def _decode(
     image: ImageLike, resolution: int | None, patch_size: int, limit: int, name: str | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return an image as patches uint8 [rows * columns, P * P * C], and its grid int64 [1, 2]."""
+    """Return the patches of an image, uint8 [rows * columns, P * P * C], and its grid, int64 [1, 2].
+
+    `name` is named in the error if the image is not a path itself.
+    """
     try:
         opened = _open(image)
-        size = np.array([upright_size(opened)])
+        size = np.array([upright_size(opened)])  # [1, 2]: height and width, turned by the EXIF orientation
         grid = fit_grids(size[:, 0], size[:, 1], resolution, patch_size, limit=limit)
+        # The box (top, left, height, width) is the whole image: nothing is cropped.
         (view,) = decode_views(opened, np.concatenate([0 * size, size], axis=1), grid * patch_size)
     except UnreadableImage as error:
         name = str(image) if isinstance(image, (str, Path)) else name
@@ -481,8 +508,16 @@ def _decode(
 
 
 def _open(image: ImageLike) -> Image.Image:
+    """Return an image of any kind as a PIL image.
+
+    Raises:
+        TypeError: it is not an image, or an array of another type or shape.
+        UnreadableImage: it is not a file that PIL can open.
+        OSError: the file cannot be read.
+    """
     if isinstance(image, Image.Image):
-        # The file of an image that was opened and not yet decoded, as if its path had been given.
+        # PIL keeps the file of an image that is opened but not yet decoded. Read that, so that the result is the same
+        # as for its path.
         file = getattr(image, "fp", None)
         if isinstance(image, Image.Image) and file is not None and not isinstance(file, io.BytesIO):
             try:
@@ -490,7 +525,7 @@ def _open(image: ImageLike) -> Image.Image:
                 file.seek(0)
                 data = file.read()
                 file.seek(position)
-            except (OSError, ValueError):
+            except (OSError, ValueError):  # the file is closed or cannot seek
                 return image
             return open_image(data)
         return image

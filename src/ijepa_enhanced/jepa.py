@@ -71,8 +71,8 @@ class JEPA(nn.Module):
 
     def preprocess(self, batch: MaskedBatch) -> MaskedBatch:
         """Return a batch with normalized patches in place of uint8 ones."""
-        global_views = None if batch.whole is None else self.normalize(batch.whole)
-        return dataclasses.replace(batch, packed=self.normalize(batch.packed), whole=global_views)
+        unmasked = None if batch.whole is None else self.normalize(batch.whole)
+        return dataclasses.replace(batch, packed=self.normalize(batch.packed), whole=unmasked)
 
     @torch.no_grad()
     def targets(self, batch: MaskedBatch) -> Tensor | None:

@@ -193,7 +193,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RankError) as error, ranks_of_run():
         pass
-    assert str(error.value) == "torchrun started 4 processes on a machine with 2 GPUs. Each process needs its own GPU."
+    assert str(error.value) == (
+        "torchrun started 4 processes on this machine. Each needs its own GPU, but the machine has only 2: "
+        "use --nproc-per-node 2."
+    )
 
 
 @pytest.mark.usefixtures("launched")

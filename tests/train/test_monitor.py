@@ -333,8 +333,8 @@ def test_a_run_too_short_for_it_says_so(tiny: TrainConfig, tmp_path: Path, caplo
     with caplog.at_level(logging.DEBUG, logger="ijepa_enhanced"):
         train(dataclasses.replace(tiny, monitor=MonitorConfig(), steps=2), tmp_path / "run")
     assert (
-        "The run is not monitored: that would cost more than 3% of so short a run. monitor.every forces it."
-        in caplog.messages
+        "The run is not monitored: it is so short that monitoring would cost more than 3% of it. "
+        "Set monitor.every to monitor it anyway." in caplog.messages
     )
     assert not (tmp_path / "run" / "best").exists()
 
@@ -403,5 +403,5 @@ def test_values_out_of_range_are_refused(values: dict[str, int], message: str) -
 def test_many_classes_are_looked_at_in_more_images(classes: int | None, images: int) -> None:
     labels = None if classes is None else np.arange(3000) % classes
     sizes = np.full(3000, 64)
-    index = Catalog(sizes, sizes, np.arange(3000), labels, None, [""] * 3000, (), "")
-    assert default_images(index) == images
+    catalog = Catalog(sizes, sizes, np.arange(3000), labels, None, "")
+    assert default_images(catalog) == images

@@ -110,7 +110,7 @@ def test_stopping_before_the_first_step_changes_nothing(
     assert (outcome.finished, outcome.steps) == (False, 0)
     monkeypatch.setattr(Meter, "waiting", original)
     assert train(tiny, run, resume=True).finished
-    assert f"{run} has no checkpoint yet: it starts from the first step." in caplog.messages
+    assert f"{run} has no checkpoint yet. Training starts from the first step." in caplog.messages
     assert same_encoder(run, tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")
 

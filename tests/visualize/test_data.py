@@ -40,7 +40,7 @@ def photos(tmp_path):
 
 
 def named(source, pairs):
-    return {(Path(source.keys[row]).name, Path(source.keys[other]).name) for row, other in pairs}
+    return {(Path(source.key(row)).name, Path(source.key(other)).name) for row, other in pairs}
 
 
 def test_duplicates(photos):
@@ -50,7 +50,7 @@ def test_duplicates(photos):
     assert named(source, seen.identical) == {("a copy.png", "01.png"), ("one more.png", "01.png")}
     assert {name for name, _ in named(source, seen.near)} == {"compressed.jpg", "grey.png", "small.png", "pale.png"}
     assert all(
-        source.keys[other].endswith(("02.png", "compressed.jpg", "grey.png", "pale.png")) for _, other in seen.near
+        source.key(other).endswith(("02.png", "compressed.jpg", "grey.png", "pale.png")) for _, other in seen.near
     )
 
 

@@ -125,6 +125,7 @@ class _Parts(NamedTuple):
 
 
 def _encoder(config: EncoderConfig, lengths: Lengths, rate: float | Sequence[float]) -> _Parts:
+    """Count as `encoder_flops` says."""
     shape = config.shape
     width, hidden = shape.width, round(shape.width * shape.mlp_ratio)
     table = merged_lengths(lengths, rate, shape.depth)  # [depth + 1, V]
@@ -145,6 +146,7 @@ def _encoder(config: EncoderConfig, lengths: Lengths, rate: float | Sequence[flo
 
 
 def _predictor(config: PredictorConfig, encoder: EncoderConfig, contexts: Lengths, targets: Lengths) -> _Parts:
+    """Count as `predictor_flops` says."""
     c, t = np.asarray(contexts, dtype=np.int64), np.asarray(targets, dtype=np.int64)
     width, ends = config.width, encoder.shape.width * config.width  # ends: `embed` and `head`
     layer = c * 2 * width**2 + t * (2 + 8) * width**2 + t * c * 2 * width  # 2 + 8: attention and MLP

@@ -1,4 +1,4 @@
-"""The configuration of a training run."""
+"""Configuration of a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ijepa_enhanced.objective import ObjectiveConfig
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedules, each a function of the step and of the run's fixed length."""
+    """The optimizer and its schedules, which depend only on the step and on the length of the run."""
 
     lr: float = 1e-3
     """Peak learning rate (I-JEPA, arXiv 2301.08243, appendix A.1)."""
@@ -34,6 +34,7 @@ class OptimConfig:
     """Largest norm of all gradients together; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
+        # `not x > 0` instead of `x <= 0`, so that NaN is refused too.
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optim.{name} must be above 0, not {getattr(self, name)}.")
@@ -47,15 +48,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """Monitoring of the teacher during training: collapse, and the best checkpoint."""
+    """Monitoring of the teacher during training, to detect collapse and to keep the best encoder."""
 
     every: int | None = None
     """Steps between probes of the teacher; the last step is always probed. 0: never. Null: as often as 3% of the run's
     computing allows, at most 100 times."""
     images: int | None = None
     """Training images in the probe set. The kNN accuracy on them has a standard error of at most 0.5 / sqrt(images).
-    Null: 512, or 20 of each class if that is more, as many as the neighbors that vote, and 4,096 at most. With 5 of
-    each of 101 classes the probe did not see what a run learned (docs/log.md)."""
+    Null: 512, or 20 of each class if that is more, and at most 4,096. With fewer images of each class than the 20
+    neighbors that vote, the probe can miss what a run learns (docs/log.md)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:

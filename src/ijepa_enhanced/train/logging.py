@@ -27,7 +27,7 @@ class RunLog:
 
     Args:
         folder: of the run.
-        step: steps done. TensorBoard hides older values of later steps.
+        step: the step that the run continues from. TensorBoard hides the values that it has from there on.
         offset: length of `log.jsonl`, in bytes, when the checkpoint was saved. The rest is cut off, because those steps
             run again.
     """

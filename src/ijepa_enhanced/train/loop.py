@@ -1,4 +1,4 @@
-"""The training loop: open, plan, restore, loop, save."""
+"""The training loop: open the images, plan the packs, restore a checkpoint, train, save."""
 
 from __future__ import annotations
 
@@ -46,42 +46,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """The result of `train`."""
 
     steps: int
-    """Steps done since the run began."""
+    """Steps done since the start of the run."""
     images: int
-    """Images shown since the run began, with repetition."""
+    """Images shown since the start of the run, counted each time."""
     finished: bool
-    """False when a signal stopped it; it can be resumed."""
+    """False if a signal stopped the run, which can then be resumed."""
 
 
 def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
-    """Train, write logs, checkpoints and the encoder into `folder`, and return how it ended.
+    """Train, and write logs, checkpoints and encoders into `folder`.
 
-    The encoder in `folder/encoder` is the last teacher, and that in `folder/best` the best so far by the monitor.
+    `folder/encoder` is the last teacher, and `folder/best` the best teacher so far by the monitor. Under `torchrun`,
+    the ranks share the packs of every step, and rank 0 writes.
 
-    With `resume` the run continues from the newest checkpoint in `folder`, or from the start if there is none. On the
-    CPU what follows is bit for bit what would have followed had the run not stopped, at the same thread count and
-    versions. Started by `torchrun`, the ranks share the packs of every step; the main one writes.
+    Args:
+        config: of the run.
+        folder: of the run.
+        resume: continue from the newest checkpoint in `folder`, or from the start if there is none. On the CPU, with
+            the same number of threads and the same versions, the result equals that of an uninterrupted run bit for
+            bit.
 
     Raises:
         SourceError: the images cannot be found, or there is too little memory for `data.cache` or `data.workers`.
         PlanError: too few images are large enough to train on, or the ranks cannot share the packs of a step evenly.
-        FileExistsError: `folder` is already there and `resume` is not set.
+        FileExistsError: `folder` exists and `resume` is not set.
         ResumeError: the checkpoint is of another plan or architecture.
         RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
-        RankError: a rank is gone, has no GPU, or is not about to do the same as the others.
+        RankError: a rank is gone, has no GPU, or differs from the others.
         CheckpointError: a checkpoint cannot be written.
     """
     with ranks_of_run() as ranks:
+        # Opened first, so that a wrong source leaves no folder behind.
         images = open_images(config, ranks)
         if not resume and ranks.main:
             write_config(config, folder)
         run = Run(config, folder, images, ranks)
         state = TrainState(images.plan.hash, images.unreadable)
         if resume and not state.load(run.checkpoints, run.model, run.optimizer, ranks):
-            logger.warning("%s has no checkpoint yet: it starts from the first step.", folder)
+            logger.warning("%s has no checkpoint yet. Training starts from the first step.", folder)
         run.introduce(state)
         return run.loop(state)
 
@@ -98,9 +103,9 @@ class TrainingImages:
 
 
 def open_images(config: TrainConfig, ranks: Ranks) -> TrainingImages:
-    """Open the source, plan its packs, and check that this machine can hold them; errors as for `train`."""
+    """Open the source, plan its packs, and check that they fit into memory; errors as for `train`."""
     source = open_source(config.data.source)
-    with ranks.one_first():
+    with ranks.one_first():  # one rank scans the images, and the others read its catalog
         catalog = open_catalog(source)
     unreadable = Unreadable(catalog, config.data.max_unreadable)
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
@@ -108,8 +113,8 @@ def open_images(config: TrainConfig, ranks: Ranks) -> TrainingImages:
     first_epoch = plan.epoch(0)
     log_left_out(first_epoch, config)
     free = free_memory()
-    ranks.gather(None)  # every rank has measured before the first one allocates
-    # The packs of this step and of the last one; for a GPU they are pinned, which is memory of another kind.
+    ranks.gather(None)  # a barrier: every rank measures before the first one allocates
+    # A rank holds the packs of this step and of the last one. For a GPU they are pinned, which is not shared memory.
     held = 0 if ranks.device.type == "cuda" else 2 * own_packs
     check_shared_memory(
         config.data.workers,
@@ -125,10 +130,10 @@ def open_images(config: TrainConfig, ranks: Ranks) -> TrainingImages:
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
-    """Make the run's folder and write its configuration.
+    """Create the run's folder and write its configuration.
 
     Raises:
-        FileExistsError: the folder is already there.
+        FileExistsError: the folder exists.
     """
     folder.mkdir(parents=True)
     with replacing(folder / "config.yaml") as temporary:
@@ -140,8 +145,8 @@ class Run:
 
     Args:
         config: of the run.
-        folder: where it writes.
-        images: what it trains on.
+        folder: that it writes to.
+        images: that it trains on.
         ranks: the processes that share it.
     """
 
@@ -152,10 +157,11 @@ class Run:
         self.images = images
         self.ranks = ranks
         self.total = config.steps or max(1, round(config.epochs * len(images.first_epoch) / config.data.packs_per_step))
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # every rank starts with the same weights
         self.model = JEPA(config.encoder, config.predictor, config.objective, config.data.masked_views)
         self.model.to(ranks.device)
         self.optimizer = make_optimizer(self.model)
+        # Recorded with the encoder: position embeddings beyond this grid stay untrained.
         longest_rows, longest_cols = images.first_epoch.grids.reshape(-1, 2).max(axis=0).tolist()
         preprocessing = Preprocessing(config.data.max_resolution, trained_grid=(longest_rows, longest_cols))
         self.encoder = Encoder(self.model.teacher, preprocessing)
@@ -167,7 +173,7 @@ class Run:
 
     @cached_property
     def dataset(self) -> PackDataset:
-        """What makes the batch of a pack."""
+        """Return the dataset that makes the batch of a pack."""
         config = self.config
         return PackDataset(
             self.images.source,
@@ -182,14 +188,14 @@ class Run:
         )
 
     def introduce(self, state: TrainState) -> None:
-        """Say what is about to be trained, and check that all ranks are about to do the same.
+        """Log what the run trains on, and check that all ranks start from the same state.
 
         Raises:
-            RankError: they are not.
+            RankError: they do not.
         """
         if state.step == self.total:
             logger.warning("%s is finished: all %d steps are done.", self.folder, self.total)
-            if self.ranks.main:  # the run may have been stopped between its last checkpoint and this
+            if self.ranks.main:  # the run may have stopped after its last checkpoint and before it wrote the encoder
                 self.encoder.save_pretrained(self.folder / "encoder")
         else:
             data = self.config.data
@@ -205,7 +211,7 @@ class Run:
         self.ranks.agree({"plan": state.plan, "checkpoint": state.step, "PyTorch": torch.__version__})
 
     def loop(self, state: TrainState) -> Outcome:
-        """Train from where `state` stands to the last step, or until a signal asks to stop."""
+        """Train from `state` to the last step, or until a signal asks to stop."""
         config, images, ranks, total = self.config, self.images, self.ranks, self.total
         monitor = start_monitor(config, images.source, images.plan, images.first_epoch, total, state.history)
         packs = images.plan.packs(state.cursor, ranks.rank, ranks.world)
@@ -219,11 +225,12 @@ class Run:
             explaining_memory(config.data),
         ):
             if monitor and not state.step:
-                monitor.probe(0, self.encoder, self.autocast, ranks)  # for comparison; the log has no line for it
+                monitor.probe(0, self.encoder, self.autocast, ranks)  # a baseline for collapse, not in log.jsonl
             state.meter.restart_clock()
             while state.step < total:
                 with state.meter.waiting():
                     batches = [next(stream) for _ in range(own_packs)]
+                # Every rank learns the size of the whole step, and all stop at the same step.
                 shares = ranks.gather(Share.of(batches, stop.requested))
                 if any(share.stop for share in shares):
                     break
@@ -233,13 +240,19 @@ class Run:
                     self.log_step(state, grad_norm, log, bar, monitor if due else None)
                 if state.step % config.checkpoint_every == 0 or state.step == total:
                     self.save(state, grad_norm, log)
-            # Not at step 0: asked for the state of an optimizer without one, PyTorch makes a step to have one.
+            # Not at step 0: the optimizer has no state yet, and to save it PyTorch would run a step.
             if 0 < state.step < total:
                 self.save(state, grad_norm, log)
         return Outcome(state.step, state.images, finished=state.step == total)
 
     def step(self, state: TrainState, batches: Sequence[Batch], shares: Sequence[Share]) -> Tensor:
-        """Train on this rank's packs of a step, count what all ranks had, and return the norm of the gradients."""
+        """Train on this rank's packs of a step, and return the norm of the gradients.
+
+        Args:
+            state: of the run. It advances by what all ranks trained on.
+            batches: this rank's packs.
+            shares: what each rank has in this step.
+        """
         for share in shares:
             state.unreadable.add(share.unreadable)
         size = StepSize(sum(share.target_tokens for share in shares), self.config.data.packs_per_step)
@@ -261,12 +274,12 @@ class Run:
         bar: ProgressBar | None,
         monitor: Monitor | None,
     ) -> None:
-        """Write a line of the log, with what the monitor finds if it is given.
+        """Write a line of the log, and probe the teacher if a `monitor` is given.
 
         Raises:
-            RunError: the loss or the gradients are not finite, or there was nothing to train on.
+            RunError: the loss or the gradients are not finite, or no image could be read.
         """
-        settings = step_settings(self.config.optim, state.step - 1, self.total)
+        settings = step_settings(self.config.optim, state.step - 1, self.total)  # of the step that was just made
         values = state.meter.read(self.config.data.tokens_per_pack, self.ranks) | settings._asdict()
         values |= {"grad_norm": grad_norm.item(), "epoch": state.epoch, "unreadable": len(state.unreadable)}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -277,7 +290,7 @@ class Run:
             values |= monitor.probe(state.step, self.encoder, self.autocast, self.ranks)
             if self.ranks.main and state.history.best_step == state.step:
                 self.encoder.save_pretrained(self.folder / "best")
-            state.meter.restart_clock()
+            state.meter.restart_clock()  # the time of the probe is not training time
         if log:
             log.write(state.step, values)
 
@@ -285,7 +298,7 @@ class Run:
         """Write a checkpoint and the encoder.
 
         Raises:
-            RunError: the last gradients were not finite, so neither are the weights: no checkpoint is better.
+            RunError: the last gradients are not finite, so the weights are not finite either.
             CheckpointError: see `TrainState.save`.
         """
         if not grad_norm.isfinite():
@@ -297,15 +310,17 @@ class Run:
 
 
 class Share(NamedTuple):
-    """What the others must know of a rank's packs of a step."""
+    """A summary of one rank's packs of a step, for the other ranks."""
 
     stop: bool
-    """A signal asked to stop before this step."""
+    """Whether a signal has asked this rank to stop."""
     target_tokens: int
     views: int
+    """Masked views."""
     unreadable: list[tuple[int, str]]
+    """Row and reason of each image that could not be decoded."""
     last: tuple[int, int]
-    """Epoch and number of its last pack."""
+    """Epoch and number of the rank's last pack."""
 
     @classmethod
     def of(cls, batches: Sequence[Batch], stop: bool) -> Self:
@@ -321,32 +336,31 @@ class Share(NamedTuple):
 
 
 def with_images(batches: Sequence[Batch]) -> list[MaskedBatch]:
-    """Return the batches of which at least one image could be read."""
+    """Return the batches with at least one readable image."""
     return [batch for batch in batches if isinstance(batch, MaskedBatch) and len(batch.image_ids)]
 
 
 @contextmanager
 def explaining_memory(config: DataConfig) -> Iterator[None]:
-    """Say what to set if the GPU's memory is too small for a pack.
+    """Turn an out-of-memory error of the GPU into advice on what to set.
 
     Raises:
-        RunError: it is.
+        RunError: the GPU's memory is too small for a pack.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         half, twice = config.tokens_per_pack // 2, 2 * config.packs_per_step
-        try:
+        try:  # whether half the budget is a valid configuration
             dataclasses.replace(config, tokens_per_pack=half, max_view_tokens=config.view_limit)
             advice = (
                 f"set data.tokens_per_pack to {half}, data.packs_per_step to {twice} and data.max_view_tokens to "
-                f"{config.view_limit}: half as much at once, and as much in a step"
+                f"{config.view_limit}. That halves the tokens per pack and keeps the tokens per step"
             )
         except ValueError:
             advice = "use a smaller encoder, or smaller or fewer views"
         raise RunError(
-            f"The GPU's memory does not hold what a pack of {config.tokens_per_pack} tokens needs. "
-            f"In a new run, {advice}."
+            f"The GPU's memory is too small for packs of {config.tokens_per_pack} tokens. In a new run, {advice}."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Losses and rates of a run between two lines of its log."""
+"""Losses and throughput of a run between two lines of its log."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.jepa import Losses
 
 LOSSES = ("prediction", "vicreg", "contrastive")
-"""Terms of the loss as they are logged: before their weights."""
+"""Terms of the loss, as they are logged: not multiplied by their weights."""
 
 
 class Meter:
-    """Losses and rates since the last reading.
+    """Losses and throughput since the last reading.
 
-    Nothing is read from the device before a reading or a checkpoint, so that the host never waits for it in between.
+    Losses stay on the device until a reading or a checkpoint, so that the host does not wait for the device at every
+    step.
     """
 
     def __init__(self) -> None:
@@ -32,25 +33,25 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Restart the rates, not the losses."""
+        """Restart the throughput, and keep the losses. For pauses that are not training, such as a probe."""
         self.start = time.perf_counter()
         self.waited = 0.0
         self.views = 0
-        self.earlier = len(self.tokens)
+        self.earlier = len(self.tokens)  # packs before the restart count for `fill`, not for tokens per second
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint between two readings keeps, so that the next reading is the same after resuming."""
+        """Return what a checkpoint keeps, so that the next reading after resuming has the same losses."""
         losses = [losses.tolist() for losses in self.losses]
         return {"steps": self.steps, "losses": losses, "tokens": self.tokens}
 
     @staticmethod
     def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the states of all ranks as one."""
+        """Return the states of all ranks joined into one."""
         joint = {name: [one for state in states for one in state[name]] for name in ("losses", "tokens")}
         return {"steps": states[0]["steps"], **joint}
 
     def restore(self, state: dict[str, Any], ranks: Ranks) -> None:
-        """Continue from the merged `state` of all ranks, which the main one holds from now on."""
+        """Continue from the merged `state` of all ranks, which rank 0 holds from now on."""
         self.steps = state["steps"]
         if ranks.main:
             self.losses = [torch.tensor(losses) for losses in state["losses"]]
@@ -59,7 +60,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time spent inside as time spent waiting for data."""
+        """Count the time spent in the body as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
@@ -67,26 +68,34 @@ class Meter:
     def add_step(self, losses: Iterable[Losses], batches: Iterable[MaskedBatch]) -> None:
         """Count a step with the losses of this rank's packs."""
         for loss, batch in zip(losses, batches, strict=True):
+            # [4], on the device: the total and each term.
             self.losses.append(torch.stack([loss.total.detach(), *(getattr(loss, name) for name in LOSSES)]))
             self.tokens.append(batch.tokens)
             self.views += len(batch.seen)
         self.steps += 1
 
     def read(self, tokens_per_pack: int, ranks: Ranks) -> dict[str, float]:
-        """Return means over the steps since the last reading, over all ranks, and start over.
+        """Return the means over all ranks and over the steps since the last reading, and start over.
+
+        Args:
+            tokens_per_pack: token budget of a pack.
+            ranks: all of them call this.
 
         Raises:
-            RunError: there was nothing to train on.
+            RunError: no image of these steps could be read.
         """
         names = ("loss", *LOSSES)
         total = torch.zeros(len(names))
         if self.losses:
+            # Losses restored from a checkpoint are on the host, new ones on the device.
             total = torch.stack([losses.to(self.losses[-1].device) for losses in self.losses]).sum(dim=0).cpu()
-        seconds = time.perf_counter() - self.start  # reading the losses has waited for the device to finish these steps
+        # Taken after `cpu()`, which waits until the device has finished these steps.
+        seconds = time.perf_counter() - self.start
         shown = [self.views, sum(self.tokens[self.earlier :]), sum(self.tokens), len(self.tokens)]
         *parts, views, new_tokens, tokens, packs = ranks.sums([*total.tolist(), *shown])
         if not packs:
             raise RunError(f"No image of the last {self.steps} steps could be read.")
+        # A pack's loss is its share of the loss of a step, so the sum over packs and ranks is the sum over steps.
         values = {
             **{name: part / self.steps for name, part in zip(names, parts, strict=True)},
             "views_per_second": views / seconds,
@@ -100,7 +109,7 @@ class Meter:
 
 
 def describe(values: dict[str, float]) -> str:
-    """Return one line for the progress bar."""
+    """Return the text of the progress bar."""
     return (
         f"loss {values['loss']:.4f}  {values['views_per_second']:.0f} views/s  "
         f"{values['tokens_per_second']:.0f} tokens/s  packs {values['fill']:.1%} full  "

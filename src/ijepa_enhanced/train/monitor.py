@@ -1,7 +1,7 @@
 """Monitoring: whether a run collapses, and which teacher is the best so far.
 
-The loss says nothing about either. Now and then the teacher embeds a fixed set of training images; metrics of these
-features warn of collapse and choose the encoder in `best/`. docs/evaluation.md says how to read them.
+The loss tells neither. So at regular steps the teacher embeds a fixed set of training images. Metrics of these features
+warn of collapse and choose the encoder in `best/`. docs/evaluation.md explains how to read them.
 """
 
 from __future__ import annotations
@@ -26,95 +26,100 @@ from ijepa_enhanced.train.probe import ProbeSet
 logger = logging.getLogger(__name__)
 
 COST = 0.03
-"""Most of a run's computing that monitoring takes when it chooses its own steps."""
+"""Largest share of a run's computation that monitoring takes if `monitor.every` is null."""
 PASSES = 2
-"""What a step costs at least, in passes of the teacher over all its tokens: one by the teacher itself, and three by the
-student (forward, and twice that backward) over the context, which is on average 0.43 of the tokens with four targets
-and 0.62 with two (grids of 7 x 7 to 10 x 18). That is 2.3 and more, and the predictor is not counted."""
+"""Lower bound for the cost of a step, in forward passes over all its tokens.
+
+The teacher makes one pass. The student makes three (forward, and twice as much backward) over the context, which holds
+on average 0.43 of the tokens with four target blocks and 0.62 with two (grids of 7 x 7 to 10 x 18). That is at least
+2.3 passes, without the predictor."""
 MOST_PROBES = 100
-"""More probes than this do not tell more about a long run."""
+"""More probes than this tell nothing more about a long run."""
 FALL, FALLEN, PATIENCE = 1 / 4, 2, 2
-"""The alarm: at two probes in a row, two metrics or more are below a quarter of their peak. docs/measurements.md says
-what this was tried on."""
+"""The alarm: at `PATIENCE` probes in a row, at least `FALLEN` metrics are below `FALL` of their peak. The runs that it
+was tested on are in docs/evaluation.md."""
 FEWEST, MOST, A_CLASS = 512, 4096, 20
-"""Images of the probe set, when the configuration does not say."""
+"""Images of the probe set if `monitor.images` is null: at least, at most, and of each class."""
 
 
 def steps_between_probes(
     config: MonitorConfig, probe_tokens: int, steps: int, step_tokens: float, log_every: int
 ) -> int:
-    """Return `monitor.every`, or what null stands for; 0 is never.
+    """Return `monitor.every`, or the number of steps that null stands for; 0 means never.
 
-    L probes pass L * probe_tokens tokens through the teacher, and a run costs at least as much as passing
-    PASSES * step_tokens * steps of them. So L = COST * PASSES * step_tokens * steps / probe_tokens, rounded down,
-    probes cost no more than COST. One is before the first step and one after the last; they are spread evenly, over
-    steps at which the log is written anyway.
+    L probes pass L * probe_tokens tokens through the teacher. A run costs at least as much as a forward pass over
+    PASSES * step_tokens * steps tokens. So L = COST * PASSES * step_tokens * steps / probe_tokens probes, rounded down,
+    cost at most the share COST of the run. One probe comes before the first step and one after the last. The probes are
+    spread evenly, over steps at which a line of the log is written anyway.
 
     Args:
         config: of the monitor.
-        probe_tokens: tokens of a probe.
+        probe_tokens: tokens of one probe.
         steps: of the whole run.
         step_tokens: mean tokens of a step.
         log_every: steps between lines of the log.
     """
     if config.every is not None:
         return config.every
-    probes = min(MOST_PROBES, int(COST * PASSES * step_tokens * steps / probe_tokens) - 1)
+    probes = min(MOST_PROBES, int(COST * PASSES * step_tokens * steps / probe_tokens) - 1)  # one is before step 1
+    # Rounded up twice, so that there are never more probes than `probes`.
     return math.ceil(math.ceil(steps / probes) / log_every) * log_every if probes > 0 else 0
 
 
 def default_images(catalog: Catalog) -> int:
-    """Return how many images the probe set has, see `MonitorConfig.images`."""
+    """Return the number of images of the probe set if `monitor.images` is null; see `MonitorConfig.images`."""
+    # Unlabelled images have label -1.
     classes = 0 if catalog.labels is None else len(np.unique(catalog.labels[catalog.labels >= 0]))
     return min(MOST, max(FEWEST, A_CLASS * classes))
 
 
 @dataclass
 class History:
-    """What the probes so far amount to: whether the run collapses, and which teacher was the best."""
+    """A summary of the probes so far: whether the run collapses, and which teacher was the best."""
 
     peaks: dict[str, float] = field(default_factory=dict)
-    """The highest value of each metric of room, that before training included."""
+    """The highest value of each diversity metric so far, including the one before training."""
     low: int = 0
-    """The last probes in a row at which `FALLEN` or more of them were below `FALL` of their peak."""
+    """Number of last probes in a row at which at least `FALLEN` diversity metrics were below `FALL` of their peak."""
     best: float = 0.0
-    """The highest merit of a teacher, see `add`."""
+    """The highest score of a teacher, see `add`."""
     best_step: int = 0
-    """Its step; 0: none yet."""
+    """The step of that teacher; 0: none yet."""
 
     def add(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Record the metrics of one probe, and return the names of those that have fallen.
+        """Record the metrics of one probe, and return the names of the diversity metrics that have fallen.
 
-        Metrics of room are those that are least when all features are equal. The merit of a teacher is `knn`, and
-        without labels the product of its metrics of room, so that none of them buys the loss of another. A teacher has
-        no merit when they have fallen: nearest neighbors, whose features are standardized, do not see a collapse.
+        Diversity metrics are RankMe, LiDAR, spread and 1 - cosine. They are lowest if all features are equal. The score
+        of a teacher is `knn`. Without labels it is the product of the diversity metrics, so that a gain in one cannot
+        hide a loss in another. A teacher whose diversity metrics have fallen is never the best. kNN alone would not
+        show that, because it standardizes the features.
         """
-        room = {name: value for name, value in metrics.items() if name in ("rankme", "lidar", "spread")}
-        room |= {"1 - cosine": 1 - metrics["cosine"]} if "cosine" in metrics else {}
-        for name, value in room.items():
+        diversity = {name: value for name, value in metrics.items() if name in ("rankme", "lidar", "spread")}
+        diversity |= {"1 - cosine": 1 - metrics["cosine"]} if "cosine" in metrics else {}
+        for name, value in diversity.items():
             self.peaks[name] = max(value, self.peaks.get(name, value))
-        fallen = [name for name, value in room.items() if value < FALL * self.peaks[name]]
+        fallen = [name for name, value in diversity.items() if value < FALL * self.peaks[name]]
         self.low = self.low + 1 if len(fallen) >= FALLEN else 0
-        merit = metrics.get("knn", math.prod(room.values()))
-        # Of two equal teachers the later one has learned longer. The start has learned nothing.
-        if step and room and not self.low and merit >= self.best:
-            self.best, self.best_step = merit, step
+        score = metrics.get("knn", math.prod(diversity.values()))
+        # >=: of two equal teachers, prefer the one that was trained longer. Step 0 is untrained and never the best.
+        if step and diversity and not self.low and score >= self.best:
+            self.best, self.best_step = score, step
         return fallen
 
     @property
     def alarm(self) -> bool:
-        """Whether the run collapses."""
+        """Return whether the run collapses."""
         return self.low >= PATIENCE
 
 
 class Monitor:
-    """Probes the teacher of a run now and then; see `start_monitor`.
+    """A monitor that probes the teacher of a run at regular steps; see `start_monitor`.
 
     Args:
-        probe_set: the images.
+        probe_set: the images to probe it with.
         every: steps between probes.
         steps: of the whole run.
-        history: of the probes before; it is continued.
+        history: of earlier probes, which this monitor updates.
     """
 
     def __init__(self, probe_set: ProbeSet, every: int, steps: int, history: History) -> None:
@@ -125,18 +130,25 @@ class Monitor:
         self.started, self.seconds = time.perf_counter(), 0.0
 
     def due(self, step: int) -> bool:
-        """Whether there is a probe after that many steps."""
+        """Return whether there is a probe after `step` steps."""
         return step % self.every == 0 or step == self.steps
 
     def probe(self, step: int, encoder: Encoder, autocast: torch.autocast, ranks: Ranks) -> dict[str, float]:
-        """Probe the teacher after `step` steps, log what is found, and return it.
+        """Probe the teacher after `step` steps, and log the metrics. All ranks call this and share the work.
 
-        All ranks share the work and call this; the main one has the result.
+        Args:
+            step: steps done.
+            encoder: the teacher.
+            autocast: precision of matrix products.
+            ranks: the processes that share the run.
 
         Returns:
-            The metrics (see `ProbeSet.metrics`); `alarm`, 1 while the run collapses and else 0; `best`, the step of the
-            best teacher so far, if there is one; `monitor_seconds`, what this probe took; and `monitor_share`, what
-            all probes took of the wall time since the process began to train. Nothing on other ranks.
+            On rank 0, the metrics (see `ProbeSet.metrics`) and these keys; on other ranks, nothing.
+
+            - `alarm`: 1 while the run collapses, else 0
+            - `best`: step of the best teacher so far, if there is one
+            - `monitor_seconds`: seconds that this probe took
+            - `monitor_share`: share that all probes took of the wall time since this process started to train
         """
         start = time.perf_counter()
         metrics = self.probe_set.metrics(encoder, autocast, ranks)
@@ -146,7 +158,7 @@ class Monitor:
         history = self.history
         found = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
         logger.info("Monitor, step %d: %s%s", step, found, "; the best so far" if history.best_step == step > 0 else "")
-        if history.low == PATIENCE:
+        if history.low == PATIENCE:  # once per collapse
             logger.warning(
                 "The run collapses: at the last %d probes %s were below a quarter of their peak. "
                 "The encoder no longer tells images apart. %s Raise objective.vicreg_weight or lower optim.lr.",
@@ -167,14 +179,14 @@ class Monitor:
 def start_monitor(
     config: TrainConfig, source: Source, plan: Plan, first_epoch: EpochPlan, steps: int, history: History
 ) -> Monitor | None:
-    """Return the monitor of a run, or None if it has none.
+    """Return the monitor of a run, or None if the run is not monitored.
 
     Args:
         config: of the run.
         source: the training images.
         plan, first_epoch: of the run.
         steps: of the whole run.
-        history: of the probes before the run was resumed; it is continued.
+        history: of the probes before the run was resumed. The monitor updates it.
     """
     if config.monitor.every == 0:
         return None
@@ -187,9 +199,10 @@ def start_monitor(
     step_tokens = float(first_epoch.pack_tokens.mean()) * plan.config.packs_per_step
     every = steps_between_probes(config.monitor, probe_set.tokens, steps, step_tokens, config.log_every)
     if not every:
-        # Not worth a line in every short trial.
+        # Only a debug message, since it would appear in every short trial.
         logger.debug(
-            "The run is not monitored: that would cost more than 3% of so short a run. monitor.every forces it."
+            "The run is not monitored: it is so short that monitoring would cost more than 3% of it. "
+            "Set monitor.every to monitor it anyway."
         )
         return None
     logger.info("Monitoring every %d steps.", every)

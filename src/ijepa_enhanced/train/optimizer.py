@@ -1,4 +1,4 @@
-"""AdamW and everything that changes with the step."""
+"""AdamW, and the settings that change with the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ijepa_enhanced.train.config import OptimConfig
 
 
 class StepSettings(NamedTuple):
-    """What the schedules say for one step."""
+    """Values of the schedules at one step."""
 
     lr: float
     weight_decay: float
@@ -29,25 +29,27 @@ def step_settings(config: OptimConfig, step: int, total: int) -> StepSettings:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """Return AdamW (arXiv 1711.05101) for all trainable parameters: matrices decay; biases, norms and tokens do not.
+    """Return AdamW (arXiv 1711.05101) for all trainable parameters.
 
-    Decoupled decay matters: with Adam's coupled decay I-JEPA collapses. Learning rate and decay are set each step.
+    Weight decay applies to matrices, and not to biases, norms, the mask token and positions. It must be decoupled: with
+    Adam's coupled decay, I-JEPA collapses.
     """
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    fixed = {
+    no_decay = {
         name
         for name, value in trainable
         if value.ndim < 2 or name.endswith(("mask_token", "positions.rows", "positions.cols"))
     }
     groups = [
-        {"params": [value for name, value in trainable if name not in fixed], "decay": True},
-        {"params": [value for name, value in trainable if name in fixed], "decay": False},
+        {"params": [value for name, value in trainable if name not in no_decay], "decay": True},
+        {"params": [value for name, value in trainable if name in no_decay], "decay": False},
     ]
+    # `set_step` sets learning rate and decay before each step.
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 
 
 def set_step(optimizer: torch.optim.Optimizer, settings: StepSettings) -> None:
-    """Give every group its learning rate and weight decay."""
+    """Set the learning rate and weight decay of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = settings.lr
         group["weight_decay"] = settings.weight_decay if group["decay"] else 0.0

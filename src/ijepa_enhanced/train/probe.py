@@ -1,4 +1,4 @@
-"""The images that a run is monitored on, and the metrics of what its teacher makes of them."""
+"""The probe set: the images that a run is monitored on, and the metrics of the teacher's features of them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.randomness import Purpose, generator
 
 VIEWS = 8
-"""q of LiDAR: crops of each object, drawn as in training."""
+"""LiDAR's q: crops of each object (image), drawn as in training."""
 OBJECT_SHARE = 4
-"""n of LiDAR is D / 4 objects, whose n (q - 1) = 7 D / 4 differences between views span the D dimensions."""
+"""LiDAR's n is D / 4 objects: their n (q - 1) = 7 D / 4 differences between crops span the D dimensions."""
 
 
 class ProbeSet:
     """A fixed set of images and crops, decoded when first needed and then kept as uint8 patches.
 
-    Each rank decodes and keeps its share of the packs: P * P * C bytes a token, 80 MB for 512 images of 14 x 14 patches
-    of 16 px.
+    Each rank decodes and keeps its share of the packs, P * P * C bytes per token. In all, 512 images of 14 x 14 patches
+    of 16 px take 80 MB.
 
     Args:
         source: the training images.
-        plan: of the run: what is drawn depends on its seed, its catalog and how it cuts views.
+        plan: of the run. Its seed, its catalog and its geometry determine the set.
         candidates: positions in the catalog of the images that are large enough to train on.
-        images: the most to draw.
-        encoder: the teacher's architecture.
-        merge_rate: the teacher's, so that it is probed as the loss sees it, and as cheaply.
+        images: number of images to draw, at most.
+        encoder: architecture of the teacher.
+        merge_rate: of the teacher, so that a probe sees the same features as the loss, at the same cost.
 
     Raises:
         PlanError: fewer than two images are large enough to crop.
@@ -58,39 +58,43 @@ class ProbeSet:
         drawn = rng.permutation(np.sort(candidates))[:images]
         catalog = plan.catalog.select(drawn)
         objects = plan.catalog.select(drawn[: max(2, encoder.shape.width // OBJECT_SHARE)])
-        seed = int(rng.integers(2**63))  # training draws from the run's
+        seed = int(rng.integers(2**63))  # not the seed of the run, whose numbers training draws
         crop = dataclasses.replace(plan.config, masked_views=1, global_views=0, local_views=0)
         whole = dataclasses.replace(crop, min_crop=1.0, max_crop=1.0, min_resolution=crop.max_resolution)
-        # One view an image and epoch, since VIEWS views of one image may not fit a pack.
+        # One crop of each image in each of VIEWS epochs, because VIEWS crops of one image may not fit into a pack.
         cropping = Plan(objects, crop, plan.patch_size, seed)
         self.images = _packs(Plan(catalog, whole, plan.patch_size, seed).epoch(0))
-        """Packs of whole images, at the largest resolution of training."""
+        """Packs of uncropped images, at the largest resolution of training."""
         self.crops = [pack for epoch in range(VIEWS) for pack in _packs(cropping.epoch(epoch))]
-        """Packs of crops as in training, VIEWS of each of the first D / OBJECT_SHARE images."""
+        """Packs of crops as in training: `VIEWS` of each of the first D / `OBJECT_SHARE` images."""
         self.dataset = PackDataset(source, catalog, plan.patch_size, depth=encoder.shape.depth, merge_rate=merge_rate)
         self.decoded: dict[int, Batch] = {}
 
     @property
     def tokens(self) -> int:
-        """Tokens that the teacher sees in one probe."""
+        """Return the number of tokens that the teacher embeds in one probe."""
         return sum(int(pack.grids.prod(axis=1).sum()) for pack in (*self.images, *self.crops))
 
     def metrics(self, encoder: Encoder, autocast: torch.autocast, ranks: Ranks) -> dict[str, float]:
-        """Return metrics of what the encoder makes of the images, on the main rank; the others do their share.
+        """Return the metrics of the encoder's features. All ranks call this and share the work.
 
         Returns:
-            `rankme`, `spread` and `cosine` of whole images; `lidar` of the crops if two or more images have all of
-            theirs; and `knn` if there are labels of two or more classes: the fraction of labelled images whose class
-            their 20 nearest neighbors tell, the neighbors of each half being searched in the other half.
+            On rank 0, the following; on other ranks, nothing.
+
+            - `rankme`, `spread` and `cosine`, of uncropped images
+            - `lidar`, of the crops, if at least two images have all of theirs
+            - `knn`, if there are labels of at least two classes: the accuracy of a vote of the 20 nearest neighbors,
+              where each half of the labelled images votes on the other half
         """
         _, labels, features = self._pooled(self.images, encoder, autocast, ranks)
-        rows, _, views = self._pooled(self.crops, encoder, autocast, ranks)
+        rows, _, crop_features = self._pooled(self.crops, encoder, autocast, ranks)
         if len(features) < 2:
             return {}
         metrics = {"rankme": rankme(features)}
+        # Group the crops by image, and leave out images of which a crop could not be decoded: [n, VIEWS, D].
         _, object_of, crops = rows.unique(return_inverse=True, return_counts=True)
         order = object_of.argsort(stable=True)
-        objects = views[order[crops[object_of[order]] == VIEWS]].unflatten(0, (-1, VIEWS))
+        objects = crop_features[order[crops[object_of[order]] == VIEWS]].unflatten(0, (-1, VIEWS))
         if len(objects) >= 2:
             metrics["lidar"] = lidar(objects)
         metrics |= {"spread": spread(features), "cosine": mean_cosine(features)}
@@ -99,11 +103,12 @@ class ProbeSet:
     def _pooled(
         self, packs: list[Pack], encoder: Encoder, autocast: torch.autocast, ranks: Ranks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `pooled` gives of all packs, in their order, on the main rank, and nothing on the others."""
+        """Return the results of `pooled` for all packs, in their order, on rank 0; on other ranks, nothing."""
+        # Rank r embeds the packs r, r + world, r + 2 world, ...
         own = [pooled(encoder, self.batch(pack), autocast) for pack in packs[ranks.rank :: ranks.world]]
         shares = ranks.gather_to_rank0(own)
         parts = [shares[number % ranks.world][number // ranks.world] for number in range(len(packs) if shares else 0)]
-        no_rows = torch.empty(0, dtype=torch.int64)
+        no_rows = torch.empty(0, dtype=torch.int64)  # torch.cat refuses an empty list
         return (
             torch.cat([no_rows, *(rows for rows, _, _ in parts)]),
             torch.cat([no_rows, *(labels for _, labels, _ in parts)]),
@@ -111,9 +116,9 @@ class ProbeSet:
         )
 
     def batch(self, pack: Pack) -> Batch:
-        """Return what a pack of the set shows, decoded once."""
-        # In this process: a data loader would draw from PyTorch's global generator. What cannot be decoded is left out
-        # here, and named when training comes to it.
+        """Return the batch of a pack of the set. It is decoded at the first call."""
+        # In this process, because a DataLoader would draw from PyTorch's global generator and change the run. Images
+        # that cannot be decoded are left out here and reported when training reaches them.
         if id(pack) not in self.decoded:
             self.decoded[id(pack)] = self.dataset[pack]
         return self.decoded[id(pack)]
@@ -125,11 +130,11 @@ def _packs(plan: EpochPlan) -> list[Pack]:
 
 @torch.no_grad()
 def pooled(encoder: Encoder, batch: Batch, autocast: torch.autocast) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a pack of V views shows and what `encoder` makes of it, on the CPU.
+    """Embed a pack of V views, and return the result on the CPU.
 
     Returns:
-        Rows of the images int64 [V], their labels int64 [V], -1 if there are none, and the mean of each view's tokens
-        float32 [V, D].
+        Rows of the images, int64 [V]; their labels, int64 [V], -1 if there are none; and the mean of each view's
+        tokens, float32 [V, D].
     """
     labels = torch.full_like(batch.image_ids, -1) if batch.labels is None else batch.labels
     if not len(batch.image_ids):
@@ -141,7 +146,7 @@ def pooled(encoder: Encoder, batch: Batch, autocast: torch.autocast) -> tuple[Te
 
 
 def knn_of_halves(features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return `knn`: the top-1 accuracy when each half of [N, D] votes on the other; nothing for a single class."""
+    """Return `knn`, the top-1 accuracy if each half of `features` [N, D] votes on the other; nothing for one class."""
     if len(labels.unique()) < 2:
         return {}
     halves = torch.arange(len(features)).tensor_split(2)

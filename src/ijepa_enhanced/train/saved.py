@@ -1,4 +1,4 @@
-"""The configuration in a run's folder: read it, and check that a run may be resumed with it."""
+"""The configuration in a run's folder: read it, and check that the run can resume with it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FREE_ON_RESUME = (
     "checkpoint_every",
     "log_every",
 )
-"""What may change when a run is resumed: where the images lie now, and what does not touch the result."""
+"""Keys that may change when a run resumes: the location of the images, and settings that do not change the result."""
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    """Join the keys of nested dictionaries with dots: {'a': {'b': 1}} -> {'a.b': 1}."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
@@ -39,10 +39,10 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_of_run(folder: Path) -> Path:
-    """The file with the configuration of a run.
+    """Return the path of a run's configuration file.
 
     Raises:
-        RequestError: the folder holds none.
+        RequestError: the folder has no configuration file.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -51,26 +51,39 @@ def config_of_run(folder: Path) -> Path:
 
 
 def load_config(folder: Path) -> TrainConfig:
-    """The configuration of a run.
+    """Return the configuration of a run.
 
     Raises:
-        RequestError: the folder holds none.
+        RequestError: the folder has no configuration file.
     """
     config: TrainConfig = _build(TrainConfig, yaml.safe_load(config_of_run(folder).read_text()))
     return config
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig, folder: Path) -> None:
-    """Raise RequestError, naming the key, where resuming would change what the run is."""
+    """Check that resuming the run does not change a setting that its result depends on.
+
+    Args:
+        saved: the configuration that the run was started with.
+        asked: the configuration that it would resume with.
+        folder: of the run.
+
+    Raises:
+        RequestError: it does; the message names the key.
+    """
     for key, before, after in _changes(saved, asked):
         raise RequestError(
-            f"{folder} was started with {key} = {before}, so it cannot go on with {after}. "
+            f"{folder} was started with {key} = {before}, so it cannot continue with {after}. "
             "Leave the flag out, or start a new run."
         )
 
 
 def check_unchanged(folder: Path) -> None:
-    """Raise RequestError, naming the key, where a run's config.yaml is not what its newest checkpoint is of."""
+    """Check that a run's config.yaml is the configuration that its newest checkpoint was trained with.
+
+    Raises:
+        RequestError: it is not; the message names the key.
+    """
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         return
@@ -83,7 +96,7 @@ def check_unchanged(folder: Path) -> None:
 
 
 def _changes(before: TrainConfig, after: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Key and both values of whatever differs and may not change on resuming."""
+    """Yield the key and both values of each setting that differs and may not change when a run resumes."""
     values = flatten(dataclasses.asdict(before))
     for key, value in flatten(dataclasses.asdict(after)).items():
         if value != values[key] and key not in FREE_ON_RESUME:
@@ -91,7 +104,7 @@ def _changes(before: TrainConfig, after: TrainConfig) -> Iterator[tuple[str, Any
 
 
 def types_of(cls: type[Any], prefix: str = "") -> dict[str, Any]:
-    """The type of every key of a configuration."""
+    """Return the type of every key of a configuration class, with keys joined by dots."""
     flat: dict[str, Any] = {}
     for name, hint in get_type_hints(cls).items():
         group = isinstance(hint, type) and dataclasses.is_dataclass(hint)
@@ -100,6 +113,7 @@ def types_of(cls: type[Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _build(cls: type[Any], values: dict[str, Any]) -> Any:
+    """Return an instance of a configuration class, with nested dictionaries turned into their classes."""
     types = get_type_hints(cls)
     return cls(
         **{name: _build(types[name], value) if isinstance(value, dict) else value for name, value in values.items()}
@@ -107,8 +121,13 @@ def _build(cls: type[Any], values: dict[str, Any]) -> Any:
 
 
 def random_start(encoder: Encoder, run: Path) -> Encoder:
-    """The encoder as it was before the first step: the same architecture, and the run's seed where `run` is one, or an
-    encoder in one; else 0."""
+    """Return the untrained encoder that a run started from, on the device of `encoder`.
+
+    Args:
+        encoder: the trained encoder, whose architecture and preprocessing are kept.
+        run: folder of the run, or of an encoder in it. The seed is that of the run, or 0 if this is not a run.
+    """
+    # A run keeps its encoders in the folders `encoder` and `best`.
     folder = run.resolve().parent if run.name in ("encoder", "best") else run
     seed = load_config(folder).seed if (folder / "config.yaml").is_file() else 0
     return Encoder.random(encoder.config, encoder.preprocessing, seed).to(encoder.device)

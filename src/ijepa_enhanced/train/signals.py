@@ -1,4 +1,4 @@
-"""Stopping a run by a signal without losing the step it is at."""
+"""Stop a run by a signal without losing the current step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM only set `requested`; a second signal acts as it would have before."""
+    """A context in which the first SIGINT or SIGTERM only sets `requested`. A second signal acts as usual."""
 
     def __enter__(self) -> Self:
         self.requested = False
+        # The handlers to restore.
         self.before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
         self.requested = True
         logger.warning("%s: finishing this step, then saving.", signal.Signals(number).name)
+        # If saving hangs, the same signal again stops the process.
         signal.signal(number, self.before[signal.Signals(number)])
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Where a run stands: everything that changes from step to step, but for weights and moments."""
+"""State of a run: everything that changes from step to step, except weights and moments."""
 
 from __future__ import annotations
 
@@ -22,29 +22,34 @@ from ijepa_enhanced.train.unreadable import Unreadable
 
 @dataclass
 class TrainState:
-    """Where a run stands; it saves and loads itself, with model and optimizer, as a checkpoint."""
+    """Progress of a run. It saves and loads itself as a checkpoint, together with model and optimizer."""
 
     plan: str
-    """Hash of the plan that the cursor counts in."""
+    """Hash of the plan, to which the cursor refers."""
     unreadable: Unreadable
     step: int = 0
     """Steps done."""
     images: int = 0
-    """Images shown, with repetition."""
+    """Images shown, counted each time."""
     cursor: Cursor = field(default_factory=lambda: Cursor(0, 0))
     meter: Meter = field(default_factory=Meter)
     history: History = field(default_factory=History)
-    """What the monitor found so far."""
+    """Results of the monitor so far."""
     log_bytes: int = 0
-    """Length of the log at the checkpoint that was loaded."""
+    """Length of `log.jsonl`, in bytes, when the loaded checkpoint was saved."""
 
     @property
     def epoch(self) -> int:
-        """The epoch of the last pack shown."""
+        """Return the epoch of the last pack shown."""
         return self.cursor.epoch
 
     def advance(self, images: int, last: Iterable[tuple[int, int]]) -> None:
-        """Count a step that showed `images`, whose packs have these epochs and numbers."""
+        """Count one step.
+
+        Args:
+            images: shown in the step.
+            last: epoch and number of the last pack of each rank.
+        """
         epoch, pack = max(last)
         self.step += 1
         self.images += images
@@ -53,16 +58,16 @@ class TrainState:
     def save(
         self, folder: Path, model: JEPA, optimizer: torch.optim.Optimizer, ranks: Ranks, facts: dict[str, Any]
     ) -> None:
-        """Write a checkpoint into `folder`, on the main rank; all ranks take part.
+        """Write a checkpoint into `folder`. All ranks call this, and rank 0 writes.
 
         Args:
             folder: of the run's checkpoints.
             model, optimizer: of the run.
-            ranks: whose meters are joined.
-            facts: what else to record, such as the configuration.
+            ranks: the processes that share the run.
+            facts: what else to save, such as the configuration.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the checkpoint cannot be written.
         """
         meters = ranks.gather(self.meter.state())
         if not ranks.main:
@@ -81,11 +86,11 @@ class TrainState:
         save_checkpoint(folder, self.step, model, optimizer, progress | facts)
 
     def load(self, folder: Path, model: JEPA, optimizer: torch.optim.Optimizer, ranks: Ranks) -> bool:
-        """Continue from the newest checkpoint in `folder`; whether there is one.
+        """Load the newest checkpoint in `folder`, and return whether there is one.
 
         Raises:
-            CheckpointError: it cannot be read.
-            ResumeError: it is of another plan.
+            CheckpointError: the checkpoint cannot be read.
+            ResumeError: the checkpoint is of another plan.
         """
         checkpoint = latest_checkpoint(folder)
         if checkpoint is None:
@@ -100,5 +105,6 @@ class TrainState:
         self.cursor = Cursor(*progress["cursor"])
         self.meter.restore(progress["meter"], ranks)
         self.history = History(**progress["monitor"])
+        # JSON has turned the row numbers into strings.
         self.unreadable.found |= {int(row): reason for row, reason in progress["unreadable"].items()}
         return True

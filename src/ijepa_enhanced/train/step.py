@@ -24,27 +24,28 @@ def train_step(
     autocast: torch.autocast,
     ranks: Ranks,
 ) -> StepResult:
-    """Train on this rank's packs of one step; a rank without any still takes part in the sum of gradients.
+    """Run one optimizer step on this rank's packs. A rank without packs still takes part in the sum of gradients.
 
     Args:
-        model, optimizer: as `make_optimizer` pairs them.
+        model: student, teacher and predictor.
+        optimizer: of the model, from `make_optimizer`.
         batches: packs on the host.
         size: of the whole step, over all ranks.
-        settings: what the schedules say for this step.
-        clip: largest norm of all gradients together; larger ones are scaled down to it.
-        autocast: the precision of matrix products.
+        settings: values of the schedules at this step.
+        clip: largest norm of all gradients together. Larger gradients are scaled down to it.
+        autocast: precision of matrix products.
         ranks: the processes that share the step.
     """
     set_step(optimizer, settings)
     losses = []
-    for batch in batches:
+    for batch in batches:  # their gradients add up: each loss is a share of the loss of the step
         with autocast:
             batch = model.preprocess(batch.to(ranks.device, non_blocking=True))
             targets = model.targets(batch)  # [Tq, D] from the teacher, no gradient
             features = model.features(batch)  # [Ts, D] from the student: contexts, then unmasked views
             predicted = model.predict(features, batch)  # [Tq, D]
             loss = model.losses(predicted, targets, features, batch, size)
-        # A pack of one image has neither variance nor contrast: without prediction it has no loss.
+        # A pack of one view or image has no VICReg or contrastive loss, so without prediction it has no loss at all.
         if loss.total.requires_grad:
             loss.total.backward()
         losses.append(loss)
@@ -58,9 +59,9 @@ def train_step(
 
 
 class StepResult(NamedTuple):
-    """What a step leaves to be logged; nothing of it has been read from the device."""
+    """Results of a step, still on the device, so that the host does not wait for it."""
 
     losses: list[Losses]
-    """Of each pack of this rank."""
+    """The losses of each pack of this rank."""
     grad_norm: Tensor
     """Norm of all gradients together, before clipping."""

@@ -1,4 +1,4 @@
-"""Images that cannot be read, and how many of them a run tolerates."""
+"""Unreadable images, and how many of them a run tolerates."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class Unreadable:
-    """The distinct images of a run that cannot be read.
+    """The unreadable images of a run, each counted once.
 
     Args:
-        catalog: of the training images. Those whose header cannot be read count from the start.
+        catalog: of the training images. Images whose header cannot be read count from the start.
         limit: fraction of the images that may be unreadable.
 
     Raises:
@@ -29,7 +29,7 @@ class Unreadable:
         self.catalog = catalog
         self.limit = limit
         self.found: dict[int, str] = {}
-        """Row and reason of each image whose header can be read and whose pixels cannot."""
+        """Row and reason of each image whose header can be read but whose pixels cannot."""
         self._check()
         report_unreadable(catalog)
 
@@ -37,10 +37,10 @@ class Unreadable:
         return len(self.catalog.unreadable) + len(self.found)
 
     def add(self, unreadable: Iterable[tuple[int, str]]) -> None:
-        """Count the row and reason of each image that could not be decoded, and log those that are new.
+        """Count images that could not be decoded, given by row and reason, and log those that are new.
 
         Raises:
-            RunError: there are now more than the limit.
+            RunError: there are now more unreadable images than the limit allows.
         """
         for row, reason in unreadable:
             if row not in self.found:
@@ -49,9 +49,11 @@ class Unreadable:
                 self._check()
 
     def _key(self, row: int) -> str:
+        # Rows of the catalog ascend, with gaps where a header cannot be read.
         return self.catalog.key(int(np.searchsorted(self.catalog.rows, row)))
 
     def _check(self) -> None:
+        """Raise RunError, with the first images and their reasons, if there are more than the limit allows."""
         images = len(self.catalog.rows) + len(self.catalog.unreadable)
         if len(self) <= self.limit * images:
             return
