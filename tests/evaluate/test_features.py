@@ -290,6 +290,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     index = open_catalog(source)
     (tmp_path / "file").touch()
     monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(features, "PACKS_PER_PART", 1)
     assert len(cached(encoder, source, index).values) == 10
     assert caplog.text.count("The features cannot be cached in ") == 1, "once, though each of several parts fails"
 
