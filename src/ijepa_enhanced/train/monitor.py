@@ -37,7 +37,7 @@ MOST_PROBES = 100
 """More probes than this tell nothing more about a long run."""
 FALL, FALLEN, PATIENCE = 1 / 4, 2, 2
 """The alarm: at `PATIENCE` probes in a row, at least `FALLEN` metrics are below `FALL` of their peak. The runs that it
-was tested on are in docs/evaluation.md."""
+was tested on are in docs/measurements.md."""
 FEWEST, MOST, A_CLASS = 512, 4096, 20
 """Images of the probe set if `monitor.images` is null: at least, at most, and of each class."""
 
