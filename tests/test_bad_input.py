@@ -271,13 +271,13 @@ NO_IMAGES = (
 )
 TOO_FEW = (
     "Training needs at least 2 images whose views have 4 patches of {} px or more, and {} have. "
-    "Add images, raise data.min_resolution, or take a smaller encoder.patch_size."
+    "Add images, raise data.min_resolution, or lower encoder.patch_size."
 )
 NO_LABELS = (
     "photos/dark has no labels, and scoring needs them: put the images of each class into a folder of its own, "
     "or a .cls file beside each image of a shard."
 )
-CUT = "images.tar is cut off or damaged after 8 images; any that follow are lost."
+CUT = "images.tar is truncated or damaged after 8 images. Later images are lost."
 CUT_IMAGE = "images.tar:7.png: cut off: its shard ends after 100 of its 10,000 bytes"
 EMPTY, WORDS, BOMB, TRUNCATED = (
     "dark/0.png: empty file",
@@ -318,7 +318,7 @@ WRONG_REQUESTS = {
     "an empty name": (
         nothing,
         "train --run new --data.source=",
-        "The name of the images is empty: give a folder, tar shards, or 'synthetic'.",
+        "No source was given. Name a folder, tar shards, or 'synthetic'.",
     ),
     "evaluate no run": (
         nothing,
@@ -403,7 +403,8 @@ WRONG_REQUESTS = {
     "a pack too small for any view": (
         nothing,
         f"{TRAIN} --data.tokens_per_pack 31",
-        "Views of at most 3 tokens cannot be masked: 4 are needed. Raise data.tokens_per_pack or data.max_view_tokens.",
+        "Views of at most 3 tokens cannot be masked. At least 4 are needed. "
+        "Raise data.tokens_per_pack or data.max_view_tokens.",
     ),
     # Unknown names.
     "an unknown option": (

@@ -461,7 +461,7 @@ def test_a_negative_weight_is_an_error() -> None:
 
 
 def test_an_objective_without_any_term_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^There is no loss: set one of objective\.prediction_weight, "):
+    with pytest.raises(ValueError, match=r"^No loss is enabled\. Set one of objective\.prediction_weight, "):
         ObjectiveConfig(prediction_weight=0.0, vicreg_weight=0.0)
 
 

@@ -42,7 +42,7 @@ def test_counts_and_what_is_dropped(place, capsys):
     assert (code, out[:-1]) == (0, ["      images  8", "     dropped  2", "      shards  1", f"       bytes  {size}"])
     assert json.loads(out[-1]) == {"images": 8, "dropped": 2, "shards": 1, "bytes": size}
     assert err == [
-        "photos has changed since it was scanned: it is scanned again.",
+        "photos has changed since the last scan. Scanning again.",
         "Dropped: dark/0.png: empty file",
         "Dropped: light/2.png: cannot be decoded: image file is truncated",
     ]
@@ -57,7 +57,7 @@ def test_the_catalog_is_there_already(place, monkeypatch):
 
 
 def test_check(place, capsys):
-    assert ijepa(capsys, "prepare done --check") == (0, ["done: as it was prepared"], [])
+    assert ijepa(capsys, "prepare done --check") == (0, ["done: all checksums match"], [])
     Path("done/images-000000.tar").write_bytes(b"words")
     Path("done/classes.txt").unlink()
     assert ijepa(capsys, "prepare done --check") == (
@@ -65,7 +65,7 @@ def test_check(place, capsys):
         [],
         [
             "ijepa: done is damaged:",
-            "  images-000000.tar is not what was written.",
+            "  images-000000.tar does not match its checksum.",
             "  classes.txt cannot be read: No such file or directory.",
         ],
     )
@@ -81,7 +81,7 @@ REFUSED = {
     "prepare photos done --quality 80": (
         "done was prepared with quality 90, not 80. Name another folder, or delete this one."
     ),
-    "prepare photos new --quality 101": "--quality must be at most 100, not 101.",
+    "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
     "prepare photos new --max-resolution 0": "--max-resolution must be at least 1, not 0.",
     "prepare photos new --workers -1": "--workers must be at least 0, not -1.",
     "prepare photos new --shard-size 0": "--shard-size must be at least 1, not 0.",

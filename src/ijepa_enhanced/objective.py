@@ -10,13 +10,13 @@ class ObjectiveConfig:
     """The loss: a weighted sum of three terms. A term of weight 0 is not computed."""
 
     prediction_weight: float = 1.0
-    """Weight of I-JEPA's prediction of hidden features. 0: neither the teacher nor the predictor runs."""
+    """Weight of I-JEPA's prediction loss. 0: the forward passes of teacher and predictor are skipped."""
     vicreg_weight: float = 0.1
-    """Weight of VICReg's variance and covariance on the mean of the student's context tokens. 0 is plain I-JEPA,
-    under which the rank of small runs' features falls by more than half (docs/measurements.md)."""
+    """Weight of VICReg's variance and covariance terms on the mean of the student's context tokens. 0 is plain I-JEPA,
+    for which the rank of the features fell by more than half in small runs (docs/measurements.md)."""
     contrastive_weight: float = 0.0
-    """Weight of the contrast between the views of an image and those of all others (`losses.nt_xent`), on a projection
-    of the mean of what the student sees of each. It needs two views of each image, global and local views included."""
+    """Weight of the contrastive loss NT-Xent (`losses.nt_xent`) on a projection of the mean of the student's tokens of
+    each view. It needs at least two views of each image. Masked, global and local views count."""
 
     def __post_init__(self) -> None:
         names = ("prediction_weight", "vicreg_weight", "contrastive_weight")
@@ -25,5 +25,5 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{name} must be at least 0, not {getattr(self, name)}.")
         if not any(getattr(self, name) for name in names):
             raise ValueError(
-                f"There is no loss: set one of {', '.join(f'objective.{name}' for name in names)} above 0."
+                f"No loss is enabled. Set one of {', '.join(f'objective.{name}' for name in names)} above 0."
             )

@@ -245,7 +245,7 @@ def test_images_that_changed_are_scanned_again_and_that_is_said_once(folder, cac
     (folder / "ant" / "a.png").write_bytes(png(7, 7))
     for _ in range(2):
         assert open_catalog(FolderSource(folder)).heights[0] == 7
-    assert caplog.messages == [f"{folder} has changed since it was scanned: it is scanned again."]
+    assert caplog.messages == [f"{folder} has changed since the last scan. Scanning again."]
 
 
 def test_another_set_with_the_same_names_sizes_and_times_has_another_catalog(tmp_path, cache):
@@ -266,7 +266,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning(folder, cache, caplog):
     source = FolderSource(folder)
     assert names(open_catalog(source)) == ["ant/a.png", "ant/c.png", "bee/a.png"]
     (message,) = caplog.messages
-    assert message.startswith(f"The catalog of {folder} cannot be kept, so every start scans again: ")
+    assert message.startswith(f"The catalog of {folder} cannot be saved, so every command scans again: ")
     assert pickle.loads(pickle.dumps(source)).size(0) == (10, 40), "workers can use it all the same"
 
 
@@ -365,7 +365,7 @@ def test_what_is_missing_is_reported_each_time_it_is_asked_for(tmp_path, cache, 
             member.size = len(png(4, 4))
             tar.addfile(member, io.BytesIO(png(4, 4)))
     os.truncate(shard, 1024 + 512 + 10)
-    note = f"{shard} is cut off or damaged after 2 images; any that follow are lost."
+    note = f"{shard} is truncated or damaged after 2 images. Later images are lost."
     reason = f"cut off: its shard ends after 10 of its {len(png(4, 4))} bytes"
     for _ in range(2):
         catalog = open_catalog(open_source(str(shard)))

@@ -204,8 +204,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     assert code == 2
     assert not run.exists()
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"ijepa: The images of {pictures} take 0 MB, and only 50% of the 0 MB that are free in {place} may be taken: "
-        "set data.cache to none, or make them smaller with ijepa prepare."
+        f"ijepa: The images of {pictures} need 0 MB, but a run can use only 50% of the 0 MB that are free in "
+        f"{place}. Set data.cache to none, or shrink the images with ijepa prepare."
     )
 
 

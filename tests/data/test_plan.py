@@ -435,7 +435,7 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
         make_plan(config, sizes).epoch(0)
     assert str(error.value) == (
         f"Training needs at least 2 images whose views have 4 patches of 16 px or more, and {have}. "
-        "Add images, raise data.min_resolution, or take a smaller encoder.patch_size."
+        "Add images, raise data.min_resolution, or lower encoder.patch_size."
     )
     assert isinstance(error.value, ValueError)
 
@@ -487,12 +487,12 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
         ),
         (
             {"tokens_per_pack": 31},
-            "Views of at most 3 tokens cannot be masked: 4 are needed. "
+            "Views of at most 3 tokens cannot be masked. At least 4 are needed. "
             "Raise data.tokens_per_pack or data.max_view_tokens.",
         ),
         (
             {"max_view_tokens": 3},
-            "Views of at most 3 tokens cannot be masked: 4 are needed. "
+            "Views of at most 3 tokens cannot be masked. At least 4 are needed. "
             "Raise data.tokens_per_pack or data.max_view_tokens.",
         ),
     ],

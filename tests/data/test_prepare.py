@@ -209,10 +209,10 @@ def test_check(copy):
     manifest["complete"] = False
     (copy / MANIFEST).write_text(json.dumps(manifest))
     assert check(copy) == [
-        "It is not finished: run ijepa prepare again.",
-        "images-000001.tar is not what was written.",
+        "It is not complete. Run ijepa prepare again.",
+        "images-000001.tar does not match its checksum.",
         "images-000002.tar cannot be read: No such file or directory.",
-        "classes.txt is not what was written.",
+        "classes.txt does not match its checksum.",
     ]
 
 
@@ -255,21 +255,21 @@ REFUSED = {
         {},
         "{} holds classes.txt, and no manifest.json. Name an empty folder, or a new one.",
     ),
-    "a damaged manifest": (damage, {}, "{0}/manifest.json is damaged. Delete {0} and prepare the images anew."),
+    "a damaged manifest": (damage, {}, "{0}/manifest.json is damaged. Delete {0} and prepare the images again."),
     "a manifest that lacks a key": (
         lacking("dropped"),
         {},
-        "{0}/manifest.json is damaged. Delete {0} and prepare the images anew.",
+        "{0}/manifest.json is damaged. Delete {0} and prepare the images again.",
     ),
     "a shard that lacks a key": (
         lacking("sha256"),
         {},
-        "{0}/manifest.json is damaged. Delete {0} and prepare the images anew.",
+        "{0}/manifest.json is damaged. Delete {0} and prepare the images again.",
     ),
     "another version": (
         another_version,
         {},
-        "{} was prepared by another version. Delete it and prepare the images anew.",
+        "{} was prepared by another version. Delete it and prepare the images again.",
     ),
 }
 

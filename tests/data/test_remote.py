@@ -138,8 +138,8 @@ def test_a_shard_that_a_pattern_could_not_name_is_refused(tmp_path, name):
     with pytest.raises(SourceError) as error:
         fetch(f"file://{tmp_path}/*.tar", tmp_path / "here")
     assert str(error.value) == (
-        f"file://{tmp_path}/*.tar names {tmp_path}/{name}: the name of a source has none of {{ , }} # * ? [ nor ' + '. "
-        "Rename it, or give its folder."
+        f"file://{tmp_path}/*.tar names {tmp_path}/{name}: the name of a source cannot contain {{ , }} # * ? [ or "
+        "' + '. Rename it, or name its folder."
     )
     assert not (tmp_path / "here").exists()
 
@@ -196,10 +196,10 @@ def test_what_always_breaks_off_is_named_and_gone_on_with(server, tmp_path):
     with pytest.raises(SourceError) as error:
         fetch(f"{address}/{{train-0,train-1,val-0}}.tar", tmp_path)
     said = str(error.value)
-    assert said.startswith(f"{address}/train-1.tar cannot be copied, 4 times tried: ClientPayloadError: ")
+    assert said.startswith(f"{address}/train-1.tar could not be copied in 4 tries: ClientPayloadError: ")
     assert said.endswith(
-        f" 2 of the 3 files of {address}/{{train-0,train-1,val-0}}.tar are missing: "
-        "give the same command again to go on."
+        f" 2 of the 3 files of {address}/{{train-0,train-1,val-0}}.tar are missing. "
+        "Run the same command again to continue."
     )
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["train-0.tar"], "nothing is half there"
     handler.asked.clear()
@@ -212,8 +212,8 @@ def test_a_file_that_is_not_there(server, tmp_path):
     with pytest.raises(SourceError) as error:
         fetch(f"{address}/nope.tar", tmp_path)
     assert str(error.value) == (
-        f"{address}/nope.tar cannot be copied, 4 times tried: not found. "
-        f"1 of the 1 files of {address}/nope.tar are missing: give the same command again to go on."
+        f"{address}/nope.tar could not be copied in 4 tries: not found. "
+        f"1 of the 1 files of {address}/nope.tar are missing. Run the same command again to continue."
     )
 
 
@@ -238,6 +238,6 @@ def test_remote_sources_are_prepared_first():
     with pytest.raises(SourceError) as error:
         open_source("https://example.org/a.tar")
     assert str(error.value) == (
-        "https://example.org/a.tar is not on this machine: copy it by "
-        "ijepa prepare https://example.org/a.tar FOLDER, and take FOLDER."
+        "https://example.org/a.tar is a remote source. "
+        "Run ijepa prepare https://example.org/a.tar FOLDER, then use FOLDER."
     )

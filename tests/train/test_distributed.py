@@ -211,7 +211,7 @@ def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> N
     source = FolderSource(photos)
     total = sum(source.length(row) for row in range(len(source)))
     InMemory(source, {"memory": 4 * total}, copies=3)
-    with pytest.raises(SourceError, match=r"and only 80% of the .* that are free in memory may be taken"):
+    with pytest.raises(SourceError, match=r"but a run can use only 80% of the .* that are free in memory\."):
         InMemory(source, {"memory": 3 * total}, copies=3)
 
 

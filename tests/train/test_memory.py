@@ -53,8 +53,8 @@ def test_workers_are_refused_what_shared_memory_cannot_hold(
     with pytest.raises(SourceError) as raised:
         train(config, tmp_path / "run")
     assert str(raised.value) == (
-        "With 3 workers, packs take up to 147 MB in /dev/shm, and 101 MB are free there: set data.workers to 1, or "
-        "give it more (to a container by --shm-size=147m)."
+        "With 3 workers, packs need up to 147 MB in /dev/shm, but only 101 MB are free. Set data.workers to 1, or "
+        "make /dev/shm larger (for a container, with --shm-size=147m)."
     )
     assert not (tmp_path / "run").exists()
 

@@ -68,6 +68,6 @@ def _check(options: PrepareOptions) -> int:
     problems = check(Path(options.source))
     if problems:
         raise RunError("\n  ".join([f"{options.source} is damaged:", *problems]))
-    print(f"{options.source}: as it was prepared")
+    print(f"{options.source}: all checksums match")
     print_json(options, {"problems": 0})
     return 0

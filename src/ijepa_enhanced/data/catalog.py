@@ -234,7 +234,7 @@ def _find(source: Source, path: Path) -> tuple[Listing | None, str]:
         return None, f"The catalog {path} of {source.name} cannot be used and is made again: {error}"
     source.attach(lambda _: listing)
     if source.fingerprint() != listing.fingerprint:
-        return None, f"{source.name} has changed since it was scanned: it is scanned again."
+        return None, f"{source.name} has changed since the last scan. Scanning again."
     return listing, ""
 
 
@@ -244,7 +244,7 @@ def _kept(listing: Listing, path: Path, name: str) -> Listing:
         save_listing(listing, path, name)
         return map_listing(path)
     except OSError as error:
-        logger.warning("The catalog of %s cannot be kept, so every start scans again: %s", name, error)
+        logger.warning("The catalog of %s cannot be saved, so every command scans again: %s", name, error)
         return listing
 
 
@@ -258,7 +258,7 @@ def _alone(path: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("Another process scans %s: waiting for it.", name)
+            logger.info("Another process is scanning %s. Waiting for it.", name)
             fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield

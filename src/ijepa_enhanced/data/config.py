@@ -9,50 +9,50 @@ from typing import Literal
 from ijepa_enhanced.masks import MIN_TOKENS
 
 VIEW_SHARE = 8
-"""A view may hold 1 / 8 of a pack by default: fewer, larger views leave the packer too little to balance with."""
+"""By default a view has at most 1 / 8 of the tokens of a pack. Packs of fewer, larger views are harder to balance."""
 
 LOCAL_SCALE = 2
-"""How many times smaller the sides of local views are than of others; DINO has 224 / 96 (arXiv 2104.14294)."""
+"""Resolution of the other views, divided by that of local views. DINO uses 224 / 96 (arXiv 2104.14294)."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images and how they become packs."""
+    """The training images, and how views are cropped, resized and packed."""
 
     source: str = "synthetic"
-    """A folder of images, tar shards (`train-{000000..000002}.tar`), Parquet (`train-*.parquet`), `hf://NAME`, a list
-    (`.csv`, `.jsonl`), or `synthetic`; or several with weights, `photos@2 + train-*.tar@1`; see docs/data.md."""
+    """A folder of images, tar shards (`train-{000000..000002}.tar`), Parquet files (`train-*.parquet`), `hf://NAME`, a
+    list (`.csv`, `.jsonl`), `synthetic`, or a weighted mixture (`photos@2 + train-*.tar@1`). See docs/data.md."""
     tokens_per_pack: int = 16384
-    """Most tokens that one device sees at once: what bounds memory."""
+    """Largest number of tokens in one forward pass of a device. Lower it if memory is short."""
     packs_per_step: int = 1
-    """Packs of one optimizer step, over all ranks and accumulated on each."""
+    """Packs of one optimizer step, over all ranks. A rank with several packs accumulates gradients."""
     masked_views: int = 1
-    """Views drawn of each image; all of them lie in one pack."""
+    """Masked views of each image in an epoch. All views of an image are in the same pack."""
     global_views: int = 0
-    """Views of each image that are not masked, besides the masked ones: only the student sees them, and sees them
-    whole. Only objective.contrastive_weight uses them."""
+    """Additional views of each image that are not masked. Only the student receives them, and only the contrastive loss
+    (objective.contrastive_weight) uses them."""
     local_views: int = 0
-    """Small views of each image that are not masked, besides the others: from 5% of the image to `min_crop`, at half
-    the resolution (multi-crop, SwAV, arXiv 2006.09882, section 3.2)."""
+    """Additional small views of each image, which are used like global views. They show from 5% of the image's area up
+    to `min_crop`, at half the resolution (multi-crop, SwAV, arXiv 2006.09882, section 3.2)."""
     min_resolution: int | None = 112
-    """Smallest sqrt(height * width) of a view in pixels, after resizing with its aspect ratio kept."""
+    """Smallest resolution of a view: sqrt(height * width) in pixels after resizing, which keeps the aspect ratio."""
     max_resolution: int | None = 224
-    """Largest. The resolution is drawn uniformly: resolution, not area, as NaViT found (arXiv 2307.06304, section 3.2).
-    Both null: the crop's native size, never enlarged."""
+    """Largest resolution of a view. The resolution, not the area, is uniform, as in NaViT (arXiv 2307.06304, section
+    3.2). If both are null, crops keep their native size."""
     min_crop: float = 0.3
-    """Smallest area of the random crop, at the image's own aspect ratio, as a fraction of the image."""
+    """Smallest area of the random crop, as a fraction of the image's area. A crop has the aspect ratio of the image."""
     max_crop: float = 1.0
-    """Largest. I-JEPA draws from 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
+    """Largest area of the random crop. I-JEPA uses areas from 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
     max_view_tokens: int | None = None
-    """Most tokens of a view; larger ones are scaled down. Null: tokens_per_pack / 8."""
+    """Largest number of tokens of a view. Larger views are scaled down. Null: tokens_per_pack / 8."""
     max_unreadable: float = 0.01
-    """Fraction of the source's images that may be unreadable before the run stops."""
+    """The run stops if a larger fraction of the images than this is unreadable."""
     workers: int | None = None
-    """Processes that decode images; 0 decodes in the training process. Null: as many as suit the cores at hand. The
-    number changes no result."""
+    """Processes that decode images. 0: decode in the training process. Null: chosen by the number of CPU cores. The
+    number does not change the result."""
     cache: Literal["none", "memory"] = "none"
-    """`memory` reads all image files, or draws all images of `synthetic`, before training, into memory that the workers
-    share. It needs as many bytes as they have (`synthetic`: 241 MB), and is refused if they do not fit."""
+    """memory: read all image files (or render all images of `synthetic`) into shared memory before training. This needs
+    as much memory as the files have bytes (`synthetic`: 241 MB). The run does not start if they do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "packs_per_step", "masked_views"):
@@ -94,7 +94,7 @@ class DataConfig:
             )
         if self.view_limit < MIN_TOKENS:
             raise ValueError(
-                f"Views of at most {self.view_limit} tokens cannot be masked: {MIN_TOKENS} are needed. "
+                f"Views of at most {self.view_limit} tokens cannot be masked. At least {MIN_TOKENS} are needed. "
                 "Raise data.tokens_per_pack or data.max_view_tokens."
             )
 
@@ -111,18 +111,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Probabilities, drawn for every view on its own; 0 is never. docs/measurements.md says what each is worth."""
+    """Probabilities of augmentations, applied to each view separately. docs/measurements.md has their effects."""
 
     flip: float = 0.0
-    """Mirrored left to right."""
+    """Probability of a horizontal flip."""
     color: float = 0.0
-    """Brightness, contrast, saturation and hue changed."""
+    """Probability of color jitter: random brightness, contrast, saturation and hue."""
     gray: float = 0.0
-    """Colours turned into grey."""
+    """Probability of conversion to grayscale."""
     blur: float = 0.0
-    """Gaussian blur."""
+    """Probability of Gaussian blur."""
     solarize: float = 0.0
-    """Bright values inverted."""
+    """Probability of solarization, which inverts bright values."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

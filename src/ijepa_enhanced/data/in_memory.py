@@ -51,9 +51,9 @@ class InMemory(Source):
         for place, room in (free or free_memory()).items():
             if copies * total > SHARE * room:
                 raise SourceError(
-                    f"The images of {source.name} take {copies * total / MEGABYTE:,.0f} MB, and only {SHARE:.0%} of "
-                    f"the {room / MEGABYTE:,.0f} MB that are free in {place} may be taken: set data.cache to none, or "
-                    "make them smaller with ijepa prepare."
+                    f"The images of {source.name} need {copies * total / MEGABYTE:,.0f} MB, but a run can use only "
+                    f"{SHARE:.0%} of the {room / MEGABYTE:,.0f} MB that are free in {place}. Set data.cache to none, "
+                    "or shrink the images with ijepa prepare."
                 )
         logger.info("Reading %d images into memory: %.0f MB.", len(rows), total / MEGABYTE)
         self.memory = torch.empty(total, dtype=torch.uint8).share_memory_()

@@ -205,9 +205,9 @@ def check_shared_memory(
     if workers and free is not None and needed > free:
         fit = max(0, (free // pack - held) // PREFETCH)
         raise SourceError(
-            f"With {workers} workers, packs take up to {needed / MEGABYTE:,.0f} MB in {SHARED_MEMORY}, and "
-            f"{free / MEGABYTE:,.0f} MB are free there: set data.workers to {fit}, or give it more (to a container by "
-            f"--shm-size={math.ceil(needed / MEGABYTE)}m)."
+            f"With {workers} workers, packs need up to {needed / MEGABYTE:,.0f} MB in {SHARED_MEMORY}, but only "
+            f"{free / MEGABYTE:,.0f} MB are free. Set data.workers to {fit}, or make {SHARED_MEMORY} larger (for a "
+            f"container, with --shm-size={math.ceil(needed / MEGABYTE)}m)."
         )
 
 

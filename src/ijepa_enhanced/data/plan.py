@@ -180,7 +180,7 @@ class Plan:
             raise PlanError(
                 f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} patches of "
                 f"{self.patch_size} px or more, and {(enough & shown).sum()} of {shown.sum()} have. Add images, raise "
-                "data.min_resolution, or take a smaller encoder.patch_size."
+                "data.min_resolution, or lower encoder.patch_size."
             )
         images = np.flatnonzero(enough & shown)
         tokens = grids[images].prod(axis=2).sum(axis=1)

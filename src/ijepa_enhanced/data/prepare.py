@@ -140,14 +140,14 @@ def check(folder: Path) -> list[str]:
         SourceError: `prepare` did not make it.
     """
     manifest = _load(folder)
-    problems = [] if manifest["complete"] else ["It is not finished: run ijepa prepare again."]
+    problems = [] if manifest["complete"] else ["It is not complete. Run ijepa prepare again."]
     hashes = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
     if manifest["classes"] is not None:
         hashes[CLASSES] = manifest["classes"]
     for name, expected in hashes.items():
         try:
             if _hash(folder / name) != expected:
-                problems.append(f"{name} is not what was written.")
+                problems.append(f"{name} does not match its checksum.")
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror}.")
     return problems
@@ -238,8 +238,8 @@ def _load(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise SourceError(f"{folder} was not made by ijepa prepare: it has no {MANIFEST}.") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SourceError(f"{folder / MANIFEST} is damaged. Delete {folder} and prepare the images anew.") from error
-    raise SourceError(f"{folder} was prepared by another version. Delete it and prepare the images anew.")
+        raise SourceError(f"{folder / MANIFEST} is damaged. Delete {folder} and prepare the images again.") from error
+    raise SourceError(f"{folder} was prepared by another version. Delete it and prepare the images again.")
 
 
 def _save(manifest: Manifest, folder: Path) -> None:

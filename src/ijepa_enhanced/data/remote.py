@@ -67,16 +67,16 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
             raise SourceError(f"{spec} names {file}, which is not in it. Nothing was copied.")
         if not _is_folder(path) and ({*name} & {*"{,}#*?["} or " + " in name):
             raise SourceError(
-                f"{spec} names {file}: the name of a source has none of {{ , }} # * ? [ nor ' + '. Rename it, or give "
-                "its folder."
+                f"{spec} names {file}: the name of a source cannot contain {{ , }} # * ? [ or ' + '. Rename it, or "
+                "name its folder."
             )
     for number, (file, name) in enumerate(zip(files, names, strict=True)):
         try:
             _copy(system, file, folder / name)
         except SourceError as error:
             raise SourceError(
-                f"{error} {len(files) - number} of the {len(files)} files of {spec} are missing: give the same command "
-                "again to go on."
+                f"{error} {len(files) - number} of the {len(files)} files of {spec} are missing. Run the same command "
+                "again to continue."
             ) from error
         if progress:
             progress(number + 1, len(files))
@@ -123,7 +123,7 @@ def _tried(action: Callable[[], _T], what: str, number: int = 1) -> _T:
     except Exception as error:  # each of fsspec's packages has its own
         reason = "not found" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         if number == TRIES:
-            raise SourceError(f"{what} cannot be copied, {TRIES} times tried: {reason}.") from error
+            raise SourceError(f"{what} could not be copied in {TRIES} tries: {reason}.") from error
         wait = FIRST_WAIT * 2 ** (number - 1)
         logger.warning("%s: %s; tried again in %g s.", what, reason, wait)
         time.sleep(wait)

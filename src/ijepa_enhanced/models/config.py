@@ -74,15 +74,15 @@ class PredictorConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Token merging during training. Before the predictor, each patch gets the feature of the token that holds it.
+    """Token merging during training. The predictor receives unmerged features: each patch has that of its token.
 
     Off by default: merging during training is reported to cost accuracy (arXiv 2508.02829; docs/merging.md).
     """
 
     student_rate: float = 0.0
-    """Share of its tokens that each layer of the student merges, from 0 to 0.5."""
+    """Fraction of its input tokens that each layer of the student merges, from 0 to 0.5."""
     teacher_rate: float = 0.0
-    """Share of its tokens that each layer of the teacher merges, from 0 to 0.5."""
+    """Fraction of its input tokens that each layer of the teacher merges, from 0 to 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("student_rate", "teacher_rate"):

@@ -139,8 +139,8 @@ def test_weights_of_patterns_and_names_that_look_like_a_mix(two: tuple[Path, Pat
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{a}@0 + {b}", "The weight of {a} is 0: give it another, or leave {a} out."),
-        ("{a} + ", "The name of the images is empty: give a folder, tar shards, or 'synthetic'."),
+        ("{a}@0 + {b}", "The weight of {a} is 0. Set a weight above 0, or remove {a}."),
+        ("{a} + ", "No source was given. Name a folder, tar shards, or 'synthetic'."),
         ("{a} + {a}/gone@2", "No file or folder {a}/gone. Images are a folder"),
         ("{a} + {b}@-1", "No file or folder {b}@-1. Images are a folder"),
     ],

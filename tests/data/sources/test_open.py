@@ -122,7 +122,7 @@ def test_images_beside_shards_are_not_passed_over_in_silence(tmp_path, caplog):
     shard(tmp_path / "a.tar", samples("0"))
     write(tmp_path, **{"b.JPG": png(), ".c.png": png()})
     assert keys(open_source(str(tmp_path))) == ["a.tar:0000.png"]
-    assert caplog.messages == [f"{tmp_path} holds image files beside a.tar: they are not taken."]
+    assert caplog.messages == [f"{tmp_path} contains image files besides a.tar. The image files are ignored."]
 
 
 def test_a_folder_of_parts(tmp_path):
@@ -165,7 +165,7 @@ def test_a_folder_without_the_part(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path), "val")
     assert str(error.value) == (
-        f"{tmp_path} has files for train, and none for val: name those to take, as {tmp_path}/train*.tar."
+        f"{tmp_path} has files for train, but none for val. Name the files to use, such as {tmp_path}/train*.tar."
     )
 
 
@@ -183,10 +183,10 @@ def test_shards_that_may_not_be_read(tmp_path, monkeypatch, name):
     assert str(error.value) == f"{path} cannot be read: Permission denied."
 
 
-NO_COLUMNS = "{} has no columns of images: after # comes label=NAME alone for tar shards."
+NO_COLUMNS = "{} has no image column to choose. For tar shards, write only label=NAME after #."
 
 
-NO_CHOICE = "There is nothing to choose in {}: leave out what follows #."
+NO_CHOICE = "{} has no columns to choose. Remove the # and everything after it."
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_a_configuration_of_the_hub_is_named_after_the_data_set(tmp_path):
         open_source(f"hf://{folder}")
     named = f"hf://{folder}"
     assert str(error.value) == f"{named} has the configurations small, large: name one, as {named}#config=small."
-    with pytest.raises(SourceError, match=r"after # come image=COLUMN"):
+    with pytest.raises(SourceError, match=r"after #, write image=COLUMN"):
         open_source(f"{folder}/small.parquet#config=small")
 
 
@@ -270,18 +270,18 @@ REFUSED = {
     "a column that is none": (
         {"front": cells(0, 1), "back": cells(0, 1), "size": [3]},
         "#image=size",
-        "{0}: 'size' is no column of images. These are: front, back.",
+        "{0}: 'size' is not a column of images. Columns of images: front, back.",
     ),
     "a label column that is none": (
         {"image": cells(0, 1), "weight": [0.5]},
         "#label=weight",
-        "{0}: 'weight' is no column of labels. These are: none.",
+        "{0}: 'weight' is not a column of labels. Columns of labels: none.",
     ),
     "another word": (
         {"image": cells(0, 1)},
         "#picture=image",
-        "{0}#picture=image: after # come image=COLUMN and label=COLUMN, either or both, with a comma between; "
-        "for the Hub's data sets config=NAME too, for tar shards label=NAME alone.",
+        "{0}#picture=image: after #, write image=COLUMN, label=COLUMN or both, separated by a comma. "
+        "Data sets of the Hub accept config=NAME too, tar shards only label=NAME.",
     ),
     "no rows": ({"image": pa.array([], pa.binary())}, "", "No images in {0}: it has no row."),
 }
@@ -338,7 +338,8 @@ def test_a_part_that_a_folder_lacks(splits):
     with pytest.raises(SourceError) as error:
         open_source(str(splits), "val")
     assert str(error.value) == (
-        f"{splits} has files for train and test, and none for val: name those to take, as {splits}/train*.parquet."
+        f"{splits} has files for train and test, but none for val. Name the files to use, such as "
+        f"{splits}/train*.parquet."
     )
 
 

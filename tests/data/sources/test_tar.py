@@ -236,7 +236,7 @@ def test_an_index_is_not_that_of_another_key(tmp_path):
             "no image has a class, a whole number from 0 or a name, under 'class' of its member KEY.json. "
             "The keys of the first of these are: none.",
         ),
-        (samples("0"), "there are no members KEY.json to take labels from."),
+        (samples("0"), "the shards contain no KEY.json with labels."),
     ],
     ids=["other keys", "damaged", "no metadata"],
 )
@@ -261,7 +261,7 @@ def test_samples_end_at_the_first_dot_and_keep_their_folder(tmp_path):
     assert keys(source) == ["a.tar:a/1.png", "a.tar:b/1.png"]
     assert source.labels.tolist() == [0, 1]
     assert source.listing.notes == (
-        "These are not images of their own, because the name of a sample ends at its first dot: "
+        "These files are not read as images, because the key of a sample ends at the first dot: "
         f"a/1.seg.png in {tmp_path / 'a.tar'}.",
     )
 
@@ -283,7 +283,7 @@ def test_a_shard_cut_within_an_image(tmp_path):
     # More than the head of the image is still there.
     os.truncate(path, member.offset_data + HEAD + 100)
     source = TarSource([path], "a.tar")
-    assert source.listing.notes == (f"{path} is cut off or damaged after 3 images; any that follow are lost.",)
+    assert source.listing.notes == (f"{path} is truncated or damaged after 3 images. Later images are lost.",)
     assert keys(source) == ["a.tar:0000.png", "a.tar:0001.png", "a.tar:c.jpg"]
     assert [source.size(0), source.size(1)] == [(1, 6), (2, 6)]
     for read in (source.open, source.size):
@@ -305,7 +305,7 @@ def test_a_shard_cut_elsewhere(tmp_path, place):
     }[place]
     os.truncate(path, end)
     source = TarSource([path], "a.tar")
-    assert source.listing.notes == (f"{path} is cut off or damaged after 2 images; any that follow are lost.",)
+    assert source.listing.notes == (f"{path} is truncated or damaged after 2 images. Later images are lost.",)
     assert (source.labels.tolist(), source.size(0), source.size(1)) == ([0, -1], (1, 6), (2, 6))
 
 
@@ -323,7 +323,7 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path):
         file.write(b"\xff" * 512)
     source = TarSource([path], "a.tar")
     assert keys(source) == ["a.tar:0000.png"]
-    assert source.listing.notes == (f"{path} is cut off or damaged after 1 images; any that follow are lost.",)
+    assert source.listing.notes == (f"{path} is truncated or damaged after 1 images. Later images are lost.",)
 
 
 @pytest.mark.parametrize(

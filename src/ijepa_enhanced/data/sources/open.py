@@ -46,12 +46,12 @@ def open_source(spec: str, part: str = "train") -> Source:
     if spec == "synthetic":
         return SyntheticSource(part)
     if not spec:
-        raise SourceError("The name of the images is empty: give a folder, tar shards, or 'synthetic'.")
+        raise SourceError("No source was given. Name a folder, tar shards, or 'synthetic'.")
     place, columns = _split_columns(spec)
     if place.startswith("hf://"):
         return open_hub(place, part, columns)
     if is_remote(place):
-        raise SourceError(f"{place} is not on this machine: copy it by ijepa prepare {place} FOLDER, and take FOLDER.")
+        raise SourceError(f"{place} is a remote source. Run ijepa prepare {place} FOLDER, then use FOLDER.")
     path = Path(place).expanduser()
     if path.is_dir():
         if is_saved(path):
@@ -61,7 +61,7 @@ def open_source(spec: str, part: str = "train") -> Source:
         if not files:
             path = _folder_of(part, path)
         elif any(is_image(file.name) for file in path.iterdir()):
-            logger.warning("%s holds image files beside %s: they are not taken.", place, files[0].name)
+            logger.warning("%s contains image files besides %s. The image files are ignored.", place, files[0].name)
     else:
         files = _existing_files(str(path), spec)
     kind = files[0].suffix if files else ""
@@ -69,10 +69,10 @@ def open_source(spec: str, part: str = "train") -> Source:
         return open_parquet(files, place, columns)
     if files and not (kind in LISTS and len(files) == 1):
         if "image" in columns:
-            raise SourceError(f"{place} has no columns of images: after # comes label=NAME alone for tar shards.")
+            raise SourceError(f"{place} has no image column to choose. For tar shards, write only label=NAME after #.")
         return TarSource(files, spec, columns.get("label"))
     if columns:
-        raise SourceError(f"There is nothing to choose in {place}: leave out what follows #.")
+        raise SourceError(f"{place} has no columns to choose. Remove the # and everything after it.")
     return ListSource(files[0]) if files else FolderSource(path)
 
 
@@ -88,7 +88,7 @@ def _split_weight(spec: str) -> tuple[str, float]:
         return spec, 1.0
     place, weight = weighted.groups()
     if not float(weight):
-        raise SourceError(f"The weight of {place} is 0: give it another, or leave {place} out.")
+        raise SourceError(f"The weight of {place} is 0. Set a weight above 0, or remove {place}.")
     return place, float(weight)
 
 
@@ -101,8 +101,8 @@ def _split_columns(spec: str) -> tuple[str, Columns]:
     allowed = {"image", "label"} | ({"config"} if place.startswith("hf://") else set())
     if not columns.keys() <= allowed:
         raise SourceError(
-            f"{spec}: after # come image=COLUMN and label=COLUMN, either or both, with a comma between; "
-            "for the Hub's data sets config=NAME too, for tar shards label=NAME alone."
+            f"{spec}: after #, write image=COLUMN, label=COLUMN or both, separated by a comma. "
+            "Data sets of the Hub accept config=NAME too, tar shards only label=NAME."
         )
     return place, columns
 
@@ -113,8 +113,8 @@ def _files_of(part: str, files: list[Path], folder: str) -> list[Path]:
     others = [other for other in PARTS if any(file.name.startswith(other) for file in files)]
     if not named and others:
         raise SourceError(
-            f"{folder} has files for {' and '.join(others)}, and none for {part}: name those to take, "
-            f"as {folder}/{others[0]}*{files[0].suffix}."
+            f"{folder} has files for {' and '.join(others)}, but none for {part}. Name the files to use, "
+            f"such as {folder}/{others[0]}*{files[0].suffix}."
         )
     return named or files
 

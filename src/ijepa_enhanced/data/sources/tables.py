@@ -225,7 +225,9 @@ def _column(kind: str, possible: list[str], columns: Columns, name: str) -> str 
     if asked in possible:
         return asked
     if kind in columns:
-        raise SourceError(f"{name}: '{asked}' is no column of {kind}s. These are: {', '.join(possible) or 'none'}.")
+        raise SourceError(
+            f"{name}: '{asked}' is not a column of {kind}s. Columns of {kind}s: {', '.join(possible) or 'none'}."
+        )
     if len(possible) > 1:
         listed = ", ".join(possible)
         raise SourceError(f"{name} has several columns of {kind}s, {listed}: name one, as {name}#{kind}={possible[0]}")

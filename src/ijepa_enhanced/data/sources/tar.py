@@ -83,7 +83,7 @@ class TarSource(FileSource):
             return
         first = next((shard.first_json for shard in shards if shard.first_json is not None), None)
         if first is None:
-            raise SourceError(f"{self.name}: there are no members KEY.json to take labels from.")
+            raise SourceError(f"{self.name}: the shards contain no KEY.json with labels.")
         raise SourceError(
             f"{self.name}: no image has a class, a whole number from 0 or a name, under '{self.label}' of its member "
             f"KEY.json. The keys of the first of these are: {', '.join(sorted(first)) or 'none'}."
@@ -230,11 +230,11 @@ class _Shard:
         """Make notes of what a user may expect in the shard and that is not among its images."""
         if not complete:
             count = len(self.members)
-            self.notes.append(f"{self.path} is cut off or damaged after {count} images; any that follow are lost.")
+            self.notes.append(f"{self.path} is truncated or damaged after {count} images. Later images are lost.")
         if self.parts:
             more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
             self.notes.append(
-                "These are not images of their own, because the name of a sample ends at its first dot: "
+                "These files are not read as images, because the key of a sample ends at the first dot: "
                 f"{self.parts[0]}{more} in {self.path}."
             )
 
