@@ -46,7 +46,7 @@ def make_packs(make_batch: MakeBatch, make_stream: MakeStream) -> list[MaskedBat
     for number, grids in enumerate(PACKS):
         batch, local = make_batch(grids, number), make_stream(LOCAL * (len(grids) // 2), seed=number)
         seen = Segments.of([*batch.context.segments.lengths, *local.segments.lengths])
-        packs.append(dataclasses.replace(batch, whole=local, seen=seen))
+        packs.append(dataclasses.replace(batch, unmasked=local, seen=seen))
     return packs
 
 

@@ -291,7 +291,7 @@ def test_the_contrast_is_of_an_images_own_views_and_a_mean_over_the_packs(make_b
 
 def with_local(batch: MaskedBatch, local: Packed) -> MaskedBatch:
     seen = Segments.of([*batch.context.segments.lengths, *local.segments.lengths])
-    return dataclasses.replace(batch, whole=local, seen=seen)
+    return dataclasses.replace(batch, unmasked=local, seen=seen)
 
 
 def test_local_views_count_in_the_contrast_and_nowhere_else(make_batch: MakeBatch, make_stream: MakeStream) -> None:

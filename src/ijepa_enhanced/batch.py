@@ -25,7 +25,7 @@ class Batch(Movable):
     """Epoch of the pack, and its number in the plan of that epoch."""
     unreadable: tuple[tuple[int, str], ...]
     """(row, reason) of each image of this pack that could not be decoded."""
-    whole: Packed | None = dataclasses.field(default=None, kw_only=True)
+    unmasked: Packed | None = dataclasses.field(default=None, kw_only=True)
     """uint8 patches of the unmasked views (global and local) of the same images, which only the student sees; None if
     there are none."""
     merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
@@ -34,7 +34,7 @@ class Batch(Movable):
     @property
     def tokens(self) -> int:
         """Return the number of tokens of all views, unmasked ones included."""
-        return self.packed.segments.total + (0 if self.whole is None else self.whole.segments.total)
+        return self.packed.segments.total + (0 if self.unmasked is None else self.unmasked.segments.total)
 
 
 @dataclass(frozen=True)

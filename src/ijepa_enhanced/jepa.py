@@ -71,8 +71,8 @@ class JEPA(nn.Module):
 
     def preprocess(self, batch: MaskedBatch) -> MaskedBatch:
         """Return a batch with normalized patches in place of uint8 ones."""
-        unmasked = None if batch.whole is None else self.normalize(batch.whole)
-        return dataclasses.replace(batch, packed=self.normalize(batch.packed), whole=unmasked)
+        unmasked = None if batch.unmasked is None else self.normalize(batch.unmasked)
+        return dataclasses.replace(batch, packed=self.normalize(batch.packed), unmasked=unmasked)
 
     @torch.no_grad()
     def targets(self, batch: MaskedBatch) -> Tensor | None:
@@ -89,8 +89,8 @@ class JEPA(nn.Module):
     def features(self, batch: MaskedBatch) -> Tensor:
         """Return the student's features [Ts, D]: of the context of each masked view, then of each unmasked view."""
         seen = batch.packed.select(batch.context)
-        if batch.whole is not None:
-            seen = Packed.concatenate([seen, batch.whole], batch.seen)
+        if batch.unmasked is not None:
+            seen = Packed.concatenate([seen, batch.unmasked], batch.seen)
         features: Tensor = self.student(seen, batch.seen_merge_plan)
         return features
 

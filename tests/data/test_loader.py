@@ -304,10 +304,10 @@ def test_local_views_lie_apart_whole_and_after_the_context_in_what_the_student_s
     pack = scene.packs[0]
     batch = scene.dataset(MaskConfig(), depth=2, student_merge_rate=0.3)[pack]
     assert isinstance(batch, MaskedBatch)
-    assert batch.whole is not None
-    masked, small = pack.select(~pack.whole), pack.select(pack.whole)
+    assert batch.unmasked is not None
+    masked, small = pack.select(~pack.unmasked), pack.select(pack.unmasked)
     assert_same_stream(batch.packed, masked.grids)
-    assert_same_stream(batch.whole, small.grids)
+    assert_same_stream(batch.unmasked, small.grids)
     assert batch.image_ids.tolist() == scene.catalog.rows[masked.images].tolist()
     assert batch.tokens == pack.grids.prod(axis=1).sum()
     # The others are what they would be without them, and every local view is the crop of its own box.
@@ -316,11 +316,11 @@ def test_local_views_lie_apart_whole_and_after_the_context_in_what_the_student_s
     assert torch.equal(alone.packed.values, batch.packed.values)
     assert torch.equal(alone.context.index, batch.context.index)
     assert torch.equal(
-        scene.dataset()[dataclasses.replace(small, whole=~small.whole)].packed.values, batch.whole.values
+        scene.dataset()[dataclasses.replace(small, unmasked=~small.unmasked)].packed.values, batch.unmasked.values
     )
-    assert batch.seen.lengths == batch.context.segments.lengths + batch.whole.segments.lengths
+    assert batch.seen.lengths == batch.context.segments.lengths + batch.unmasked.segments.lengths
     assert alone.seen is alone.context.segments
-    assert alone.whole is None
+    assert alone.unmasked is None
     assert batch.seen_merge_plan is not None
     assert batch.seen_merge_plan.segments[0].lengths == batch.seen.lengths
 
@@ -337,9 +337,9 @@ def test_an_image_that_cannot_be_decoded_takes_its_local_views_with_it(folder: P
     expected = scene.dataset()[pack.select(pack.images != image)]
     damage(scene, int(scene.catalog.rows[image]))
     batch = scene.dataset()[pack]
-    assert batch.whole is not None
-    assert expected.whole is not None
-    assert torch.equal(batch.whole.values, expected.whole.values)
+    assert batch.unmasked is not None
+    assert expected.unmasked is not None
+    assert torch.equal(batch.unmasked.values, expected.unmasked.values)
     assert torch.equal(batch.packed.values, expected.packed.values)
 
 

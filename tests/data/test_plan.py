@@ -289,11 +289,11 @@ def test_local_views_are_small_crops_at_half_the_side_beside_their_images_others
     assert 0.4 >= areas[:, 2:].max() * (1 - 1e-6) > 0.4 - 0.05 * 0.35
     assert areas[:, :2].min() * (1 + 1e-6) >= 0.4
     pack = epoch[0]
-    assert pack.whole.tolist() == [False, False, True, True, True] * (len(pack.images) // 5)
+    assert pack.unmasked.tolist() == [False, False, True, True, True] * (len(pack.images) // 5)
     assert pack.grids.prod(axis=1).sum() == epoch.pack_tokens[0] <= 8192, "they take their room in the pack"
-    masked, small = pack.select(~pack.whole), pack.select(pack.whole)
+    masked, small = pack.select(~pack.unmasked), pack.select(pack.unmasked)
     assert (masked.views.max(), small.views.min()) == (1, 2)
-    assert (masked.boxes == pack.boxes[~pack.whole]).all()
+    assert (masked.boxes == pack.boxes[~pack.unmasked]).all()
 
 
 def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them_and_local_ones() -> None:
@@ -313,8 +313,8 @@ def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them
     # The same draws, so the same views; images are dealt alike too.
     assert (epoch.boxes == other.boxes).all()
     assert (epoch.grids == other.grids).all()
-    assert epoch[0].whole.tolist() == [False, True, True] * (len(epoch[0].images) // 3)
-    assert other[0].whole.tolist() == [False, False, True] * (len(other[0].images) // 3)
+    assert epoch[0].unmasked.tolist() == [False, True, True] * (len(epoch[0].images) // 3)
+    assert other[0].unmasked.tolist() == [False, False, True] * (len(other[0].images) // 3)
 
 
 def test_a_view_that_is_not_masked_may_be_of_one_token() -> None:

@@ -176,7 +176,7 @@ def test_local_views_are_drawn_after_the_others(
     make_batch: Callable[..., MaskedBatch], make_stream: Callable[..., Packed], tmp_path: Path
 ) -> None:
     batch, local = make_batch([(9, 9), (8, 9)], 0), make_stream([(2, 3), (3, 3)], 1)
-    draw_pack(dataclasses.replace(batch, whole=local), PATCH, tmp_path / "pack.png")
+    draw_pack(dataclasses.replace(batch, unmasked=local), PATCH, tmp_path / "pack.png")
     draw_pack(
         dataclasses.replace(batch, packed=Packed.concatenate([batch.packed, local])), PATCH, tmp_path / "joined.png"
     )

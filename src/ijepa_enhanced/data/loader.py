@@ -56,13 +56,13 @@ class PackDataset(Dataset[Batch]):
     patch_size: int
     """P."""
     masks: MaskConfig | None = None
-    """How to mask training batches; None for whole views."""
+    """How to mask views; None to leave them unmasked, as in evaluation."""
     seed: int = 0
     """Of the masks and of what changes pixels."""
     depth: int = 0
     """Layers of the encoder, for which merging is planned."""
     merge_rate: float | Sequence[float] = 0.0
-    """Of the whole views, see `merge_plan.merged_lengths`."""
+    """Of `packed`, see `merge_plan.merged_lengths`."""
     student_merge_rate: float = 0.0
     """Of what the student sees of them."""
     changes: AugmentConfig | None = None
@@ -78,7 +78,7 @@ class PackDataset(Dataset[Batch]):
         Images that cannot be decoded are left out and named.
         """
         tokens = pack.grids.prod(axis=1)
-        most = [int(tokens[own].sum()) for own in (~pack.whole, pack.whole)]
+        most = [int(tokens[own].sum()) for own in (~pack.unmasked, pack.unmasked)]
         patches = [np.empty((count, self.patch_size**2 * 3), dtype=np.uint8) for count in most]
         filled = [0, 0]
         kept = np.ones(len(pack.images), dtype=np.bool_)
@@ -89,7 +89,7 @@ class PackDataset(Dataset[Batch]):
             try:
                 sizes = pack.grids[first:last] * self.patch_size
                 views = decode_views(self.source.open(row), pack.boxes[first:last], sizes)
-                numbers, kinds = pack.views[first:last], pack.whole[first:last].astype(np.int64)
+                numbers, kinds = pack.views[first:last], pack.unmasked[first:last].astype(np.int64)
                 for pixels, number, kind in zip(views, numbers, kinds, strict=True):
                     if self.changes is not None:
                         rng = generator(self.seed, Purpose.AUGMENT, pack.cursor.epoch, row, int(number))
@@ -100,10 +100,10 @@ class PackDataset(Dataset[Batch]):
             except UnreadableImage as error:
                 unreadable.append((row, str(error)))
                 kept[first:last] = False
-        masked_views, global_views = (pack.select(kept & own) for own in (~pack.whole, pack.whole))
-        packed, whole = (
+        masked_views, unmasked_views = (pack.select(kept & own) for own in (~pack.unmasked, pack.unmasked))
+        packed, unmasked = (
             Packed.of_grids(own[:count], views.grids)
-            for own, count, views in zip(patches, filled, (masked_views, global_views), strict=True)
+            for own, count, views in zip(patches, filled, (masked_views, unmasked_views), strict=True)
         )
         batch = Batch(
             packed,
@@ -111,7 +111,7 @@ class PackDataset(Dataset[Batch]):
             None if self.catalog.labels is None else torch.from_numpy(self.catalog.labels[masked_views.images]),
             pack.cursor,
             tuple(unreadable),
-            whole=whole if pack.whole.any() else None,
+            unmasked=unmasked if pack.unmasked.any() else None,
             merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth),
         )
         if self.masks is None:
@@ -132,11 +132,11 @@ def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:
 
 
 def masked(batch: Batch, masks: Sequence[ViewMasks], student_merge_rate: float = 0.0, depth: int = 0) -> MaskedBatch:
-    """A batch with the masks of its V views, the whole ones not counted."""
+    """Return a batch with the masks of its V masked views."""
     context = _selection(batch.packed.segments, [view.context for view in masks])
     seen = context.segments
-    if batch.whole is not None:
-        seen = Segments.of([*seen.lengths, *batch.whole.segments.lengths])
+    if batch.unmasked is not None:
+        seen = Segments.of([*seen.lengths, *batch.unmasked.segments.lengths])
     return MaskedBatch(
         **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
         context=context,

@@ -52,8 +52,8 @@ class Pack:
     """[V, 4] top, left, height, width of the crop in pixels of the upright image."""
     grids: NDArray[np.int64]
     """[V, 2] rows and columns of patches."""
-    whole: NDArray[np.bool_]
-    """[V] whether the student sees it whole; these follow the masked ones of their image, the local ones last."""
+    unmasked: NDArray[np.bool_]
+    """[V] whether the view is not masked; these follow the masked ones of their image, the local ones last."""
 
     def select(self, views: NDArray[np.integer | np.bool_] | slice) -> Pack:
         """Some of its views."""

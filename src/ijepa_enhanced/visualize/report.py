@@ -175,7 +175,7 @@ def _masks(run: Run) -> str:
     if run.images is None:
         return ""
     images, first = run.images, run.images.plan[0]
-    pack = first.select(np.flatnonzero(~first.whole)[:VIEWS_SHOWN])
+    pack = first.select(np.flatnonzero(~first.unmasked)[:VIEWS_SHOWN])
     patch_size = run.config["encoder"]["patch_size"]
     changes = AugmentConfig(**run.config.get("augment", {}))
     dataset = PackDataset(images.source, images.catalog, patch_size, seed=run.config["seed"], changes=changes)

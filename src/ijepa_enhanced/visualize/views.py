@@ -66,7 +66,7 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
     """
     cell = max(6, min(16, patch_size))
     across = SHEET_WIDTH // (cell + 2)
-    stream = batch.packed if batch.whole is None else Packed.concatenate([batch.packed, batch.whole])
+    stream = batch.packed if batch.unmasked is None else Packed.concatenate([batch.packed, batch.unmasked])
     total = stream.segments.total
     down = -(-total // across)
     patches = stream.values.numpy().reshape(total, patch_size, patch_size, 3)
