@@ -10,13 +10,13 @@ class ObjectiveConfig:
     """The loss: a weighted sum of three terms. A term of weight 0 is not computed."""
 
     prediction_weight: float = 1.0
-    """Weight of I-JEPA's prediction of hidden features. 0: neither the teacher nor the predictor runs."""
+    """Weight of I-JEPA's prediction loss. With 0, training runs neither the teacher nor the predictor."""
     vicreg_weight: float = 0.1
-    """Weight of VICReg's variance and covariance on the mean of the student's context tokens. 0 is plain I-JEPA,
-    under which the rank of small runs' features falls by more than half (docs/measurements.md)."""
+    """Weight of VICReg's variance and covariance terms, which prevent collapse. They are computed on the mean of the
+    student's context tokens. 0 is plain I-JEPA, whose features lost rank in small runs (docs/measurements.md)."""
     contrastive_weight: float = 0.0
-    """Weight of the contrast between the views of an image and those of all others (`losses.nt_xent`), on a projection
-    of the mean of what the student sees of each. It needs two views of each image, global and local views included."""
+    """Weight of the contrastive loss (NT-Xent, SimCLR) between the views of an image. It is computed on a projection of
+    the student's mean feature of each view. It needs at least two masked, global or local views per image."""
 
     def __post_init__(self) -> None:
         names = ("prediction_weight", "vicreg_weight", "contrastive_weight")

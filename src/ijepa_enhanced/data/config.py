@@ -20,39 +20,41 @@ class DataConfig:
     """The images and how they become packs."""
 
     source: str = "synthetic"
-    """A folder of images, tar shards (`train-{000000..000002}.tar`), Parquet (`train-*.parquet`), `hf://NAME`, a list
-    (`.csv`, `.jsonl`), or `synthetic`; or several with weights, `photos@2 + train-*.tar@1`; see docs/data.md."""
+    """Training images: a folder, tar shards (`train-{000000..000002}.tar`), Parquet files (`train-*.parquet`), a
+    Hugging Face data set (`hf://NAME`), a list (`.csv`, `.jsonl`), or the built-in images (`synthetic`). Join
+    several sources with weights to mix them: `photos@2 + train-*.tar@1` (docs/data.md)."""
     tokens_per_pack: int = 16384
-    """Most tokens that one device sees at once: what bounds memory."""
+    """Maximum number of tokens that a device processes at once. Lower it if you run out of memory."""
     packs_per_step: int = 1
-    """Packs of one optimizer step, over all ranks and accumulated on each."""
+    """Number of packs in one optimizer step, summed over all ranks. A rank with several packs accumulates gradients."""
     masked_views: int = 1
-    """Views drawn of each image; all of them lie in one pack."""
+    """Number of masked views per image. All views of an image are in the same pack."""
     global_views: int = 0
-    """Views of each image that are not masked, besides the masked ones: only the student sees them, and sees them
-    whole. Only objective.contrastive_weight uses them."""
+    """Number of additional unmasked views per image. Only the student processes them. They require
+    objective.contrastive_weight > 0."""
     local_views: int = 0
-    """Small views of each image that are not masked, besides the others: from 5% of the image to `min_crop`, at half
-    the resolution (multi-crop, SwAV, arXiv 2006.09882, section 3.2)."""
+    """Number of additional small unmasked views per image (multi-crop, SwAV, arXiv 2006.09882, section 3.2). Each crop
+    covers 5% of the image to `min_crop`. Its resolution is drawn like that of other views, then halved. They require
+    objective.contrastive_weight > 0."""
     min_resolution: int | None = 112
-    """Smallest sqrt(height * width) of a view in pixels, after resizing with its aspect ratio kept."""
+    """Smallest resolution of a view: sqrt(height * width) in pixels after resizing. The aspect ratio is kept."""
     max_resolution: int | None = 224
-    """Largest. The resolution is drawn uniformly: resolution, not area, as NaViT found (arXiv 2307.06304, section 3.2).
-    Both null: the crop's native size, never enlarged."""
+    """Largest resolution of a view. Resolutions are drawn uniformly between the two limits, as in NaViT (arXiv
+    2307.06304, section 3.2). If both limits are null, crops keep their native size."""
     min_crop: float = 0.3
-    """Smallest area of the random crop, at the image's own aspect ratio, as a fraction of the image."""
+    """Smallest area of the random crop, as a fraction of the image. Crops have the aspect ratio of the image."""
     max_crop: float = 1.0
-    """Largest. I-JEPA draws from 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
+    """Largest area of the random crop. I-JEPA uses crops of 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
     max_view_tokens: int | None = None
-    """Most tokens of a view; larger ones are scaled down. Null: tokens_per_pack / 8."""
+    """Maximum number of tokens in a view. Larger views are scaled down. Null: tokens_per_pack / 8."""
     max_unreadable: float = 0.01
-    """Fraction of the source's images that may be unreadable before the run stops."""
+    """Largest fraction of unreadable images. Training stops if more images are unreadable."""
     workers: int | None = None
-    """Processes that decode images; 0 decodes in the training process. Null: as many as suit the cores at hand. The
-    number changes no result."""
+    """Number of worker processes that decode images. 0: decode in the training process. Null: one worker per CPU core,
+    divided among the ranks of a machine. Results do not depend on this number."""
     cache: Literal["none", "memory"] = "none"
-    """`memory` reads all image files, or draws all images of `synthetic`, before training, into memory that the workers
-    share. It needs as many bytes as they have (`synthetic`: 241 MB), and is refused if they do not fit."""
+    """`memory` loads all image files into shared memory before training. The images of `synthetic` are generated there.
+    Training does not start if the files do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "packs_per_step", "masked_views"):
@@ -94,7 +96,7 @@ class DataConfig:
             )
         if self.view_limit < MIN_TOKENS:
             raise ValueError(
-                f"Views of at most {self.view_limit} tokens cannot be masked: {MIN_TOKENS} are needed. "
+                f"Views have at most {self.view_limit} tokens, but masking needs at least {MIN_TOKENS}. "
                 "Raise data.tokens_per_pack or data.max_view_tokens."
             )
 
@@ -114,15 +116,15 @@ class AugmentConfig:
     """Probabilities, drawn for every view on its own; 0 is never. docs/measurements.md says what each is worth."""
 
     flip: float = 0.0
-    """Mirrored left to right."""
+    """Probability of a horizontal flip."""
     color: float = 0.0
-    """Brightness, contrast, saturation and hue changed."""
+    """Probability of color jitter: brightness, contrast, saturation and hue."""
     gray: float = 0.0
-    """Colours turned into grey."""
+    """Probability of conversion to grayscale."""
     blur: float = 0.0
-    """Gaussian blur."""
+    """Probability of Gaussian blur."""
     solarize: float = 0.0
-    """Bright values inverted."""
+    """Probability of solarization, which inverts bright pixel values."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
