@@ -81,7 +81,7 @@ REFUSED = {
     "prepare photos done --quality 80": (
         "done was prepared with quality 90, not 80. Name another folder, or delete this one."
     ),
-    "prepare photos new --quality 101": "--quality must be at most 100, not 101.",
+    "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
     "prepare photos new --max-resolution 0": "--max-resolution must be at least 1, not 0.",
     "prepare photos new --workers -1": "--workers must be at least 0, not -1.",
     "prepare photos new --shard-size 0": "--shard-size must be at least 1, not 0.",
