@@ -263,22 +263,23 @@ def damaged_checkpoint(name: str, size: int) -> Callable[[], None]:
 
 
 NOWHERE = (
-    "No file or folder nope. Images are a folder, tar shards such as train-{000000..000002}.tar, Parquet files, "
-    "a list in CSV or JSONL, hf://NAME, or 'synthetic'."
+    "No such file or folder: nope. Images are a folder, tar shards such as train-{000000..000002}.tar, Parquet files, "
+    "a CSV or JSONL list, hf://NAME, or 'synthetic'."
 )
 NO_IMAGES = (
-    "No images in images. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif."
+    "No images in images. The folder must contain files that end in "
+    ".jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif."
 )
 TOO_FEW = (
-    "Training needs at least 2 images whose views have 4 patches of {} px or more, and {} have. "
+    "Training needs at least 2 images with views of at least 4 patches of {} px. Only {} images are large enough. "
     "Add images, raise data.min_resolution, or lower encoder.patch_size."
 )
 NO_LABELS = (
-    "photos/dark has no labels, and scoring needs them: put the images of each class into a folder of its own, "
-    "or a .cls file beside each image of a shard."
+    "photos/dark has no labels, but evaluation needs them. Put the images of each class into a subfolder, "
+    "or add a .cls file for each image of a tar shard."
 )
-CUT = "images.tar is truncated or damaged after 8 images. Later images are lost."
-CUT_IMAGE = "images.tar:7.png: cut off: its shard ends after 100 of its 10,000 bytes"
+CUT = "images.tar is truncated or damaged after 8 images. Images after that point are skipped."
+CUT_IMAGE = "images.tar:7.png: truncated: the shard ends after 100 of the image's 10,000 bytes"
 EMPTY, WORDS, BOMB, TRUNCATED = (
     "dark/0.png: empty file",
     "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image",
@@ -287,10 +288,10 @@ EMPTY, WORDS, BOMB, TRUNCATED = (
 )
 STARTED = "run was started with {}. Leave the flag out, or start a new run."
 EDITED = "run/config.yaml says {}. Change it back, or start a new run."
-OTHER_PLAN = "run was trained on other images or with another plan. Start a new run instead."
+OTHER_PLAN = "run was trained on different images or with different data settings. Start a new run instead."
 TRAIN = "train --data.source photos --run new"
-FEW = "photos has {} images, fewer than the 20 neighbours of knn20: all of them vote."
-SAME = "photos: the same images for training and validation, so scores say nothing of others."
+FEW = "photos has only {} images. kNN with 20 neighbors (knn20) uses all of them."
+SAME = "photos is used for training and validation, so the scores do not measure generalization."
 EVALUATE = "evaluate run --train photos --val photos --resolution 32 --workers 0"
 
 UNWRITABLE = "/proc/new"
@@ -318,7 +319,7 @@ WRONG_REQUESTS = {
     "an empty name": (
         nothing,
         "train --run new --data.source=",
-        "No source was given. Name a folder, tar shards, or 'synthetic'.",
+        "The source name is empty. Give a folder, tar shards, or 'synthetic'.",
     ),
     "evaluate no run": (
         nothing,
@@ -332,22 +333,22 @@ WRONG_REQUESTS = {
     "an unknown class": (
         other_class,
         "evaluate run --train photos --val others",
-        "others has a class 'grey' that photos has not.",
+        "others has a class 'grey', but photos does not.",
     ),
     "an empty class": (
         empty_class,
         "evaluate run --train images.tar --val others",
-        "others has a class 'grey' of which images.tar has no readable image.",
+        "others has a class 'grey', but images.tar has no readable image of it.",
     ),
     "one class": (
         one_class,
         "evaluate run --train photos --val photos",
-        "photos has images of one class only, 'dark'; scoring needs two or more.",
+        "photos has images of only one class, 'dark'. Evaluation needs two or more.",
     ),
     "a label out of range": (
         label_out_of_range,
         "evaluate run --train images.tar --val photos",
-        "images.tar has the label '5', which is none of the 2 in classes.txt.",
+        "images.tar has the label '5', which is not one of the 2 classes in classes.txt.",
     ),
     "an unknown protocol": (
         nothing,
@@ -357,13 +358,13 @@ WRONG_REQUESTS = {
     "a sweep by other protocols": (
         nothing,
         "evaluate run --train photos --val photos --sweep resolution=32 --protocols attentive",
-        "--sweep scores by knn and linear: leave --protocols out.",
+        "--sweep supports only the protocols knn and linear. Remove --protocols.",
     ),
     "no label maps": (
         nothing,
         "evaluate run --train photos --val photos --protocols dense",
-        "photos has no label maps: the dense probe needs 'synthetic', or a folder with images in 'images' and for each "
-        "of them a PNG of the same name in 'labels'.",
+        "photos has no label maps. The protocol dense needs 'synthetic', or a folder with images in 'images' and "
+        "a PNG of the same name for each image in 'labels'.",
     ),
     "fine-tuning for no epoch": (
         nothing,
@@ -403,7 +404,7 @@ WRONG_REQUESTS = {
     "a pack too small for any view": (
         nothing,
         f"{TRAIN} --data.tokens_per_pack 31",
-        "Views of at most 3 tokens cannot be masked. At least 4 are needed. "
+        "Views have at most 3 tokens, but masking needs at least 4. "
         "Raise data.tokens_per_pack or data.max_view_tokens.",
     ),
     # Unknown names.
@@ -431,23 +432,23 @@ WRONG_REQUESTS = {
     "a group": (
         yaml("lr: 1\n"),
         f"{TRAIN} --optim mine.yaml",
-        "Unknown option '--optim'. It is a group: set what is in it, such as '--optim.lr'.",
+        "Unknown option '--optim'. It is a group. Set one of its values, such as '--optim.lr'.",
     ),
     "an argument too many": (nothing, f"{TRAIN} photos photos", "Unknown argument 'photos'."),
     "the images twice": (
         nothing,
         f"{TRAIN} photos",
-        "Name the images once: PHOTOS and --data.source are the same.",
+        "PHOTOS and --data.source both set the images. Give only one of them.",
     ),
     "a pattern that the shell expanded": (
         nothing,
         "scan train-0.tar train-1.tar",
-        "Unknown argument 'train-1.tar'. Put a name with spaces, asterisks or braces in quotes.",
+        "Unknown argument 'train-1.tar'. Quote names that contain spaces, asterisks or braces.",
     ),
     "a mixture in several words": (
         nothing,
         "scan photos + photos",
-        "Unknown argument '+'. Put a name with spaces, asterisks or braces in quotes.",
+        "Unknown argument '+'. Quote names that contain spaces, asterisks or braces.",
     ),
     "an unknown command": (nothing, "trian --run new", "No command 'trian'. Did you mean 'train'?"),
     "an option before the command": (
@@ -473,7 +474,7 @@ WRONG_REQUESTS = {
     "a group without keys": (
         yaml("optim: 1\n"),
         f"{TRAIN} --config mine.yaml",
-        "mine.yaml: unknown key 'optim'. It is a group: set what is in it, such as 'optim.lr'.",
+        "mine.yaml: unknown key 'optim'. It is a group. Set one of its values, such as 'optim.lr'.",
     ),
     "inspect with an unknown key": (
         yaml("masks:\n  target: 1\n"),
@@ -489,7 +490,7 @@ WRONG_REQUESTS = {
     "no value": (
         nothing,
         f"{TRAIN} --seed",
-        "Argument --seed: expected one argument. `ijepa train --help` lists what it accepts.",
+        "Argument --seed: expected one argument. See `ijepa train --help`.",
     ),
     "a value for a flag": (nothing, f"{TRAIN} --json=1", "--json takes no value."),
     "too few steps": (nothing, f"{TRAIN} --steps 0", "steps must be at least 1, not 0."),
@@ -545,12 +546,12 @@ WRONG_REQUESTS = {
     "no such picture": (
         nothing,
         "inspect maks photos --out new",
-        "No picture 'maks'. Did you mean 'masks'?",
+        "No subcommand 'maks'. Did you mean 'masks'?",
     ),
     "an option before the picture": (
         nothing,
         "inspect --out new masks photos",
-        "Options come after the picture: data, masks, packing, features, merges.",
+        "Options come after the subcommand: data, masks, packing, features, merges.",
     ),
     "merges of no run": (
         nothing,
@@ -560,17 +561,17 @@ WRONG_REQUESTS = {
     "merges of no images": (
         nothing,
         "inspect merges run --out new",
-        "The following arguments are required: IMAGE. `ijepa inspect merges --help` lists what it accepts.",
+        "The following arguments are required: IMAGE. See `ijepa inspect merges --help`.",
     ),
     "merges of an image that is not there": (
         nothing,
         "inspect merges run photos/dark/0.png nope.png --out new",
-        "No file nope.png.",
+        "No such file: nope.png.",
     ),
     "merges at rate 0": (
         nothing,
         "inspect merges run photos/dark/0.png --out new --merge-rate 0",
-        "--merge-rate 0 merges nothing: choose a rate above 0, up to 0.5.",
+        "--merge-rate 0 merges nothing. Give a rate above 0, up to 0.5.",
     ),
     "an option of another picture": (
         nothing,
@@ -595,7 +596,7 @@ WRONG_REQUESTS = {
     "a sweep of nothing": (
         nothing,
         f"{EVALUATE} --sweep",
-        "Argument --sweep: expected at least one argument. `ijepa evaluate --help` lists what it accepts.",
+        "Argument --sweep: expected at least one argument. See `ijepa evaluate --help`.",
     ),
     "a sweep of something else": (
         nothing,
@@ -605,7 +606,7 @@ WRONG_REQUESTS = {
     "a sweep of no numbers": (
         nothing,
         f"{EVALUATE} --sweep resolution=32,big",
-        "--sweep accepts numbers with commas between them, not 'resolution=32,big'.",
+        "--sweep expects numbers separated by commas, not 'resolution=32,big'.",
     ),
     "a sweep beyond what can be": (
         nothing,
@@ -620,53 +621,53 @@ WRONG_REQUESTS = {
     "a sweep of more than one encoder": (
         nothing,
         f"{EVALUATE} --sweep resolution=32 --baselines",
-        "--sweep scores one encoder: leave --baselines out.",
+        "--sweep scores only one encoder. Remove --baselines.",
     ),
     "nothing to evaluate on": (
         nothing,
         "evaluate run",
-        "No images to score on: give --data SOURCE, or --train SOURCE and --val SOURCE.",
+        "No images to score on. Give --data SOURCE, or --train SOURCE and --val SOURCE.",
     ),
     "--train without --val": (
         nothing,
         "evaluate run --train photos",
-        "--train needs --val too. Or give --data SOURCE, which is split into both.",
+        "--train also needs --val. Or give --data SOURCE, which is split into both.",
     ),
     "--val without --train": (
         nothing,
         "evaluate run --val photos",
-        "--val needs --train too. Or give --data SOURCE, which is split into both.",
+        "--val also needs --train. Or give --data SOURCE, which is split into both.",
     ),
     "--data and --val": (
         nothing,
         "evaluate run --data photos --val photos",
-        "Give --data, or --train and --val: --data is split into both.",
+        "Give either --data, or --train and --val. --data is split into both parts.",
     ),
     "label maps to split": (
         nothing,
         "evaluate run --data photos --protocols dense",
-        "--data cannot split label maps: give --train and --val to the protocol dense.",
+        "The protocol dense cannot split --data. Give --train and --val instead.",
     ),
     "an encoder of an older version": (
         older_encoder,
         EVALUATE,
-        "run/encoder was written by another version of ijepa_enhanced, which did not record its preprocessing. "
-        "Train it again, or write config.json in the form that docs/decisions.md gives.",
+        "run/encoder was written by another version of ijepa_enhanced, which did not record the preprocessing. "
+        "Train the encoder again, or rewrite config.json as docs/decisions.md describes.",
     ),
     "a source for a theme without images": (
         nothing,
         "benchmark attention --source photos",
-        "ijepa benchmark attention reads no images: leave --source out.",
+        "ijepa benchmark attention reads no images. Remove --source.",
     ),
     "no such theme": (
         nothing,
         "benchmark speed",
-        "THEME must be packing, loader, attention, merging, step or embed, not 'speed'.",
+        "BENCHMARK must be packing, loader, attention, merging, step or embed, not 'speed'.",
     ),
     "nowhere to prepare to": (
         nothing,
         "prepare photos",
-        "OUT is missing: name the folder for the shards after the source.",
+        "OUT is missing. Give the output folder: ijepa prepare SOURCE OUT.",
     ),
     "a quality beyond what can be": (
         nothing,
@@ -676,23 +677,23 @@ WRONG_REQUESTS = {
     "nothing to scan": (
         nothing,
         "scan",
-        "The following arguments are required: SOURCE. `ijepa scan --help` lists what it accepts.",
+        "The following arguments are required: SOURCE. See `ijepa scan --help`.",
     ),
     # Runs that are there already, and runs that are not what they were.
     "a run that exists": (
         nothing,
         "train --data.source photos --run run",
-        "run already exists. Continue it with --resume run, or name another --run.",
+        "run already exists. Continue it with --resume run, or choose another folder with --run.",
     ),
     "a file in the run's place": (
         nothing,
         "train --data.source photos --run run/log.jsonl",
-        "run/log.jsonl already exists. Continue it with --resume run/log.jsonl, or name another --run.",
+        "run/log.jsonl already exists. Continue it with --resume run/log.jsonl, or choose another folder with --run.",
     ),
     "resume into another run": (
         nothing,
         "train --resume run --run new",
-        "--resume continues in the run's own folder: leave --run out.",
+        "--resume continues in the folder of the run. Remove --run.",
     ),
     "resume with another architecture": (
         nothing,
@@ -796,14 +797,14 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "weights that are not finite": (
         spoilt_encoder(math.nan),
         EVALUATE,
-        ["ijepa: The weights patch_embed.weight in run/encoder are not finite: this encoder cannot be used."],
+        ["ijepa: The weights patch_embed.weight in run/encoder are not finite, so this encoder cannot be used."],
         set(),
     ),
     **{
         f"features that are not finite, {protocol}": (
             spoilt_encoder(3e38),  # times a pixel, it is beyond float32
             f"{EVALUATE} --protocols {protocol}",
-            ["ijepa: The features of dark/0.png of photos are not finite: this encoder cannot be used."],
+            ["ijepa: The features of dark/0.png in photos are not finite, so this encoder cannot be used."],
             set(),
         )
         for protocol in ("knn", "attentive")
@@ -924,7 +925,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         many_damaged_headers,
         f"{EVALUATE} --json",
         [f"Left out of photos: dark/x{number:02}.png: empty file" for number in range(20)]
-        + ["Left out of photos: 5 more, which `ijepa scan` lists.", "Scoring: trained", FEW.format(10), SAME],
+        + ["Left out of photos: 5 more. Run `ijepa scan` to list them.", "Scoring: trained", FEW.format(10), SAME],
         {},
     ),
     "evaluate what a cut shard holds": (
@@ -956,7 +957,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     "leave out what is smaller than a patch": (
         smaller_than_a_patch,
         f"{TRAIN} --data.min_resolution null --data.max_resolution null --json",
-        ["3 images are too small to train on: a view has fewer than 4 patches."],
+        ["Left out: 3 images that are too small. Their views have fewer than 4 patches."],
         {"images_seen": 4 * 10},
     ),
     "evaluate what is smaller than a patch": (
@@ -969,8 +970,8 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         nothing,
         f"{EVALUATE} --resolution 480 --json",
         [
-            "The encoder was trained at a resolution of 48 px and is used at 480 px, where its features are worse. "
-            "Leave the resolution out to use the trained one.",
+            "The encoder was trained at a resolution of 48 px but is used at 480 px, where its features are worse. "
+            "Omit the resolution to use the training resolution.",
             "Scoring: trained",
             FEW.format(10),
             SAME,

@@ -145,8 +145,8 @@ def test_json_is_only_printed_when_asked_for(pictures: Path) -> None:
     assert for_programs.out[:-1] == plain.out
 
 
-FEW = "{} has 10 images, fewer than the 20 neighbours of knn20: all of them vote."
-SAME = "{}: the same images for training and validation, so scores say nothing of others."
+FEW = "{} has only 10 images. kNN with 20 neighbors (knn20) uses all of them."
+SAME = "{} is used for training and validation, so the scores do not measure generalization."
 
 
 def evaluate(run: Path, train: Path | str, val: Path | str, *arguments: str) -> Answer:
@@ -350,7 +350,7 @@ def test_classes_without_names_go_by_their_numbers(run: Run, pictures: Path, tmp
     other = shard(tmp_path / "other.tar", files, lambda file: "4")
     assert scores(evaluate(run.folder, both, light))["knn20"] == 1.0
     answer = evaluate(run.folder, both, other)
-    assert (answer.code, answer.err) == (2, [f"ijepa: {other} has a class '4' that {both} has not."])
+    assert (answer.code, answer.err) == (2, [f"ijepa: {other} has a class '4', but {both} does not."])
 
 
 def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures: Path, tmp_path: Path) -> None:
@@ -669,7 +669,7 @@ def test_version() -> None:
 
 
 FAILURES = [
-    (["scan", "nope"], 2, "No file or folder nope."),
+    (["scan", "nope"], 2, "No such file or folder: nope."),
     (["scan", "nope", "--optim.lr"], 2, "Unknown option '--optim.lr'."),
 ]
 
@@ -814,7 +814,7 @@ def test_one_labelled_source_is_split(run: Run, pictures: Path, tmp_path: Path) 
     command = ("evaluate", tmp_path / "run", "--data", pictures, "--workers", "0", "--json")
     answer = ijepa(*command)
     assert {"knn20", "linear", "rankme"} <= scores(answer).keys()
-    few = f"{pictures} has 8 images, fewer than the 20 neighbours of knn20: all of them vote."
+    few = f"{pictures} has only 8 images. kNN with 20 neighbors (knn20) uses all of them."
     assert answer.err == ["Scoring: trained", few]
     settings = json.loads((tmp_path / "run" / "evaluation.json").read_text())["settings"]
     assert (settings["data"], settings["seed"]) == (str(pictures), 0)

@@ -72,9 +72,9 @@ def test_check(place, capsys):
 
 
 REFUSED = {
-    "prepare photos": "OUT is missing: name the folder for the shards after the source.",
-    "prepare": "The following arguments are required: SOURCE. `ijepa prepare --help` lists what it accepts.",
-    "prepare done new --check": "--check takes one folder, the one that was prepared.",
+    "prepare photos": "OUT is missing. Give the output folder: ijepa prepare SOURCE OUT.",
+    "prepare": "The following arguments are required: SOURCE. See `ijepa prepare --help`.",
+    "prepare done new --check": "--check takes only one folder, the prepared one. Remove OUT.",
     "prepare photos --check": "photos was not made by ijepa prepare: it has no manifest.json.",
     "prepare nope --check": "nope was not made by ijepa prepare: it has no manifest.json.",
     "prepare photos photos": "photos holds {}, and no manifest.json. Name an empty folder, or a new one.",

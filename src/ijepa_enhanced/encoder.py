@@ -349,8 +349,8 @@ class Encoder(nn.Module):
         if not low * trained <= resolution <= high * trained and resolution not in self.warned:
             self.warned.add(resolution)
             logger.warning(
-                "The encoder was trained at a resolution of %d px and is used at %d px, where its features are worse. "
-                "Leave the resolution out to use the trained one.",
+                "The encoder was trained at a resolution of %d px but is used at %d px, where its features are worse. "
+                "Omit the resolution to use the training resolution.",
                 trained,
                 resolution,
             )
@@ -405,8 +405,8 @@ class Encoder(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if not isinstance(config, dict) or config.get("format") != FORMAT:
                 raise EncoderError(
-                    f"{folder} was written by another version of ijepa_enhanced, which did not record its "
-                    "preprocessing. Train it again, or write config.json in the form that docs/decisions.md gives."
+                    f"{folder} was written by another version of ijepa_enhanced, which did not record the "
+                    "preprocessing. Train the encoder again, or rewrite config.json as docs/decisions.md describes."
                 )
             values: dict[str, Any] = config["preprocessing"]
             # JSON has no tuples.
@@ -420,5 +420,5 @@ class Encoder(nn.Module):
             raise EncoderError(f"{folder} does not hold an encoder that can be read: {error}") from error
         for name, value in network.state_dict().items():
             if not value.isfinite().all():
-                raise NotFiniteError(f"The weights {name} in {folder} are not finite: this encoder cannot be used.")
+                raise NotFiniteError(f"The weights {name} in {folder} are not finite, so this encoder cannot be used.")
         return cls(network, preprocessing).eval()

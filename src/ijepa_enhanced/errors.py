@@ -61,7 +61,7 @@ class NotFiniteError(UserError, ValueError):
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return a sentence with the known name closest to `name`, with all of them when they are few, or nothing."""
     if inside := [key for key in known if key.startswith(f"{name}.")]:
-        return f" It is a group: set what is in it, such as '{inside[0]}'."
+        return f" It is a group. Set one of its values, such as '{inside[0]}'."
     last = _last_part(name)
     if same_last := [key for key in known if _last_part(key) == last]:
         close = difflib.get_close_matches(name, same_last, n=1, cutoff=0.0)

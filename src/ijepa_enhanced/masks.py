@@ -24,19 +24,19 @@ class MaskConfig:
     """Settings of the masks. The defaults are I-JEPA's (arXiv 2301.08243, appendix A.1)."""
 
     targets: int = 4
-    """Target blocks of each view."""
+    """Number of target blocks per masked view."""
     min_target_area: float = 0.15
     """Smallest area of a target block, as a fraction of the view."""
     max_target_area: float = 0.2
     """Largest area of a target block, as a fraction of the view."""
     min_target_aspect: float = 0.75
-    """Smallest height / width of a target block, relative to the view's own."""
+    """Smallest aspect ratio (height / width) of a target block, relative to that of the view."""
     max_target_aspect: float = 1.5
-    """Largest height / width of a target block, relative to the view's own."""
+    """Largest aspect ratio (height / width) of a target block, relative to that of the view."""
     min_context_area: float = 0.85
-    """Smallest area of the context block before the targets are taken out, as a fraction of the view."""
+    """Smallest area of the context block, as a fraction of the view, before the targets are removed from it."""
     max_context_area: float = 1.0
-    """Largest area of the context block before the targets are taken out, as a fraction of the view."""
+    """Largest area of the context block, as a fraction of the view, before the targets are removed from it."""
 
     def __post_init__(self) -> None:
         if self.targets < 1:

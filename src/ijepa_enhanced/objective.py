@@ -10,13 +10,13 @@ class ObjectiveConfig:
     """The loss: a weighted sum of three terms. A term of weight 0 is not computed."""
 
     prediction_weight: float = 1.0
-    """Weight of I-JEPA's prediction loss. 0: the forward passes of teacher and predictor are skipped."""
+    """Weight of I-JEPA's prediction loss. With 0, training runs neither the teacher nor the predictor."""
     vicreg_weight: float = 0.1
-    """Weight of VICReg's variance and covariance terms on the mean of the student's context tokens. 0 is plain I-JEPA,
-    for which the rank of the features fell by more than half in small runs (docs/measurements.md)."""
+    """Weight of VICReg's variance and covariance terms, which prevent collapse. They are computed on the mean of the
+    student's context tokens. 0 is plain I-JEPA, whose features lost rank in small runs (docs/measurements.md)."""
     contrastive_weight: float = 0.0
-    """Weight of the contrastive loss NT-Xent (`losses.nt_xent`) on a projection of the mean of the student's tokens of
-    each view. It needs at least two views of each image. Masked, global and local views count."""
+    """Weight of the contrastive loss (NT-Xent, SimCLR) between the views of an image. It is computed on a projection of
+    the student's mean feature of each view. It needs at least two masked, global or local views per image."""
 
     def __post_init__(self) -> None:
         names = ("prediction_weight", "vicreg_weight", "contrastive_weight")

@@ -365,8 +365,8 @@ def test_what_is_missing_is_reported_each_time_it_is_asked_for(tmp_path, cache, 
             member.size = len(png(4, 4))
             tar.addfile(member, io.BytesIO(png(4, 4)))
     os.truncate(shard, 1024 + 512 + 10)
-    note = f"{shard} is truncated or damaged after 2 images. Later images are lost."
-    reason = f"cut off: its shard ends after 10 of its {len(png(4, 4))} bytes"
+    note = f"{shard} is truncated or damaged after 2 images. Images after that point are skipped."
+    reason = f"truncated: the shard ends after 10 of the image's {len(png(4, 4))} bytes"
     for _ in range(2):
         catalog = open_catalog(open_source(str(shard)))
         assert caplog.messages == [], "opening says nothing, since a command opens its images more than once"

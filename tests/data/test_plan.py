@@ -427,15 +427,15 @@ def test_fill_and_its_ceiling_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "have"),
-    [([], "0 of 0 have"), ([(500, 500)], "1 of 1 have"), ([(16, 16), (500, 500), (16, 47)], "1 of 3 have")],
+    [([], "0 of 0"), ([(500, 500)], "1 of 1"), ([(16, 16), (500, 500), (16, 47)], "1 of 3")],
 )
 def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tuple[int, int]], have: str) -> None:
     config = DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None, min_crop=1.0)
     with pytest.raises(PlanError) as error:
         make_plan(config, sizes).epoch(0)
     assert str(error.value) == (
-        f"Training needs at least 2 images whose views have 4 patches of 16 px or more, and {have}. "
-        "Add images, raise data.min_resolution, or lower encoder.patch_size."
+        "Training needs at least 2 images with views of at least 4 patches of 16 px. "
+        f"Only {have} images are large enough. Add images, raise data.min_resolution, or lower encoder.patch_size."
     )
     assert isinstance(error.value, ValueError)
 
@@ -487,12 +487,12 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
         ),
         (
             {"tokens_per_pack": 31},
-            "Views of at most 3 tokens cannot be masked. At least 4 are needed. "
+            "Views have at most 3 tokens, but masking needs at least 4. "
             "Raise data.tokens_per_pack or data.max_view_tokens.",
         ),
         (
             {"max_view_tokens": 3},
-            "Views of at most 3 tokens cannot be masked. At least 4 are needed. "
+            "Views have at most 3 tokens, but masking needs at least 4. "
             "Raise data.tokens_per_pack or data.max_view_tokens.",
         ),
     ],

@@ -94,7 +94,9 @@ def test_the_synthetic_images_have_label_maps(encoder: Encoder) -> None:
 
 
 def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: Path) -> None:
-    with pytest.raises(SourceError, match="has no label maps: the dense probe needs 'synthetic', or a folder with"):
+    with pytest.raises(
+        SourceError, match=r"has no label maps\. The protocol dense needs 'synthetic', or a folder with"
+    ):
         open_maps(str(pictures), "train")
     known = open_maps(str(halves), "train")
     path = halves / "labels" / "2.png"

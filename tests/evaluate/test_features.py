@@ -300,7 +300,7 @@ def test_what_is_no_number_is_an_error_and_not_cached(encoder: Encoder, pictures
     with torch.no_grad():
         spoilt.network.patch_embed.bias[0] = torch.inf
     source = open_source(str(pictures))
-    with pytest.raises(NotFiniteError, match=f"The features of dark/0.png of {pictures} are not finite"):
+    with pytest.raises(NotFiniteError, match=f"The features of dark/0.png in {pictures} are not finite"):
         cached(spoilt, source, open_catalog(source))
     assert not list(cache.glob("*/*"))
 

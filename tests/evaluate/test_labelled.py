@@ -50,7 +50,7 @@ def test_a_source_with_all_labels_is_whole_and_silent(pictures: Path, caplog: py
 
 def test_a_source_of_which_no_image_has_a_label_is_an_error(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     relabel(monkeypatch, [-1])
-    with pytest.raises(RequestError, match="has no labels, and scoring needs them"):
+    with pytest.raises(RequestError, match="has no labels, but evaluation needs them"):
         labelled(str(pictures), "train")
 
 
@@ -84,7 +84,7 @@ def test_unlabelled_images_are_in_neither_part(pictures: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([1], "has images of one class only, 'light'"), (list(range(10)), "has one image of each class")],
+    [([1], "has images of only one class, 'light'"), (list(range(10)), "has only one image of each class")],
 )
 def test_what_cannot_be_split_is_an_error(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, labels: list[int], message: str

@@ -174,8 +174,8 @@ def test_a_trial_times_a_step(plan: StudyConfig) -> None:
     [
         ("--optim.lrr 1", "Unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
         ("--optim.lr '1", "--optim.lr '1: No closing quotation."),
-        ("--optim.lr fast", "optim.lr takes a number, not 'fast'."),
-        ("--seed 3", "A study sets --seed itself: leave it out of its arms."),
+        ("--optim.lr fast", "optim.lr must be a number, not 'fast'."),
+        ("--seed 3", "A study sets --seed itself: leave it out of the arms."),
     ],
 )
 def test_a_wrong_arm_starts_nothing(plan: StudyConfig, tmp_path: Path, flags: str, message: str) -> None:

@@ -192,5 +192,5 @@ def test_a_checkpoint_of_other_images_is_refused(tiny: TrainConfig, tmp_path: Pa
     with pytest.raises(ResumeError) as error:
         train(tiny, tmp_path / "run", resume=True)
     assert str(error.value) == (
-        f"{tmp_path / 'run'} was trained on other images or with another plan. Start a new run instead."
+        f"{tmp_path / 'run'} was trained on different images or with different data settings. Start a new run instead."
     )

@@ -473,7 +473,10 @@ def test_without_its_images_a_page_says_so_and_leaves_them_out(run: Path, tmp_pa
     reconfigure(run, "data", source="/nowhere/photos")
     reconfigure(run, "", steps=None)
     page = report(tmp_path / "report.html", run)
-    assert "The images are not shown, because they cannot be opened: No file or folder /nowhere/photos." in page.said()
+    assert (
+        "The images are not shown, because they cannot be opened: No such file or folder: /nowhere/photos."
+        in page.said()
+    )
     assert "Steps 8 Training" in page.said()
     assert list(page.sections) == ["", "curves", "data", "configuration", "versions"]
     assert {name: rest for name, *rest in page.rows("data")}["unreadable"] == ["2"]

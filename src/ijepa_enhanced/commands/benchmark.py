@@ -19,6 +19,6 @@ def run(options: BenchmarkOptions) -> int:
     theme = importlib.import_module(f"ijepa_enhanced.benchmarks.{options.theme}")
     source = {} if options.source is None else {"source": options.source}
     if source and "source" not in inspect.signature(theme.run).parameters:
-        raise RequestError(f"ijepa benchmark {options.theme} reads no images: leave --source out.")
+        raise RequestError(f"ijepa benchmark {options.theme} reads no images. Remove --source.")
     print_json(options, theme.run(**source, csv=options.csv))
     return 0

@@ -184,7 +184,7 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
     most = max(NEIGHBOURS)
     if "knn" in protocols and len(train.values) < most and work.is_new("few neighbours"):
         logger.warning(
-            "%s has %d images, fewer than the %d neighbours of knn%d: all of them vote.",
+            "%s has only %d images. kNN with %d neighbors (knn%d) uses all of them.",
             work.train.source.name,
             len(train.values),
             most,
@@ -260,9 +260,9 @@ def sweep_settings(options: EvaluateOptions) -> dict[str, list[Any]]:
         RequestError: it names something else, or a value that cannot be used.
     """
     if options.baselines:
-        raise RequestError("--sweep scores one encoder: leave --baselines out.")
+        raise RequestError("--sweep scores only one encoder. Remove --baselines.")
     if set(options.protocols) != set(DEFAULT_PROTOCOLS):
-        raise RequestError("--sweep scores by knn and linear: leave --protocols out.")
+        raise RequestError("--sweep supports only the protocols knn and linear. Remove --protocols.")
     found: dict[str, list[Any]] = {}
     for part in options.sweep:
         name, _, values = part.partition("=")
@@ -274,7 +274,7 @@ def sweep_settings(options: EvaluateOptions) -> dict[str, list[Any]]:
             else:
                 found[name] = [float(value) for value in values.split(",")]
         except ValueError as error:
-            raise RequestError(f"--sweep accepts numbers with commas between them, not '{part}'.") from error
+            raise RequestError(f"--sweep expects numbers separated by commas, not '{part}'.") from error
     for resolution in found.get("resolution", []):
         if resolution is not None and resolution < 1:
             raise RequestError(f"--sweep resolution=... must be at least 1, not {resolution}.")

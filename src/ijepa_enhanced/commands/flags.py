@@ -16,7 +16,7 @@ from ijepa_enhanced.commands.options import COMMANDS, Command, Common, Group
 from ijepa_enhanced.config import checked, field_help, keys_of, recipe_names
 from ijepa_enhanced.errors import RequestError, did_you_mean
 
-ROOT = Group("Train image encoders on images of any size, without labels, and measure them.", COMMANDS, "command")
+ROOT = Group("Train image encoders on unlabeled images of any size, and evaluate them.", COMMANDS, "command")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def overview(path: str, group: Group) -> str:
     kind, width = group.kind, max(map(len, group.commands))
     lines = [f"  {name:{width}}  {command.purpose}" for name, command in group.commands.items()]
     head = [f"usage: {path} {kind.upper()} [OPTIONS]", "", group.purpose, "", f"{kind}s:"]
-    return "\n".join([*head, *lines, "", f"`{path} {kind.upper()} --help` explains one {kind}."])
+    return "\n".join([*head, *lines, "", f"Run `{path} {kind.upper()} --help` for the options of a {kind}."])
 
 
 def parse_options(command: Command, path: str, arguments: Sequence[str]) -> Any:
@@ -90,7 +90,7 @@ def parse_options(command: Command, path: str, arguments: Sequence[str]) -> Any:
     found, left = make_parser(command, path, options).parse_known_intermixed_args(arguments)
     if left:
         by_shell = left[0] == "+" or left[0].endswith((".tar", ".parquet"))
-        hint = " Put a name with spaces, asterisks or braces in quotes." if by_shell else ""
+        hint = " Quote names that contain spaces, asterisks or braces." if by_shell else ""
         raise RequestError(f"Unknown argument '{left[0]}'.{hint}")
     values: dict[str, Any] = {}
     for option in options:
@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError."""
-        raise RequestError(f"{message[0].upper()}{message[1:]}. `{self.prog} --help` lists what it accepts.")
+        raise RequestError(f"{message[0].upper()}{message[1:]}. See `{self.prog} --help`.")
 
 
 def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parser:

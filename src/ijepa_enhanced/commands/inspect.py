@@ -144,4 +144,4 @@ def check_files(paths: Sequence[str]) -> None:
     """Raise RequestError if one of these is not a file."""
     for path in paths:
         if not Path(path).is_file():
-            raise RequestError(f"No file {path}.")
+            raise RequestError(f"No such file: {path}.")

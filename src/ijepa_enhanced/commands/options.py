@@ -91,9 +91,9 @@ class Common:
     """Options of every command."""
 
     json: bool = option(False)
-    """End stdout with one line of JSON, for programs."""
+    """Print the results as JSON in the last line of stdout."""
     debug: bool = option(False)
-    """Show tracebacks and debugging messages."""
+    """Show tracebacks and debug messages."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ class TrainOptions(Common):
     """Options of `ijepa train`."""
 
     source: str | None = option(None, metavar="PHOTOS", positional=True)
-    """Your images: a folder, tar shards, Parquet files, a list, hf://NAME or synthetic. Without --config, the recipe is
-    own-images if there is a GPU, and own-images-cpu if not."""
+    """Your images: a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic. Without
+    --config, the recipe is own-images if there is a GPU, otherwise own-images-cpu."""
     config: str | None = option(None, metavar="NAME_OR_FILE")
-    """A recipe (RECIPES), or a YAML file. Flags override its values."""
+    """A recipe (RECIPES) or a YAML file. Flags override its values."""
     run: str | None = option(None, metavar="DIR")
-    """Folder to create for the run (default: runs/TIME)."""
+    """Folder of the new run. It must not exist (default: runs/TIME)."""
     resume: str | None = option(None, metavar="RUN")
-    """Folder of a run to continue from its newest checkpoint."""
+    """Folder of a run to resume from its newest checkpoint."""
     print_config: bool = option(False, flag="--print_config")
-    """Print the configuration as YAML, and do nothing else."""
+    """Print the configuration as YAML and exit."""
     given: Mapping[str, Any] = keys(TrainConfig)
 
 
@@ -119,10 +119,10 @@ class EncoderOptions(Common):
     """Options of every command that runs an encoder."""
 
     run: str = option(metavar="RUN", positional=True)
-    """A run, or a folder with an encoder."""
+    """Folder of a run, or a folder that contains config.json and model.safetensors."""
     resolution: int | Literal["native"] | None = option(None, metavar="PIXELS")
-    """Resize images to this sqrt(height * width), or `native` to keep their size (default: the resolution that the
-    encoder was trained at)."""
+    """Resolution to resize images to: sqrt(height * width) in pixels. The aspect ratio is kept. `native` keeps the size
+    of each image (default: the largest training resolution)."""
 
     def __post_init__(self) -> None:
         at_least(1, resolution=None if self.resolution == "native" else self.resolution)
@@ -133,28 +133,29 @@ class EvaluateOptions(EncoderOptions):
     """Options of `ijepa evaluate`."""
 
     data: str | None = option(None, metavar="SOURCE")
-    """Labelled images, of which the probes learn from 80% and are scored on 20%. The split depends on --seed, and
-    keeps the share of each class."""
+    """Labeled images. The probes are trained on 80% and scored on 20%. The split is stratified by class and depends on
+    --seed."""
     train: str | None = option(None, metavar="SOURCE")
-    """Labelled images that the probes learn from."""
+    """Labeled images to train the probes on. Requires --val."""
     val: str | None = option(None, metavar="SOURCE")
-    """Labelled images that the probes are scored on."""
+    """Labeled images to score the probes on. Requires --train."""
     protocols: tuple[str, ...] = option(DEFAULT_PROTOCOLS, metavar="NAME")
-    """What to score by: knn, linear, linear4, lowshot, attentive, finetune, dense (docs/evaluation.md)."""
+    """Evaluation protocols: knn, linear, linear4, lowshot, attentive, finetune, dense (docs/evaluation.md)."""
     baselines: bool = option(False)
-    """Score the random start and raw 16x16 pixels as well."""
+    """Also score two baselines: the untrained encoder that the run started from (random start), and raw pixels of 16x16
+    thumbnails."""
     random_init: bool = option(False)
-    """Score the random start of the run instead."""
+    """Score the untrained encoder that the run started from instead of the trained one."""
     merge_rate: float = option(0.0, metavar="SHARE")
-    """Share of its tokens that each layer merges, from 0 to 0.5."""
+    """Fraction of tokens that each layer merges into others, from 0 (no merging) to 0.5."""
     sweep: tuple[str, ...] = option((), metavar="NAME=VALUES")
-    """Score every combination, such as resolution=112,224 merge_rate=0,0.05,0.1, and say which one to choose."""
+    """Score every combination of these values, such as resolution=112,224 merge_rate=0,0.05,0.1, and recommend one."""
     out: str | None = option(None, metavar="DIR")
-    """Folder for sweep.csv and sweep.png (default: RUN)."""
+    """Output folder for sweep.csv and sweep.png (default: RUN)."""
     seed: int = option(0)
-    """Seed of the split, of the few labels and of what is trained."""
+    """Random seed for the split, the low-shot subsets and training."""
     workers: int | None = option(None)
-    """Processes that decode images; 0: none besides this one (default: one for each core)."""
+    """Number of worker processes that decode images. 0: decode in the main process (default: one per CPU core)."""
     finetune: Mapping[str, Any] = keys(FinetuneConfig, "finetune.")
 
     def __post_init__(self) -> None:
@@ -169,14 +170,16 @@ class EvaluateOptions(EncoderOptions):
     def check_sources(self) -> None:
         """Raise RequestError if the images to learn from and to score on are not given once."""
         if self.data is not None and (self.train is not None or self.val is not None):
-            raise RequestError("Give --data, or --train and --val: --data is split into both.")
+            raise RequestError("Give either --data, or --train and --val. --data is split into both parts.")
         if self.data is None and self.train is None and self.val is None:
-            raise RequestError("No images to score on: give --data SOURCE, or --train SOURCE and --val SOURCE.")
+            raise RequestError("No images to score on. Give --data SOURCE, or --train SOURCE and --val SOURCE.")
         for missing, there in (("train", "val"), ("val", "train")):
             if self.data is None and getattr(self, missing) is None:
-                raise RequestError(f"--{there} needs --{missing} too. Or give --data SOURCE, which is split into both.")
+                raise RequestError(
+                    f"--{there} also needs --{missing}. Or give --data SOURCE, which is split into both."
+                )
         if self.data is not None and "dense" in self.protocols:
-            raise RequestError("--data cannot split label maps: give --train and --val to the protocol dense.")
+            raise RequestError("The protocol dense cannot split --data. Give --train and --val instead.")
 
 
 @dataclass(frozen=True)
@@ -184,9 +187,9 @@ class ReportOptions(Common):
     """Options of `ijepa report`."""
 
     runs: tuple[str, ...] = option(metavar="RUN", positional=True)
-    """One run, or several to compare."""
+    """Folder of a run, or of several runs to compare."""
     out: str | None = option(None, metavar="FILE")
-    """File to write (default, of one run: RUN/report.html)."""
+    """HTML file to write. Several runs require it (default for one run: RUN/report.html)."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class SourceOptions(Common):
     """Options of every command that reads one source."""
 
     source: str = option(metavar="SOURCE", positional=True)
-    """A folder, tar shards, Parquet files, a list, hf://NAME or synthetic."""
+    """Images: a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic."""
 
 
 @dataclass(frozen=True)
@@ -202,19 +205,19 @@ class PrepareOptions(Common):
     """Options of `ijepa prepare`."""
 
     source: str = option(metavar="SOURCE", positional=True)
-    """The images, remote ones too. With --check: a folder that was prepared."""
+    """Images to prepare, local or remote, such as https://... (docs/data.md). With --check: a prepared folder."""
     out: str | None = option(None, metavar="OUT", positional=True)
-    """Folder for the shards."""
+    """Output folder for the shards."""
     max_resolution: int = option(256)
-    """Shrink images to at most this sqrt(height * width) in pixels."""
+    """Largest resolution: sqrt(height * width) in pixels. Larger images are shrunk; smaller images keep their size."""
     quality: int = option(90)
-    """Quality of the JPEG files, from 1 to 100."""
+    """JPEG quality, from 1 to 100."""
     workers: int | None = option(None)
-    """Processes that decode and encode; 0: none besides this one (default: one for each core)."""
+    """Number of worker processes that decode and encode images. 0: use the main process (default: one per CPU core)."""
     shard_size: int = option(128)
-    """Megabytes at which a shard is closed."""
+    """Size of a shard in megabytes. When a shard reaches it, the next one begins."""
     check: bool = option(False)
-    """Compare a prepared folder with its checksums."""
+    """Verify the checksums of a prepared folder."""
 
     def __post_init__(self) -> None:
         at_least(1, max_resolution=self.max_resolution, shard_size=self.shard_size)
@@ -222,9 +225,9 @@ class PrepareOptions(Common):
         if not 1 <= self.quality <= 100:
             raise RequestError(f"--quality must be at least 1 and at most 100, not {self.quality}.")
         if self.out is None and not self.check:
-            raise RequestError("OUT is missing: name the folder for the shards after the source.")
+            raise RequestError("OUT is missing. Give the output folder: ijepa prepare SOURCE OUT.")
         if self.out is not None and self.check:
-            raise RequestError("--check takes one folder, the one that was prepared.")
+            raise RequestError("--check takes only one folder, the prepared one. Remove OUT.")
 
 
 @dataclass(frozen=True)
@@ -232,11 +235,12 @@ class PackOptions(Common):
     """Options of `ijepa inspect masks` and `ijepa inspect packing`."""
 
     source: str = option(metavar="SOURCE", positional=True)
-    """A run, or images: a folder, tar shards, Parquet files, a list, hf://NAME or synthetic."""
+    """Folder of a run, whose saved configuration is used; or images:
+    a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic."""
     out: str = option(metavar="DIR")
-    """Folder for the picture."""
+    """Output folder for the picture."""
     config: str | None = option(None, metavar="NAME_OR_FILE")
-    """A recipe (RECIPES), or a YAML file. Flags override its values."""
+    """A recipe (RECIPES) or a YAML file. Flags override its values."""
     given: Mapping[str, Any] = keys(TrainConfig)
 
 
@@ -245,7 +249,7 @@ class DataOptions(SourceOptions):
     """Options of `ijepa inspect data`."""
 
     out: str = option(metavar="DIR")
-    """Folder for the pictures."""
+    """Output folder for the pictures."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,7 @@ class ImageOptions(EncoderOptions):
     images: tuple[str, ...] = option(metavar="IMAGE", positional=True)
     """Image files."""
     out: str = option(metavar="DIR")
-    """Folder for the pictures."""
+    """Output folder for the pictures."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,7 @@ class FeatureOptions(ImageOptions):
     """Options of `ijepa inspect features`."""
 
     patch: tuple[int, int] | None = option(None, metavar="ROW COLUMN")
-    """Show what is similar to this patch, counted from 0."""
+    """Also draw the similarity of every patch to this one. Rows and columns start at 0."""
 
 
 @dataclass(frozen=True)
@@ -271,13 +275,13 @@ class MergeOptions(ImageOptions):
     """Options of `ijepa inspect merges`."""
 
     merge_rate: float = option(0.1, metavar="SHARE")
-    """Share of its tokens that each layer merges, up to 0.5."""
+    """Fraction of tokens that each layer merges into others, up to 0.5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_merge_rate(self.merge_rate)
         if self.merge_rate == 0:
-            raise RequestError("--merge-rate 0 merges nothing: choose a rate above 0, up to 0.5.")
+            raise RequestError("--merge-rate 0 merges nothing. Give a rate above 0, up to 0.5.")
 
 
 @dataclass(frozen=True)
@@ -285,9 +289,9 @@ class StudyOptions(Common):
     """Options of `ijepa study`."""
 
     file: str = option(metavar="FILE", positional=True)
-    """YAML file with the arms to compare (docs/study.md)."""
+    """YAML file with the configurations to compare, called arms (docs/study.md)."""
     out: str = option(metavar="DIR")
-    """Folder for the runs, the table and the page."""
+    """Output folder for the runs, study.csv, summary.csv and report.html."""
 
 
 @dataclass(frozen=True)
@@ -295,42 +299,42 @@ class BenchmarkOptions(Common):
     """Options of `ijepa benchmark`."""
 
     theme: Literal["packing", "loader", "attention", "merging", "step", "embed"] = option(
-        metavar="THEME", positional=True
+        metavar="BENCHMARK", positional=True
     )
-    """packing, loader, attention, merging, step or embed."""
+    """Which benchmark to run: packing, loader, attention, merging, step (a training step) or embed."""
     source: str | None = option(None, metavar="SOURCE")
-    """Images to measure with (default: synthetic)."""
+    """Images to use (default: synthetic). The attention benchmark uses none."""
     csv: bool = option(False)
-    """Write benchmarks/results/THEME_HARDWARE_DATE.csv too."""
+    """Also write benchmarks/results/BENCHMARK_HARDWARE_DATE.csv."""
 
 
 INSPECT = {
     "data": Command(
-        "Draw some images of a source and their sizes; count labels, colour modes and duplicates.",
+        "Draw a sample of images and their sizes; count labels, color modes and duplicates.",
         "ijepa inspect data photos --out pictures",
         DataOptions,
         "inspect.data",
     ),
     "masks": Command(
-        "Draw the first views that a run trains on: what the student sees, and what it must predict.",
+        "Draw the masks of the first training views: the visible context and the targets to predict.",
         "ijepa inspect masks photos --out pictures",
         PackOptions,
         "inspect.masks",
     ),
     "packing": Command(
-        "Draw the first pack that a run trains on, patch by patch.",
+        "Draw the first training pack, patch by patch.",
         "ijepa inspect packing runs/pets --out pictures",
         PackOptions,
         "inspect.packing",
     ),
     "features": Command(
-        "Draw the features of images as colours, and what is similar to one patch.",
+        "Draw the patch features of images as colors, and their similarity to one patch.",
         "ijepa inspect features runs/pets cat.jpg dog.jpg --patch 4 6 --out pictures",
         FeatureOptions,
         "inspect.features",
     ),
     "merges": Command(
-        "Draw which patches of images become one token, layer after layer.",
+        "Draw which patches each layer merges into one token.",
         "ijepa inspect merges runs/pets cat.jpg --merge-rate 0.1 --out pictures",
         MergeOptions,
         "inspect.merges",
@@ -346,33 +350,41 @@ COMMANDS: dict[str, Command | Group] = {
         ranks=True,
     ),
     "evaluate": Command(
-        "Score an encoder on labelled images.",
-        "ijepa evaluate runs/pets --data labelled-photos --baselines",
+        "Score an encoder on labeled images.",
+        "ijepa evaluate runs/pets --data labeled-photos --baselines",
         EvaluateOptions,
         "evaluate.run",
         ranks=True,
     ),
     "report": Command(
-        "Write a run as one HTML page, or compare several runs.", "ijepa report runs/pets", ReportOptions, "report.run"
+        "Write an HTML report of a run, or a comparison of several runs.",
+        "ijepa report runs/pets",
+        ReportOptions,
+        "report.run",
     ),
     "scan": Command(
-        "List a source of images: how many, how large, which cannot be read.",
+        "Scan images: count them, summarize their sizes and list unreadable ones.",
         "ijepa scan photos",
         SourceOptions,
         "scan.run",
     ),
     "prepare": Command(
-        "Shrink and re-encode images into tar shards, which are small and fast to read.",
+        "Shrink images and re-encode them as JPEG files in tar shards, for faster reading.",
         "ijepa prepare photos shards --max-resolution 256",
         PrepareOptions,
         "prepare.run",
     ),
-    "inspect": Group("Draw images, masks, packs, features or merges as pictures.", INSPECT, "picture"),
+    "inspect": Group("Draw images, masks, packs, features or token merges.", INSPECT, "subcommand"),
     "study": Command(
-        "Compare ways to train, at an equal budget and over several seeds.",
+        "Compare training configurations over several seeds, at an equal budget.",
         "ijepa study study.yaml --out studies/rates",
         StudyOptions,
         "study.run",
     ),
-    "benchmark": Command("Measure speed.", "ijepa benchmark packing", BenchmarkOptions, "benchmark.run"),
+    "benchmark": Command(
+        "Measure the speed of one part, such as data loading, a training step or embedding.",
+        "ijepa benchmark packing",
+        BenchmarkOptions,
+        "benchmark.run",
+    ),
 }

@@ -34,7 +34,7 @@ def train_config(options: TrainOptions) -> TrainConfig:
     given = dict(options.given)
     if options.source is not None:
         if "data.source" in given:
-            raise RequestError("Name the images once: PHOTOS and --data.source are the same.")
+            raise RequestError("PHOTOS and --data.source both set the images. Give only one of them.")
         given["data.source"] = options.source
     recipe = options.config
     if options.source is not None and options.config is None and options.resume is None:

@@ -63,7 +63,7 @@ def folder_of(options: TrainOptions, config: TrainConfig) -> Path:
     """
     if options.resume is not None:
         if options.run is not None:
-            raise RequestError("--resume continues in the run's own folder: leave --run out.")
+            raise RequestError("--resume continues in the folder of the run. Remove --run.")
         folder = Path(options.resume)
         check_resumable(load_config(folder), config, folder)
         check_unchanged(folder)
@@ -73,7 +73,9 @@ def folder_of(options: TrainOptions, config: TrainConfig) -> Path:
         named = read_train_config(find_config(options.config)).get("run")
     folder = Path(named or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and is_main():
-        raise RequestError(f"{folder} already exists. Continue it with --resume {folder}, or name another --run.")
+        raise RequestError(
+            f"{folder} already exists. Continue it with --resume {folder}, or choose another folder with --run."
+        )
     return folder
 
 

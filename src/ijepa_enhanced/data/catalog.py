@@ -145,7 +145,7 @@ def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:
     for key, reason in itertools.islice(catalog.unreadable, LISTED):
         logger.warning("%s: %s: %s", heading, key, reason)
     if len(catalog.unreadable) > LISTED:
-        logger.warning("%s: %d more, which `ijepa scan` lists.", heading, len(catalog.unreadable) - LISTED)
+        logger.warning("%s: %d more. Run `ijepa scan` to list them.", heading, len(catalog.unreadable) - LISTED)
 
 
 def summary(catalog: Catalog) -> dict[str, Any]:

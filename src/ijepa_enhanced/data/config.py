@@ -20,39 +20,41 @@ class DataConfig:
     """The training images, and how views are cropped, resized and packed."""
 
     source: str = "synthetic"
-    """A folder of images, tar shards (`train-{000000..000002}.tar`), Parquet files (`train-*.parquet`), `hf://NAME`, a
-    list (`.csv`, `.jsonl`), `synthetic`, or a weighted mixture (`photos@2 + train-*.tar@1`). See docs/data.md."""
+    """Training images: a folder, tar shards (`train-{000000..000002}.tar`), Parquet files (`train-*.parquet`), a
+    Hugging Face data set (`hf://NAME`), a list (`.csv`, `.jsonl`), or the built-in images (`synthetic`). Join
+    several sources with weights to mix them: `photos@2 + train-*.tar@1` (docs/data.md)."""
     tokens_per_pack: int = 16384
-    """Largest number of tokens in one forward pass of a device. Lower it if memory is short."""
+    """Maximum number of tokens that a device processes at once. Lower it if you run out of memory."""
     packs_per_step: int = 1
-    """Packs of one optimizer step, over all ranks. A rank with several packs accumulates gradients."""
+    """Number of packs in one optimizer step, summed over all ranks. A rank with several packs accumulates gradients."""
     masked_views: int = 1
-    """Masked views of each image in an epoch. All views of an image are in the same pack."""
+    """Number of masked views per image. All views of an image are in the same pack."""
     global_views: int = 0
-    """Additional views of each image that are not masked. Only the student receives them, and only the contrastive loss
-    (objective.contrastive_weight) uses them."""
+    """Number of additional unmasked views per image. Only the student processes them. They require
+    objective.contrastive_weight > 0."""
     local_views: int = 0
-    """Additional small views of each image, which are used like global views. They show from 5% of the image's area up
-    to `min_crop`, at half the resolution (multi-crop, SwAV, arXiv 2006.09882, section 3.2)."""
+    """Number of additional small unmasked views per image (multi-crop, SwAV, arXiv 2006.09882, section 3.2). Each crop
+    covers 5% of the image to `min_crop`. Its resolution is drawn like that of other views, then halved. They require
+    objective.contrastive_weight > 0."""
     min_resolution: int | None = 112
-    """Smallest resolution of a view: sqrt(height * width) in pixels after resizing, which keeps the aspect ratio."""
+    """Smallest resolution of a view: sqrt(height * width) in pixels after resizing. The aspect ratio is kept."""
     max_resolution: int | None = 224
-    """Largest resolution of a view. The resolution, not the area, is uniform, as in NaViT (arXiv 2307.06304, section
-    3.2). If both are null, crops keep their native size."""
+    """Largest resolution of a view. Resolutions are drawn uniformly between the two limits, as in NaViT (arXiv
+    2307.06304, section 3.2). If both limits are null, crops keep their native size."""
     min_crop: float = 0.3
-    """Smallest area of the random crop, as a fraction of the image's area. A crop has the aspect ratio of the image."""
+    """Smallest area of the random crop, as a fraction of the image. Crops have the aspect ratio of the image."""
     max_crop: float = 1.0
-    """Largest area of the random crop. I-JEPA uses areas from 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
+    """Largest area of the random crop. I-JEPA uses crops of 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
     max_view_tokens: int | None = None
-    """Largest number of tokens of a view. Larger views are scaled down. Null: tokens_per_pack / 8."""
+    """Maximum number of tokens in a view. Larger views are scaled down. Null: tokens_per_pack / 8."""
     max_unreadable: float = 0.01
-    """The run stops if a larger fraction of the images than this is unreadable."""
+    """Largest fraction of unreadable images. Training stops if more images are unreadable."""
     workers: int | None = None
-    """Processes that decode images. 0: decode in the training process. Null: chosen by the number of CPU cores. The
-    number does not change the result."""
+    """Number of worker processes that decode images. 0: decode in the training process. Null: one worker per CPU core,
+    divided among the ranks of a machine. Results do not depend on this number."""
     cache: Literal["none", "memory"] = "none"
-    """memory: read all image files (or render all images of `synthetic`) into shared memory before training. This needs
-    as much memory as the files have bytes (`synthetic`: 241 MB). The run does not start if they do not fit."""
+    """`memory` loads all image files into shared memory before training. The images of `synthetic` are generated there.
+    Training does not start if the files do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "packs_per_step", "masked_views"):
@@ -94,7 +96,7 @@ class DataConfig:
             )
         if self.view_limit < MIN_TOKENS:
             raise ValueError(
-                f"Views of at most {self.view_limit} tokens cannot be masked. At least {MIN_TOKENS} are needed. "
+                f"Views have at most {self.view_limit} tokens, but masking needs at least {MIN_TOKENS}. "
                 "Raise data.tokens_per_pack or data.max_view_tokens."
             )
 
@@ -116,13 +118,13 @@ class AugmentConfig:
     flip: float = 0.0
     """Probability of a horizontal flip."""
     color: float = 0.0
-    """Probability of color jitter: random brightness, contrast, saturation and hue."""
+    """Probability of color jitter: brightness, contrast, saturation and hue."""
     gray: float = 0.0
     """Probability of conversion to grayscale."""
     blur: float = 0.0
     """Probability of Gaussian blur."""
     solarize: float = 0.0
-    """Probability of solarization, which inverts bright values."""
+    """Probability of solarization, which inverts bright pixel values."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

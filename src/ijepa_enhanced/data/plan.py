@@ -178,9 +178,9 @@ class Plan:
             shown = generator(self.seed, Purpose.MIX, epoch).random(len(shown)) < catalog.shares
         if (enough & shown).sum() < MIN_IMAGES:
             raise PlanError(
-                f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} patches of "
-                f"{self.patch_size} px or more, and {(enough & shown).sum()} of {shown.sum()} have. Add images, raise "
-                "data.min_resolution, or lower encoder.patch_size."
+                f"Training needs at least {MIN_IMAGES} images with views of at least {MIN_TOKENS} patches of "
+                f"{self.patch_size} px. Only {(enough & shown).sum()} of {shown.sum()} images are large enough. "
+                "Add images, raise data.min_resolution, or lower encoder.patch_size."
             )
         images = np.flatnonzero(enough & shown)
         tokens = grids[images].prod(axis=2).sum(axis=1)

@@ -10,22 +10,23 @@ class FinetuneConfig:
     """Fine-tuning. Epochs, decays, warm-up and drop path are MAE's for ViT-B (arXiv 2111.06377, table 9)."""
 
     epochs: int = 100
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     lr: float = 5e-4
-    """Peak learning rate of the last layer. A step is one pack, so it does not scale with a batch."""
+    """Peak learning rate of the classification head. A step is one pack. The rate is not scaled with the batch size."""
     layer_decay: float = 0.75
-    """Learning rate of a layer, divided by that of the layer above it (BEiT, arXiv 2106.08254, appendix H)."""
+    """Layer-wise learning rate decay: each layer has this fraction of the learning rate of the next layer (BEiT,
+    arXiv 2106.08254, appendix H)."""
     weight_decay: float = 0.05
-    """Decoupled, on matrices only."""
+    """Weight decay of AdamW. Biases, norms and positions are not decayed."""
     warmup: float = 0.05
-    """Fraction of all steps over which the learning rate rises."""
+    """Fraction of all steps used for linear warmup."""
     drop_path: float = 0.1
-    """Chance that a view skips half of the last block; that of earlier blocks rises to it on a straight line from 0
-    (stochastic depth, arXiv 1603.09382)."""
+    """Drop path rate of the last block (stochastic depth, arXiv 1603.09382). The rate grows linearly with depth. The
+    attention and the MLP of a block are dropped independently, for each view."""
     min_crop: float = 0.3
     """Smallest area of the random crop, as a fraction of the image."""
     flip: float = 0.5
-    """Chance that a crop is mirrored left to right."""
+    """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr"):

@@ -68,8 +68,8 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
     root = Path(spec).expanduser()
     if not ((root / "images").is_dir() and (root / "labels").is_dir()):
         raise SourceError(
-            f"{spec} has no label maps: the dense probe needs 'synthetic', or a folder with images in 'images' and for "
-            "each of them a PNG of the same name in 'labels'."
+            f"{spec} has no label maps. The protocol dense needs 'synthetic', or a folder with images in 'images' and "
+            "a PNG of the same name for each image in 'labels'."
         )
     source = open_source(str(root / "images"), part)
     paths = [(root / "labels" / key).with_suffix(".png") for key in source.listing.keys]

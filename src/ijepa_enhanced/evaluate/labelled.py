@@ -36,8 +36,8 @@ def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> La
     catalog = open_catalog(source)
     if catalog.labels is None or (len(catalog.labels) and catalog.labels.max() < 0):
         raise RequestError(
-            f"{spec} has no labels, and scoring needs them: put the images of each class into a folder of its own, "
-            "or a .cls file beside each image of a shard."
+            f"{spec} has no labels, but evaluation needs them. Put the images of each class into a subfolder, "
+            "or add a .cls file for each image of a tar shard."
         )
     new = reported is None or reported.source.fingerprint() != source.fingerprint()
     if new:
@@ -66,7 +66,7 @@ def labelled_pair(train_spec: str, val_spec: str) -> list[LabelledSource]:
     _need_classes(train, train_spec)
     numbers = class_numbers(train, val)
     if train.source.fingerprint() == val.source.fingerprint():
-        logger.warning("%s: the same images for training and validation, so scores say nothing of others.", val_spec)
+        logger.warning("%s is used for training and validation, so the scores do not measure generalization.", val_spec)
     return [train, LabelledSource(val.source, dataclasses.replace(val.catalog, labels=numbers))]
 
 
@@ -92,7 +92,7 @@ def split_labelled(spec: str, seed: int) -> list[LabelledSource]:
         own = order[images.catalog.labels[order] == label]
         val += own[: max(1, round(len(own) * VAL_SHARE)) if len(own) > 1 else 0].tolist()
     if not val:
-        raise RequestError(f"{spec} has one image of each class: scoring needs classes of two or more.")
+        raise RequestError(f"{spec} has only one image of each class. Evaluation needs a class with two or more.")
     rows = np.sort(np.array(val))
     parts = (np.setdiff1d(np.arange(len(order)), rows), rows)
     return [LabelledSource(images.source, images.catalog.select(part)) for part in parts]
@@ -103,7 +103,8 @@ def _need_classes(images: LabelledSource, spec: str) -> None:
     only = np.unique(images.catalog.labels)
     if len(only) < 2:
         raise RequestError(
-            f"{spec} has images of one class only, '{images.catalog.class_name(only[0])}'; scoring needs two or more."
+            f"{spec} has images of only one class, '{images.catalog.class_name(only[0])}'. "
+            "Evaluation needs two or more."
         )
 
 
@@ -125,7 +126,9 @@ def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int6
             name = val.catalog.class_name(label)
             listed = train.catalog.classes is not None and name in train.catalog.classes
             lacks = (
-                f"of which {train.source.name} has no readable image" if listed else f"that {train.source.name} has not"
+                f"but {train.source.name} has no readable image of it"
+                if listed
+                else f"but {train.source.name} does not"
             )
-            raise RequestError(f"{val.source.name} has a class '{name}' {lacks}.")
+            raise RequestError(f"{val.source.name} has a class '{name}', {lacks}.")
     return numbers[inverse]

@@ -128,7 +128,7 @@ def token_batches(
                 view = segment_ids(moved.packed.segments.cu_seqlens, len(finite))[~finite][0]
                 key = source.key(int(batch.image_ids[int(view)]))
                 raise NotFiniteError(
-                    f"The features of {key} of {source.name} are not finite: this encoder cannot be used."
+                    f"The features of {key} in {source.name} are not finite, so this encoder cannot be used."
                 )
         yield moved, outputs
 

@@ -18,16 +18,16 @@ class EncoderConfig:
     patch_size: int = 16
     """Height and width of a patch in pixels: 8, 14 or 16."""
     depth: int | None = None
-    """Number of blocks. Null: that of the variant."""
+    """Number of transformer blocks. Null: the depth of the variant."""
     positions: Literal["factorized", "sincos"] = "factorized"
-    """factorized: one learnable table for rows and one for columns (NaViT). sincos: the fixed 2-D sine-cosine positions
-    of I-JEPA's released weights."""
+    """Position embedding. factorized: one learnable table for rows and one for columns (NaViT). sincos: fixed 2-D
+    sine-cosine embedding, as in I-JEPA's released weights."""
     max_grid: int = 32
-    """Entries of each position table. Longer grids are interpolated onto the table, so set it near the longest grid of
-    the training views, in patches."""
+    """Number of rows and columns that the position embedding covers. Positions in larger patch grids are interpolated.
+    Set it near the longest side of the training views, in patches."""
     patch_embed: Literal["linear", "mlp"] = "linear"
-    """Layers that turn a patch into a token. linear: one, as in I-JEPA's released weights. mlp: two with a GELU in
-    between, which learned more from photographs in every run (docs/measurements.md)."""
+    """Patch embedding. linear: one linear layer, as in I-JEPA's released weights. mlp: two linear layers with a GELU in
+    between, which scored higher on photographs in every run (docs/measurements.md)."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -58,11 +58,12 @@ class PredictorConfig:
     """The size of the predictor. The defaults suit a ViT-S encoder."""
 
     width: int = 256
-    """Width of the predictor's tokens. Narrower than the encoder is better (I-JEPA, arXiv 2301.08243, ablations)."""
+    """Embedding dimension of the predictor. In I-JEPA's ablations (arXiv 2301.08243), a predictor narrower than the
+    encoder was better."""
     depth: int = 4
-    """Number of blocks."""
+    """Number of transformer blocks."""
     heads: int = 4
-    """Attention heads; width / heads must be a multiple of 8."""
+    """Number of attention heads. width / heads must be a multiple of 8."""
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads) < 1 or self.width % (HEAD_MULTIPLE * self.heads):
@@ -80,9 +81,9 @@ class MergeConfig:
     """
 
     student_rate: float = 0.0
-    """Fraction of its input tokens that each layer of the student merges, from 0 to 0.5."""
+    """Fraction of tokens that each layer of the student merges into others, from 0 (no merging) to 0.5."""
     teacher_rate: float = 0.0
-    """Fraction of its input tokens that each layer of the teacher merges, from 0 to 0.5."""
+    """Fraction of tokens that each layer of the teacher merges into others, from 0 (no merging) to 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("student_rate", "teacher_rate"):

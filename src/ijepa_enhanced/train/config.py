@@ -16,22 +16,22 @@ class OptimConfig:
     """The optimizer and its schedules, which depend only on the step and on the length of the run."""
 
     lr: float = 1e-3
-    """Peak learning rate (I-JEPA, arXiv 2301.08243, appendix A.1)."""
+    """Peak learning rate (I-JEPA, arXiv 2301.08243, appendix A.1). It is not scaled with the batch size."""
     final_lr: float = 1e-6
-    """Learning rate at the last step; it falls along half a cosine."""
+    """Learning rate at the last step, reached by cosine decay."""
     warmup: float = 0.05
-    """Fraction of all steps over which the learning rate rises."""
+    """Fraction of all steps used for linear warmup."""
     weight_decay: float = 0.04
-    """Weight decay at the first step. It is decoupled from the gradient and applies to matrices only."""
+    """Weight decay of AdamW at the first step. Biases, norms, the mask token and positions are not decayed."""
     final_weight_decay: float = 0.4
-    """Weight decay at the last step (arXiv 2301.08243, appendix A.1). It changes along half a cosine, as in the paper's
-    code; the paper's text says linearly."""
+    """Weight decay at the last step (arXiv 2301.08243, appendix A.1), reached by a cosine schedule as in I-JEPA's code.
+    The paper describes a linear schedule."""
     ema: float = 0.996
-    """Momentum of the teacher's moving average at the first step."""
+    """EMA momentum of the teacher at the first step."""
     final_ema: float = 1.0
-    """Momentum at the last step; it changes linearly (arXiv 2301.08243, appendix A.1)."""
+    """EMA momentum at the last step, reached by a linear schedule (arXiv 2301.08243, appendix A.1)."""
     clip: float = 1.0
-    """Largest norm of all gradients together; larger gradients are scaled down to it."""
+    """Maximum global gradient norm. Larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
         # `not x > 0` instead of `x <= 0`, so that NaN is refused too.
@@ -51,12 +51,12 @@ class MonitorConfig:
     """Monitoring of the teacher during training, to detect collapse and to keep the best encoder."""
 
     every: int | None = None
-    """Steps between probes of the teacher; the last step is always probed. 0: never. Null: as often as 3% of the run's
-    computing allows, at most 100 times."""
+    """Number of steps between probes of the teacher. The last step is always probed. 0: no probes. Null: at most 100
+    probes, which take at most 3% of the run's compute."""
     images: int | None = None
-    """Training images in the probe set. The kNN accuracy on them has a standard error of at most 0.5 / sqrt(images).
-    Null: 512, or 20 of each class if that is more, and at most 4,096. With fewer images of each class than the 20
-    neighbors that vote, the probe can miss what a run learns (docs/log.md)."""
+    """Number of training images in the probe set. Null: 20 per class, but at least 512 and at most 4,096. If the images
+    have labels, each probe computes a kNN accuracy with 20 neighbors. Its standard error is at most 0.5 / sqrt(images).
+    With fewer than 20 images per class, it can miss what the encoder learns (docs/log.md)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
@@ -79,21 +79,23 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     steps: int | None = None
-    """Optimizer steps of the run. Null: as many as `epochs` take."""
+    """Number of optimizer steps. Null: train for `epochs` instead."""
     epochs: float = 100.0
-    """Passes over the images, if `steps` is null."""
+    """Number of passes over the images. It is used only if `steps` is null."""
     seed: int = 0
-    """Seed of the weights, the order and crops of images, and the masks."""
+    """Random seed for initial weights, image order, crops and masks."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of matrix products; weights and sums stay float32. auto: bf16 on hardware that has it, else fp32."""
+    """Precision of matrix multiplications. Weights and the residual stream stay float32. auto: bf16 if the hardware
+    supports it, otherwise fp32."""
     compile: bool = False
-    """Compile student, teacher and predictor with `torch.compile`."""
+    """Compile the student, the teacher and the predictor with `torch.compile`."""
     activation_checkpointing: bool = False
-    """Recompute the student's blocks in the backward pass: less memory, more time (docs/log.md)."""
+    """Recompute the student's activations in the backward pass. This saves memory and takes more time
+    (docs/measurements.md)."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     log_every: int = 10
-    """Steps between lines of the log; each probe of the monitor adds one."""
+    """Number of steps between log lines. Each probe of the teacher adds a log line."""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "log_every"):

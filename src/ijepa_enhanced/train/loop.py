@@ -375,7 +375,9 @@ def log_left_out(plan: EpochPlan, config: TrainConfig) -> None:
     """Log how many images are too small to train on, and how many views are scaled down."""
     if plan.too_small:
         logger.warning(
-            "%d images are too small to train on: a view has fewer than %d patches.", plan.too_small, MIN_TOKENS
+            "Left out: %d images that are too small. Their views have fewer than %d patches.",
+            plan.too_small,
+            MIN_TOKENS,
         )
     if plan.limited:
         logger.warning(

@@ -72,12 +72,13 @@ def test_one_image_is_a_source(tmp_path):
     [
         (
             "empty",
-            "No images in {}. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
+            "No images in {}. The folder must contain files that end in "
+            ".jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
         ),
         (
             "gone",
-            "No file or folder {}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
-            "Parquet files, a list in CSV or JSONL, hf://NAME, or 'synthetic'.",
+            "No such file or folder: {}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
+            "Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'.",
         ),
     ],
 )

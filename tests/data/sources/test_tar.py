@@ -118,7 +118,10 @@ def test_labels_beyond_classes_txt(tmp_path, label):
     (tmp_path / "classes.txt").write_text("0\n1\n")
     with pytest.raises(SourceError) as error:
         _ = open_source(f"{tmp_path}/a.tar").listing
-    assert str(error.value) == f"{tmp_path}/a.tar has the label '{label}', which is none of the 2 in classes.txt."
+    assert (
+        str(error.value)
+        == f"{tmp_path}/a.tar has the label '{label}', which is not one of the 2 classes in classes.txt."
+    )
 
 
 def test_a_classes_txt_that_is_no_text(tmp_path):
@@ -283,13 +286,17 @@ def test_a_shard_cut_within_an_image(tmp_path):
     # More than the head of the image is still there.
     os.truncate(path, member.offset_data + HEAD + 100)
     source = TarSource([path], "a.tar")
-    assert source.listing.notes == (f"{path} is truncated or damaged after 3 images. Later images are lost.",)
+    assert source.listing.notes == (
+        f"{path} is truncated or damaged after 3 images. Images after that point are skipped.",
+    )
     assert keys(source) == ["a.tar:0000.png", "a.tar:0001.png", "a.tar:c.jpg"]
     assert [source.size(0), source.size(1)] == [(1, 6), (2, 6)]
     for read in (source.open, source.size):
         with pytest.raises(UnreadableImage) as error:
             read(2)
-        assert str(error.value) == f"cut off: its shard ends after {HEAD + 100:,} of its {member.size:,} bytes"
+        assert (
+            str(error.value) == f"truncated: the shard ends after {HEAD + 100:,} of the image's {member.size:,} bytes"
+        )
 
 
 @pytest.mark.parametrize("place", ["label", "header", "between", "padding"])
@@ -305,7 +312,9 @@ def test_a_shard_cut_elsewhere(tmp_path, place):
     }[place]
     os.truncate(path, end)
     source = TarSource([path], "a.tar")
-    assert source.listing.notes == (f"{path} is truncated or damaged after 2 images. Later images are lost.",)
+    assert source.listing.notes == (
+        f"{path} is truncated or damaged after 2 images. Images after that point are skipped.",
+    )
     assert (source.labels.tolist(), source.size(0), source.size(1)) == ([0, -1], (1, 6), (2, 6))
 
 
@@ -323,7 +332,9 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path):
         file.write(b"\xff" * 512)
     source = TarSource([path], "a.tar")
     assert keys(source) == ["a.tar:0000.png"]
-    assert source.listing.notes == (f"{path} is truncated or damaged after 1 images. Later images are lost.",)
+    assert source.listing.notes == (
+        f"{path} is truncated or damaged after 1 images. Images after that point are skipped.",
+    )
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,9 @@ def number_labels(
         numbers = {name: number for number, name in enumerate(classes)}
     for label in found:
         if classes is not None and numbers.get(label, len(classes)) >= len(classes):
-            raise SourceError(f"{source} has the label '{label}', which is none of the {len(classes)} in classes.txt.")
+            raise SourceError(
+                f"{source} has the label '{label}', which is not one of the {len(classes)} classes in classes.txt."
+            )
     return label_array([-1 if label is None else numbers[label] for label in written], source), classes
 
 

@@ -58,7 +58,9 @@ class FolderSource(PathSource):
         folders: list[str] = []
         keys = sorted(self._walk(folders))
         if not keys:
-            raise SourceError(f"No images in {self.name}. It must hold files that end in {', '.join(EXTENSIONS)}.")
+            raise SourceError(
+                f"No images in {self.name}. The folder must contain files that end in {', '.join(EXTENSIONS)}."
+            )
         tops = [key.partition("/")[0] for key in keys]
         if any(top == key for top, key in zip(tops, keys, strict=True)):
             return Listing(Texts.of(keys), folders=tuple(folders))

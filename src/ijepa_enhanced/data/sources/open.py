@@ -46,7 +46,7 @@ def open_source(spec: str, part: str = "train") -> Source:
     if spec == "synthetic":
         return SyntheticSource(part)
     if not spec:
-        raise SourceError("No source was given. Name a folder, tar shards, or 'synthetic'.")
+        raise SourceError("The source name is empty. Give a folder, tar shards, or 'synthetic'.")
     place, columns = _split_columns(spec)
     if place.startswith("hf://"):
         return open_hub(place, part, columns)
@@ -144,8 +144,8 @@ def _existing_files(pattern: str, spec: str) -> list[Path]:
         )
     if missing:
         raise SourceError(
-            f"No file or folder {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, Parquet "
-            "files, a list in CSV or JSONL, hf://NAME, or 'synthetic'."
+            f"No such file or folder: {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
+            "Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'."
         )
     return files
 

@@ -109,7 +109,7 @@ class TarSource(FileSource):
         present = max(0, os.fstat(file.fileno()).st_size - offset)
         if present < size:
             file.close()
-            raise UnreadableImage(f"cut off: its shard ends after {present:,} of its {size:,} bytes")
+            raise UnreadableImage(f"truncated: the shard ends after {present:,} of the image's {size:,} bytes")
         return cast(BinaryIO, io.BufferedReader(_Member(file, offset, size), HEAD))
 
     def _length(self, row: int) -> int:
@@ -230,7 +230,9 @@ class _Shard:
         """Make notes of what a user may expect in the shard and that is not among its images."""
         if not complete:
             count = len(self.members)
-            self.notes.append(f"{self.path} is truncated or damaged after {count} images. Later images are lost.")
+            self.notes.append(
+                f"{self.path} is truncated or damaged after {count} images. Images after that point are skipped."
+            )
         if self.parts:
             more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
             self.notes.append(
