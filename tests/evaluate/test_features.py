@@ -173,11 +173,12 @@ class CountedSource(FolderSource):
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, with a file for every pack."""
-    monkeypatch.setenv("IJEPA_CACHE", str(tmp_path / "cache"))
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache for one test, outside the folder of images, with one file per pack."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("IJEPA_CACHE", str(folder))
     monkeypatch.setattr(features, "PACKS_PER_PART", 1)
-    return tmp_path / "cache" / "features"
+    return folder / "features"
 
 
 def cached(

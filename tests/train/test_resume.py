@@ -127,7 +127,7 @@ def test_a_run_survives_being_killed_and_interrupted(tiny: TrainConfig, tmp_path
         os.killpg(process.pid, number_of_signal)
         code, stderr = finish(process)
         if code == 1:
-            assert f"Go on with: ijepa train --resume {run}" in stderr
+            assert f"Continue with: ijepa train --resume {run}" in stderr
         else:
             assert code in (0, -signal.SIGKILL), stderr
     code, stderr = finish(start(run, config, resume=True))
