@@ -273,7 +273,7 @@ REFUSED = {
         "{0}: 'size' is no column of images. These are: front, back.",
     ),
     "a label column that is none": (
-        {"image": cells(0, 1), "weight": [0.5]},
+        {"image": cells(0, 1), "weight": [[0.5]]},
         "#label=weight",
         "{0}: 'weight' is no column of labels. These are: none.",
     ),

@@ -151,7 +151,7 @@ def test_shards_without_labels(tmp_path):
         ([b'{"label": "other", "cls": 3}', b'{"label": 4, "cls": null}'], [3, 4], None),
         # Nothing that could be a class.
         (
-            [b'{"label": 0}', b'{"label": [1]}', b'{"label": -1}', b'{"label": true}', b'{"label": ""}'],
+            [b'{"label": 0}', b'{"label": [1]}', b'{"label": -1}', b'{"label": {}}', b'{"label": ""}'],
             [0] + 4 * [-1],
             None,
         ),

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ijepa_enhanced.data.decode import open_image, upright_size
 from ijepa_enhanced.data.listing import Listing
-from ijepa_enhanced.errors import SourceError, UnreadableImage
+from ijepa_enhanced.errors import UnreadableImage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 """Endings of the names of image files and members, in small or capital letters."""
@@ -205,38 +205,3 @@ def fingerprint_of(files: Iterable[tuple[str, str | Path]]) -> str:
             digest.update(_unread(error).args[0].encode())
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def number_labels(
-    written: list[str | None], classes: list[str] | None, source: str
-) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Return labels as int64 [N], -1 for None, and the class names or None.
-
-    Labels that are all whole numbers stay as they are. Names are numbered in the order of `classes`, or if that is
-    None, in the order of the alphabet.
-
-    Raises:
-        SourceError: a label is not among `classes`, or is a number that int64 cannot hold.
-    """
-    found = sorted({label for label in written if label is not None})
-    if all(label.isdecimal() for label in found):
-        numbers = {label: int(label) for label in found}
-    else:
-        classes = found if classes is None else classes
-        numbers = {name: number for number, name in enumerate(classes)}
-    for label in found:
-        if classes is not None and numbers.get(label, len(classes)) >= len(classes):
-            raise SourceError(f"{source} has the label '{label}', which is none of the {len(classes)} in classes.txt.")
-    return label_array([-1 if label is None else numbers[label] for label in written], source), classes
-
-
-def label_array(labels: list[int], source: str) -> NDArray[np.int64]:
-    """Return labels as int64 [N].
-
-    Raises:
-        SourceError: a label is a number that int64 cannot hold.
-    """
-    try:
-        return np.array(labels, dtype=np.int64)
-    except OverflowError as error:
-        raise SourceError(f"{source} has the label {max(labels)}, which is too large a number.") from error

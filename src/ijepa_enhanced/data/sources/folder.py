@@ -12,6 +12,7 @@ import numpy as np
 
 from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import EXTENSIONS, HEAD, FileSource, fingerprint_of, sample
+from ijepa_enhanced.data.sources.labels import label_text
 from ijepa_enhanced.errors import SourceError
 
 HEIC = (".heic", ".heif")
@@ -46,7 +47,7 @@ class FolderSource(PathSource):
     """All images of a folder and its subfolders, sorted by name; links are followed, hidden files are left out.
 
     If all images lie in subfolders, these are the classes, sorted by name; deeper folders belong to the class that they
-    are in.
+    are in. Images in a folder such as `-1` have no label, see `label_text`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -60,11 +61,11 @@ class FolderSource(PathSource):
         if not keys:
             raise SourceError(f"No images in {self.name}. It must hold files that end in {', '.join(EXTENSIONS)}.")
         tops = [key.partition("/")[0] for key in keys]
-        if any(top == key for top, key in zip(tops, keys, strict=True)):
+        classes = [top for top in sorted(set(tops)) if label_text(top) is not None]
+        if not classes or any(top == key for top, key in zip(tops, keys, strict=True)):
             return Listing(Texts.of(keys), folders=tuple(folders))
-        classes = sorted(set(tops))
         numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers[top] for top in tops], dtype=np.int64)
+        labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
         return Listing(Texts.of(keys), labels, classes, folders=tuple(folders))
 
     def _walk(self, folders: list[str]) -> Iterator[str]:

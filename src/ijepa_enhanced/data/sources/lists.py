@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import fingerprint_of, number_labels
+from ijepa_enhanced.data.sources.base import fingerprint_of
 from ijepa_enhanced.data.sources.folder import PathSource
+from ijepa_enhanced.data.sources.labels import number_labels
 from ijepa_enhanced.errors import SourceError
 
 LISTS = (".csv", ".jsonl")
@@ -39,10 +40,7 @@ class ListSource(PathSource):
                 named = ", ".join(str(name) for name in image)
                 raise SourceError(f"Image {number} of {self.path} has no 'path', but {named}.")
         keys = Texts.of(str(image["path"]) for image in images)
-        written = [None if image.get("label") in (None, "") else str(image["label"]) for image in images]
-        if all(label is None for label in written):
-            return Listing(keys)
-        return Listing(keys, *number_labels(written, None, self.name))
+        return Listing(keys, *number_labels((image.get("label") for image in images), None, self.name))
 
     def _lines(self) -> list[dict[str, Any]]:
         try:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import HEAD, PARTS, FileSource, fingerprint_of, label_array, number_labels
+from ijepa_enhanced.data.sources.base import HEAD, PARTS, FileSource, fingerprint_of
+from ijepa_enhanced.data.sources.labels import label_array, number_labels
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 Columns = Mapping[str, str]
@@ -28,9 +29,8 @@ class TableSource(FileSource):
     """The rows of a table.
 
     Images are the one column of type Image, of structs with a field `bytes`, or of bytes; labels are the one column of
-    type ClassLabel, or else whole numbers or strings in a column `label`. If there are several, the column named
-    `image` or `label` is used. Strings are numbered in the order of the alphabet, unless all are whole numbers; rows
-    whose label is missing, empty or below 0 have no label.
+    type ClassLabel, or else numbers, strings or booleans in a column `label`. If there are several, the column named
+    `image` or `label` is used. `number_labels` says which rows have no label, and how names are numbered.
 
     Args:
         dataset: a `datasets.Dataset` of one row or more.
@@ -246,16 +246,15 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _holds_labels(feature: Any) -> bool:
-    return _type(feature).startswith(("ClassLabel", "int", "uint", "string", "large_string"))
+    return _type(feature).startswith(("ClassLabel", "int", "uint", "float", "bool", "string", "large_string"))
 
 
 def _labels(
     written: list[Any], classes: list[str] | None, name: str
 ) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-    written = [None if label == "" else label for label in written]
-    if any(isinstance(label, str) for label in written):
+    if classes is None:
         return number_labels(written, None, name)
     labels = label_array([-1 if label is None or label < 0 else label for label in written], name)
-    if classes is not None and labels.max() >= len(classes):
+    if labels.max() >= len(classes):
         raise SourceError(f"{name} has the label {labels.max()}, but names for {len(classes)} classes only.")
     return (None, None) if (labels < 0).all() else (labels, classes)

@@ -24,9 +24,9 @@ from ijepa_enhanced.data.sources.base import (
     THREADS,
     FileSource,
     fingerprint_of,
-    number_labels,
 )
 from ijepa_enhanced.data.sources.folder import HEIC
+from ijepa_enhanced.data.sources.labels import label_text, number_labels
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 
@@ -61,7 +61,7 @@ class TarSource(FileSource):
             shards = [*pool.map(partial(_scan_shard, label_key=self.label), self.shards)]
         # One kind for all images: the two kinds may not mean the same.
         kind = ".cls" if any(shard.labels[".cls"] for shard in shards) else ".json"
-        written = [shard.labels[kind].get(_sample(member)) or None for shard in shards for member in shard.members]
+        written = [shard.labels[kind].get(_sample(member)) for shard in shards for member in shard.members]
         if not written:
             raise SourceError(f"No images in {self.name}. Members must end in {', '.join(EXTENSIONS)}.")
         keys = Texts.of(
@@ -71,10 +71,9 @@ class TarSource(FileSource):
             [(number, *extent) for number, shard in enumerate(shards) for extent in shard.extents], dtype=np.int64
         )
         notes = tuple(note for shard in shards for note in shard.notes)
-        if not any(written):
-            self._check_label(shards)
-            return Listing(keys, location=location, notes=notes)
         labels, classes = number_labels(written, self._class_names(), self.name)
+        if labels is None:
+            self._check_label(shards)
         return Listing(keys, labels, classes, location, notes=notes)
 
     def _check_label(self, shards: list[_Shard]) -> None:
@@ -90,10 +89,10 @@ class TarSource(FileSource):
         )
 
     def _class_names(self) -> list[str] | None:
-        """Return the lines of `classes.txt`, or None if there is no such file."""
+        """Return the lines of `classes.txt` without the empty ones at its end, or None if there is no such file."""
         path = Path(self.root, CLASSES)
         try:
-            return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+            return path.read_text(encoding="utf-8-sig").rstrip().splitlines() if path.is_file() else None
         except UnicodeDecodeError as error:
             raise SourceError(f"{path} is not text in UTF-8.") from error
 
@@ -176,10 +175,7 @@ def _json_values(data: bytes) -> dict[str, Any]:
 
 def _json_label(values: dict[str, Any], keys: Iterable[str]) -> str | None:
     """Return the class number or name under the first of the keys that has one."""
-    for label in map(values.get, keys):
-        if (type(label) is int and label >= 0) or (isinstance(label, str) and label.strip()):
-            return str(label).strip()
-    return None
+    return next((label for label in map(label_text, map(values.get, keys)) if label is not None), None)
 
 
 @dataclass
