@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ijepa_enhanced.data.sources.base import CLASSES, EXTENSIONS
 from ijepa_enhanced.data.sources.folder import HEIC
-from ijepa_enhanced.data.sources.open import expand
+from ijepa_enhanced.data.sources.patterns import expand
 from ijepa_enhanced.errors import SourceError
 from ijepa_enhanced.files import replacing
 

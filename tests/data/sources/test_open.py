@@ -5,6 +5,9 @@ import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -205,3 +208,48 @@ def test_columns_of_what_has_none(tmp_path, name, chosen, message):
     with pytest.raises(SourceError) as error:
         open_source(f"{tmp_path}/{name}#{chosen}")
     assert str(error.value) == message.format(f"{tmp_path}/{name}")
+
+
+ODD = ["photos[1].tar", "list{v2}.csv", "list{v2,v3}.jsonl", "[ab]/x.parquet", "a*b/x{0..1}.tar", "[ab]/photos?.csv"]
+"""Names that are patterns too, some of which match other files."""
+
+
+def write_one(path, height):
+    """Write a source of one image in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tar":
+        shard(path, [("x.png", png(height))])
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"image": [png(height)]}), path)
+    else:
+        (path.parent / f"{height}.png").write_bytes(png(height))
+        header = "path\n" if path.suffix == ".csv" else ""
+        line = f"{height}.png" if path.suffix == ".csv" else f'{{"path": "{height}.png"}}'
+        path.write_text(f"{header}{line}\n")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_path_that_exists_is_never_a_pattern(tmp_path, name):
+    others = ["photos1.tar", "listv2.csv", "a/x.parquet", "b/x.parquet", "listv2.jsonl", "a-b/x0.tar", "a/photos1.csv"]
+    for number, other in enumerate(others, start=10):
+        write_one(tmp_path / other, number)
+    write_one(tmp_path / name, 3)
+    assert heights(open_source(f"{tmp_path}/{name}")) == [3]
+
+
+def test_a_pattern_below_a_folder_whose_name_is_a_pattern_too(tmp_path):
+    for folder, height in (("a", 9), ("[ab]{1,2}", 3)):
+        for number in range(2):
+            write_one(tmp_path / folder / f"t-{number}.parquet", height + number)
+            write_one(tmp_path / folder / f"[t]-{number}.tar", height + number)
+    for pattern in ("t-{0..1}.parquet", "t-*.parquet", "{[t]-0,[t]-1}.tar"):
+        assert heights(open_source(f"{tmp_path}/[ab]{{1,2}}/{pattern}")) == [3, 4]
+    assert heights(open_source(f"{tmp_path}/[a]/t-0.parquet")) == [9]
+
+
+def test_rows_that_were_not_loaded_are_an_error(tmp_path, monkeypatch):
+    write_one(tmp_path / "a.parquet", 3)
+    load = datasets.Dataset.from_parquet
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", lambda files: load(files).select([]))
+    with pytest.raises(SourceError, match=r"a\.parquet has 1 rows, but 0 were loaded"):
+        open_source(f"{tmp_path}/a.parquet")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
-from glob import glob
 from pathlib import Path
 
 from ijepa_enhanced.data.sources.base import PARTS, Source
 from ijepa_enhanced.data.sources.folder import FolderSource, cannot_list, is_image
 from ijepa_enhanced.data.sources.lists import LISTS, ListSource
 from ijepa_enhanced.data.sources.mixed import MixedSource
+from ijepa_enhanced.data.sources.patterns import existing_files
 from ijepa_enhanced.data.sources.synthetic import SyntheticSource
 from ijepa_enhanced.data.sources.tables import Columns, is_saved, open_hub, open_parquet, open_saved
 from ijepa_enhanced.data.sources.tar import TarSource
@@ -63,7 +62,7 @@ def open_source(spec: str, part: str = "train") -> Source:
         elif any(is_image(file.name) for file in path.iterdir()):
             logger.warning("%s holds image files beside %s: they are not taken.", place, files[0].name)
     else:
-        files = _existing_files(str(path), spec)
+        files = existing_files(str(path), spec)
     kind = files[0].suffix if files else ""
     if kind == ".parquet":
         return open_parquet(files, place, columns)
@@ -131,35 +130,3 @@ def _folder_of(part: str, folder: Path) -> Path:
     if not named:
         raise SourceError(f"{folder} has {' and '.join(entry.name for entry in inside)}, and nothing for {part}.")
     return named[0]
-
-
-def _existing_files(pattern: str, spec: str) -> list[Path]:
-    """The files of a pattern with braces and asterisks."""
-    files = [Path(name) for expanded in expand(pattern) for name in sorted(glob(expanded)) or [expanded]]
-    missing = [str(file) for file in files if not file.is_file()]
-    if len(files) > 1 and missing:
-        raise SourceError(
-            f"{len(missing)} of the {len(files)} files of {spec} are missing, the first is {missing[0]}. "
-            "Check the pattern, or fetch them."
-        )
-    if missing:
-        raise SourceError(
-            f"No file or folder {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, Parquet "
-            "files, a list in CSV or JSONL, hf://NAME, or 'synthetic'."
-        )
-    return files
-
-
-def expand(pattern: str) -> list[str]:
-    """The names of a pattern with {a,b} and {000..012} as a shell expands them."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in itertools.product(*choices)]
-
-
-def _choices(part: str) -> list[str]:
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-    if counted is None:
-        return part.split(",")
-    first, last = counted.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]

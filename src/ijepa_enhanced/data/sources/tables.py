@@ -6,6 +6,7 @@ in microseconds, where a row of Parquet costs the decompression of its row group
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,7 +139,14 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
     if not any(count for _, count in rows):
         raise SourceError(f"No images in {name}: it has no row.")
     with _loading(name):
-        dataset = datasets.Dataset.from_parquet([str(file) for file in files])
+        # `datasets` reads names as patterns.
+        dataset = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files])
+    count = sum(count for _, count in rows)
+    if len(dataset) != count:
+        raise SourceError(
+            f"{name} has {count} rows, but {len(dataset)} were loaded. Delete the copies that datasets made in its "
+            "cache folder, or rename the files so that their names have only letters, digits, '-' and '_'."
+        )
     return TableSource(dataset, name, columns, rows)
 
 
