@@ -58,7 +58,8 @@ def ijepa(command: str) -> Answer:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([name, *tiny, *rest])
-    lines = [line for line in err.getvalue().splitlines() if not PROGRESS.fullmatch(line)]
+    said = [line for line in err.getvalue().splitlines() if not line.startswith(("Images: ", "Classes: "))]
+    lines = [line for line in said if not PROGRESS.fullmatch(line)]
     return Answer(code, out.getvalue().splitlines(), lines)
 
 

@@ -69,11 +69,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Answer(NamedTuple):
-    """What a command gave back."""
+    """What a command gave back; what it says of its sources is apart from the rest of stderr."""
 
     code: int
     out: list[str]
     err: list[str]
+    sources: list[str]
 
     @property
     def json(self) -> dict[str, Any]:
@@ -87,7 +88,9 @@ def ijepa(*arguments: str | Path) -> Answer:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main([str(argument) for argument in arguments])
-    return Answer(code, out.getvalue().splitlines(), err.getvalue().splitlines())
+    lines = err.getvalue().splitlines()
+    sources = [line for line in lines if line.startswith(("Images: ", "Classes: "))]
+    return Answer(code, out.getvalue().splitlines(), [line for line in lines if line not in sources], sources)
 
 
 def train(source: Path, run: Path, *arguments: str, **changes: Any) -> Answer:

@@ -338,7 +338,8 @@ def test_a_part_that_a_folder_lacks(splits):
     with pytest.raises(SourceError) as error:
         open_source(str(splits), "val")
     assert str(error.value) == (
-        f"{splits} has files for train and test, and none for val: name those to take, as {splits}/train*.parquet."
+        f"{splits} has files for train and test, and none for val: name those to take, "
+        f"as {splits}/data/train-0000*.parquet."
     )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,6 @@ from PIL import Image
 from ijepa_enhanced.data.decode import open_image, upright_size
 from ijepa_enhanced.data.listing import Listing
 from ijepa_enhanced.errors import UnreadableImage
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-"""Endings of the names of image files and members, in small or capital letters."""
-
-PARTS = ("train", "val", "test")
-"""What files of a folder and splits of a data set may be named after."""
 
 CLASSES = "classes.txt"
 """File beside shards with the name of each label, one on each line."""
@@ -50,6 +44,12 @@ class Source(ABC):
 
     name: str
     """What the user called it."""
+    kind: ClassVar[str] = "images"
+    """What it is, in words."""
+    split: str = ""
+    """Words for the split that was chosen, if there are several."""
+    beside: Mapping[str, int] = {}
+    """Files in its folder that it does not read, by extension, see `count_kinds`; `listing` counts those inside."""
     _listing: Listing | None = None
 
     @property

@@ -25,6 +25,8 @@ class ListSource(PathSource):
     the alphabet.
     """
 
+    kind = "list of files"
+
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self.path = path
@@ -45,7 +47,9 @@ class ListSource(PathSource):
     def _lines(self) -> list[dict[str, Any]]:
         try:
             with open(self.path, newline="", encoding="utf-8-sig") as file:
-                return [*(json_lines(file, self.name) if self.path.suffix == ".jsonl" else csv.DictReader(file))]
+                return [
+                    *(json_lines(file, self.name) if self.path.suffix.lower() == ".jsonl" else csv.DictReader(file))
+                ]
         except UnicodeDecodeError as error:
             raise SourceError(f"{self.path} is not text in UTF-8.") from error
         except csv.Error as error:

@@ -34,6 +34,8 @@ class MixedSource(Source):
         name: what the user called them.
     """
 
+    kind = "mixture"
+
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], name: str) -> None:
         self.name = name
         self.sources = sources

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import HEAD, PARTS, FileSource, fingerprint_of
+from ijepa_enhanced.data.sources.base import HEAD, FileSource, fingerprint_of
 from ijepa_enhanced.data.sources.labels import label_array, number_labels
+from ijepa_enhanced.data.sources.splits import choose_split
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 Columns = Mapping[str, str]
@@ -42,6 +43,8 @@ class TableSource(FileSource):
     Raises:
         SourceError: there is no image column, or several and none is chosen.
     """
+
+    kind = "table"
 
     def __init__(
         self, dataset: Any, name: str, columns: Columns, files: Sequence[tuple[str, int]] | None = None
@@ -154,8 +157,8 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     """A data set of the Hub, or a folder laid out like one: `hf://NAME` or `hf://NAME:SPLIT`.
 
     Args:
-        name: with the split where it is not to be found by `part`; a slice such as `train[:1000]` will do.
-        part: of the splits, the one whose name begins with it.
+        name: with the split if `choose_split` cannot find it; it can be a slice, such as `train[:1000]`.
+        part: see `choose_split`.
         columns: see `TableSource`; `config` is the configuration of a data set that has several.
 
     Raises:
@@ -172,10 +175,12 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     if not split:
         with _loading(name):
             splits = datasets.get_dataset_split_names(repository, config)
-        split = _split_of(splits, part, name, f"{name}:")
+        split = choose_split(splits, part, name, f"{name}:")
     with _loading(name):
         dataset = datasets.load_dataset(repository, config, split=split, keep_in_memory=False)
-    return TableSource(dataset, name, columns)
+    source = TableSource(dataset, name, columns)
+    source.split = f"split {split}"
+    return source
 
 
 def is_saved(folder: Path) -> bool:
@@ -184,7 +189,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def open_saved(folder: Path, name: str, part: str, columns: Columns) -> TableSource:
-    """A data set that was saved with `save_to_disk`, and the split whose name begins with `part` where it has several.
+    """Return a data set that was saved with `save_to_disk`; if it has splits, the one of `choose_split`.
 
     Raises:
         SourceError: see `TableSource`; or it cannot be loaded, or `datasets` is not installed.
@@ -192,9 +197,12 @@ def open_saved(folder: Path, name: str, part: str, columns: Columns) -> TableSou
     datasets = _datasets()
     with _loading(name):
         dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    if isinstance(dataset, datasets.DatasetDict):
-        dataset = dataset[_split_of(list(dataset), part, name, f"{name}/")]
-    return TableSource(dataset, name, columns)
+    if not isinstance(dataset, datasets.DatasetDict):
+        return TableSource(dataset, name, columns)
+    split = choose_split(list(dataset), part, name, f"{name}/")
+    source = TableSource(dataset[split], name, columns)
+    source.split = f"split {split}"
+    return source
 
 
 def _datasets() -> ModuleType:
@@ -216,15 +224,6 @@ def _loading(name: str) -> Iterator[None]:
     except (OSError, ValueError, LookupError, _datasets().exceptions.DatasetsError) as error:
         first, *_ = [*str(error.__cause__ or error).splitlines(), type(error).__name__]
         raise SourceError(f"{name} cannot be loaded: {first}") from error
-
-
-def _split_of(splits: list[str], part: str, name: str, prefix: str) -> str:
-    """The split of a part, or the only one, unless it is another part; `prefix` and a split is what names it."""
-    for split in splits:
-        if split.startswith(part) or (len(splits) == 1 and not split.startswith(PARTS)):
-            return split
-    listed = ", ".join(splits)
-    raise SourceError(f"{name} has the splits {listed}, and none for {part}: name one, as {prefix}{splits[0]}.")
 
 
 def _column(kind: str, possible: list[str], columns: Columns, name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -19,14 +20,13 @@ import numpy as np
 from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import (
     CLASSES,
-    EXTENSIONS,
     HEAD,
     THREADS,
     FileSource,
     fingerprint_of,
 )
-from ijepa_enhanced.data.sources.folder import HEIC
 from ijepa_enhanced.data.sources.labels import label_text, number_labels
+from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC, count_kinds, hidden
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 
@@ -42,6 +42,8 @@ class TarSource(FileSource):
         name: what the user called them.
         label: the key of the members `KEY.json` that holds the labels, instead of all these.
     """
+
+    kind = "tar shards"
 
     def __init__(self, shards: list[Path], name: str, label: str | None = None) -> None:
         self.name = name
@@ -74,7 +76,8 @@ class TarSource(FileSource):
         labels, classes = number_labels(written, self._class_names(), self.name)
         if labels is None:
             self._check_label(shards)
-        return Listing(keys, labels, classes, location, notes=notes)
+        passed_over = count_kinds(itertools.chain(*(shard.others for shard in shards)))
+        return Listing(keys, labels, classes, location, notes=notes, passed_over=passed_over)
 
     def _check_label(self, shards: list[_Shard]) -> None:
         """Raise SourceError if the user named a key of the labels, which no image has."""
@@ -193,6 +196,8 @@ class _Shard:
     """By the extension of its member, the text of every label by sample."""
     first_json: list[str] | None = None
     """The keys of the first metadata; None if no metadata were read."""
+    others: list[str] = field(default_factory=list)
+    """Names, without folders, of members that are neither images nor labels."""
     parts: list[str] = field(default_factory=list)
     """Images whose name goes on after the first dot, which are no samples of their own."""
     notes: list[str] = field(default_factory=list)
@@ -205,7 +210,10 @@ class _Shard:
         """
         sample = _sample(member.name)
         extension = member.name.removeprefix(sample).lower()
-        if extension in (*EXTENSIONS, *HEIC):
+        *folders, name = member.name.split("/")
+        if hidden(name) or any(hidden(folder) and folder not in (".", "..") for folder in folders):
+            self.others.append(f".{name}")
+        elif extension in (*EXTENSIONS, *HEIC):
             self.members.append(member.name)
             self.extents.append((member.offset_data, member.size))
         elif extension.endswith(EXTENSIONS):
@@ -221,6 +229,8 @@ class _Shard:
             data = os.pread(file.fileno(), member.size, member.offset_data)
             if len(data) == member.size:
                 self.labels[extension][sample] = data.decode(errors="replace").strip()
+        elif extension not in (".cls", ".json"):
+            self.others.append(name)
 
     def note_what_is_missing(self, complete: bool) -> None:
         """Make notes of what a user may expect in the shard and that is not among its images."""
