@@ -149,7 +149,7 @@ def cut_shard() -> None:
         for number, path in enumerate(sorted(Path("photos").rglob("*.*"))):
             for name, data in (
                 (f"{number}{path.suffix}", path.read_bytes().ljust(10_000, b"\0")),
-                (f"{number}.cls", b"%d" % (number % 2)),
+                (f"{number}.cls", (b"dark", b"light")[number % 2]),
             ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)

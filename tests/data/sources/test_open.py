@@ -168,15 +168,15 @@ def test_a_folder_of_parts(tmp_path):
         f"{tmp_path} has train and validation, and nothing for test. Name one, as {tmp_path}/train."
     )
     write(tmp_path, **{"truck/4.png": png()})
+    assert taken(open_source(str(tmp_path))).endswith("2 images, 2 classes; passed over: 1 folder of images, 1 hidden")
+    (tmp_path / "validation").rename(tmp_path / "valley")
     for part in ("train", "val"):
         with pytest.raises(SourceError) as error:
             open_source(str(tmp_path), part)
         assert str(error.value) == (
-            f"{tmp_path} can be read in two ways, because train and validation can be splits or classes, and truck is "
-            f"not named after a split. For the splits, name one, as {tmp_path}/train. For classes, give train another "
-            "name."
+            f"{tmp_path} can be read in two ways, because 'train' is the name of a split and truck, valley are not "
+            f"named after one. For the split, give {tmp_path}/train. For classes, give train another name."
         )
-    (tmp_path / "validation").rename(tmp_path / "valley")
     (tmp_path / "train").rename(tmp_path / "trains")
     assert open_source(str(tmp_path)).classes == ["trains", "truck", "valley"]
 
@@ -235,6 +235,11 @@ def test_folders_of_classes_beside_a_shard(tmp_path):
         f"give {tmp_path}/*.tar. For the folders, move the .tar files elsewhere."
     )
     assert len(open_source(f"{tmp_path}/*.tar")) == 2
+    (tmp_path / "old.tar").rename(tmp_path / "train-0.tar")
+    source = open_source(str(tmp_path))  # a name that leaves no doubt
+    assert taken(source) == (
+        f"{tmp_path}: tar shards, split train, 2 images, 2 classes; passed over: 2 folders of images"
+    )
 
 
 def test_two_folders_for_one_part(tmp_path):

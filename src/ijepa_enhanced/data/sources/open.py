@@ -11,7 +11,7 @@ from ijepa_enhanced.data.sources.lists import LISTS, ListSource
 from ijepa_enhanced.data.sources.mixed import MixedSource
 from ijepa_enhanced.data.sources.names import count_kinds, hidden
 from ijepa_enhanced.data.sources.patterns import existing_files
-from ijepa_enhanced.data.sources.splits import check_one_kind, choose_files, choose_folder, split_word
+from ijepa_enhanced.data.sources.splits import choose_files, choose_folder, folders_of_images, split_word
 from ijepa_enhanced.data.sources.synthetic import SyntheticSource
 from ijepa_enhanced.data.sources.tables import Columns, is_saved, open_hub, open_parquet, open_saved
 from ijepa_enhanced.data.sources.tar import TarSource
@@ -60,7 +60,7 @@ def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Column
     """Return what a folder holds for a part: a saved data set, shards or images."""
     if is_saved(folder):
         return open_saved(folder, place, part, columns)
-    inside, split = choose_folder(part, folder)
+    inside, split, others = choose_folder(part, folder)
     if is_saved(inside):
         return open_saved(inside, place, part, columns)
     shards = _shards(folder)
@@ -78,7 +78,7 @@ def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Column
         _check_no_columns(place, columns)
         source: Source = FolderSource(inside)
     else:
-        check_one_kind(inside, shards)
+        others = [*others, *folders_of_images(inside, shards)]
         chosen, words = choose_files(part, shards, place)
         split = ", ".join(filter(None, (split, words)))
         source = _open_shards(chosen, place, spec, columns)
@@ -87,6 +87,8 @@ def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Column
         beside += [entry.name for entry in _files(inside) if entry.name not in known]
     source.split = split
     source.beside = count_kinds(beside)
+    if others:
+        source.beside = source.beside | {f"folder{'s' * (len(others) > 1)} of images": len(others)}
     return source
 
 

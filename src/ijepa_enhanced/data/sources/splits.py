@@ -84,10 +84,11 @@ def choose_files(part: str, files: Sequence[Path], folder: str) -> tuple[list[Pa
     return [file for file in files if words[file] == own[0]], _words(own[0], splits)
 
 
-def choose_folder(part: str, folder: Path) -> tuple[Path, str]:
-    """Return the folder for a part in a folder of splits, and words for the split; else the folder itself, and "".
+def choose_folder(part: str, folder: Path) -> tuple[Path, str, list[str]]:
+    """Return the folder of a part, if a folder has folders named after splits: `train`, `Val`, `train2017`.
 
-    A folder of splits has folders named after splits (`train`, `Val`, `train2017`), and no other folder with images.
+    Returns:
+        That folder, words for the split, and the other folders with images; else the folder itself, "" and [].
 
     Raises:
         SourceError: no folder is for this part, or the names can be read in two ways.
@@ -95,13 +96,12 @@ def choose_folder(part: str, folder: Path) -> tuple[Path, str]:
     folders = folders_in(folder)
     splits = [name for name in folders if re.fullmatch(r"[a-z]+[-_ ]?\d*", name.lower()) and split_word(name)]
     if not splits:
-        return folder, ""
+        return folder, "", []
     others = [name for name in folders if name not in splits and holds_images(folder / name)]
-    if others:
+    if others and len({SPLITS[split_word(name) or ""] for name in splits}) == 1:
         raise SourceError(
-            f"{folder} can be read in two ways, because {' and '.join(splits)} can be splits or classes, and "
-            f"{_some(others)} not named after a split. For the splits, name one, as {folder}/{splits[0]}. For classes, "
-            f"give {splits[0]} another name."
+            f"{folder} can be read in two ways, because '{splits[0]}' is the name of a split and {_some(others)} not "
+            f"named after one. For the split, give {folder}/{splits[0]}. For classes, give {splits[0]} another name."
         )
     own = [name for name in splits if SPLITS[split_word(name) or ""] == part]
     if not own:
@@ -110,7 +110,7 @@ def choose_folder(part: str, folder: Path) -> tuple[Path, str]:
         )
     if len(own) > 1:
         raise SourceError(f"{folder} has {' and '.join(own)} for {part}. Name one, as {folder}/{own[0]}.")
-    return folder / own[0], _words(own[0], splits)
+    return folder / own[0], _words(own[0], splits), others
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -135,17 +135,22 @@ def holds_images(folder: Path) -> bool:
     return False
 
 
-def check_one_kind(folder: Path, shards: Sequence[Path]) -> None:
-    """Raise SourceError if there are folders of images beside shards."""
+def folders_of_images(folder: Path, shards: Sequence[Path]) -> list[str]:
+    """Return the names of the folders of images beside shards, which are not read.
+
+    Raises:
+        SourceError: there are some, and no shard is named after a split: either can be meant.
+    """
     places = {shard.parent for shard in shards}
     others = [name for name in folders_in(folder) if folder / name not in places and holds_images(folder / name)]
-    if others:
+    if others and not any(split_word(shard.name) for shard in shards):
         listed = shards[0].name if len(shards) == 1 else f"{len(shards)} {shards[0].suffix} files"
         raise SourceError(
             f"{folder} can be read in two ways: it contains {listed}, and {_some(others)} full of images. For the "
             f"shards, give {shards[0].parent}/*{shards[0].suffix}. For the folders, move the {shards[0].suffix} files "
             "elsewhere."
         )
+    return others
 
 
 def _words(split: str, splits: Sequence[str]) -> str:
