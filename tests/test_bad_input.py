@@ -268,7 +268,9 @@ NOWHERE = (
     "a list in CSV or JSONL, hf://NAME, or 'synthetic'."
 )
 NO_IMAGES = (
-    "No images in images. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif."
+    "No images in images. It must hold files that end in "
+    ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
+    ".bmp, .dib, .tif, .tiff."
 )
 TOO_FEW = (
     "Training needs at least 2 images whose views have 4 patches of {} px or more, and {} have. "

@@ -46,6 +46,8 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"BM": BmpImagePlugin.BmpImageFile,
     b"II*\0": TiffImagePlugin.TiffImageFile,
     b"MM\0*": TiffImagePlugin.TiffImageFile,
+    b"II+\0": TiffImagePlugin.TiffImageFile,  # BigTIFF
+    b"MM\0+": TiffImagePlugin.TiffImageFile,
 }
 
 FAILURES = (

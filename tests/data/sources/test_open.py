@@ -78,7 +78,9 @@ def test_one_image_is_a_source(tmp_path):
     [
         (
             "empty",
-            "No images in {}. It must hold files that end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif. "
+            "No images in {}. It must hold files that end in "
+            ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
+            ".bmp, .dib, .tif, .tiff. "
             "It holds 1 .txt.",
         ),
         (

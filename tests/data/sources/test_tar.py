@@ -334,7 +334,9 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path):
         (b"", "{} is not an uncompressed tar file: empty file."),
         (
             bytes(10240),
-            "No images in {}. Members must end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
+            "No images in {}. Members must end in "
+            ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
+            ".bmp, .dib, .tif, .tiff.",
         ),
     ],
 )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".png", ".apng", ".webp", ".gif", ".avif"),
+    *(".bmp", ".dib", ".tif", ".tiff"),
+)
 """Endings of the names of image files and members, in small or capital letters."""
 
 HEIC = (".heic", ".heif")
