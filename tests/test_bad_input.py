@@ -58,7 +58,8 @@ def ijepa(command: str) -> Answer:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([name, *tiny, *rest])
-    lines = [line for line in err.getvalue().splitlines() if not PROGRESS.fullmatch(line)]
+    said = [line for line in err.getvalue().splitlines() if not line.startswith(("Images: ", "Classes: "))]
+    lines = [line for line in said if not PROGRESS.fullmatch(line)]
     return Answer(code, out.getvalue().splitlines(), lines)
 
 
@@ -148,7 +149,7 @@ def cut_shard() -> None:
         for number, path in enumerate(sorted(Path("photos").rglob("*.*"))):
             for name, data in (
                 (f"{number}{path.suffix}", path.read_bytes().ljust(10_000, b"\0")),
-                (f"{number}.cls", b"%d" % (number % 2)),
+                (f"{number}.cls", (b"dark", b"light")[number % 2]),
             ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
@@ -268,7 +269,8 @@ NOWHERE = (
 )
 NO_IMAGES = (
     "No images in images. The folder must contain files that end in "
-    ".jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif."
+    ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
+    ".bmp, .dib, .tif, .tiff."
 )
 TOO_FEW = (
     "Training needs at least 2 images with views of at least 4 patches of {} px. Only {} images are large enough. "

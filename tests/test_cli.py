@@ -69,7 +69,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Answer(NamedTuple):
-    """What a command gave back."""
+    """What a command gave back; `err` of `ijepa` is without the lines about sources."""
 
     code: int
     out: list[str]
@@ -84,6 +84,12 @@ class Answer(NamedTuple):
 
 def ijepa(*arguments: str | Path) -> Answer:
     """Run a command."""
+    answer = whole_answer(*arguments)
+    return answer._replace(err=[line for line in answer.err if not line.startswith(("Images: ", "Classes: "))])
+
+
+def whole_answer(*arguments: str | Path) -> Answer:
+    """Run a command; `err` is all that it said."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main([str(argument) for argument in arguments])
@@ -364,6 +370,27 @@ def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures
     left_out = f"Left out of {tmp_path}: val-0.tar:10.png: empty file"
     assert answer.err == [left_out, "Scoring: trained", FEW.format(tmp_path)]
     assert scores(answer)["knn20"] == 0.5
+
+
+def test_commands_say_what_they_read_and_what_they_passed_over(run: Run, pictures: Path, tmp_path: Path) -> None:
+    """Imagenette's own archive has a list beside its folders."""
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(pictures, data / split)
+    (data / "noisy_imagenette.csv").touch()
+    (data / "val" / "notes.txt").touch()
+    train, val = (
+        f"Images: {data}/{split}: files in a folder, split {split} (others: {other}), 10 images, 2 classes; "
+        f"passed over: 1 .csv{more}"
+        for split, other, more in (("train", "val", ""), ("val", "train", ", 1 .txt"))
+    )
+    flags = [f"--{key}={value}" for key, value in TINY.items()]
+    trained = whole_answer("train", f"--data.source={data}", "--run", tmp_path / "run", *flags)
+    assert (trained.code, trained.err[0]) == (0, train)
+    assert whole_answer("scan", data).err == [train]
+    assert whole_answer("inspect", "data", data, "--out", tmp_path / "out").err[0] == train
+    scored = whole_answer("evaluate", run.folder, "--train", data, "--val", data, "--workers", "0")
+    assert scored.err[:3] == [train, val, "Classes: 2, matched by name."]
 
 
 def test_scanning_counts(pictures: Path) -> None:

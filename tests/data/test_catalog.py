@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 import pickle
 import shutil
@@ -365,13 +366,15 @@ def test_what_is_missing_is_reported_each_time_it_is_asked_for(tmp_path, cache, 
             member.size = len(png(4, 4))
             tar.addfile(member, io.BytesIO(png(4, 4)))
     os.truncate(shard, 1024 + 512 + 10)
+    caplog.set_level(logging.INFO, "ijepa_enhanced.data.catalog")
     note = f"{shard} is truncated or damaged after 2 images. Images after that point are skipped."
     reason = f"truncated: the shard ends after 10 of the image's {len(png(4, 4))} bytes"
     for _ in range(2):
         catalog = open_catalog(open_source(str(shard)))
-        assert caplog.messages == [], "opening says nothing, since a command opens its images more than once"
+        assert not caplog.messages, "opening says nothing, since a command opens its images more than once"
         report_unreadable(catalog)
-        assert caplog.messages == [note, f"Left out: a.tar:b.png: {reason}"]
+        said = f"Images: {shard}: tar shards, 2 images, no labels"
+        assert caplog.messages == [said, note, f"Left out: a.tar:b.png: {reason}"]
         caplog.clear()
 
 

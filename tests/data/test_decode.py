@@ -427,3 +427,11 @@ def test_unpatchify_is_the_inverse(patch_size):
 def test_patchify_refuses_other_sizes():
     with pytest.raises(ValueError, match=r"^30 x 32 px cannot be cut into patches of 16 px\.$"):
         patchify(noise(30, 32), 16)
+
+
+def test_big_tiff():
+    """TIFF with 64-bit offsets."""
+    pixels = noise(5, 4)
+    data = encode(Image.fromarray(pixels), "TIFF", big_tiff=True)
+    assert data.startswith(b"II+\0")
+    np.testing.assert_array_equal(whole(open_image(data)), pixels)

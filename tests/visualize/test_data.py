@@ -102,7 +102,8 @@ def test_the_command(photos, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (photos / "ant" / "empty.png").write_bytes(b"")
     code, out, err = ijepa(capsys, "inspect", "data", photos, "--out", tmp_path / "out", "--json")
-    assert (code, err) == (0, ["Left out: ant/empty.png: empty file"])
+    said = f"Images: {photos}: files in a folder, 28 images, 2 classes"
+    assert (code, err) == (0, [said, "Left out: ant/empty.png: empty file"])
     said = json.loads(out[-1])
     assert {name: said[name] for name in ("images", "unreadable", "labels", "looked_at", "identical", "near")} == {
         "images": 27,

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 from ijepa_enhanced.data.headers import Unfinished, list_and_scan, scan_again
 from ijepa_enhanced.data.listing import Listing, map_listing, save_listing
 from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.mixed import MixedSource
+from ijepa_enhanced.data.sources.names import listed
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +133,29 @@ def scan(source: Source) -> dict[str, Any]:
 
 
 def report_notes(source: Source) -> None:
-    """Log what users must know about a source, such as shards that are cut off."""
+    """Log what was read of a source, and what users must know about it, such as shards that are cut off."""
+    for leaf in source.sources if isinstance(source, MixedSource) else (source,):
+        logger.info("Images: %s", taken(leaf))
     for note in source.listing.notes:
         logger.warning("%s", note)
+
+
+def taken(source: Source) -> str:
+    """Return what was read of a source: its kind, split, images and classes, and what was passed over."""
+    listing = source.listing
+    facts = [source.kind, *([source.split] if source.split else []), _counted(len(listing), "image")]
+    if listing.labels is None:
+        facts.append("no labels")
+    else:
+        labelled = listing.labels[listing.labels >= 0]
+        some = "" if len(labelled) == len(listing) else f" of {_counted(len(labelled), 'image')}"
+        facts.append(_counted(len(np.unique(labelled)), "class", "es") + some)
+    passed_over = Counter(source.beside) + Counter(listing.passed_over)
+    return f"{source.name}: {', '.join(facts)}" + (f"; passed over: {listed(passed_over)}" if passed_over else "")
+
+
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count:,} {what}{'' if count == 1 else plural}"
 
 
 def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:

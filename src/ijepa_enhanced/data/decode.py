@@ -46,6 +46,7 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"BM": BmpImagePlugin.BmpImageFile,
     b"II*\0": TiffImagePlugin.TiffImageFile,
     b"MM\0*": TiffImagePlugin.TiffImageFile,
+    b"II+\0": TiffImagePlugin.TiffImageFile,  # BigTIFF; Pillow cannot read the big-endian one
 }
 
 FAILURES = (

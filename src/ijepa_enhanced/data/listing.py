@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.files import replacing
 
-FORMAT = 3
+FORMAT = 4
 """Version of the file. Raise it when the meaning of a column or of the metadata changes."""
 
 METADATA = b"ijepa_enhanced"
@@ -100,6 +100,8 @@ class Listing:
     """What users must know about these images, a sentence each."""
     shares: NDArray[np.float64] | None = None
     """[N] fraction of the epochs that show each image, in a mixture; None if all epochs show all images."""
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of files that are no images, by extension, see `count_kinds`."""
     fingerprint: str = ""
     """The state of the source's files when they were scanned, see `Source.fingerprint`."""
     sizes: Sizes | None = None
@@ -152,7 +154,9 @@ def save_listing(listing: Listing, path: Path, source: str) -> None:
         columns["location"] = pa.FixedSizeListArray.from_arrays(pa.array(listing.location.ravel()), width)
     if listing.sizes is not None:
         columns |= _columns_of(listing.sizes)
-    facts = {name: getattr(listing, name) for name in ("classes", "folders", "notes", "fingerprint", "hash")}
+    facts = {
+        name: getattr(listing, name) for name in ("classes", "folders", "notes", "passed_over", "fingerprint", "hash")
+    }
     _write(path, columns, {"format": FORMAT, "source": source, "labelled": listing.labels is not None} | facts)
 
 
@@ -175,6 +179,7 @@ def map_listing(path: Path) -> Listing:
         tuple(facts["folders"]),
         tuple(facts["notes"]),
         None,
+        facts["passed_over"],
         facts["fingerprint"],
         _sizes_of(columns) if "height" in columns else None,
         facts["hash"],

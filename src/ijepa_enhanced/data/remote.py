@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ijepa_enhanced.data.sources.base import CLASSES, EXTENSIONS
-from ijepa_enhanced.data.sources.folder import HEIC
-from ijepa_enhanced.data.sources.open import expand
+from ijepa_enhanced.data.sources.base import CLASSES
+from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC
+from ijepa_enhanced.data.sources.patterns import expand
 from ijepa_enhanced.errors import SourceError
 from ijepa_enhanced.files import replacing
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
+from ijepa_enhanced.data.sources.labels import are_numbers, class_key, class_keys, repeated
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.errors import RequestError, RunError
 from ijepa_enhanced.evaluate.tokens import LabelledSource
@@ -35,6 +36,8 @@ def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> La
     source = open_source(spec, part)
     catalog = open_catalog(source)
     if catalog.labels is None or (len(catalog.labels) and catalog.labels.max() < 0):
+        for note in source.listing.notes:  # it may be the reason
+            logger.warning("%s", note)
         raise RequestError(
             f"{spec} has no labels, but evaluation needs them. Put the images of each class into a subfolder, "
             "or add a .cls file for each image of a tar shard."
@@ -57,7 +60,7 @@ def labelled_pair(train_spec: str, val_spec: str) -> list[LabelledSource]:
     """Return the images of training and validation, the latter's classes numbered as the former's.
 
     Raises:
-        RequestError: there are no labels, there is only one class, or a class of validation is missing in training.
+        RequestError: there are no labels, there is only one class, or see `class_numbers`.
         RunError: none of a source's images can be read.
     """
     train = labelled(train_spec, "train")
@@ -109,22 +112,28 @@ def _need_classes(images: LabelledSource, spec: str) -> None:
 
 
 def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int64]:
-    """Return the labels of the validation source as the training source numbers their classes: int64 [N].
+    """Return the labels of the validation source as the training source numbers their classes, and log the rule.
+
+    Classes of one name are the same. Names that are whole numbers, and numbers without names, are compared as numbers.
+
+    Returns:
+        int64 [N].
 
     Raises:
-        RequestError: a class that has images in the validation source has none in the training source.
+        RequestError: one source numbers its classes and the other names them; two classes have the same name and the
+            sources do not list the same names; or a class that has images in the validation source has none in the
+            training source.
     """
     assert train.catalog.labels is not None
     assert val.catalog.labels is not None
     found, inverse = np.unique(val.catalog.labels, return_inverse=True)
-    numbers = found
-    if train.catalog.classes is not None and val.catalog.classes is not None:
-        places = {name: number for number, name in enumerate(train.catalog.classes)}
-        numbers = np.array([places.get(val.catalog.class_name(label), -1) for label in found.tolist()])
+    rule = "number" if _are_numbered(train, val) else "name"
+    logger.info("Classes: %d, matched by %s.", len(np.unique(train.catalog.labels)), rule)
+    numbers = found if _list_the_same(train, val) else _places(train, val, found)
     for label, number in zip(found.tolist(), numbers.tolist(), strict=True):
         if number not in train.catalog.labels:
             name = val.catalog.class_name(label)
-            listed = train.catalog.classes is not None and name in train.catalog.classes
+            listed = train.catalog.classes is not None and number >= 0
             lacks = (
                 f"but {train.source.name} has no readable image of it"
                 if listed
@@ -132,3 +141,66 @@ def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int6
             )
             raise RequestError(f"{val.source.name} has a class '{name}', {lacks}.")
     return numbers[inverse]
+
+
+def _are_numbered(train: LabelledSource, val: LabelledSource) -> bool:
+    """Return whether both sources number their classes, or raise RequestError if only one does."""
+    numbered: list[LabelledSource] = []
+    named: list[LabelledSource] = []
+    for images in (train, val):
+        (numbered if are_numbers(images.catalog.classes) else named).append(images)
+    if not numbered or not named:
+        return not named
+    first, second = ([each.catalog.class_name(label) for label in _present(each)] for each in (*numbered, *named))
+    if numbered[0].catalog.classes is not None and {*class_keys(first)} & {*class_keys(second)}:
+        return False  # names of both kinds
+    raise RequestError(
+        f"{numbered[0].source.name} numbers its classes ({_some(first)}) and {named[0].source.name} names them "
+        f"({_some(second)}), so they cannot be matched. Write names in both: in the column 'label' of a list or "
+        "of Parquet, in the .cls members of shards or in classes.txt beside them (one name per line, for class 0, 1, "
+        "...), or as the names of folders."
+    )
+
+
+def _present(images: LabelledSource) -> list[int]:
+    """Return the numbers of the classes that have images."""
+    assert images.catalog.labels is not None
+    found: list[int] = np.unique(images.catalog.labels).tolist()
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _list_the_same(train: LabelledSource, val: LabelledSource) -> bool:
+    """Return whether both sources have the same list of class names; then equal numbers are the same class."""
+    if train.catalog.classes is None or val.catalog.classes is None:
+        return False
+    return class_keys(train.catalog.classes) == class_keys(val.catalog.classes)
+
+
+def _places(train: LabelledSource, val: LabelledSource, found: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number that the training source gives each class, or -1 if it does not list the class.
+
+    Args:
+        train: its numbers are returned.
+        val: its classes are looked up.
+        found: int64 [C], the classes of `val` that have images.
+
+    Raises:
+        RequestError: one of them has the name of another class.
+    """
+    names = [val.catalog.class_name(label) for label in found.tolist()]
+    for images in (train, val):
+        twice = repeated(images.catalog.classes or ())
+        for name in names:
+            if class_key(name) in twice:
+                raise RequestError(
+                    f"{images.source.name} has more than one class '{name}', and {train.source.name} and "
+                    f"{val.source.name} do not list the same names. Give every class a name of its own in classes.txt, "
+                    "or put the same list beside both."
+                )
+    listed = _present(train) if train.catalog.classes is None else range(len(train.catalog.classes))
+    places = {class_key(train.catalog.class_name(label)): label for label in listed}
+    return np.array([places.get(key, -1) for key in class_keys(names)], dtype=np.int64)

@@ -1,13 +1,19 @@
 """From what the user wrote to a source."""
 
 import io
+import logging
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ijepa_enhanced.data.catalog import open_catalog, report_unreadable, taken
+from ijepa_enhanced.data.sources.names import count_kinds, listed
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.errors import SourceError
 
@@ -73,7 +79,9 @@ def test_one_image_is_a_source(tmp_path):
         (
             "empty",
             "No images in {}. The folder must contain files that end in "
-            ".jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
+            ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
+            ".bmp, .dib, .tif, .tiff. "
+            "It holds 1 .txt.",
         ),
         (
             "gone",
@@ -93,10 +101,12 @@ def test_folders_that_are_no_source(tmp_path, folder, message):
 def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, **{"folder/a.png": png(5)})
-    shard(tmp_path / "x.tar", samples("0"))
-    (tmp_path / "classes.txt").write_text("cat\n")
+    (tmp_path / "shards").mkdir()
+    for folder in (tmp_path, tmp_path / "shards"):
+        shard(folder / "x.tar", samples("0"))
+        (folder / "classes.txt").write_text("cat\n")
     assert heights(open_source("folder")) == [5]
-    for spec in ("x.tar", "."):
+    for spec in ("x.tar", "shards"):
         source = open_source(spec)
         assert (keys(source), source.classes, heights(source)) == (["x.tar:0000.png"], ["cat"], [1])
 
@@ -115,15 +125,39 @@ def test_a_folder_of_shards(tmp_path):
     shard(tmp_path / "b.tar", samples("1"))
     shard(tmp_path / "a.tar", samples("0"))
     assert keys(open_source(str(tmp_path))) == ["a.tar:0000.png", "b.tar:0000.png"]
-    shard(tmp_path / "val-0.tar", samples("2"))
-    assert keys(open_source(str(tmp_path), "val")) == ["val-0.tar:0000.png"]
+    for name in ("train_0.tar", "train.tar", "set-VAL-0.tar"):
+        shard(tmp_path / name, samples("2"))
+    (tmp_path / "a.tar").rename(tmp_path / "trains.tar")
+    train, val = open_source(str(tmp_path)), open_source(str(tmp_path), "val")
+    assert keys(train) == ["train.tar:0000.png", "train_0.tar:0000.png"]
+    assert keys(val) == ["set-VAL-0.tar:0000.png"]
+    assert taken(train).endswith("split train (others: val), 2 images, 1 class; passed over: 2 .tar")
 
 
-def test_images_beside_shards_are_not_passed_over_in_silence(tmp_path, caplog):
+def test_shards_of_classes_one_of_which_has_a_name_like_a_split(tmp_path):
+    for name in ("boats", "planes", "trains"):
+        shard(tmp_path / f"{name}.tar", samples("0"))
+    for part in ("train", "val"):
+        assert keys(open_source(str(tmp_path), part)) == [
+            f"{name}.tar:0000.png" for name in ("boats", "planes", "trains")
+        ]
+    (tmp_path / "trains.tar").rename(tmp_path / "train.tar")
+    for part in ("train", "val"):
+        with pytest.raises(SourceError) as error:
+            open_source(str(tmp_path), part)
+        assert str(error.value) == (
+            f"{tmp_path} can be read in two ways, because 'train' is the name of a split and boats.tar, planes.tar are "
+            f"not named after one. Name the files: {tmp_path}/train.tar for these alone, or {tmp_path}/*.tar for all."
+        )
+    assert len(open_source(f"{tmp_path}/*.tar")) == 3
+
+
+def test_images_beside_shards_are_not_passed_over_in_silence(tmp_path):
     shard(tmp_path / "a.tar", samples("0"))
     write(tmp_path, **{"b.JPG": png(), ".c.png": png()})
-    assert keys(open_source(str(tmp_path))) == ["a.tar:0000.png"]
-    assert caplog.messages == [f"{tmp_path} contains image files besides a.tar. The image files are ignored."]
+    source = open_source(str(tmp_path))
+    assert keys(source) == ["a.tar:0000.png"]
+    assert taken(source) == f"{tmp_path}: tar shards, 1 image, 1 class; passed over: 1 .jpg, 1 hidden"
 
 
 def test_a_folder_of_parts(tmp_path):
@@ -132,9 +166,118 @@ def test_a_folder_of_parts(tmp_path):
     assert keys(open_source(str(tmp_path), "val")) == ["b/2.png"]
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path), "test")
-    assert str(error.value) == f"{tmp_path} has train and validation, and nothing for test."
+    assert str(error.value) == (
+        f"{tmp_path} has train and validation, and nothing for test. Name one, as {tmp_path}/train."
+    )
     write(tmp_path, **{"truck/4.png": png()})
-    assert open_source(str(tmp_path), "val").classes == ["train", "truck", "validation"]
+    assert taken(open_source(str(tmp_path))).endswith("2 images, 2 classes; passed over: 1 folder of images, 1 hidden")
+    (tmp_path / "validation").rename(tmp_path / "valley")
+    for part in ("train", "val"):
+        with pytest.raises(SourceError) as error:
+            open_source(str(tmp_path), part)
+        assert str(error.value) == (
+            f"{tmp_path} can be read in two ways, because 'train' is the name of a split and truck, valley are not "
+            f"named after one. For the split, give {tmp_path}/train. For classes, give train another name."
+        )
+    (tmp_path / "train").rename(tmp_path / "trains")
+    assert open_source(str(tmp_path)).classes == ["trains", "truck", "valley"]
+
+
+STRAYS = {
+    "Imagenette's own archive": {"noisy_imagenette.csv": b"path,label\n", ".DS_Store": b""},
+    "a zip file of macOS": {"__MACOSX/train/._a.jpg": b"", "._train": b""},
+    "an archive beside what was made of it": {"set.tar": b"", "README.md": b"", "a.png": png()},
+    "folders without images": {"annotations/a.json": b"{}", "labels/train/a.txt": b""},
+}
+
+
+@pytest.mark.parametrize("strays", STRAYS.values(), ids=STRAYS)
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [("train", "val", "test"), ("Train", "VALID", "Test"), ("train2017", "val2017", "test2017")],
+)
+def test_what_lies_beside_folders_of_splits_is_passed_over(tmp_path, strays, train, val, test):
+    write(
+        tmp_path, **{f"{split}/{label}/{split}.png": png() for split in (train, val, test) for label in ("cat", "dog")}
+    )
+    write(tmp_path, **strays)
+    for part, split in (("train", train), ("val", val), ("test", test)):
+        source = open_source(str(tmp_path), part)
+        assert (keys(source), source.classes) == ([f"cat/{split}.png", f"dog/{split}.png"], ["cat", "dog"])
+        others = ", ".join(sorted({train, val, test} - {split}))
+        said = f"{tmp_path}/{split}: files in a folder, split {split} (others: {others}), 2 images, 2 classes"
+        assert taken(source).partition(";")[0] == said
+        names = [name for name in strays if "/" not in name or name.startswith("__")]
+        counts = listed(count_kinds(name.partition("/")[0] for name in names))
+        assert taken(source) == said + (f"; passed over: {counts}" if counts else "")
+
+
+def test_shards_in_folders_of_splits(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        shard(tmp_path / split / f"{split}-0.tar", samples("0", "1"))
+        shard(tmp_path / split / "rest.tar", samples("0")) if split == "val" else None
+    assert keys(open_source(str(tmp_path))) == ["train-0.tar:0000.png", "train-0.tar:0001.png"]
+    with pytest.raises(
+        SourceError, match=r"can be read in two ways, because 'val' is the name of a split and rest\.tar is"
+    ):
+        open_source(str(tmp_path), "val")
+    shard(tmp_path / "train-9.tar", samples("0"))
+    with pytest.raises(SourceError, match=r"train-9\.tar and the folder train are both named after splits"):
+        open_source(str(tmp_path))
+
+
+def test_folders_of_classes_beside_a_shard(tmp_path):
+    write(tmp_path, **{f"{label}/{number}.png": png() for label in ("cat", "dog") for number in range(5)})
+    shard(tmp_path / "old.tar", samples("0", "1"))
+    with pytest.raises(SourceError) as error:
+        open_source(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path} can be read in two ways: it contains old.tar, and cat, dog are full of images. For the shards, "
+        f"give {tmp_path}/*.tar. For the folders, move the .tar files elsewhere."
+    )
+    assert len(open_source(f"{tmp_path}/*.tar")) == 2
+    (tmp_path / "old.tar").rename(tmp_path / "train-0.tar")
+    source = open_source(str(tmp_path))  # a name that leaves no doubt
+    assert taken(source) == (
+        f"{tmp_path}: tar shards, split train, 2 images, 2 classes; passed over: 2 folders of images"
+    )
+
+
+def test_two_folders_for_one_part(tmp_path):
+    write(tmp_path, **{f"{split}/a/0.png": png() for split in ("train", "dev", "val")})
+    with pytest.raises(SourceError, match=f"{tmp_path} has dev and val for val. Name one, as {tmp_path}/dev"):
+        open_source(str(tmp_path), "val")
+    assert keys(open_source(f"{tmp_path}/val", "val")) == ["a/0.png"]
+
+
+def test_what_was_read_and_what_was_not_is_one_line_for_each_source(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    photos = write(
+        tmp_path / "photos",
+        **{
+            "a/0.png": png(),
+            "b/1.PNG": png(),
+            "-1/2.png": png(),
+            "b/x.txt": b"",
+            "b/X.TXT": b"",
+            "b/raw": b"",
+            ".n": b"",
+        },
+    )
+    (tmp_path / "list.csv").write_text("path,label\nphotos/a/0.png,0\nphotos/b/1.PNG,nan\n")
+    members = [("a/b.png", png()), ("a/b.cls", b"7"), ("a/._b.png", b""), ("a/b.txt", b""), ("__MACOSX/c.png", b"")]
+    shard(tmp_path / "a.tar", members)
+    for _ in range(2):  # from the images, and from the catalog
+        caplog.clear()
+        report_unreadable(open_catalog(open_source(f"{photos} + {tmp_path}/list.csv + {tmp_path}/a.tar + synthetic")))
+        assert caplog.messages[:4] == [
+            f"Images: {photos}: files in a folder, 3 images, 2 classes of 2 images; "
+            "passed over: 2 .txt, 1 hidden, 1 without extension",
+            f"Images: {tmp_path}/list.csv: list of files, 2 images, 1 class of 1 image",
+            f"Images: {tmp_path}/a.tar: tar shards, 1 image, 1 class; passed over: 2 hidden, 1 .txt",
+            "Images: synthetic: built-in images, split train, 8,192 images, 10 classes",
+        ]
 
 
 def test_sources_can_be_sent_and_shared(tmp_path):
@@ -166,7 +309,7 @@ def test_a_folder_without_the_part(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path), "val")
     assert str(error.value) == (
-        f"{tmp_path} has files for train, but none for val. Name the files to use, such as {tmp_path}/train*.tar."
+        f"{tmp_path} has files for train, but none for val. Name the files to use, such as {tmp_path}/train-0.tar."
     )
 
 
@@ -206,3 +349,48 @@ def test_columns_of_what_has_none(tmp_path, name, chosen, message):
     with pytest.raises(SourceError) as error:
         open_source(f"{tmp_path}/{name}#{chosen}")
     assert str(error.value) == message.format(f"{tmp_path}/{name}")
+
+
+ODD = ["photos[1].tar", "list{v2}.csv", "list{v2,v3}.jsonl", "[ab]/x.parquet", "a*b/x{0..1}.tar", "[ab]/photos?.csv"]
+"""Names that are patterns too, some of which match other files."""
+
+
+def write_one(path, height):
+    """Write a source of one image in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tar":
+        shard(path, [("x.png", png(height))])
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"image": [png(height)]}), path)
+    else:
+        (path.parent / f"{height}.png").write_bytes(png(height))
+        header = "path\n" if path.suffix == ".csv" else ""
+        line = f"{height}.png" if path.suffix == ".csv" else f'{{"path": "{height}.png"}}'
+        path.write_text(f"{header}{line}\n")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_path_that_exists_is_never_a_pattern(tmp_path, name):
+    others = ["photos1.tar", "listv2.csv", "a/x.parquet", "b/x.parquet", "listv2.jsonl", "a-b/x0.tar", "a/photos1.csv"]
+    for number, other in enumerate(others, start=10):
+        write_one(tmp_path / other, number)
+    write_one(tmp_path / name, 3)
+    assert heights(open_source(f"{tmp_path}/{name}")) == [3]
+
+
+def test_a_pattern_below_a_folder_whose_name_is_a_pattern_too(tmp_path):
+    for folder, height in (("a", 9), ("[ab]{1,2}", 3)):
+        for number in range(2):
+            write_one(tmp_path / folder / f"t-{number}.parquet", height + number)
+            write_one(tmp_path / folder / f"[t]-{number}.tar", height + number)
+    for pattern in ("t-{0..1}.parquet", "t-*.parquet", "{[t]-0,[t]-1}.tar"):
+        assert heights(open_source(f"{tmp_path}/[ab]{{1,2}}/{pattern}")) == [3, 4]
+    assert heights(open_source(f"{tmp_path}/[a]/t-0.parquet")) == [9]
+
+
+def test_rows_that_were_not_loaded_are_an_error(tmp_path, monkeypatch):
+    write_one(tmp_path / "a.parquet", 3)
+    load = datasets.Dataset.from_parquet
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", lambda files: load(files).select([]))
+    with pytest.raises(SourceError, match=r"a\.parquet has 1 rows, but 0 were loaded"):
+        open_source(f"{tmp_path}/a.parquet")

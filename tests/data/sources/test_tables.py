@@ -273,7 +273,7 @@ REFUSED = {
         "{0}: 'size' is not a column of images. Columns of images: front, back.",
     ),
     "a label column that is none": (
-        {"image": cells(0, 1), "weight": [0.5]},
+        {"image": cells(0, 1), "weight": [[0.5]]},
         "#label=weight",
         "{0}: 'weight' is not a column of labels. Columns of labels: none.",
     ),
@@ -338,8 +338,8 @@ def test_a_part_that_a_folder_lacks(splits):
     with pytest.raises(SourceError) as error:
         open_source(str(splits), "val")
     assert str(error.value) == (
-        f"{splits} has files for train and test, but none for val. Name the files to use, such as "
-        f"{splits}/train*.parquet."
+        f"{splits} has files for train and test, but none for val. Name the files to use, "
+        f"such as {splits}/data/train-0000*.parquet."
     )
 
 

@@ -154,7 +154,7 @@ def test_shards_without_labels(tmp_path):
         ([b'{"label": "other", "cls": 3}', b'{"label": 4, "cls": null}'], [3, 4], None),
         # Nothing that could be a class.
         (
-            [b'{"label": 0}', b'{"label": [1]}', b'{"label": -1}', b'{"label": true}', b'{"label": ""}'],
+            [b'{"label": 0}', b'{"label": [1]}', b'{"label": -1}', b'{"label": {}}', b'{"label": ""}'],
             [0] + 4 * [-1],
             None,
         ),
@@ -345,7 +345,9 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path):
         (b"", "{} is not an uncompressed tar file: empty file."),
         (
             bytes(10240),
-            "No images in {}. Members must end in .jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .avif.",
+            "No images in {}. Members must end in "
+            ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
+            ".bmp, .dib, .tif, .tiff.",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,7 @@ from PIL import Image
 
 from ijepa_enhanced.data.decode import open_image, upright_size
 from ijepa_enhanced.data.listing import Listing
-from ijepa_enhanced.errors import SourceError, UnreadableImage
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-"""Endings of the names of image files and members, in small or capital letters."""
-
-PARTS = ("train", "val", "test")
-"""What files of a folder and splits of a data set may be named after."""
+from ijepa_enhanced.errors import UnreadableImage
 
 CLASSES = "classes.txt"
 """File beside shards with the name of each label, one on each line."""
@@ -50,6 +44,12 @@ class Source(ABC):
 
     name: str
     """What the user called it."""
+    kind: ClassVar[str] = "images"
+    """What it is, in words."""
+    split: str = ""
+    """Words for the split that was chosen, if there are several."""
+    beside: dict[str, int] = {}  # noqa: RUF012 - replaced, never changed
+    """Files in its folder that it does not read, by extension, see `count_kinds`; `listing` counts those inside."""
     _listing: Listing | None = None
 
     @property
@@ -205,40 +205,3 @@ def fingerprint_of(files: Iterable[tuple[str, str | Path]]) -> str:
             digest.update(_unread(error).args[0].encode())
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def number_labels(
-    written: list[str | None], classes: list[str] | None, source: str
-) -> tuple[NDArray[np.int64], list[str] | None]:
-    """Return labels as int64 [N], -1 for None, and the class names or None.
-
-    Labels that are all whole numbers stay as they are. Names are numbered in the order of `classes`, or if that is
-    None, in the order of the alphabet.
-
-    Raises:
-        SourceError: a label is not among `classes`, or is a number that int64 cannot hold.
-    """
-    found = sorted({label for label in written if label is not None})
-    if all(label.isdecimal() for label in found):
-        numbers = {label: int(label) for label in found}
-    else:
-        classes = found if classes is None else classes
-        numbers = {name: number for number, name in enumerate(classes)}
-    for label in found:
-        if classes is not None and numbers.get(label, len(classes)) >= len(classes):
-            raise SourceError(
-                f"{source} has the label '{label}', which is not one of the {len(classes)} classes in classes.txt."
-            )
-    return label_array([-1 if label is None else numbers[label] for label in written], source), classes
-
-
-def label_array(labels: list[int], source: str) -> NDArray[np.int64]:
-    """Return labels as int64 [N].
-
-    Raises:
-        SourceError: a label is a number that int64 cannot hold.
-    """
-    try:
-        return np.array(labels, dtype=np.int64)
-    except OverflowError as error:
-        raise SourceError(f"{source} has the label {max(labels)}, which is too large a number.") from error

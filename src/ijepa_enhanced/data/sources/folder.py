@@ -11,16 +11,10 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import EXTENSIONS, HEAD, FileSource, fingerprint_of, sample
+from ijepa_enhanced.data.sources.base import HEAD, FileSource, fingerprint_of, sample
+from ijepa_enhanced.data.sources.labels import label_text
+from ijepa_enhanced.data.sources.names import EXTENSIONS, count_kinds, hidden, is_image, listed
 from ijepa_enhanced.errors import SourceError
-
-HEIC = (".heic", ".heif")
-"""Endings of files that are listed though they cannot be read: a folder of a phone's photos must not look empty."""
-
-
-def is_image(name: str) -> bool:
-    """Return whether the name of a file is that of an image; hidden files are not."""
-    return name.lower().endswith((*EXTENSIONS, *HEIC)) and not name.startswith(".")
 
 
 class PathSource(FileSource):
@@ -46,8 +40,10 @@ class FolderSource(PathSource):
     """All images of a folder and its subfolders, sorted by name; links are followed, hidden files are left out.
 
     If all images lie in subfolders, these are the classes, sorted by name; deeper folders belong to the class that they
-    are in.
+    are in. Images in a folder such as `-1` have no label, see `label_text`.
     """
+
+    kind = "files in a folder"
 
     def __init__(self, folder: str | Path) -> None:
         self.name = str(folder)
@@ -55,22 +51,31 @@ class FolderSource(PathSource):
 
     def make_listing(self) -> Listing:
         """See `Source`."""
+        found: list[str] = []
+        others: list[str] = []
         folders: list[str] = []
-        keys = sorted(self._walk(folders))
+        for key in self._walk(folders):
+            (found if is_image(key.rpartition("/")[2]) else others).append(key)
+        keys = sorted(found)
+        passed_over = count_kinds(key.rpartition("/")[2] for key in others)
         if not keys:
+            there = f" It holds {listed(passed_over)}." if passed_over else ""
             raise SourceError(
-                f"No images in {self.name}. The folder must contain files that end in {', '.join(EXTENSIONS)}."
+                f"No images in {self.name}. The folder must contain files that end in {', '.join(EXTENSIONS)}.{there}"
             )
         tops = [key.partition("/")[0] for key in keys]
-        if any(top == key for top, key in zip(tops, keys, strict=True)):
-            return Listing(Texts.of(keys), folders=tuple(folders))
-        classes = sorted(set(tops))
+        classes = [top for top in sorted(set(tops)) if label_text(top) is not None]
+        if not classes or any(top == key for top, key in zip(tops, keys, strict=True)):
+            return Listing(Texts.of(keys), folders=tuple(folders), passed_over=passed_over)
         numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers[top] for top in tops], dtype=np.int64)
-        return Listing(Texts.of(keys), labels, classes, folders=tuple(folders))
+        labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
+        return Listing(Texts.of(keys), labels, classes, folders=tuple(folders), passed_over=passed_over)
 
     def _walk(self, folders: list[str]) -> Iterator[str]:
-        """Yield the keys of all images, and append every folder to `folders`, relative to the root."""
+        """Yield the keys of all files, and append every folder to `folders`, relative to the root.
+
+        Hidden folders count as files.
+        """
         root = str(self.root)
         ways = {root: [os.path.realpath(root)]}  # the real paths of a folder and of all folders above it
         for folder, subfolders, files in os.walk(root, onerror=cannot_list, followlinks=True):
@@ -80,11 +85,13 @@ class FolderSource(PathSource):
             for name in subfolders.copy():
                 real = os.path.realpath(Path(folder, name))
                 # A link to a folder above would be followed for ever.
-                if name.startswith(".") or any(_holds(real, place) for place in way):
+                if hidden(name) or any(_holds(real, place) for place in way):
                     subfolders.remove(name)
+                    if hidden(name):
+                        yield name
                 else:
                     ways[os.path.join(folder, name)] = [*way, real]
-            for name in filter(is_image, files):
+            for name in files:
                 yield name if inside == "." else f"{inside}/{name}"
 
     def identity(self) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import fingerprint_of, number_labels
+from ijepa_enhanced.data.sources.base import fingerprint_of
 from ijepa_enhanced.data.sources.folder import PathSource
+from ijepa_enhanced.data.sources.labels import number_labels
 from ijepa_enhanced.errors import SourceError
 
 LISTS = (".csv", ".jsonl")
@@ -23,6 +24,8 @@ class ListSource(PathSource):
     Paths are relative to the list. Labels are class numbers from 0 or class names; names are numbered in the order of
     the alphabet.
     """
+
+    kind = "list of files"
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -39,15 +42,14 @@ class ListSource(PathSource):
                 named = ", ".join(str(name) for name in image)
                 raise SourceError(f"Image {number} of {self.path} has no 'path', but {named}.")
         keys = Texts.of(str(image["path"]) for image in images)
-        written = [None if image.get("label") in (None, "") else str(image["label"]) for image in images]
-        if all(label is None for label in written):
-            return Listing(keys)
-        return Listing(keys, *number_labels(written, None, self.name))
+        return Listing(keys, *number_labels((image.get("label") for image in images), None, self.name))
 
     def _lines(self) -> list[dict[str, Any]]:
         try:
             with open(self.path, newline="", encoding="utf-8-sig") as file:
-                return [*(json_lines(file, self.name) if self.path.suffix == ".jsonl" else csv.DictReader(file))]
+                return [
+                    *(json_lines(file, self.name) if self.path.suffix.lower() == ".jsonl" else csv.DictReader(file))
+                ]
         except UnicodeDecodeError as error:
             raise SourceError(f"{self.path} is not text in UTF-8.") from error
         except csv.Error as error:

@@ -14,6 +14,8 @@ from PIL import Image
 
 from ijepa_enhanced.data.listing import Listing, Names, Sizes
 from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.labels import are_numbers, class_key, class_keys, repeated
+from ijepa_enhanced.errors import SourceError
 
 
 class MixedSource(Source):
@@ -22,14 +24,17 @@ class MixedSource(Source):
     An image is shown in `weight / largest weight` of the epochs: no epoch shows one twice. So with weights of 2 and 1
     an epoch has all images of the first source and half of those of the second, drawn again in each epoch.
 
-    There are labels if all sources have some, and all or none of them have classes. Classes of the same name are one,
-    and are numbered in the order in which the sources name them. Each source has its own catalog.
+    There are labels if all sources have some, and all of them name their classes or all of them number them. Classes
+    of the same name are one, and are numbered in the order in which the sources name them. Each source has its own
+    catalog.
 
     Args:
         sources: one or more.
         weights: one for each, above 0.
         name: what the user called them.
     """
+
+    kind = "mixture"
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], name: str) -> None:
         self.name = name
@@ -50,7 +55,7 @@ class MixedSource(Source):
         """See `Source`."""
         listings = [source.listing for source in self.sources]
         shares = np.repeat(np.array(self.weights) / max(self.weights), [len(listing) for listing in listings])
-        labels, classes = _joined_labels(listings)
+        labels, classes, notes = _joined_labels(listings, self.name)
         sizes = [listing.sizes for listing in listings if listing.sizes is not None]
         digest = hashlib.sha256("\n".join(listing.hash for listing in listings).encode())
         for values in (shares, labels):
@@ -60,7 +65,7 @@ class MixedSource(Source):
             Chain([listing.keys for listing in listings], [f"{number}:" for number, _ in enumerate(listings, start=1)]),
             labels,
             classes,
-            notes=tuple(note for listing in listings for note in listing.notes),
+            notes=(*(note for listing in listings for note in listing.notes), *notes),
             shares=shares,
             sizes=None if len(sizes) < len(listings) else _joined_sizes(sizes),
             hash=digest.hexdigest(),
@@ -121,25 +126,42 @@ class Chain(Names):
         return self.prefixes[number] + part[row - int(self.ends[number]) + len(part)]
 
 
-def _joined_labels(listings: Sequence[Listing]) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-    """Return the labels and classes of a mixture."""
-    named = [listing.classes is not None for listing in listings]
-    if any(listing.labels is None for listing in listings) or all(named) != any(named):
-        return None, None
-    classes = None
-    if all(named):
-        classes = [*dict.fromkeys(itertools.chain(*(listing.classes or () for listing in listings)))]
-    return np.concatenate([_renumbered(listing, classes) for listing in listings]), classes
+def _joined_labels(
+    listings: Sequence[Listing], name: str
+) -> tuple[NDArray[np.int64] | None, list[str] | None, tuple[str, ...]]:
+    """Return the labels and classes of a mixture, and what users must know about them.
+
+    Raises:
+        SourceError: a source has two classes of one name, and the sources do not list the same names.
+    """
+    if any(listing.labels is None for listing in listings):
+        return None, None, ()
+    names = [listing.classes for listing in listings if listing.classes is not None]
+    if len(names) < len(listings):
+        if not all(map(are_numbers, names)):
+            note = f"{name} has no labels: some of its sources name their classes, and others number them."
+            return None, None, (note,)
+        return np.concatenate([_renumbered(listing, None) for listing in listings]), None, ()
+    keys = class_keys(names[0])
+    if all(class_keys(others) == keys for others in names):  # two classes of one name keep their numbers
+        return np.concatenate([listing.labels for listing in listings if listing.labels is not None]), names[0], ()
+    for classes in names:
+        for key in repeated(classes):
+            raise SourceError(f"{name}: one source has more than one class '{key}'. Give every class its own name.")
+    joined: dict[int | str, str] = {}
+    for each in itertools.chain(*names):
+        joined.setdefault(class_key(each), each)
+    return np.concatenate([_renumbered(listing, [*joined]) for listing in listings]), [*joined.values()], ()
 
 
-def _renumbered(listing: Listing, classes: list[str] | None) -> NDArray[np.int64]:
-    """Return the labels of a source as numbers of `classes`, if there are any."""
+def _renumbered(listing: Listing, keys: list[int | str] | None) -> NDArray[np.int64]:
+    """Return the labels of a source as places in `keys`, or if that is None, as the numbers that name its classes."""
     assert listing.labels is not None
-    if classes is None or listing.classes is None:
+    if listing.classes is None:
         return listing.labels
+    own = class_keys(listing.classes)
     # The last number is that of -1, which is no label.
-    numbers = np.array([*map(classes.index, listing.classes), -1], dtype=np.int64)
-    return numbers[listing.labels]
+    return np.array([*(own if keys is None else map(keys.index, own)), -1], dtype=np.int64)[listing.labels]
 
 
 def _joined_sizes(sizes: Sequence[Sizes]) -> Sizes:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
 import re
-from glob import glob
 from pathlib import Path
 
-from ijepa_enhanced.data.sources.base import PARTS, Source
-from ijepa_enhanced.data.sources.folder import FolderSource, cannot_list, is_image
+from ijepa_enhanced.data.sources.base import CLASSES, Source
+from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.lists import LISTS, ListSource
 from ijepa_enhanced.data.sources.mixed import MixedSource
+from ijepa_enhanced.data.sources.names import count_kinds, hidden
+from ijepa_enhanced.data.sources.patterns import existing_files
+from ijepa_enhanced.data.sources.splits import choose_files, choose_folder, folders_of_images, split_word
 from ijepa_enhanced.data.sources.synthetic import SyntheticSource
 from ijepa_enhanced.data.sources.tables import Columns, is_saved, open_hub, open_parquet, open_saved
 from ijepa_enhanced.data.sources.tar import TarSource
 from ijepa_enhanced.errors import SourceError
-
-logger = logging.getLogger(__name__)
-
-FOLDERS = (*PARTS, "validation")
-"""What folders of parts are named."""
 
 
 def open_source(spec: str, part: str = "train") -> Source:
@@ -34,8 +29,7 @@ def open_source(spec: str, part: str = "train") -> Source:
             set of the Hub which of its configurations is meant; after tar shards, `#label=NAME` says which key of
             their members `KEY.json` holds the labels. Several of these with ` + ` between are mixed, see
             `MixedSource`, by the weights that follow them: `photos@2 + train-*.tar@1`.
-        part: of the synthetic images; of a folder of files or a data set, the files or the split whose names begin
-            with it.
+        part: `train`, `val` or `test`; see `splits` for what belongs to it.
 
     Raises:
         SourceError: there is no such source, or no image in it.
@@ -54,26 +48,73 @@ def open_source(spec: str, part: str = "train") -> Source:
         raise SourceError(f"{place} is a remote source. Run ijepa prepare {place} FOLDER, then use FOLDER.")
     path = Path(place).expanduser()
     if path.is_dir():
-        if is_saved(path):
-            return open_saved(path, place, part, columns)
-        files = sorted(path.glob("*.tar")) or sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-        files = _files_of(part, files, place)
-        if not files:
-            path = _folder_of(part, path)
-        elif any(is_image(file.name) for file in path.iterdir()):
-            logger.warning("%s contains image files besides %s. The image files are ignored.", place, files[0].name)
+        return _open_folder(path, place, spec, part, columns)
+    files = existing_files(str(path), spec)
+    if len(files) == 1 and files[0].suffix.lower() in LISTS:
+        _check_no_columns(place, columns)
+        return ListSource(files[0])
+    return _open_shards(files, place, spec, columns)
+
+
+def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Columns) -> Source:
+    """Return what a folder holds for a part: a saved data set, shards or images."""
+    if is_saved(folder):
+        return open_saved(folder, place, part, columns)
+    inside, split, others = choose_folder(part, folder)
+    if is_saved(inside):
+        return open_saved(inside, place, part, columns)
+    shards = _shards(folder)
+    if split:
+        # An archive that lies beside the folders made from it is not read. Shards named after splits can be meant.
+        named = [shard.name for shard in shards if split_word(shard.name)]
+        if named:
+            raise SourceError(
+                f"{folder} can be read in two ways, because {named[0]} and the folder {inside.name} are both named "
+                f"after splits. Name one, as {folder / named[0]} or {inside}."
+            )
+        shards = _shards(inside)
+    beside = [entry.name for entry in _files(folder) if entry not in shards] if split else []
+    if not shards:
+        _check_no_columns(place, columns)
+        source: Source = FolderSource(inside)
     else:
-        files = _existing_files(str(path), spec)
-    kind = files[0].suffix if files else ""
-    if kind == ".parquet":
+        others = [*others, *folders_of_images(inside, shards)]
+        chosen, words = choose_files(part, shards, place)
+        split = ", ".join(filter(None, (split, words)))
+        source = _open_shards(chosen, place, spec, columns)
+        known = {CLASSES, "manifest.json"}
+        known |= {shard.name for shard in shards if shard in chosen or split_word(shard.name)}
+        beside += [entry.name for entry in _files(inside) if entry.name not in known]
+    source.split = split
+    source.beside = count_kinds(beside)
+    if others:
+        source.beside = source.beside | {f"folder{'s' * (len(others) > 1)} of images": len(others)}
+    return source
+
+
+def _open_shards(files: list[Path], place: str, spec: str, columns: Columns) -> Source:
+    if files[0].suffix.lower() == ".parquet":
         return open_parquet(files, place, columns)
-    if files and not (kind in LISTS and len(files) == 1):
-        if "image" in columns:
-            raise SourceError(f"{place} has no image column to choose. For tar shards, write only label=NAME after #.")
-        return TarSource(files, spec, columns.get("label"))
+    if "image" in columns:
+        raise SourceError(f"{place} has no image column to choose. For tar shards, write only label=NAME after #.")
+    return TarSource(files, spec, columns.get("label"))
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the shards in a folder, of one kind."""
+    patterns = ("*.tar", "*.parquet", "data/*.parquet")
+    found = ([file for file in sorted(folder.glob(each)) if not hidden(file.name)] for each in patterns)
+    return next(filter(None, found), [])
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files in a folder, and whatever is hidden."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_file() or hidden(entry.name))
+
+
+def _check_no_columns(place: str, columns: Columns) -> None:
     if columns:
         raise SourceError(f"{place} has no columns to choose. Remove the # and everything after it.")
-    return ListSource(files[0]) if files else FolderSource(path)
 
 
 def is_remote(spec: str) -> bool:
@@ -105,61 +146,3 @@ def _split_columns(spec: str) -> tuple[str, Columns]:
             "Data sets of the Hub accept config=NAME too, tar shards only label=NAME."
         )
     return place, columns
-
-
-def _files_of(part: str, files: list[Path], folder: str) -> list[Path]:
-    """Those of a folder's files whose names begin with `part`, or all where they are not named after parts."""
-    named = [file for file in files if file.name.startswith(part)]
-    others = [other for other in PARTS if any(file.name.startswith(other) for file in files)]
-    if not named and others:
-        raise SourceError(
-            f"{folder} has files for {' and '.join(others)}, but none for {part}. Name the files to use, "
-            f"such as {folder}/{others[0]}*{files[0].suffix}."
-        )
-    return named or files
-
-
-def _folder_of(part: str, folder: Path) -> Path:
-    """What lies in a folder for `part`, where all in it are folders named after parts; else the folder itself."""
-    try:
-        inside = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        cannot_list(error)
-    if not inside or not all(entry.is_dir() and entry.name in FOLDERS for entry in inside):
-        return folder
-    named = [entry for entry in inside if entry.name.startswith(part)]
-    if not named:
-        raise SourceError(f"{folder} has {' and '.join(entry.name for entry in inside)}, and nothing for {part}.")
-    return named[0]
-
-
-def _existing_files(pattern: str, spec: str) -> list[Path]:
-    """The files of a pattern with braces and asterisks."""
-    files = [Path(name) for expanded in expand(pattern) for name in sorted(glob(expanded)) or [expanded]]
-    missing = [str(file) for file in files if not file.is_file()]
-    if len(files) > 1 and missing:
-        raise SourceError(
-            f"{len(missing)} of the {len(files)} files of {spec} are missing, the first is {missing[0]}. "
-            "Check the pattern, or fetch them."
-        )
-    if missing:
-        raise SourceError(
-            f"No such file or folder: {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
-            "Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'."
-        )
-    return files
-
-
-def expand(pattern: str) -> list[str]:
-    """The names of a pattern with {a,b} and {000..012} as a shell expands them."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in itertools.product(*choices)]
-
-
-def _choices(part: str) -> list[str]:
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-    if counted is None:
-        return part.split(",")
-    first, last = counted.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]

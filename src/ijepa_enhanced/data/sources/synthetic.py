@@ -18,11 +18,14 @@ class SyntheticSource(Source):
         SourceError: there is no such part.
     """
 
+    kind = "built-in images"
+
     def __init__(self, part: str = "train") -> None:
         if part not in synthetic.IMAGES:
             raise SourceError(f"The synthetic images have the parts {' and '.join(synthetic.IMAGES)}, not '{part}'.")
         self.name = "synthetic"
         self.part = part
+        self.split = f"split {part}"
 
     def make_listing(self) -> Listing:
         """See `Source`; the location of an image is its height and width."""

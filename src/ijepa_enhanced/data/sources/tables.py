@@ -6,6 +6,7 @@ in microseconds, where a row of Parquet costs the decompression of its row group
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import HEAD, PARTS, FileSource, fingerprint_of, label_array, number_labels
+from ijepa_enhanced.data.sources.base import HEAD, FileSource, fingerprint_of
+from ijepa_enhanced.data.sources.labels import label_array, number_labels
+from ijepa_enhanced.data.sources.splits import choose_split
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 Columns = Mapping[str, str]
@@ -28,9 +31,8 @@ class TableSource(FileSource):
     """The rows of a table.
 
     Images are the one column of type Image, of structs with a field `bytes`, or of bytes; labels are the one column of
-    type ClassLabel, or else whole numbers or strings in a column `label`. If there are several, the column named
-    `image` or `label` is used. Strings are numbered in the order of the alphabet, unless all are whole numbers; rows
-    whose label is missing, empty or below 0 have no label.
+    type ClassLabel, or else numbers, strings or booleans in a column `label`. If there are several, the column named
+    `image` or `label` is used. `number_labels` says which rows have no label, and how names are numbered.
 
     Args:
         dataset: a `datasets.Dataset` of one row or more.
@@ -41,6 +43,8 @@ class TableSource(FileSource):
     Raises:
         SourceError: there is no image column, or several and none is chosen.
     """
+
+    kind = "table"
 
     def __init__(
         self, dataset: Any, name: str, columns: Columns, files: Sequence[tuple[str, int]] | None = None
@@ -138,7 +142,14 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
     if not any(count for _, count in rows):
         raise SourceError(f"No images in {name}: it has no row.")
     with _loading(name):
-        dataset = datasets.Dataset.from_parquet([str(file) for file in files])
+        # `datasets` reads names as patterns.
+        dataset = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files])
+    count = sum(count for _, count in rows)
+    if len(dataset) != count:
+        raise SourceError(
+            f"{name} has {count} rows, but {len(dataset)} were loaded. Delete the copies that datasets made in its "
+            "cache folder, or rename the files so that their names have only letters, digits, '-' and '_'."
+        )
     return TableSource(dataset, name, columns, rows)
 
 
@@ -146,8 +157,8 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     """A data set of the Hub, or a folder laid out like one: `hf://NAME` or `hf://NAME:SPLIT`.
 
     Args:
-        name: with the split where it is not to be found by `part`; a slice such as `train[:1000]` will do.
-        part: of the splits, the one whose name begins with it.
+        name: with the split if `choose_split` cannot find it; it can be a slice, such as `train[:1000]`.
+        part: see `choose_split`.
         columns: see `TableSource`; `config` is the configuration of a data set that has several.
 
     Raises:
@@ -164,10 +175,12 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     if not split:
         with _loading(name):
             splits = datasets.get_dataset_split_names(repository, config)
-        split = _split_of(splits, part, name, f"{name}:")
+        split = choose_split(splits, part, name, f"{name}:")
     with _loading(name):
         dataset = datasets.load_dataset(repository, config, split=split, keep_in_memory=False)
-    return TableSource(dataset, name, columns)
+    source = TableSource(dataset, name, columns)
+    source.split = f"split {split}"
+    return source
 
 
 def is_saved(folder: Path) -> bool:
@@ -176,7 +189,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def open_saved(folder: Path, name: str, part: str, columns: Columns) -> TableSource:
-    """A data set that was saved with `save_to_disk`, and the split whose name begins with `part` where it has several.
+    """Return a data set that was saved with `save_to_disk`; if it has splits, the one of `choose_split`.
 
     Raises:
         SourceError: see `TableSource`; or it cannot be loaded, or `datasets` is not installed.
@@ -184,9 +197,12 @@ def open_saved(folder: Path, name: str, part: str, columns: Columns) -> TableSou
     datasets = _datasets()
     with _loading(name):
         dataset = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    if isinstance(dataset, datasets.DatasetDict):
-        dataset = dataset[_split_of(list(dataset), part, name, f"{name}/")]
-    return TableSource(dataset, name, columns)
+    if not isinstance(dataset, datasets.DatasetDict):
+        return TableSource(dataset, name, columns)
+    split = choose_split(list(dataset), part, name, f"{name}/")
+    source = TableSource(dataset[split], name, columns)
+    source.split = f"split {split}"
+    return source
 
 
 def _datasets() -> ModuleType:
@@ -208,15 +224,6 @@ def _loading(name: str) -> Iterator[None]:
     except (OSError, ValueError, LookupError, _datasets().exceptions.DatasetsError) as error:
         first, *_ = [*str(error.__cause__ or error).splitlines(), type(error).__name__]
         raise SourceError(f"{name} cannot be loaded: {first}") from error
-
-
-def _split_of(splits: list[str], part: str, name: str, prefix: str) -> str:
-    """The split of a part, or the only one, unless it is another part; `prefix` and a split is what names it."""
-    for split in splits:
-        if split.startswith(part) or (len(splits) == 1 and not split.startswith(PARTS)):
-            return split
-    listed = ", ".join(splits)
-    raise SourceError(f"{name} has the splits {listed}, and none for {part}: name one, as {prefix}{splits[0]}.")
 
 
 def _column(kind: str, possible: list[str], columns: Columns, name: str) -> str | None:
@@ -248,16 +255,15 @@ def _holds_images(feature: Any) -> bool:
 
 
 def _holds_labels(feature: Any) -> bool:
-    return _type(feature).startswith(("ClassLabel", "int", "uint", "string", "large_string"))
+    return _type(feature).startswith(("ClassLabel", "int", "uint", "float", "bool", "string", "large_string"))
 
 
 def _labels(
     written: list[Any], classes: list[str] | None, name: str
 ) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-    written = [None if label == "" else label for label in written]
-    if any(isinstance(label, str) for label in written):
+    if classes is None:
         return number_labels(written, None, name)
     labels = label_array([-1 if label is None or label < 0 else label for label in written], name)
-    if classes is not None and labels.max() >= len(classes):
+    if labels.max() >= len(classes):
         raise SourceError(f"{name} has the label {labels.max()}, but names for {len(classes)} classes only.")
     return (None, None) if (labels < 0).all() else (labels, classes)

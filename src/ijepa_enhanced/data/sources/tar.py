@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -19,14 +20,13 @@ import numpy as np
 from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import (
     CLASSES,
-    EXTENSIONS,
     HEAD,
     THREADS,
     FileSource,
     fingerprint_of,
-    number_labels,
 )
-from ijepa_enhanced.data.sources.folder import HEIC
+from ijepa_enhanced.data.sources.labels import label_text, number_labels
+from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC, count_kinds, hidden
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 
@@ -42,6 +42,8 @@ class TarSource(FileSource):
         name: what the user called them.
         label: the key of the members `KEY.json` that holds the labels, instead of all these.
     """
+
+    kind = "tar shards"
 
     def __init__(self, shards: list[Path], name: str, label: str | None = None) -> None:
         self.name = name
@@ -61,7 +63,7 @@ class TarSource(FileSource):
             shards = [*pool.map(partial(_scan_shard, label_key=self.label), self.shards)]
         # One kind for all images: the two kinds may not mean the same.
         kind = ".cls" if any(shard.labels[".cls"] for shard in shards) else ".json"
-        written = [shard.labels[kind].get(_sample(member)) or None for shard in shards for member in shard.members]
+        written = [shard.labels[kind].get(_sample(member)) for shard in shards for member in shard.members]
         if not written:
             raise SourceError(f"No images in {self.name}. Members must end in {', '.join(EXTENSIONS)}.")
         keys = Texts.of(
@@ -71,11 +73,11 @@ class TarSource(FileSource):
             [(number, *extent) for number, shard in enumerate(shards) for extent in shard.extents], dtype=np.int64
         )
         notes = tuple(note for shard in shards for note in shard.notes)
-        if not any(written):
-            self._check_label(shards)
-            return Listing(keys, location=location, notes=notes)
         labels, classes = number_labels(written, self._class_names(), self.name)
-        return Listing(keys, labels, classes, location, notes=notes)
+        if labels is None:
+            self._check_label(shards)
+        passed_over = count_kinds(itertools.chain(*(shard.others for shard in shards)))
+        return Listing(keys, labels, classes, location, notes=notes, passed_over=passed_over)
 
     def _check_label(self, shards: list[_Shard]) -> None:
         """Raise SourceError if the user named a key of the labels, which no image has."""
@@ -90,10 +92,10 @@ class TarSource(FileSource):
         )
 
     def _class_names(self) -> list[str] | None:
-        """Return the lines of `classes.txt`, or None if there is no such file."""
+        """Return the lines of `classes.txt` without the empty ones at its end, or None if there is no such file."""
         path = Path(self.root, CLASSES)
         try:
-            return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+            return path.read_text(encoding="utf-8-sig").rstrip().splitlines() if path.is_file() else None
         except UnicodeDecodeError as error:
             raise SourceError(f"{path} is not text in UTF-8.") from error
 
@@ -176,10 +178,7 @@ def _json_values(data: bytes) -> dict[str, Any]:
 
 def _json_label(values: dict[str, Any], keys: Iterable[str]) -> str | None:
     """Return the class number or name under the first of the keys that has one."""
-    for label in map(values.get, keys):
-        if (type(label) is int and label >= 0) or (isinstance(label, str) and label.strip()):
-            return str(label).strip()
-    return None
+    return next((label for label in map(label_text, map(values.get, keys)) if label is not None), None)
 
 
 @dataclass
@@ -197,6 +196,8 @@ class _Shard:
     """By the extension of its member, the text of every label by sample."""
     first_json: list[str] | None = None
     """The keys of the first metadata; None if no metadata were read."""
+    others: list[str] = field(default_factory=list)
+    """Names, without folders, of members that are neither images nor labels."""
     parts: list[str] = field(default_factory=list)
     """Images whose name goes on after the first dot, which are no samples of their own."""
     notes: list[str] = field(default_factory=list)
@@ -209,7 +210,10 @@ class _Shard:
         """
         sample = _sample(member.name)
         extension = member.name.removeprefix(sample).lower()
-        if extension in (*EXTENSIONS, *HEIC):
+        *folders, name = member.name.split("/")
+        if hidden(name) or any(hidden(folder) and folder not in (".", "..") for folder in folders):
+            self.others.append(f".{name}")
+        elif extension in (*EXTENSIONS, *HEIC):
             self.members.append(member.name)
             self.extents.append((member.offset_data, member.size))
         elif extension.endswith(EXTENSIONS):
@@ -225,6 +229,8 @@ class _Shard:
             data = os.pread(file.fileno(), member.size, member.offset_data)
             if len(data) == member.size:
                 self.labels[extension][sample] = data.decode(errors="replace").strip()
+        elif extension not in (".cls", ".json"):
+            self.others.append(name)
 
     def note_what_is_missing(self, complete: bool) -> None:
         """Make notes of what a user may expect in the shard and that is not among its images."""

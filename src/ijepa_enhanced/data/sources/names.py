@@ -1,0 +1,48 @@
+"""What counts as an image, by the names of files; `data.decode` looks into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".png", ".apng", ".webp", ".gif", ".avif"),
+    *(".bmp", ".dib", ".tif", ".tiff"),
+)
+"""Endings of the names of image files and members, in small or capital letters."""
+
+HEIC = (".heic", ".heif")
+"""Endings of files that are listed though they cannot be read: a folder of a phone's photos must not look empty."""
+
+SYSTEM = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini")
+"""Files and folders that macOS, storage devices and Windows add to folders, in small letters."""
+
+KINDS = 8
+"""Extensions that a line lists."""
+
+
+def hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden (its name begins with a dot) or the system's."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def is_image(name: str) -> bool:
+    """Return whether the name of a file is that of an image; hidden files are not."""
+    return name.lower().endswith((*EXTENSIONS, *HEIC)) and not hidden(name)
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """Return counts of files as text, the most common kinds first: "3 .txt, 1 hidden"."""
+    order = sorted(counts, key=lambda kind: (-counts[kind], kind))
+    more = [f"{len(order) - KINDS} more kinds"] if len(order) > KINDS else []
+    return ", ".join([*(f"{counts[kind]:,} {kind}" for kind in order[:KINDS]), *more])
+
+
+def count_kinds(names: Iterable[str]) -> dict[str, int]:
+    """Return how many of some files have each extension; hidden and system files are counted as one kind."""
+    counts: dict[str, int] = {}
+    for name in names:
+        stem, _, extension = name.rpartition(".")
+        kind = "hidden" if hidden(name) else f".{extension.lower()}" if stem else "without extension"
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts

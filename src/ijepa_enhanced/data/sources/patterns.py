@@ -1,0 +1,68 @@
+"""Names of files with {a,b}, {000..012}, *, ? and [ab]. A path that exists is never a pattern."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from glob import escape, glob
+from pathlib import Path
+
+from ijepa_enhanced.errors import SourceError
+
+
+def existing_files(pattern: str, spec: str) -> list[Path]:
+    """Return the file of that name, or if there is none, the files that match it as a pattern.
+
+    Args:
+        pattern: a path, or a path with braces and asterisks.
+        spec: what the user wrote, for messages.
+
+    Raises:
+        SourceError: files are missing.
+    """
+    files = [Path(pattern)]
+    if not files[0].exists():
+        folder, rest = _split(files[0])
+        files = [file for expanded in expand(rest) for file in _matches(folder / expanded)]
+    missing = [str(file) for file in files if not file.is_file()]
+    if len(files) > 1 and missing:
+        raise SourceError(
+            f"{len(missing)} of the {len(files)} files of {spec} are missing, the first is {missing[0]}. "
+            "Check the pattern, or fetch them."
+        )
+    if missing:
+        raise SourceError(
+            f"No file or folder {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, Parquet "
+            "files, a list in CSV or JSONL, hf://NAME, or 'synthetic'."
+        )
+    return files
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the names that a shell makes of a pattern with {a,b} and {000..012}."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _split(path: Path) -> tuple[Path, str]:
+    """Return the longest part of a path that is a folder, and the rest: only this can be a pattern."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), path.parents[-1])
+    return folder, str(path.relative_to(folder))
+
+
+def _matches(path: Path) -> list[Path]:
+    """Return the files of a pattern without braces, or the path itself if it exists or matches nothing."""
+    if path.exists():
+        return [path]
+    folder, rest = _split(path)
+    return [Path(name) for name in sorted(glob(os.path.join(escape(str(folder)), rest)))] or [path]
+
+
+def _choices(part: str) -> list[str]:
+    counted = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+    if counted is None:
+        return part.split(",")
+    first, last = counted.groups()
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]

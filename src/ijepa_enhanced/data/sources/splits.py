@@ -1,0 +1,172 @@
+"""Which of the files and folders in a folder a command reads: those of its part, `train`, `val` or `test`.
+
+A part is never guessed: where a folder can be read in two ways, SourceError shows both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ijepa_enhanced.data.sources.folder import cannot_list
+from ijepa_enhanced.data.sources.names import hidden, is_image
+from ijepa_enhanced.errors import SourceError
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+"""The part that each whole word of a name means, in small or capital letters."""
+
+SHARDS = (".tar", ".parquet")
+
+
+def split_word(name: str) -> str | None:
+    """Return the first whole word of a name that is a split: `train` in `train-000.tar`, but none in `trains.tar`."""
+    return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), None)
+
+
+def choose_split(names: Sequence[str], part: str, place: str, prefix: str) -> str:
+    """Return the split of a data set that is for a part, or its only split if that is not named after a part.
+
+    Args:
+        names: of its splits.
+        part: `train`, `val` or `test`.
+        place: the data set, for messages.
+        prefix: what names a split if its name follows, for messages.
+
+    Raises:
+        SourceError: no split is for this part, or several are.
+    """
+    found = [name for name in names if SPLITS.get(split_word(name) or "") == part]
+    exact = [name for name in found if name.lower() in SPLITS]
+    if len(names) == 1 and split_word(names[0]) is None:
+        return names[0]
+    for only in (exact, found):
+        if len(only) == 1:
+            return only[0]
+    listed = ", ".join(names)
+    if found:
+        raise SourceError(
+            f"{place} has several splits for {part}, {', '.join(found)}: name one, as {prefix}{found[0]}."
+        )
+    raise SourceError(f"{place} has the splits {listed}, and none for {part}: name one, as {prefix}{names[0]}.")
+
+
+def choose_files(part: str, files: Sequence[Path], folder: str) -> tuple[list[Path], str]:
+    """Return the shards of a folder that are for a part, all if none is named after a split, and words for the split.
+
+    Raises:
+        SourceError: no file is for this part, or the names can be read in two ways.
+    """
+    words = {file: split_word(file.name) for file in files}
+    splits = [word for word in SPLITS if word in words.values()]
+    if not splits:
+        return [*files], ""
+    patterns = {word: _pattern([file for file in files if words[file] == word], word) for word in splits}
+    others = [file.name for file in files if words[file] is None]
+    if others and len({SPLITS[word] for word in splits}) == 1:
+        raise SourceError(
+            f"{folder} can be read in two ways, because '{splits[0]}' is the name of a split and {_some(others)} "
+            f"not named after one. Name the files: {patterns[splits[0]]} for these alone, or "
+            f"{files[0].parent}/*{files[0].suffix} for all."
+        )
+    own = [word for word in splits if SPLITS[word] == part]
+    if not own:
+        raise SourceError(
+            f"{folder} has files for {' and '.join(splits)}, and none for {part}: name those to take, "
+            f"as {patterns[splits[0]]}."
+        )
+    if len(own) > 1:
+        raise SourceError(
+            f"{folder} has files for {' and '.join(own)}: name those to take, as {patterns[own[0]]} or "
+            f"{patterns[own[1]]}."
+        )
+    return [file for file in files if words[file] == own[0]], _words(own[0], splits)
+
+
+def choose_folder(part: str, folder: Path) -> tuple[Path, str, list[str]]:
+    """Return the folder of a part, if a folder has folders named after splits: `train`, `Val`, `train2017`.
+
+    Returns:
+        That folder, words for the split, and the other folders with images; else the folder itself, "" and [].
+
+    Raises:
+        SourceError: no folder is for this part, or the names can be read in two ways.
+    """
+    folders = folders_in(folder)
+    splits = [name for name in folders if re.fullmatch(r"[a-z]+[-_ ]?\d*", name.lower()) and split_word(name)]
+    if not splits:
+        return folder, "", []
+    others = [name for name in folders if name not in splits and holds_images(folder / name)]
+    if others and len({SPLITS[split_word(name) or ""] for name in splits}) == 1:
+        raise SourceError(
+            f"{folder} can be read in two ways, because '{splits[0]}' is the name of a split and {_some(others)} not "
+            f"named after one. For the split, give {folder}/{splits[0]}. For classes, give {splits[0]} another name."
+        )
+    own = [name for name in splits if SPLITS[split_word(name) or ""] == part]
+    if not own:
+        raise SourceError(
+            f"{folder} has {' and '.join(splits)}, and nothing for {part}. Name one, as {folder}/{splits[0]}."
+        )
+    if len(own) > 1:
+        raise SourceError(f"{folder} has {' and '.join(own)} for {part}. Name one, as {folder}/{own[0]}.")
+    return folder / own[0], _words(own[0], splits), others
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, without hidden ones.
+
+    Raises:
+        SourceError: the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not hidden(entry.name))
+    except OSError as error:
+        cannot_list(error)
+
+
+def holds_images(folder: Path) -> bool:
+    """Return whether there is an image or a shard in a folder or below it."""
+    for _, folders, files in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not hidden(name)]
+        if any(is_image(name) or (name.endswith(SHARDS) and not hidden(name)) for name in files):
+            return True
+    return False
+
+
+def folders_of_images(folder: Path, shards: Sequence[Path]) -> list[str]:
+    """Return the names of the folders of images beside shards, which are not read.
+
+    Raises:
+        SourceError: there are some, and no shard is named after a split: either can be meant.
+    """
+    places = {shard.parent for shard in shards}
+    others = [name for name in folders_in(folder) if folder / name not in places and holds_images(folder / name)]
+    if others and not any(split_word(shard.name) for shard in shards):
+        listed = shards[0].name if len(shards) == 1 else f"{len(shards)} {shards[0].suffix} files"
+        raise SourceError(
+            f"{folder} can be read in two ways: it contains {listed}, and {_some(others)} full of images. For the "
+            f"shards, give {shards[0].parent}/*{shards[0].suffix}. For the folders, move the {shards[0].suffix} files "
+            "elsewhere."
+        )
+    return others
+
+
+def _words(split: str, splits: Sequence[str]) -> str:
+    others = [name for name in splits if name != split]
+    return f"split {split}" + (f" (others: {', '.join(others)})" if others else "")
+
+
+def _pattern(files: Sequence[Path], word: str) -> str:
+    """Return what names these files, which all have the word in their names."""
+    if len(files) == 1:
+        return str(files[0])
+    prefix = os.path.commonprefix([file.name for file in files])  # noqa: RUF071 - names, not paths
+    return f"{files[0].parent}/{prefix if split_word(prefix) else f'*{word}'}*{files[0].suffix}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names with a verb."""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"{', '.join(names[:2])}{more} {'is' if len(names) == 1 else 'are'}"
