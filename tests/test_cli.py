@@ -782,7 +782,7 @@ def test_a_resolution_far_from_the_trained_one_is_pointed_out_once(run: Run, pic
     assert trained is not None
     images = ("inspect", "merges", run.folder, pictures / "dark" / "0.png", pictures / "dark" / "2.png")
     for px, warned in ((trained, False), (4 * trained, True), (trained // 3, True)):
-        told = f"The encoder was trained at a resolution of {trained} px and is used at {px} px"
+        told = f"The encoder was trained at a resolution of {trained} px but is used at {px} px"
         for answer in (
             ijepa(
                 "evaluate", run.folder, "--train", pictures, "--val", pictures, "--resolution", str(px), "--baselines"

@@ -53,8 +53,8 @@ class DataConfig:
     """Number of worker processes that decode images. 0: decode in the training process. Null: one worker per CPU core,
     divided among the ranks of a machine. Results do not depend on this number."""
     cache: Literal["none", "memory"] = "none"
-    """`memory` loads all image files into shared memory before training. The images of `synthetic` are generated there.
-    Training does not start if the files do not fit."""
+    """`memory` loads all image files into shared memory before training (`synthetic`: 241 MB). Training does not start
+    if they do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "packs_per_step", "masked_views"):

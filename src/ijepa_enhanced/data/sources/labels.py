@@ -89,7 +89,9 @@ def number_labels(
                 )
     for label in found:
         if classes is not None and numbers[label] >= len(classes):
-            raise SourceError(f"{source} has the label '{label}', which is none of the {len(classes)} in classes.txt.")
+            raise SourceError(
+                f"{source} has the label '{label}', which is not one of the {len(classes)} classes in classes.txt."
+            )
     return label_array([-1 if label is None else numbers[label] for label in labels], source), classes
 
 

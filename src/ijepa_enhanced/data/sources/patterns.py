@@ -33,8 +33,8 @@ def existing_files(pattern: str, spec: str) -> list[Path]:
         )
     if missing:
         raise SourceError(
-            f"No file or folder {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, Parquet "
-            "files, a list in CSV or JSONL, hf://NAME, or 'synthetic'."
+            f"No such file or folder: {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
+            "Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'."
         )
     return files
 

@@ -73,12 +73,12 @@ def choose_files(part: str, files: Sequence[Path], folder: str) -> tuple[list[Pa
     own = [word for word in splits if SPLITS[word] == part]
     if not own:
         raise SourceError(
-            f"{folder} has files for {' and '.join(splits)}, and none for {part}: name those to take, "
-            f"as {patterns[splits[0]]}."
+            f"{folder} has files for {' and '.join(splits)}, but none for {part}. Name the files to use, "
+            f"such as {patterns[splits[0]]}."
         )
     if len(own) > 1:
         raise SourceError(
-            f"{folder} has files for {' and '.join(own)}: name those to take, as {patterns[own[0]]} or "
+            f"{folder} has files for {' and '.join(own)}. Name the files to use: {patterns[own[0]]} or "
             f"{patterns[own[1]]}."
         )
     return [file for file in files if words[file] == own[0]], _words(own[0], splits)
