@@ -1,4 +1,4 @@
-"""The watch sees a collapse, leaves a healthy run alone in every sense, and keeps the best encoder."""
+"""The monitor detects a collapse, does not change a healthy run, and keeps the best encoder."""
 
 import dataclasses
 import itertools

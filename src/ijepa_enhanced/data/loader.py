@@ -226,7 +226,7 @@ def serve_the_parent(worker: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """Within a second: PyTorch's own watch would wait for ever until what is in the pipe is read."""
+    """Within a second: PyTorch's own check would wait for ever until what is in the pipe is read."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     # Other processes that the parent has forked can keep `join` from seeing its end. The process above is another than

@@ -74,7 +74,7 @@ def lidar(z: Tensor) -> float:
 def spread(z: Tensor) -> float:
     """How far the features of images lie apart: the mean over dimensions of their standard deviation, 0 if collapsed.
 
-    In the features' own units, so it sees a common scale, to which the other signs are blind.
+    In the features' own units, so it sees a common scale, to which the other metrics are blind.
 
     Args:
         z: [N, D], any float type, N at least 1.
