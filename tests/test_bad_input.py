@@ -972,7 +972,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         nothing,
         f"{EVALUATE} --resolution 480 --json",
         [
-            "The encoder was trained at a resolution of 48 px but is used at 480 px, where its features are worse. "
+            "The encoder was trained at a resolution of 48 px but is used at 480 px, where its features may be worse. "
             "Omit the resolution to use the training resolution.",
             "Scoring: trained",
             FEW.format(10),

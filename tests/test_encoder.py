@@ -256,7 +256,7 @@ def test_the_resolution_is_the_trained_one_unless_another_is_given(
     assert caplog.messages == []
     for resolution in (31, 97):
         encoder.embed(images, resolution=resolution)
-        assert f"trained at a resolution of 64 px and is used at {resolution} px" in caplog.messages[-1]
+        assert f"trained at a resolution of 64 px but is used at {resolution} px" in caplog.messages[-1]
     encoder.embed(images, resolution=97)
     assert len(caplog.messages) == 2  # once for an encoder and a resolution, not for each call ...
     Encoder.random(TINY, Preprocessing(resolution=64), seed=0).embed(images, resolution=97)

@@ -159,7 +159,7 @@ def test_evaluate_under_torchrun_speaks_with_one_voice(
     (line,) = (line for line in stdout.splitlines() if line.startswith("{"))
     assert {**json.loads(line), "images_per_second": 0} == {**expected, "images_per_second": 0}
     assert stderr.count("Scoring: trained") == 1
-    assert stderr.count("the same images for training and validation") == 1
+    assert stderr.count("is used for training and validation") == 1
 
 
 DISAGREEING = """
