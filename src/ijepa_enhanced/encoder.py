@@ -349,8 +349,8 @@ class Encoder(nn.Module):
         if not low * trained <= resolution <= high * trained and resolution not in self.warned:
             self.warned.add(resolution)
             logger.warning(
-                "The encoder was trained at a resolution of %d px but is used at %d px, where its features may be worse. "
-                "Omit the resolution to use the training resolution.",
+                "The encoder was trained at a resolution of %d px but is used at %d px, where its features may be "
+                "worse. Omit the resolution to use the training resolution.",
                 trained,
                 resolution,
             )
