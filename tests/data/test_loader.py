@@ -219,7 +219,7 @@ def test_only_one_of_the_two_may_merge(scene: Scene) -> None:
         assert [plan is not None for plan in (batch.merge_plan, batch.seen_merge_plan)] == [r > 0 for r in rates]
 
 
-def test_whole_views_may_merge_at_another_rate_in_each_layer(scene: Scene) -> None:
+def test_global_views_may_merge_at_another_rate_in_each_layer(scene: Scene) -> None:
     plan = scene.dataset(depth=2, merge_rate=[0.0, 0.5])[scene.packs[0]].merge_plan
     assert plan is not None
     assert plan.active == (False, True)

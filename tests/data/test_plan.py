@@ -296,7 +296,7 @@ def test_local_views_are_small_crops_at_half_the_side_beside_their_images_others
     assert (masked.boxes == pack.boxes[~pack.unmasked]).all()
 
 
-def test_whole_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them_and_local_ones() -> None:
+def test_global_views_are_cropped_and_sized_as_masked_ones_and_stand_between_them_and_local_ones() -> None:
     config = DataConfig(
         tokens_per_pack=8192,
         masked_views=1,
