@@ -570,6 +570,11 @@ WRONG_REQUESTS = {
         "inspect merges run photos/dark/0.png nope.png --out new",
         "No such file: nope.png.",
     ),
+    "merges of a folder": (
+        nothing,
+        "inspect merges run photos/dark --out new",
+        "photos/dark is a folder. Name image files.",
+    ),
     "merges at rate 0": (
         nothing,
         "inspect merges run photos/dark/0.png --out new --merge-rate 0",

@@ -143,5 +143,7 @@ def features(options: FeatureOptions) -> int:
 def check_files(paths: Sequence[str]) -> None:
     """Raise RequestError if one of these is not a file."""
     for path in paths:
+        if Path(path).is_dir():
+            raise RequestError(f"{path} is a folder. Name image files.")
         if not Path(path).is_file():
             raise RequestError(f"No such file: {path}.")
