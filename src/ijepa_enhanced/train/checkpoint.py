@@ -68,7 +68,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         survivor = f"The previous one, {kept}, is intact." if kept else "There is no earlier one."
         raise CheckpointError(f"Could not save checkpoint {final}: {_reason(error)}. {survivor}") from error
     for old in _checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # the new one is safe; what is left is deleted after the next save
     return final
 
 
