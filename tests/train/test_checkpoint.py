@@ -44,6 +44,24 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert read_progress(checkpoint) == {"step": 7, "cursor": [1, 2]}
 
 
+def test_a_parameter_without_a_gradient_so_far_comes_back_without_moments(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model[0](torch.ones(2)).sum().backward()  # as the projector, until a pack has several images
+    optimizer.step()
+    checkpoint = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    load_checkpoint(checkpoint, other, other_optimizer)
+    for value, other_value in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(value, other_value)
+        moments, other_moments = optimizer.state.get(value, {}), other_optimizer.state.get(other_value, {})
+        assert moments.keys() == other_moments.keys()
+        for key, moment in moments.items():
+            assert torch.equal(moment, other_moments[key]), key
+
+
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained(seed=1)
     for step in (9, 10, 100):

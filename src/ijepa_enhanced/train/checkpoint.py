@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -102,6 +102,17 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
         )
     tensors = _tensors(model, optimizer)
     try:
+        # AdamW has no moments for a parameter that had no gradient yet, such as the projector's before the first pack
+        # of several images.
+        stored = _stored(checkpoint)
+        untouched = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not any(key.startswith(f"optimizer.state.{name}.") for key in stored)
+        ]
+        for name in untouched:
+            for key in [key for key in tensors if key.startswith(f"optimizer.state.{name}.")]:
+                del tensors[key]
         with _single_process():
             state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -112,6 +123,18 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
         kind, _, name = name.partition(".")
         (weights if kind == "model" else moments)[name] = value
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
+    parameters = dict(model.named_parameters())
+    for name in untouched:
+        optimizer.state.pop(parameters[name], None)
+
+
+def _stored(checkpoint: Path) -> list[str]:
+    """Return the names of all tensors in a checkpoint."""
+    names: list[str] = []
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.extend(file.keys())
+    return names
 
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
