@@ -127,7 +127,7 @@ def open_catalog(source: Source, cache: bool = True) -> Catalog:
 
 def scan(source: Source) -> dict[str, Any]:
     """Make the catalog of a source again, and return its `summary`; raises errors as `open_catalog` does."""
-    source.attach(partial(_listing_of, anew=True))
+    source.attach(partial(_listing_of, again=True))
     report_notes(source)
     return summary(_catalog_of(source))
 
@@ -226,16 +226,16 @@ def _catalog_of(source: Source) -> Catalog:
     return Catalog(heights, widths, rows, labels, listing.classes, listing.hash, shares, source)
 
 
-def _listing_of(source: Source, cache: bool = True, anew: bool = False) -> Listing:
+def _listing_of(source: Source, cache: bool = True, again: bool = False) -> Listing:
     """Return the listing of a source with sizes, mapped from its catalog if that can be kept."""
     if not cache:
         return list_and_scan(source, Unfinished(None))
     path = catalog_path(source)
-    listing = None if anew else _find(source, path)[0]
+    listing = None if again else _find(source, path)[0]
     if listing is None:
         with _alone(path, source.name):
             # Another process may have made it while this one waited.
-            listing, why_not = (None, "") if anew else _find(source, path)
+            listing, why_not = (None, "") if again else _find(source, path)
             if listing is None:
                 if why_not:
                     logger.info("%s", why_not)
