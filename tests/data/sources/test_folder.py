@@ -12,36 +12,7 @@ from PIL import Image
 from ijepa_enhanced.data.sources.base import HEAD
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.errors import SourceError, UnreadableImage
-
-
-def png(height=4, width=6, colour="red", **options):
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
-def noise_jpeg(height, width):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write(root, **files):
-    """Write files by their paths, folders made as needed."""
-    for name, data in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return root
-
-
-def keys(source):
-    return [*source.listing.keys]
-
-
-def heights(source):
-    return [source.size(row)[0] for row in range(len(source))]
+from source_files import heights, keys, noise_jpeg, png, write
 
 
 def test_class_folders_are_labels(tmp_path):

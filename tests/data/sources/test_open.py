@@ -1,70 +1,19 @@
 """From what the user wrote to a source."""
 
-import io
 import logging
 import pickle
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from ijepa_enhanced.data.catalog import open_catalog, report_unreadable, taken
 from ijepa_enhanced.data.sources.names import count_kinds, listed
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.errors import SourceError
-
-
-def png(height=4, width=6, colour="red", **options):
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(buffer, "PNG", **options)
-    return buffer.getvalue()
-
-
-def write(root, **files):
-    """Write files by their paths, folders made as needed."""
-    for name, data in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return root
-
-
-def shard(path, members, tar_format=tarfile.USTAR_FORMAT):
-    """A tar file of (name, bytes) members."""
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(*labels, first=0):
-    """Members of one image and one label for every label; image n is n + 1 pixels high."""
-    members = []
-    for number, label in enumerate(labels, start=first):
-        members += [(f"{number:04d}.png", png(height=number + 1)), (f"{number:04d}.cls", label.encode())]
-    return members
-
-
-def described(*metadata):
-    """Members of one image and its metadata, for every one."""
-    members = []
-    for number, data in enumerate(metadata):
-        members += [(f"{number:04d}.png", png()), (f"{number:04d}.json", data)]
-    return members
-
-
-def keys(source):
-    return [*source.listing.keys]
-
-
-def heights(source):
-    return [source.size(row)[0] for row in range(len(source))]
+from source_files import described, heights, keys, png, samples, shard, write
 
 
 def test_one_image_is_a_source(tmp_path):
