@@ -364,7 +364,12 @@ class Encoder(nn.Module):
         return plan_merges(segments.lengths, rate, self.config.shape.depth)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, and create it if needed."""
+        """Write `config.json` and `model.safetensors` into `folder`, and create it if needed.
+
+        Raises:
+            OSError: a file cannot be written, as on a full disk.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -376,7 +381,10 @@ class Encoder(nn.Module):
         }
         # Each file is written under a temporary name and renamed, so that a reader never sees half of one.
         with replacing(folder / "model.safetensors") as temporary:
-            save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
+            try:
+                save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
+            except SafetensorError as error:  # safetensors reports failed writes as its own errors
+                raise OSError(f"{folder / 'model.safetensors'} cannot be written: {error}") from error
         with replacing(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config, indent=2) + "\n")
 
