@@ -758,7 +758,7 @@ BEGUN = {"new/", "new/config.yaml", "new/log.jsonl"}
 """What is there of a run from its first step on: enough to resume it."""
 DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete it to resume from {}."
 
-CUT_HEADER = "metadata is None; global metadata read failed: Error while deserializing header: invalid header length"
+CUT_HEADER = "Error while deserializing header: invalid header length"
 
 TAKE_AWAY = "Remove them, or raise data.max_unreadable."
 
