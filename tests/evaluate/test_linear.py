@@ -207,8 +207,9 @@ def test_blocks_change_rounding_alone(monkeypatch, soft, rows):
     targets = F.one_hot(y, 4).float() if soft else y
     whole = softmax_regression(x, targets, [0.1], rows=rows)
     monkeypatch.setattr(linear, "BLOCK", 4 * 37)
-    # At this strength L-BFGS comes to the minimum, up to float32.
-    torch.testing.assert_close(softmax_regression(x, targets, [0.1], rows=rows), whole, rtol=1e-3, atol=1e-4)
+    # L-BFGS stops when a step changes the loss by less than 1e-9. The curvature is at least the strength, so each of
+    # the two is at most sqrt(2e-9 / 0.1) = 1.4e-4 from the minimum.
+    torch.testing.assert_close(softmax_regression(x, targets, [0.1], rows=rows), whole, rtol=1e-3, atol=3e-4)
 
 
 def test_integer_targets_are_one_hot_targets_bit_for_bit():
