@@ -118,7 +118,8 @@ def test_unreadable_images_are_left_out_and_named(encoder: Encoder, damaged: Pat
     assert found.unreadable[4].startswith("cannot be decoded: ")
 
 
-def test_thumbnails_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_thumbnails_by_hand(tmp_path: Path, workers: int) -> None:
     """Two flat halves: bicubic reaches two columns across their border, so each half's outer two are its colour."""
     pixels = np.zeros((40, 80, 3), dtype=np.uint8)
     pixels[:, :40] = (255, 0, 51)
@@ -128,7 +129,7 @@ def test_thumbnails_by_hand(tmp_path: Path) -> None:
         Image.fromarray(pixels if name == "a" else pixels[:, ::-1]).save(tmp_path / name / "0.png")
     (tmp_path / "b" / "1.png").write_bytes((tmp_path / "b" / "0.png").read_bytes()[:-60])
     source = open_source(str(tmp_path))
-    found = thumbnails(source, open_catalog(source), side=8)
+    found = thumbnails(LabelledSource(source, open_catalog(source)), workers, side=8)
     left, right = [1.0, 0.0, 0.2], [0.0, 0.4, 1.0]
     assert found.values.shape == (2, 8 * 8 * 3)
     outer = found.values.view(2, 8, 8, 3)[:, :, [0, 1, 6, 7]]

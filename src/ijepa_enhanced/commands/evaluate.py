@@ -198,10 +198,10 @@ def features_of(
     work: Work, encoder: Encoder | None, images: LabelledSource, config: InferenceConfig, layers: int
 ) -> Features:
     """Return the features of a source from the last `layers` layers, and log its images that cannot be decoded once."""
-    if encoder is None:
-        found = thumbnails(images.source, images.catalog)
-    else:
-        with counting(images.source.name, len(images.catalog.rows)) as progress:
+    with counting(images.source.name, len(images.catalog.rows)) as progress:
+        if encoder is None:
+            found = thumbnails(images, config.workers, progress=progress)
+        else:
             found = extract(encoder, images, config, progress, cache=True, layers=layers)
     new = {row: reason for row, reason in found.unreadable.items() if work.is_new((images.source.name, row))}
     warn_of_unreadable(images.source, new)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from ijepa_enhanced.merge_plan import plan_merges
 from ijepa_enhanced.packed import Packed, Segments, Selection
 from ijepa_enhanced.randomness import Purpose, generator
 
+Item = TypeVar("Item")
+"""What a dataset makes of a key."""
 PREFETCH = 2
 """Packs that each worker makes ahead; PyTorch's default."""
 SHARED_BYTES = 1 << 16
@@ -155,15 +157,15 @@ def _selection(segments: Segments, tokens: Sequence[NDArray[np.int64]]) -> Selec
 
 
 def make_loader(
-    dataset: PackDataset, packs: Iterable[Pack], workers: int | None, pin_memory: bool = False
-) -> DataLoader[Batch]:
-    """Return a plain DataLoader over packs; batches come in their order, whatever the number of workers.
+    dataset: Dataset[Item], keys: Iterable[Any], workers: int | None, pin_memory: bool = False
+) -> DataLoader[Item]:
+    """Return a plain DataLoader over the items of a dataset, in the order of `keys`, for any number of workers.
 
     Args:
-        dataset: makes the batches.
-        packs: one for each batch.
-        workers: processes that make batches; 0 makes them in this one, None means `default_workers`.
-        pin_memory: copy batches to pinned memory, for a GPU.
+        dataset: makes an item of a key, such as a batch of a pack.
+        keys: one for each item.
+        workers: processes that make items; 0 makes them in this one, None means `default_workers`.
+        pin_memory: copy items to pinned memory, for a GPU.
     """
     workers = default_workers() if workers is None else workers
     with warnings.catch_warnings():
@@ -171,7 +173,7 @@ def make_loader(
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         return DataLoader(
             dataset,
-            sampler=packs,
+            sampler=keys,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,

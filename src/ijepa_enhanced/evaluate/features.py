@@ -11,22 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.decode import decode_views
-from ijepa_enhanced.data.sources.base import UNREAD, Source
+from ijepa_enhanced.data.loader import make_loader
+from ijepa_enhanced.data.sources.base import UNREAD
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.cache import FeatureCache, Part, cache_limit
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, need_images, packs_of, reduced_packs
 from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.preprocess import CHANNELS
 
 LAYERS = 4
 """Last layers that `linear4` reads: those that I-JEPA (arXiv 2301.08243, appendix A.2) and DINOv2 (arXiv 2304.07193)
 probe."""
 PACKS_PER_PART = 16
 """Of a file of the cache, and so the most that an interruption loses: 1,300 images of 196 tokens, on a CPU 330."""
+THUMBNAILS = 64
+"""Images that a worker hands over at once: one by one, handing over takes as long as decoding."""
 FORMAT = 3
 """Raised when a cached file means something else, or an encoder of the same weights computes something else."""
 
@@ -172,20 +177,56 @@ def hash_weights(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def thumbnails(source: Source, catalog: Catalog, side: int = 16) -> Features:
-    """Return the floor that any encoder must beat: images squashed to `side` x `side` RGB pixels, [N, 3 * side**2]."""
+def thumbnails(
+    images: LabelledSource, workers: int, side: int = 16, progress: Callable[[int], None] | None = None
+) -> Features:
+    """Return the floor that any encoder must beat: images squashed to `side` x `side` RGB pixels, [N, 3 * side**2].
+
+    Args:
+        images: the source.
+        workers: processes that decode.
+        side: of the squares, in pixels.
+        progress: called with the number of images done.
+
+    Raises:
+        UnreadableImage: none of the images can be decoded.
+    """
     start = time.perf_counter()
-    values, kept, unreadable = [], [], {}
-    for image, row in enumerate(catalog.rows.tolist()):
-        box = np.array([[0, 0, catalog.heights[image], catalog.widths[image]]], dtype=np.float32)
-        try:
-            pixels = decode_views(source.open(row), box, np.array([[side, side]]))[0]
-        except UnreadableImage as error:
-            unreadable[row] = str(error)
-            continue
-        values.append(torch.from_numpy(pixels.reshape(-1)) / 255)
-        kept.append(image)
-    need_images(len(values), source)
-    rows = torch.from_numpy(catalog.rows[kept])
+    catalog = images.catalog
+    values: list[Tensor] = []
+    unreadable: dict[int, str] = {}
+    positions = torch.arange(len(catalog.rows)).split(THUMBNAILS)
+    for part, (pixels, failed) in zip(
+        positions, make_loader(_Thumbnails(images, side), positions, workers), strict=True
+    ):
+        values.append(pixels.flatten(1) / 255)
+        unreadable |= failed
+        if progress:
+            progress(int(part[-1]) + 1)
+    found = torch.cat(values)
+    need_images(len(found), images.source)
+    kept = np.isin(catalog.rows, list(unreadable), invert=True)
     labels = None if catalog.labels is None else torch.from_numpy(catalog.labels[kept])
-    return Features(torch.stack(values), labels, rows, unreadable, time.perf_counter() - start)
+    ids = torch.from_numpy(catalog.rows[kept])
+    return Features(found, labels, ids, unreadable, time.perf_counter() - start)
+
+
+class _Thumbnails(Dataset[tuple[Tensor, dict[int, str]]]):
+    """Pixels uint8 [n, side, side, C] of some images of the catalog; row and reason of those that have none."""
+
+    def __init__(self, images: LabelledSource, side: int) -> None:
+        self.images = images
+        self.side = side
+
+    def __getitem__(self, positions: Tensor) -> tuple[Tensor, dict[int, str]]:
+        source, catalog = self.images.source, self.images.catalog
+        size = np.array([[self.side, self.side]])
+        pixels, unreadable = [np.empty((0, self.side, self.side, CHANNELS), np.uint8)], {}
+        for image in positions.tolist():
+            box = np.array([[0, 0, catalog.heights[image], catalog.widths[image]]], dtype=np.float32)
+            row = int(catalog.rows[image])
+            try:
+                pixels.append(np.stack(decode_views(source.open(row), box, size)))
+            except UnreadableImage as error:
+                unreadable[row] = str(error)
+        return torch.from_numpy(np.concatenate(pixels)), unreadable
