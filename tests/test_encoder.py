@@ -4,7 +4,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -343,6 +343,27 @@ def test_what_cannot_be_decoded_is_raised_skipped_or_not_a_number(encoder: Encod
     }
     with pytest.raises(ValueError, match=r"^on_error must be raise, skip or nan, not 'ignore'\.$"):
         next(encoder.embed_iter(tmp_path, on_error="ignore"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_what_comes_before_an_error_is_yielded_first(
+    encoder: Encoder, images: list[Image.Image], workers: int, on_error: Literal["raise", "skip"]
+) -> None:
+    def broken() -> Iterator[Any]:
+        yield from images
+        raise KeyError("no more")
+
+    def damaged() -> Iterator[Any]:
+        yield from images
+        yield b"no image" if on_error == "raise" else 3
+        yield images[0]
+
+    for generator, error in ((broken, KeyError), (damaged, UnreadableImage if on_error == "raise" else TypeError)):
+        found = encoder.embed_iter(generator(), workers, on_error)
+        assert [next(found)[0] for _ in images] == [str(number) for number in range(len(images))]
+        with pytest.raises(error):
+            next(found)
 
 
 def test_a_folder_of_an_older_version_says_so(encoder: Encoder, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_enhanced.data.catalog import open_catalog
-from ijepa_enhanced.data.inputs import Decoded, ImageLike, PackBuilder, check_several, decode_all, decode_input
+from ijepa_enhanced.data.inputs import (
+    Decoded,
+    ImageLike,
+    check_several,
+    decode_all,
+    decode_input,
+    in_packs,
+    raise_errors,
+)
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, default_workers
@@ -223,34 +232,17 @@ class Encoder(nn.Module):
         tokens_per_pack: int,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the key and the feature of each image; arguments as for `embed_iter`."""
-        pack = PackBuilder(self.at_once(tokens_per_pack))
-        waiting: list[tuple[str, bool]] = []  # key of each image since the last pack, and whether it was decoded
-
-        def results() -> Iterator[tuple[str, Tensor]]:
-            packs = [pack.take()] if len(pack) else []
+        for members, packed in in_packs(raise_errors(images, on_error), self.at_once(tokens_per_pack)):
             features = (
                 feature
-                for packed, x in self._run(packs, merge_rate, precision)
-                for feature in segment_mean(x, packed.segments.cu_seqlens).cpu()
+                for pack, x in self._run([packed] if packed else [], merge_rate, precision)
+                for feature in segment_mean(x, pack.segments.cu_seqlens).cpu()
             )
-            # Unreadable images are in `waiting` but not in the pack, so that results keep the order of the images.
-            for key, readable in waiting:
+            for key, readable in members:
                 if readable:
                     yield key, next(features)
                 elif on_error == "nan":
                     yield key, torch.full((self.width,), torch.nan)
-            waiting.clear()
-
-        for number, image in enumerate(images):
-            # What is not an image at all is the caller's mistake, whatever `on_error` says.
-            if image.error is not None and (on_error == "raise" or isinstance(image.error, TypeError)):
-                raise image.error
-            if image.patches is not None and not pack.fits(image.patches):
-                yield from results()  # empties the pack
-            if image.patches is not None:
-                pack.add(image.patches, image.grid)
-            waiting.append((str(number) if image.key is None else image.key, image.patches is not None))
-        yield from results()
 
     def feature_maps(
         self,
@@ -317,17 +309,15 @@ class Encoder(nn.Module):
     ) -> Iterator[Packed]:
         """Yield the packs of uint8 patches that `embed` runs the network on, on the CPU; arguments as for `embed`."""
         check_several(images)
-        pixels = self.pixels(resolution)
-        pack = PackBuilder(self.at_once(tokens_per_pack))
-        for image in images:
-            decoded = decode_input(image, pixels, self.config.patch_size, tokens_per_pack)
-            assert decoded.patches is not None  # or it would have raised
-            if not pack.fits(decoded.patches):
-                yield pack.take()
-            pack.add(decoded.patches, decoded.grid)
-            del image, decoded  # frees this image before a generator makes the next one
-        if len(pack):
-            yield pack.take()
+        decode = partial(
+            decode_input,
+            resolution=self.pixels(resolution),
+            patch_size=self.config.patch_size,
+            limit=tokens_per_pack,
+        )
+        for _, packed in in_packs(map(decode, images), self.at_once(tokens_per_pack)):
+            assert packed is not None  # an image that cannot be decoded has raised its error
+            yield packed
 
     def pixels(self, resolution: Resolution) -> int | None:
         """Return the resolution in pixels, or None for native size, and warn if it is far from the trained one."""

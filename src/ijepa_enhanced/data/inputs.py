@@ -72,6 +72,42 @@ class PackBuilder:
         return packed
 
 
+def in_packs(images: Iterable[Decoded], budget: int) -> Iterator[tuple[list[tuple[str, bool]], Packed | None]]:
+    """Yield packs of decoded images, in order; if `images` raises, what it gave before comes first.
+
+    Args:
+        images: decoded images, or images with an error.
+        budget: as for `PackBuilder`.
+
+    Yields:
+        The key of each image (its number as text if it has none) and whether the image is in the pack, which it is
+        unless it has an error; and the pack, or None if no image is in it.
+    """
+    pack = PackBuilder(budget)
+    members: list[tuple[str, bool]] = []
+    failure: Exception | None = None
+    numbered = enumerate(images)
+    while True:
+        try:
+            number, image = next(numbered)
+        except StopIteration:
+            break
+        except Exception as error:  # any, as it may be the caller's generator that failed
+            failure = error
+            break
+        if image.patches is not None:
+            if not pack.fits(image.patches):
+                yield members, pack.take()
+                members = []
+            pack.add(image.patches, image.grid)
+        members.append((str(number) if image.key is None else image.key, image.patches is not None))
+        del image  # frees it before a generator makes the next one
+    if members:
+        yield members, pack.take() if len(pack) else None
+    if failure is not None:
+        raise failure
+
+
 def check_several(images: object) -> None:
     """Check that `images` is not a single image.
 
@@ -108,13 +144,22 @@ def decode_all(
 ) -> Iterator[Decoded]:
     """Yield all images as patches, in order, decoded by worker processes; arguments as for `decode_input`.
 
-    An image that cannot be decoded has its error; what a generator of images raises is raised.
+    An image that cannot be decoded has its error. What a generator of images raises is raised after the images that it
+    gave.
     """
     source = images if isinstance(images, Source) else None
-    items = range(len(images)) if isinstance(images, Source) else map(_portable, images)
+    failures: list[Exception] = []
+
+    def drawn() -> Iterator[Any]:
+        # The loader draws images ahead of those that it returns. An error that went through it would lose them.
+        try:
+            yield from range(len(images)) if isinstance(images, Source) else map(_portable, images)
+        except Exception as error:  # any, as it is the caller's generator
+            failures.append(error)
+
     loader = DataLoader(
         _Decoder(source, resolution, patch_size, limit),
-        sampler=items,  # passed to the dataset one by one, so that a generator need not hold more than a few images
+        sampler=drawn(),  # passed to the dataset one by one, so that a generator need not hold more than a few images
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
@@ -122,6 +167,19 @@ def decode_all(
         generator=torch.Generator(),  # of its own: PyTorch would draw a seed from the caller's
     )
     yield from loader
+    for failure in failures:
+        raise failure
+
+
+def raise_errors(images: Iterable[Decoded], on_error: str) -> Iterator[Decoded]:
+    """Yield `images`, and raise their errors unless `on_error` is something other than "raise".
+
+    What is not an image at all is the caller's mistake, whatever `on_error` says.
+    """
+    for image in images:
+        if image.error is not None and (on_error == "raise" or isinstance(image.error, TypeError)):
+            raise image.error
+        yield image
 
 
 class _Decoder(Dataset[Decoded]):
@@ -158,8 +216,11 @@ def _as_is(item: Any) -> Any:
 def _portable(image: Any) -> Any:
     """Return an image as something that can be sent to another process, or its error.
 
-    An image that is opened and not yet decoded holds an open file, which cannot be sent.
+    An image that is opened and not yet decoded holds an open file, which cannot be sent. A tensor on a GPU would need
+    a CUDA context in the worker.
     """
+    if isinstance(image, Tensor):
+        return image.cpu()
     if not isinstance(image, Image.Image):
         return image
     try:
