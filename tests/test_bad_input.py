@@ -792,7 +792,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "nothing to train on": (
         no_bodies,
         f"{TRAIN} --data.max_unreadable 1",
-        ["ijepa: No image of the last 2 steps could be read."],
+        ["ijepa: No image could be read in 2 steps, so nothing was trained."],
         BEGUN,
     ),
     "nothing to evaluate": (

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_enhanced.batch import MaskedBatch
+from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.losses import nt_xent, variance_covariance
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
@@ -329,6 +330,17 @@ def test_the_rate_of_views_counts_local_ones_too(make_batch: MakeBatch, make_str
     meter = Meter()
     meter.add_step([pack_losses(model, batch, len(batch.targets.index), 1)], [batch])
     assert meter.views == 2 + 3
+
+
+def test_steps_without_a_readable_image_have_no_means(make_batch: MakeBatch) -> None:
+    batch = make_batch([(5, 4), (2, 9)])
+    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    meter, ranks = Meter(), Ranks(torch.device("cpu"))
+    meter.add_step([], [])
+    assert meter.read(100, ranks) == {}
+    losses = pack_losses(model, batch, len(batch.targets.index), 1)
+    meter.add_step([losses], [batch])
+    assert meter.read(100, ranks)["loss"] == losses.total.item()
 
 
 def test_a_single_view_and_its_local_ones_agree(make_batch: MakeBatch, make_stream: MakeStream) -> None:

@@ -159,6 +159,8 @@ def test_what_the_disk_did_not_give_is_tried_again_each_time(folder, cache, scan
             scanned.clear()
             assert ("ant/c.png", "cannot be read: Input/output error") in open_catalog(FolderSource(folder)).unreadable
         assert scanned == [2], "only what the disk did not give is tried again"
+    kept = open_catalog(FolderSource(folder), retry=False)
+    assert "ant/c.png" in dict(kept.unreadable), "a run that is resumed keeps its images"
     for _ in range(2):
         scanned.clear()
         assert_same(open_catalog(FolderSource(folder)), whole)

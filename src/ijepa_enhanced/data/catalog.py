@@ -106,22 +106,22 @@ class Unreadable:
             yield self.source.key(row), self.source.listing.sizes.reasons[row]
 
 
-def open_catalog(source: Source, cache: bool = True) -> Catalog:
+def open_catalog(source: Source, cache: bool = True, retry: bool = True) -> Catalog:
     """Map the catalog of a source, or make it: list the images and read their headers.
 
     If several processes ask for a catalog that is not there, one of them makes it and the others wait. A scan that was
     stopped goes on where it was. A catalog that is damaged, or older than the images or this program, is made again;
-    `Source.fingerprint` tells which changes of the images are noticed. Images that the disk or the network did not
-    give are tried again each time.
+    `Source.fingerprint` tells which changes of the images are noticed.
 
     Args:
         source: the images. It reads them by means of the catalog from now on.
         cache: keep the catalog in `cache_folder`. If that cannot be written to, a warning says so.
+        retry: read the headers again that the disk or the network did not give at the last scan.
 
     Raises:
         SourceError: the source cannot be listed, or holds no image.
     """
-    source.attach(partial(_listing_of, cache=cache))
+    source.attach(partial(_listing_of, cache=cache, retry=retry))
     return _catalog_of(source)
 
 
@@ -226,7 +226,7 @@ def _catalog_of(source: Source) -> Catalog:
     return Catalog(heights, widths, rows, labels, listing.classes, listing.hash, shares, source)
 
 
-def _listing_of(source: Source, cache: bool = True, again: bool = False) -> Listing:
+def _listing_of(source: Source, cache: bool = True, retry: bool = True, again: bool = False) -> Listing:
     """Return the listing of a source with sizes, mapped from its catalog if that can be kept."""
     if not cache:
         return list_and_scan(source, Unfinished(None))
@@ -242,7 +242,7 @@ def _listing_of(source: Source, cache: bool = True, again: bool = False) -> List
                 unfinished = Unfinished(path.with_suffix(".partial"))
                 listing = _kept(list_and_scan(source, unfinished), path, source.name)
                 unfinished.remove()
-    elif listing.sizes is not None and (sizes := scan_again(source, listing.sizes)) is not None:
+    elif retry and listing.sizes is not None and (sizes := scan_again(source, listing.sizes)) is not None:
         listing = _kept(listing.with_sizes(sizes), path, source.name)
     return listing
 

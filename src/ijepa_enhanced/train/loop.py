@@ -80,7 +80,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     """
     with ranks_of_run() as ranks:
         # Opened first, so that a wrong source leaves no folder behind.
-        images = open_images(config, ranks)
+        images = open_images(config, ranks, resume)
         if not resume and ranks.main:
             write_config(config, folder)
         run = Run(config, folder, images, ranks)
@@ -102,11 +102,13 @@ class TrainingImages:
     first_epoch: EpochPlan
 
 
-def open_images(config: TrainConfig, ranks: Ranks) -> TrainingImages:
+def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImages:
     """Open the source, plan its packs, and check that they fit into memory; errors as for `train`."""
     source = open_source(config.data.source)
     with ranks.one_first():  # one rank scans the images, and the others read its catalog
-        catalog = open_catalog(source)
+        # Only a new run, and only that rank, tries images again that the disk or the network did not give: one more
+        # image is another plan.
+        catalog = open_catalog(source, retry=not resume and not ranks.local_rank)
     unreadable = Unreadable(catalog, config.data.max_unreadable)
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
     own_packs = plan.share(ranks.world)
@@ -279,15 +281,18 @@ class Run:
         """Write a line of the log, and probe the teacher if a `monitor` is given.
 
         Raises:
-            RunError: the loss or the gradients are not finite, or no image could be read.
+            RunError: the loss or the gradients are not finite.
         """
+        means = state.meter.read(self.config.data.tokens_per_pack, self.ranks)
+        if not means and not monitor:
+            return  # no image could be read since the last line
         settings = step_settings(self.config.optim, state.step - 1, self.total)  # of the step that was just made
-        values = state.meter.read(self.config.data.tokens_per_pack, self.ranks) | settings._asdict()
+        values = means | settings._asdict()
         values |= {"grad_norm": grad_norm.item(), "epoch": state.epoch, "unreadable": len(state.unreadable)}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        if not (math.isfinite(means.get("loss", 0.0)) and math.isfinite(values["grad_norm"])):
             raise diverged(state.step)
-        if bar:
-            bar.update(state.step, describe(values))
+        if bar and means:
+            bar.update(state.step, describe(means))
         if monitor:
             values |= monitor.probe(state.step, self.encoder, self.autocast, self.ranks)
             if self.ranks.main and state.history.best_step == state.step:
@@ -300,9 +305,11 @@ class Run:
         """Write a checkpoint and the encoder.
 
         Raises:
-            RunError: the last gradients are not finite, so the weights are not finite either.
+            RunError: no image could be read yet, or the last gradients are not finite, so the weights are not either.
             CheckpointError: see `TrainState.save`.
         """
+        if not state.images:
+            raise RunError(f"No image could be read in {state.step} steps, so nothing was trained.")
         if not grad_norm.isfinite():
             raise diverged(state.step)
         facts = {"config": dataclasses.asdict(self.config), "log_bytes": log.sync() if log else 0}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.distributed import Ranks
-from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.jepa import Losses
 
 LOSSES = ("prediction", "vicreg", "contrastive")
@@ -77,12 +76,11 @@ class Meter:
     def read(self, tokens_per_pack: int, ranks: Ranks) -> dict[str, float]:
         """Return the means over all ranks and over the steps since the last reading, and start over.
 
+        If no image of these steps could be read, there are no means: the dictionary is empty.
+
         Args:
             tokens_per_pack: token budget of a pack.
             ranks: all of them call this.
-
-        Raises:
-            RunError: no image of these steps could be read.
         """
         names = ("loss", *LOSSES)
         total = torch.zeros(len(names))
@@ -93,16 +91,15 @@ class Meter:
         seconds = time.perf_counter() - self.start
         shown = [self.views, sum(self.tokens[self.earlier :]), sum(self.tokens), len(self.tokens)]
         *parts, views, new_tokens, tokens, packs = ranks.sums([*total.tolist(), *shown])
-        if not packs:
-            raise RunError(f"No image of the last {self.steps} steps could be read.")
-        # A pack's loss is its share of the loss of a step, so the sum over packs and ranks is the sum over steps.
-        values = {
-            **{name: part / self.steps for name, part in zip(names, parts, strict=True)},
-            "views_per_second": views / seconds,
-            "tokens_per_second": new_tokens / seconds,
-            "fill": tokens / (packs * tokens_per_pack),
-            "data_wait": self.waited / seconds,
-        }
+        values = {}
+        if packs:
+            # A pack's loss is its share of the loss of a step, so the sum over packs and ranks is the sum over steps.
+            values = {name: part / self.steps for name, part in zip(names, parts, strict=True)} | {
+                "views_per_second": views / seconds,
+                "tokens_per_second": new_tokens / seconds,
+                "fill": tokens / (packs * tokens_per_pack),
+                "data_wait": self.waited / seconds,
+            }
         self.steps, self.losses, self.tokens = 0, [], []
         self.restart_clock()
         return values
