@@ -270,7 +270,7 @@ NOWHERE = (
 NO_IMAGES = (
     "No images in images. The folder must contain files that end in "
     ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
-    ".bmp, .dib, .tif, .tiff."
+    ".bmp, .dib, .tif, .tiff, .jp2, .j2k."
 )
 TOO_FEW = (
     "Training needs at least 2 images with views of at least 4 patches of {} px. Only {} images are large enough. "
@@ -284,7 +284,7 @@ CUT = "images.tar is truncated or damaged after 8 images. Images after that poin
 CUT_IMAGE = "images.tar:7.png: truncated: the shard ends after 100 of the image's 10,000 bytes"
 EMPTY, WORDS, BOMB, TRUNCATED = (
     "dark/0.png: empty file",
-    "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image",
+    "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image",
     "light/4.png: 20000 x 20000 px is above the limit of 89,478,485 px",
     "light/2.png: cannot be decoded: image file is truncated",
 )

@@ -159,7 +159,9 @@ def test_no_images_give_no_features(encoder: Encoder) -> None:
 
 def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("notes")
-    with pytest.raises(UnreadableImage, match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image$"):
+    with pytest.raises(
+        UnreadableImage, match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image$"
+    ):
         encoder.embed([tmp_path / "notes.jpg"])
 
 

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from ijepa_enhanced.data.decode import MAX_PIXELS, decode_views, open_image, patchify, unpatchify, upright_size
 from ijepa_enhanced.errors import UnreadableImage
@@ -197,6 +197,24 @@ def test_exif_orientation_of_jpeg_decoded_at_reduced_scale(orientation):
     assert np.abs(shown.astype(int) - expected).mean() < 2
 
 
+def test_an_image_that_its_owner_has_turned_is_not_turned_again():
+    """Pillow keeps the EXIF data of an image that it turns or converts."""
+    upright = noise(24, 16)
+    block = Image.Exif()
+    block[0x0112] = 6
+    block.get_ifd(0x8769).update({0xA002: 24, 0xA003: 16})  # width and height as stored
+    stored = Image.fromarray(np.ascontiguousarray(STORED[6](upright)))
+    image = Image.open(io.BytesIO(encode(stored, "PNG", exif=block)))
+    for given in (
+        image,
+        image.convert("RGB"),
+        image.transpose(Image.Transpose.ROTATE_270),
+        ImageOps.exif_transpose(image),
+    ):
+        assert upright_size(given) == (24, 16)
+        np.testing.assert_array_equal(whole(given), upright)
+
+
 def test_exif_orientation_of_tiff():
     upright = noise(4, 6)
     stored = Image.fromarray(np.ascontiguousarray(STORED[6](upright)))
@@ -319,8 +337,11 @@ def test_animations_show_their_first_frame():
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"no image, but words", "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"),
+        (b"no image, but words", "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"),
+        (
+            b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+            "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image",
+        ),
         (png_header(20000, 20000), "20000 x 20000 px is above the limit of 89,478,485 px"),
         (png_header(10000, 9000), "10000 x 9000 px is above the limit of 89,478,485 px"),
         (encode(Image.new("RGB", (9, 9)), "JPEG")[:40], "damaged header: Truncated File Read"),

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_views
@@ -46,9 +46,9 @@ def jpeg(image=picture, **options):
     return encode(image, "JPEG", quality=95, subsampling=0, **options)
 
 
-def rotated(orientation):
-    """The picture as a camera stores it that was held that way."""
-    stored = {
+def stored(orientation):
+    """The pixels of the picture as a camera stores it that was held that way."""
+    pixels = {
         1: RGB,
         2: RGB[:, ::-1],
         3: RGB[::-1, ::-1],
@@ -58,9 +58,34 @@ def rotated(orientation):
         7: RGB[::-1, ::-1].swapaxes(0, 1),
         8: np.rot90(RGB, -1),
     }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return jpeg(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def exif(orientation, kind="H", order="<"):
+    """An EXIF block whose orientation is a number of 16 (H) or 32 (I) bits."""
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HIH", 42, 8, 1)
+    value = struct.pack(f"{order}{kind}", orientation).ljust(4, b"\0")
+    return b"Exif\0\0" + head + struct.pack(f"{order}HHI", 0x0112, {"H": 3, "I": 4}[kind], 1) + value + bytes(4)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def text_of_png(name, text, zip=False):
+    info = PngImagePlugin.PngInfo()
+    info.add_text(name, text, zip=zip)
+    return encode(stored(6), "PNG", pnginfo=info)
+
+
+def profile_of_png():
+    """EXIF data as ImageMagick keeps them: as hexadecimal text."""
+    block = exif(6)
+    return text_of_png("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n", zip=True)
+
+
+def chunk(kind, data):
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def ycck():
@@ -73,17 +98,14 @@ def ycck():
     return bytes(data)
 
 
-def png(pixels, depth, colour_type):
+def png(pixels, depth, colour_type, transparent=b""):
     """A PNG of unsigned whole numbers of any depth, which Pillow reads but does not write."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     height, width = pixels.shape[:2]
     lines = pixels.astype(f">u{depth // 8}").reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     body = b"".join(b"\0" + line.tobytes() for line in lines)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + (chunk(b"tRNS", transparent) if transparent else b"")
+    return head + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
 def bomb(width, height):
@@ -94,8 +116,8 @@ def bomb(width, height):
     return bytes(data)
 
 
-def tiff(pixels, order="<"):
-    """A TIFF of 16 bits a channel in either byte order."""
+def tiff(pixels, order="<", white=65535):
+    """A TIFF of 16 bits a channel in either byte order, whose white is 65535 or 0."""
     height, width, channels = pixels.shape
     data = pixels.astype(f"{order}u2").tobytes()
     tags = [
@@ -103,7 +125,7 @@ def tiff(pixels, order="<"):
         (257, 4, 1, height),
         (258, 3, channels, 16 if channels == 1 else 8),
         (259, 3, 1, 1),
-        (262, 3, 1, 1 if channels == 1 else 2),
+        (262, 3, 1, (1 if white else 0) if channels == 1 else 2),
         (273, 4, 1, 200),
         (277, 3, 1, channels),
         (278, 4, 1, height),
@@ -124,6 +146,14 @@ def swapped_profile():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
     return profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+
+
+def linear_profile():
+    """An ICC profile of the primaries of sRGB whose values are proportional to light."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = profile.index(b"para")  # one for all three channels; function 0 of ICC.1:2010, 10.16: x ** 1
+    profile[curve : curve + 16] = b"para" + struct.pack(">IHHi", 0, 0, 0, 65536)
+    return bytes(profile)
 
 
 def ink_profile():
@@ -167,6 +197,8 @@ def ink_profile():
 
 SWAPPED = swapped_profile()
 INKS = ink_profile()
+LINEAR = linear_profile()
+light = np.where(RGB / 255 <= 0.04045, RGB / 255 / 12.92, ((RGB / 255 + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 mirrored = Image.fromarray(np.ascontiguousarray(RGB[..., ::-1]))
 """Red and blue, and so cyan and yellow, in each other's place."""
@@ -177,6 +209,15 @@ def half_transparent():
     alpha = np.full((32, 48, 1), 255, np.uint8)
     alpha[16:] = 0
     return Image.fromarray(np.concatenate([RGB, alpha], axis=2))
+
+
+def measured():
+    """Numbers without a white point, of which one is missing and two are infinite, and the gray levels they give."""
+    values = 1000 + GREY[..., 0].astype(np.float32)
+    values[0, 0], values[0, 1], values[0, 2] = np.nan, np.inf, -np.inf
+    levels = (GREY - np.float64(30)) * (255 / (220 - 30))
+    levels[0, :3] = np.array([0, 255, 0])[:, None]
+    return encode(Image.fromarray(values), "TIFF"), levels.round()
 
 
 UPPER = np.concatenate([RGB[:16], WHITE[16:]])
@@ -209,7 +250,23 @@ SHOWN = {
     "srgb profile.jpg": (jpeg(icc_profile=SRGB), RGB, LOSSY),
     "damaged profile.jpg": (jpeg(icc_profile=SWAPPED[:300]), RGB, LOSSY),
     "profile of other colours.jpg": (jpeg(grey, icc_profile=SWAPPED), GREY, LOSSY),
-    **{f"held {orientation}.jpg": (rotated(orientation), RGB, LOSSY) for orientation in range(1, 9)},
+    **{
+        f"held {orientation}.jpg": (jpeg(stored(orientation), exif=exif(orientation)), RGB, LOSSY)
+        for orientation in range(1, 9)
+    },
+    "orientation of 32 bits.jpg": (jpeg(stored(6), exif=exif(6, "I")), RGB, LOSSY),
+    "orientation of 32 bits, big-endian.jpg": (jpeg(stored(6), exif=exif(6, "I", ">")), RGB, LOSSY),
+    "orientation in XMP.jpg": (jpeg(stored(6), xmp=XMP), RGB, LOSSY),
+    "orientation in XMP.png": (text_of_png("XML:com.adobe.xmp", XMP.decode()), RGB, EXACT),
+    "orientation in a profile.png": (profile_of_png(), RGB, EXACT),
+    "orientation.png": (encode(stored(6), "PNG", exif=exif(6)), RGB, EXACT),
+    "orientation.webp": (encode(stored(6), "WEBP", lossless=True, exif=exif(6)), RGB, EXACT),
+    "orientation.avif": (encode(stored(6), "AVIF", quality=95, subsampling="4:4:4", exif=exif(6)), RGB, PRINT),
+    "linear.png": (
+        encode(Image.fromarray((light * 255).round().astype(np.uint8)), "PNG", icc_profile=LINEAR),
+        RGB,
+        LOSSY,
+    ),
     "polyglot.jpg": (zip_behind(jpeg()), RGB, LOSSY),
     "really a png.jpg": (encode(picture, "PNG"), RGB, EXACT),
     "CAPITALS.JPEG": (jpeg(), RGB, LOSSY),
@@ -218,6 +275,11 @@ SHOWN = {
     "1 bit.png": (encode(grey.point(lambda value: 255 * (value > 127), "1"), "PNG"), BITS, EXACT),
     "grey.png": (encode(grey, "PNG"), GREY, EXACT),
     "16 bits grey.png": (png(DEEP[..., 1], 16, 0), GREY, EXACT),
+    "16 bits grey, transparent.png": (
+        png(DEEP[..., 1], 16, 0, DEEP[0, 0, 1].tobytes()[::-1]),
+        np.where(GREY[0, 0] == GREY, WHITE, GREY),
+        EXACT,
+    ),
     "16 bits.png": (png(DEEP, 16, 2), RGB, EXACT),
     "16 bits, alpha.png": (png(np.concatenate([DEEP, np.full_like(DEEP[..., :1], 65535)], axis=2), 16, 6), RGB, EXACT),
     "transparent.png": (encode(half_transparent(), "PNG"), UPPER, EXACT),
@@ -263,7 +325,12 @@ SHOWN = {
     ),
     "16 bits grey.tif": (tiff(DEEP[..., 1:2]), GREY, EXACT),
     "16 bits grey, big-endian.tif": (tiff(DEEP[..., 1:2], ">"), GREY, EXACT),
+    "16 bits grey, white is 0.tif": (tiff(65535 - DEEP[..., 1:2], white=0), GREY, EXACT),
+    "no white point.tif": (*measured(), EXACT),
     "16 bits.tif": (tiff(DEEP), RGB, EXACT),
+    "plain.jp2": (encode(picture, "JPEG2000", irreversible=False), RGB, EXACT),
+    "bare.j2k": (encode(picture, "JPEG2000", irreversible=False, no_jp2=True), RGB, EXACT),
+    "16 bits grey.jp2": (encode(Image.fromarray(DEEP[..., 1]), "JPEG2000", irreversible=False), GREY, EXACT),
     "plain.avif": (encode(picture, "AVIF", quality=95, subsampling="4:4:4"), RGB, PRINT),
     "animated.avif": (
         encode(picture, "AVIF", quality=95, subsampling="4:4:4", save_all=True, append_images=[other]),
@@ -279,7 +346,7 @@ SHOWN = {
 }
 whole = encode(picture, "PNG")
 
-NO_FORMAT = "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image"
+NO_FORMAT = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"
 UNREADABLE = {
     "empty.jpg": (b"", "empty file"),
     "text.jpg": (b"no image, but words", NO_FORMAT),
@@ -290,6 +357,10 @@ UNREADABLE = {
     "photo.heif": (heif(b"mif1"), "a HEIC image, which is not read: convert it to JPEG"),
     "renamed.jpg": (heif(b"heix"), "a HEIC image, which is not read: convert it to JPEG"),
     "bomb.png": (bomb(20000, 20000), "20000 x 20000 px is above the limit of 89,478,485 px"),
+    "orientation behind the pixels.png": (
+        whole[:-12] + chunk(b"eXIf", exif(6)[6:]) + whole[-12:],
+        "the EXIF orientation is stored after the pixels: save it again to put it in front",
+    ),
     "cut in the signature.jpg": (jpeg()[:2], NO_FORMAT),
     "cut in the header.jpg": (jpeg()[:40], "damaged header: Truncated File Read"),
     "cut in the header.png": (whole[:20], "damaged header: Truncated File Read"),

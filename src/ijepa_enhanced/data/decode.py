@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import warnings
 from functools import lru_cache
 from typing import BinaryIO
 
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
     ImageCms,
     ImageFile,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -34,6 +37,15 @@ LONGEST = 65_500
 GAP = 2
 """Pixels for every output pixel that cheap reduction leaves to the bicubic filter, as in Pillow's `thumbnail`."""
 
+SAME_COLOR = 3
+"""Levels of 255 by which profiles that call themselves sRGB differ from lcms's sRGB, by rounding of their curves."""
+
+_COLORS = np.stack(np.meshgrid(*[np.arange(0, 256, 51, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
+"""A grid of RGB colors, [1, 216, 3]."""
+
+_PHOTOMETRIC = 0x0106
+"""TIFF tag; 0 means that 0 is white."""
+
 LONGEST_BRANDS = 1024
 """Bytes in which the brands of an AVIF or HEIC file end."""
 
@@ -46,6 +58,8 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"BM": BmpImagePlugin.BmpImageFile,
     b"II*\0": TiffImagePlugin.TiffImageFile,
     b"MM\0*": TiffImagePlugin.TiffImageFile,
+    b"\0\0\0\x0cjP  \r\n\x87\n": Jpeg2KImagePlugin.Jpeg2KImageFile,
+    b"\xff\x4f\xff\x51": Jpeg2KImagePlugin.Jpeg2KImageFile,  # without a container
     b"II+\0": TiffImagePlugin.TiffImageFile,  # BigTIFF; Pillow cannot read the big-endian one
 }
 
@@ -63,7 +77,11 @@ FAILURES = (
 )
 """What 100,000 randomly damaged files made Pillow raise, then what its readers themselves take for damage."""
 
-_ORIENTATION = 0x0112
+# Pillow warns of damage in metadata, which does not keep an image from being read. Not by `catch_warnings`, which is
+# not safe in the threads that scan a source.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+_SIDEWAYS = (5, 6, 7, 8)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -76,7 +94,7 @@ _TURNS = {
 
 
 def open_image(file: bytes | BinaryIO) -> Image.Image:
-    """Read the header of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file; the pixels are decoded later.
+    """Read the header of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 file; the pixels are decoded later.
 
     Args:
         file: all bytes of it, or a file that can be sought in, of which no more is read than the header.
@@ -90,7 +108,7 @@ def open_image(file: bytes | BinaryIO) -> Image.Image:
         raise UnreadableImage("empty file")
     reader = _reader(start)
     if reader is None:
-        raise UnreadableImage("not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image")
+        raise UnreadableImage("not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image")
     stream.seek(0)
     try:
         image = reader(stream)
@@ -103,7 +121,7 @@ def open_image(file: bytes | BinaryIO) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width in pixels after the EXIF orientation is applied, from the header alone."""
-    return (image.width, image.height) if _orientation(image) >= 5 else (image.height, image.width)
+    return (image.width, image.height) if _orientation(image) in _SIDEWAYS else (image.height, image.width)
 
 
 def decode_views(
@@ -122,12 +140,15 @@ def decode_views(
     Raises:
         UnreadableImage: the pixels cannot be decoded.
     """
-    turn = _TURNS.get(_orientation(image))
+    orientation = _orientation(image)
+    turn = _TURNS.get(orientation)
     try:
         pixels, scale = _reduced(image, float((boxes[:, 2:] / sizes).min()))
         pixels = _rgb(pixels)
     except FAILURES as error:
         raise UnreadableImage(f"cannot be decoded: {error}") from error
+    if isinstance(image, PngImagePlugin.PngImageFile) and _late_orientation(image) != orientation:
+        raise UnreadableImage("the EXIF orientation is stored after the pixels: save it again to put it in front")
     if turn is not None:
         pixels = pixels.transpose(turn)
     views = []
@@ -186,24 +207,33 @@ def _reader(data: bytes) -> type[ImageFile.ImageFile] | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8. Read here because Pillow's `getexif` decodes a whole PNG, and warns of damaged EXIF data.
+    """Return the EXIF orientation, 1 to 8, from the header.
 
-    Pillow itself turns TIFF images, which have the tag in their header and no EXIF block.
+    It is where `ImageOps.exif_transpose` finds it: in EXIF data of any form, or in XMP data. Not `image.getexif`, which
+    decodes a whole PNG to see whether EXIF data follows the pixels. Pillow itself turns TIFF images. An image that the
+    caller has turned by a quarter is upright.
     """
-    exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None:
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         return 1
     try:
-        (start,) = struct.unpack_from(f"{order}I", exif, 4)
-        (entries,) = struct.unpack_from(f"{order}H", exif, start)
-        for entry in range(entries):
-            tag, value = struct.unpack_from(f"{order}H6xH", exif, start + 2 + 12 * entry)
-            if tag == _ORIENTATION:
-                return value if value in _TURNS else 1
-    except struct.error:
-        pass
-    return 1
+        exif = Image.Image.getexif(image)
+        found = exif.get(ExifTags.Base.Orientation, 1)
+        if found in _SIDEWAYS and not isinstance(image, ImageFile.ImageFile):
+            # `rotate` and `transpose` keep the EXIF data of the image that they turn, with its size.
+            stored = exif.get_ifd(ExifTags.IFD.Exif)
+            width, height = (stored.get(tag) for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight))
+            if width and height and (width < height) != (image.width < image.height):
+                return 1
+    except FAILURES:  # damaged
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _late_orientation(image: Image.Image) -> int:
+    """Return the orientation of a PNG whose pixels are loaded, and with them what its file holds after them."""
+    plain = Image.Image()
+    plain.info = image.info
+    return _orientation(plain)
 
 
 def _reduced(image: Image.Image, shrink: float) -> tuple[Image.Image, int]:
@@ -221,13 +251,14 @@ def _reduced(image: Image.Image, shrink: float) -> tuple[Image.Image, int]:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # The high byte, as Pillow does with 16-bit colours.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return _rgb_of_16_bits(image)
     if image.mode in ("I", "F"):
         # These have no white point: the darkest and brightest pixel are all there is to go by.
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        values -= values.min()
-        return Image.fromarray((values * (255 / (values.max() or 1))).round().astype(np.uint8)).convert("RGB")
+        values = np.asarray(image, dtype=np.float64)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        values = np.nan_to_num((values - low) / ((high - low) or 1)).clip(0, 1)  # not a number is black
+        return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")
     transparent = image.has_transparency_data
     profile = image.info.get("icc_profile", b"")
     if transparent:
@@ -242,14 +273,31 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _rgb_of_16_bits(image: Image.Image) -> Image.Image:
+    """Return a gray image of 16 bits as RGB: the high byte of each value, as Pillow does with colors."""
+    values = np.asarray(image)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        values = 65535 - values  # 0 is white, which Pillow heeds up to 8 bits
+    gray = (values >> 8).astype(np.uint8)
+    if (transparent := image.info.get("transparency")) is not None:
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
 @lru_cache(maxsize=32)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From an ICC profile's colours to sRGB; None where the profile is sRGB's, is damaged, or is not for the mode."""
+    """Return the transform from the colors of an ICC profile to sRGB.
+
+    None if it would change no channel by more than `SAME_COLOR`, or if the profile is damaged or not for the mode.
+    """
+    shown = "RGBA" if mode == "RGBA" else "RGB"
     try:
-        colours = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(colours).lower():
-            return None
-        shown = "RGBA" if mode == "RGBA" else "RGB"
-        return ImageCms.buildTransform(colours, ImageCms.createProfile("sRGB"), mode, shown)
-    except (ImageCms.PyCMSError, OSError):
+        colors = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(colors, ImageCms.createProfile("sRGB"), mode, shown)
+        # By what it does, not by its name: "Linear sRGB" is not sRGB.
+        samples = Image.fromarray(_COLORS).convert(mode)
+        before = np.asarray(samples.convert("RGB"), np.int16)
+        after = np.asarray(transform.apply(samples).convert("RGB"), np.int16)
+    except (ImageCms.PyCMSError, OSError, ValueError):
         return None
+    return transform if np.abs(after - before).max() > SAME_COLOR else None

@@ -24,6 +24,8 @@ FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".avif": "AVIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
 }
 IMAGES = {
     f"cat/{number:02d}{extension}": format_name
@@ -38,7 +40,7 @@ NOT_IMAGES = {
     "__MACOSX/cat/00.jpg": "of a zip file of macOS",
     "cat/Thumbs.db": "thumbnails of Windows",
     "cat/notes.txt": "no image",
-    "cat/scan.jp2": "a format that is not read",
+    "cat/scan.dcm": "a format that is not read",
 }
 
 
@@ -65,7 +67,7 @@ def test_images_in_folders(folder: Path) -> None:
     catalog = open_catalog(source, cache=False)
     assert [*catalog.unreadable] == []
     assert {*catalog.heights.tolist()} == {12}
-    assert taken(source).endswith("26 images, 1 class; passed over: 6 hidden, 1 .jp2, 1 .txt")
+    assert taken(source).endswith("30 images, 1 class; passed over: 6 hidden, 1 .dcm, 1 .txt")
 
 
 def test_images_in_shards(folder: Path, tmp_path: Path) -> None:
@@ -80,4 +82,4 @@ def test_images_in_shards(folder: Path, tmp_path: Path) -> None:
     assert sorted(source.listing.keys) == sorted(f"x.tar:{name}" for name in IMAGES)
     assert [*open_catalog(source, cache=False).unreadable] == []
     assert source.listing.notes == ()
-    assert taken(source).endswith("26 images, no labels; passed over: 10 hidden, 1 .jp2, 1 .txt")
+    assert taken(source).endswith("30 images, no labels; passed over: 10 hidden, 1 .dcm, 1 .txt")

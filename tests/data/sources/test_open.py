@@ -29,7 +29,7 @@ def test_one_image_is_a_source(tmp_path):
             "empty",
             "No images in {}. The folder must contain files that end in "
             ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
-            ".bmp, .dib, .tif, .tiff. "
+            ".bmp, .dib, .tif, .tiff, .jp2, .j2k. "
             "It holds 1 .txt.",
         ),
         (

@@ -285,12 +285,12 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path):
     [
         (b"no tar, but words " * 100, "{} is not an uncompressed tar file: "),
         (png(), "{} is not an uncompressed tar file: "),
-        (b"", "{} is not an uncompressed tar file: empty file."),
+        (b"", "No images in {}."),
         (
             bytes(10240),
             "No images in {}. Members must end in "
             ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
-            ".bmp, .dib, .tif, .tiff.",
+            ".bmp, .dib, .tif, .tiff, .jp2, .j2k.",
         ),
     ],
 )
@@ -332,6 +332,74 @@ def test_caltech():
     for key, label in zip(keys(source), source.labels.tolist(), strict=True):
         assert key.partition(":")[2].rpartition("-")[0] == names[label]
     assert len(open_source(str(DATA / "caltech-101"), "val")) == 1434
+
+
+def linked(path, *links):
+    """A shard of one image of class 1, and links to it: (kind, name, what it points to)."""
+    shard(path, [("x/a.png", png(height=7)), ("x/a.cls", b"1")])
+    with tarfile.open(path, "a") as tar:
+        for kind, name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    return path
+
+
+def test_links_are_what_they_point_to(tmp_path):
+    """As GNU tar stores files that share their bytes, and links between folders of a data set."""
+    path = linked(
+        tmp_path / "a.tar",
+        (tarfile.LNKTYPE, "x/b.png", "x/a.png"),
+        (tarfile.SYMTYPE, "y/c.png", "../x/b.png"),
+        (tarfile.SYMTYPE, "y/c.cls", "../x/a.cls"),
+        (tarfile.SYMTYPE, "y/d.png", "/elsewhere/d.png"),
+        (tarfile.SYMTYPE, "y/e.png", "e.png"),
+    )
+    source = open_source(str(path))
+    assert keys(source) == [f"a.tar:{name}" for name in ("x/a.png", "x/b.png", "y/c.png")]
+    assert heights(source) == [7, 7, 7]
+    assert source.labels.tolist() == [1, -1, 1]
+    assert source.listing.notes == (
+        f"These links are skipped, because what they point to is not in the shard: y/d.png and 1 more in {path}.",
+    )
+
+
+def test_sparse_members_are_named(tmp_path):
+    path = shard(tmp_path / "a.tar", [("b.png", png()), ("a.bmp", bytes(512))], tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        header = tar.getmember("a.bmp").offset
+    # One part of 512 bytes at 512 of a file of 1,024 bytes (GNU tar manual, "Storing Sparse Files").
+    data[header + 156 : header + 157] = tarfile.GNUTYPE_SPARSE
+    data[header + 386 : header + 410] = b"%011o\0%011o\0" % (512, 512)
+    data[header + 483 : header + 495] = b"%011o\0" % 1024
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    path.write_bytes(data)
+    source = open_source(str(path))
+    assert keys(source) == ["a.tar:b.png"]
+    assert source.listing.notes == (
+        f"These members are skipped, because they are stored as sparse files: a.bmp in {path}.",
+    )
+
+
+def test_archives_appended_to_one_another_are_one_shard(tmp_path):
+    first, second = shard(tmp_path / "1.tar", samples("0")), shard(tmp_path / "2.tar", samples("1", first=1))
+    path = tmp_path / "a.tar"
+    path.write_bytes(first.read_bytes() + second.read_bytes() + b"end")
+    source = TarSource([path], "a.tar")
+    assert keys(source) == ["a.tar:0000.png", "a.tar:0001.png"]
+    assert (heights(source), source.labels.tolist()) == ([1, 2], [0, 1])
+    assert source.listing.notes == (f"{path}: 3 bytes after the end of the archive are ignored.",)
+
+
+def test_empty_shards_among_others_are_named(tmp_path):
+    zeros, nothing = tmp_path / "0.tar", tmp_path / "1.tar"
+    zeros.write_bytes(bytes(10240))
+    nothing.write_bytes(b"")
+    source = TarSource([zeros, nothing, shard(tmp_path / "2.tar", samples("0"))], "shards")
+    assert keys(source) == ["2.tar:0000.png"]
+    assert source.listing.notes == (f"{zeros} contains no image.", f"{nothing} is an empty file.")
 
 
 def test_two_members_of_one_name(tmp_path):

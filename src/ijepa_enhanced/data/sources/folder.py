@@ -102,7 +102,7 @@ class FolderSource(PathSource):
         """See `Source`.
 
         It knows the time of every folder, which changes when a file in it is added, removed or renamed, and size, time
-        and first and last bytes of up to `SAMPLE` images. In a larger source it misses images that are overwritten in
+        and some bytes of up to `SAMPLE` images. In a larger source it misses images that are overwritten in
         place.
         """
         times = []

@@ -62,7 +62,7 @@ class ListSource(PathSource):
         return ("list", os.path.abspath(self.path))
 
     def fingerprint(self) -> str:
-        """See `Source`; it knows the list, and size, time and first and last bytes of up to `SAMPLE` images."""
+        """See `Source`; it knows the list, and size, time and some bytes of up to `SAMPLE` images."""
         return fingerprint_of([("", self.path), *self._sampled()])
 
 

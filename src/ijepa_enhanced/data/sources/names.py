@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
     *(".png", ".apng", ".webp", ".gif", ".avif"),
-    *(".bmp", ".dib", ".tif", ".tiff"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k"),
 )
 """Endings of the names of image files and members, in small or capital letters."""
 

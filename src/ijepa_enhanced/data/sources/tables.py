@@ -106,7 +106,7 @@ class TableSource(FileSource):
         return ("table", self.split, *names, *(file["filename"] for file in self.images.cache_files))
 
     def fingerprint(self) -> str:
-        """See `Source`; it knows size, time and first and last bytes of the files that `datasets` maps."""
+        """See `Source`; it knows size, time and some bytes of the files that `datasets` maps."""
         files = [Path(file["filename"]) for file in self.images.cache_files]
         # Slices of a split lie in the same files.
         return fingerprint_of((f"{file.name}\0{self.split}\0{self.columns}", file) for file in files)

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,9 @@ from ijepa_enhanced.data.sources.base import (
 from ijepa_enhanced.data.sources.labels import label_text, number_labels
 from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC, count_kinds, hidden
 from ijepa_enhanced.errors import SourceError, UnreadableImage
+
+CHUNK = 1 << 20
+"""Bytes that are read at once to see whether anything follows the end of an archive."""
 
 
 class TarSource(FileSource):
@@ -122,7 +126,7 @@ class TarSource(FileSource):
         return ("tar", self.label or "", *(os.path.abspath(shard) for shard in self.shards))
 
     def fingerprint(self) -> str:
-        """See `Source`; it knows size, time and first and last bytes of every shard and of `classes.txt`."""
+        """See `Source`; it knows size, time and some bytes of every shard and of `classes.txt`."""
         files = [*zip(self.shard_names, self.shards, strict=True), (CLASSES, Path(self.root, CLASSES))]
         return fingerprint_of(files)
 
@@ -200,34 +204,38 @@ class _Shard:
     """Names, without folders, of members that are neither images nor labels."""
     parts: list[str] = field(default_factory=list)
     """Images whose name goes on after the first dot, which are no samples of their own."""
+    dangling: list[str] = field(default_factory=list)
+    """Links to something that is not in the shard."""
+    sparse: list[str] = field(default_factory=list)
+    """Members of which only the parts that are not zero are stored."""
     notes: list[str] = field(default_factory=list)
     """What users must know about this shard."""
 
-    def add(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
-        """Record a member.
+    def add(self, member: str, offset: int, size: int, file: BinaryIO) -> None:
+        """Record a member by its name and where its bytes lie.
 
         Metadata are passed over after the first `.cls`; with a `label_key` every `.cls` is passed over.
         """
-        sample = _sample(member.name)
-        extension = member.name.removeprefix(sample).lower()
-        *folders, name = member.name.split("/")
+        sample = _sample(member)
+        extension = member.removeprefix(sample).lower()
+        *folders, name = member.split("/")
         if hidden(name) or any(hidden(folder) and folder not in (".", "..") for folder in folders):
             self.others.append(f".{name}")
         elif extension in (*EXTENSIONS, *HEIC):
-            self.members.append(member.name)
-            self.extents.append((member.offset_data, member.size))
+            self.members.append(member)
+            self.extents.append((offset, size))
         elif extension.endswith(EXTENSIONS):
-            self.parts.append(member.name)
+            self.parts.append(member)
         elif extension == ".json" and not self.labels[".cls"]:
-            data = os.pread(file.fileno(), member.size, member.offset_data)
+            data = os.pread(file.fileno(), size, offset)
             values = _json_values(data)
             self.first_json = [*values] if self.first_json is None else self.first_json
             label = _json_label(values, ("cls", "label") if self.label_key is None else (self.label_key,))
-            if len(data) == member.size and label is not None:
+            if len(data) == size and label is not None:
                 self.labels[extension][sample] = label
         elif extension == ".cls" and self.label_key is None:
-            data = os.pread(file.fileno(), member.size, member.offset_data)
-            if len(data) == member.size:
+            data = os.pread(file.fileno(), size, offset)
+            if len(data) == size:
                 self.labels[extension][sample] = data.decode(errors="replace").strip()
         elif extension not in (".cls", ".json"):
             self.others.append(name)
@@ -235,37 +243,106 @@ class _Shard:
     def note_what_is_missing(self, complete: bool) -> None:
         """Make notes of what a user may expect in the shard and that is not among its images."""
         if not complete:
-            count = len(self.members)
             self.notes.append(
-                f"{self.path} is truncated or damaged after {count} images. Images after that point are skipped."
+                f"{self.path} is truncated or damaged after {len(self.members)} images. "
+                "Images after that point are skipped."
             )
-        if self.parts:
-            more = f" and {len(self.parts) - 1} more" if len(self.parts) > 1 else ""
-            self.notes.append(
-                "These files are not read as images, because the key of a sample ends at the first dot: "
-                f"{self.parts[0]}{more} in {self.path}."
-            )
+        elif not self.members:
+            self.notes.append(f"{self.path} contains no image.")
+        for reason, names in (
+            ("These files are not read as images, because the key of a sample ends at the first dot", self.parts),
+            ("These links are skipped, because what they point to is not in the shard", self.dangling),
+            ("These members are skipped, because they are stored as sparse files", self.sparse),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                self.notes.append(f"{reason}: {names[0]}{more} in {self.path}.")
 
 
 def _scan_shard(path: Path, label_key: str | None) -> _Shard:
     shard = _Shard(path, label_key)
-    names: set[str] = set()
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            with suppress(tarfile.ReadError):
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep an object for every member
-                    if not member.isfile():
-                        continue
-                    if member.name in names:
-                        raise SourceError(f"{path} has two members {member.name}. Give every sample a name of its own.")
-                    names.add(member.name)
-                    shard.add(member, file)
-            # A damaged header looks to tarfile like the end of the archive, which is a block of zeros.
-            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-            shard.note_what_is_missing(complete=end == tarfile.NUL * tarfile.BLOCKSIZE)
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                shard.notes.append(f"{path} is an empty file.")
+                return shard
+            places: dict[str, tuple[int, int]] = {}
+            links: dict[str, str] = {}
+            # Archives may be appended to one another: after the zeros that end one, another may begin.
+            start: int | None = 0
+            complete = True
+            while start is not None and complete:
+                try:
+                    end = _scan_archive(shard, file, start, places, links)
+                except tarfile.ReadError:
+                    if not start:
+                        raise
+                    shard.notes.append(f"{path}: {size - start:,} bytes after the end of the archive are ignored.")
+                    break
+                # A damaged header looks to tarfile like the end of the archive, which is a block of zeros.
+                complete = os.pread(file.fileno(), tarfile.BLOCKSIZE, end) == tarfile.NUL * tarfile.BLOCKSIZE
+                start = _first_nonzero_block(file, end, size)
+            for name in links:
+                place = places.get(_followed(name, links))
+                if place is None:
+                    shard.dangling.append(name)
+                else:
+                    shard.add(name, *place, file)
+            shard.note_what_is_missing(complete)
     except tarfile.ReadError as error:
         raise SourceError(f"{path} is not an uncompressed tar file: {error}.") from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
     return shard
+
+
+def _scan_archive(
+    shard: _Shard, file: BinaryIO, start: int, places: dict[str, tuple[int, int]], links: dict[str, str]
+) -> int:
+    """Record the members of the archive at `start` of a shard, and return where it ends.
+
+    Args:
+        shard: to record them in.
+        file: of the shard.
+        start: in bytes.
+        places: takes the offset and the bytes of each file by its name.
+        links: takes the name of what each link points to, by the name of the link.
+    """
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar, suppress(tarfile.ReadError):
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep an object for every member
+            if not (member.isfile() or member.islnk() or member.issym()):
+                continue
+            if member.name in places:
+                raise SourceError(f"{shard.path} has two members {member.name}. Give every sample a name of its own.")
+            if member.islnk():
+                links[member.name] = member.linkname
+            elif member.issym():
+                folder = posixpath.dirname(member.name)
+                links[member.name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+            elif member.issparse():
+                shard.sparse.append(member.name)
+            else:
+                places[member.name] = member.offset_data, member.size
+                shard.add(member.name, member.offset_data, member.size, file)
+    return tar.offset
+
+
+def _first_nonzero_block(file: BinaryIO, start: int, size: int) -> int | None:
+    """Return where the first block that is not all zeros begins, at `start` or after, or None if there is none."""
+    for at in range(start, size, CHUNK):
+        data = os.pread(file.fileno(), CHUNK, at)
+        if rest := data.lstrip(tarfile.NUL):
+            return at + (len(data) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    return None
+
+
+def _followed(name: str, links: dict[str, str]) -> str:
+    """Return where a link leads in the end; a circle of links leads to one of them."""
+    for _ in range(len(links)):
+        if name not in links:
+            break
+        name = links[name]
+    return name
