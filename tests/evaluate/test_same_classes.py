@@ -100,6 +100,14 @@ def classes_txt(root: Path, rows: Rows) -> str:
     return path
 
 
+def csv_with_classes(root: Path, rows: Rows) -> str:
+    """Number the classes in a list, by a list of names that is not sorted."""
+    names = [*dict.fromkeys(label for _, label in rows)][::-1]
+    path = csv_list(root, [(image, str(names.index(label))) for image, label in rows])
+    (root / "classes.txt").write_text("\n".join(names), encoding="utf-8")
+    return path
+
+
 def parquet(root: Path, rows: Rows, convert: Callable[[list[str]], "pa.Array"]) -> str:
     root.mkdir(parents=True)
     table = pa.table({"image": [image for image, _ in rows], "label": convert([label for _, label in rows])})
@@ -123,7 +131,7 @@ def floats(root: Path, rows: Rows) -> str:
     return parquet(root, rows, lambda labels: pa.array([float(label) for label in labels]))
 
 
-WAYS = (folders, csv_list, csv_of_pandas, json_lines, cls, metadata, classes_txt, strings, categories)
+WAYS = (folders, csv_list, csv_of_pandas, json_lines, cls, metadata, classes_txt, csv_with_classes, strings, categories)
 WAYS_OF_NUMBERS = (*WAYS, integers, floats)
 
 

@@ -1,6 +1,7 @@
 """From what the user wrote to a source."""
 
 import logging
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -159,6 +160,34 @@ def test_what_lies_beside_folders_of_splits_is_passed_over(tmp_path, strays, tra
         names = [name for name in strays if "/" not in name or name.startswith("__")]
         counts = listed(count_kinds(name.partition("/")[0] for name in names))
         assert taken(source) == said + (f"; passed over: {counts}" if counts else "")
+
+
+@pytest.mark.parametrize(
+    ("files", "top"),
+    [
+        (["imagenette2/train/cat/0.png", "imagenette2/val/cat/1.png"], "imagenette2"),  # an archive in its own folder
+        (["cat/train/0.png", "cat/test/1.png", "dog/train/2.png", "dog/test/3.png"], "cat"),  # as MVTec AD
+    ],
+)
+def test_splits_one_folder_down_are_not_classes(tmp_path, files, top):
+    write(tmp_path, **dict.fromkeys(files, png()))
+    with pytest.raises(SourceError) as error:
+        _ = open_source(str(tmp_path)).listing
+    first, second = sorted(name for name in os.listdir(tmp_path / top))
+    assert str(error.value) == (
+        f"{tmp_path} can be read in two ways, because {top}/{first} and {top}/{second} are named after splits. To use "
+        f"the splits of {top}, give {tmp_path}/{top}. If {top} is a class, move its images to {first}/{top} and "
+        f"{second}/{top}."
+    )
+    assert len(open_source(str(tmp_path / top))) == 1
+
+
+def test_folders_below_classes_may_have_a_name_like_a_split(tmp_path):
+    write(tmp_path, **{"vehicle/train/0.png": png(), "vehicle/car/1.png": png(), "animal/2.png": png()})
+    (tmp_path / "plant").mkdir()
+    source = open_source(str(tmp_path))
+    assert (source.classes, source.labels.tolist()) == (["animal", "vehicle"], [0, 1, 1])
+    assert taken(source).endswith("3 images, 2 classes; passed over: 1 folder without images")
 
 
 def test_shards_in_folders_of_splits(tmp_path):

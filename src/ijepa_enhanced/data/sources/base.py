@@ -18,7 +18,7 @@ from PIL import Image
 
 from ijepa_enhanced.data.decode import open_image, upright_size
 from ijepa_enhanced.data.listing import Listing
-from ijepa_enhanced.errors import UnreadableImage
+from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 CLASSES = "classes.txt"
 """File beside shards with the name of each label, one on each line."""
@@ -185,6 +185,19 @@ def _unread(error: Exception) -> UnreadableImage:
 def sample(count: int) -> list[int]:
     """Return up to `SAMPLE` of `count` rows, spread evenly."""
     return np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64).tolist()
+
+
+def class_names(folder: str | Path) -> list[str] | None:
+    """Return the lines of `classes.txt` in a folder, or None if there is no such file. Empty lines at its end are none.
+
+    Raises:
+        SourceError: the file is not text in UTF-8.
+    """
+    path = Path(folder, CLASSES)
+    try:
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines() if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not text in UTF-8.") from error
 
 
 def fingerprint_of(files: Iterable[tuple[str, str | Path]]) -> str:

@@ -13,7 +13,15 @@ import numpy as np
 from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import HEAD, FileSource, fingerprint_of, sample
 from ijepa_enhanced.data.sources.labels import label_text
-from ijepa_enhanced.data.sources.names import EXTENSIONS, count_kinds, hidden, is_image, listed
+from ijepa_enhanced.data.sources.names import (
+    EXTENSIONS,
+    count_kinds,
+    hidden,
+    is_image,
+    is_split_folder,
+    listed,
+    split_part,
+)
 from ijepa_enhanced.errors import SourceError
 
 
@@ -63,13 +71,30 @@ class FolderSource(PathSource):
             raise SourceError(
                 f"No images in {self.name}. The folder must contain files that end in {', '.join(EXTENSIONS)}.{there}"
             )
+        self._check_splits(keys)
         tops = [key.partition("/")[0] for key in keys]
+        empty = {folder.partition("/")[0] for folder in folders if folder != "."} - set(tops)
+        if empty:
+            passed_over[f"folder{'s' * (len(empty) > 1)} without images"] = len(empty)
         classes = [top for top in sorted(set(tops)) if label_text(top) is not None]
         if not classes or any(top == key for top, key in zip(tops, keys, strict=True)):
             return Listing(Texts.of(keys), folders=tuple(folders), passed_over=passed_over)
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
         return Listing(Texts.of(keys), labels, classes, folders=tuple(folders), passed_over=passed_over)
+
+    def _check_splits(self, keys: list[str]) -> None:
+        """Raise SourceError if the folders in this folder hold splits: their names would be taken for classes."""
+        places = {tuple(key.split("/", 2)[:2]) for key in keys if key.count("/") > 1}
+        inside = sorted((top, name) for top, name in places if is_split_folder(name))
+        for top, split in inside:
+            others = [name for place, name in inside if place == top and split_part(name) != split_part(split)]
+            if others:
+                raise SourceError(
+                    f"{self.name} can be read in two ways, because {top}/{split} and {top}/{others[0]} are named after "
+                    f"splits. To use the splits of {top}, give {self.root / top}. If {top} is a class, move its images "
+                    f"to {split}/{top} and {others[0]}/{top}."
+                )
 
     def _walk(self, folders: list[str]) -> Iterator[str]:
         """Yield the keys of all files, and append every folder to `folders`, relative to the root.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import fingerprint_of
+from ijepa_enhanced.data.sources.base import CLASSES, class_names, fingerprint_of
 from ijepa_enhanced.data.sources.folder import PathSource
 from ijepa_enhanced.data.sources.labels import number_labels
 from ijepa_enhanced.errors import SourceError
@@ -21,8 +21,8 @@ LISTS = (".csv", ".jsonl")
 class ListSource(PathSource):
     """The images that a list names, in its order: CSV with the columns `path` and optionally `label`, or JSONL.
 
-    Paths are relative to the list. Labels are class numbers from 0 or class names; names are numbered in the order of
-    the alphabet.
+    Paths are relative to the list. Labels are class numbers from 0 or class names. The names are the lines of
+    `classes.txt` beside the list; without it, class names are numbered in the order of the alphabet.
     """
 
     kind = "list of files"
@@ -42,7 +42,8 @@ class ListSource(PathSource):
                 named = ", ".join(str(name) for name in image)
                 raise SourceError(f"Image {number} of {self.path} has no 'path', but {named}.")
         keys = Texts.of(str(image["path"]) for image in images)
-        return Listing(keys, *number_labels((image.get("label") for image in images), None, self.name))
+        labels = (image.get("label") for image in images)
+        return Listing(keys, *number_labels(labels, class_names(self.root), self.name))
 
     def _lines(self) -> list[dict[str, Any]]:
         try:
@@ -62,8 +63,8 @@ class ListSource(PathSource):
         return ("list", os.path.abspath(self.path))
 
     def fingerprint(self) -> str:
-        """See `Source`; it knows the list, and size, time and some bytes of up to `SAMPLE` images."""
-        return fingerprint_of([("", self.path), *self._sampled()])
+        """See `Source`; it knows the list, `classes.txt`, and size, time and some bytes of up to `SAMPLE` images."""
+        return fingerprint_of([("", self.path), (CLASSES, self.root / CLASSES), *self._sampled()])
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 EXTENSIONS = (
@@ -17,6 +18,9 @@ HEIC = (".heic", ".heif")
 SYSTEM = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini")
 """Files and folders that macOS, storage devices and Windows add to folders, in small letters."""
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+"""The part that each whole word of a name means, in small or capital letters."""
+
 KINDS = 8
 """Extensions that a line lists."""
 
@@ -29,6 +33,22 @@ def hidden(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Return whether the name of a file is that of an image; hidden files are not."""
     return name.lower().endswith((*EXTENSIONS, *HEIC)) and not hidden(name)
+
+
+def split_word(name: str) -> str | None:
+    """Return the first whole word of a name that is a split: `train` in `train-000.tar`, but none in `trains.tar`."""
+    return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), None)
+
+
+def split_part(name: str) -> str | None:
+    """Return the part of a name that is a split, `train`, `val` or `test`; None for others."""
+    word = split_word(name)
+    return None if word is None else SPLITS[word]
+
+
+def is_split_folder(name: str) -> bool:
+    """Return whether a folder of this name holds a split: `train`, `Val`, `train2017`."""
+    return re.fullmatch(r"[a-z]+[-_ ]?\d*", name.lower()) is not None and split_word(name) is not None
 
 
 def listed(counts: Mapping[str, int]) -> str:

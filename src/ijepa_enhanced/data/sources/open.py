@@ -9,9 +9,9 @@ from ijepa_enhanced.data.sources.base import CLASSES, Source
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.lists import LISTS, ListSource
 from ijepa_enhanced.data.sources.mixed import MixedSource
-from ijepa_enhanced.data.sources.names import count_kinds, hidden
+from ijepa_enhanced.data.sources.names import count_kinds, hidden, split_word
 from ijepa_enhanced.data.sources.patterns import existing_files
-from ijepa_enhanced.data.sources.splits import choose_files, choose_folder, folders_of_images, split_word
+from ijepa_enhanced.data.sources.splits import choose_files, choose_folder, folders_of_images
 from ijepa_enhanced.data.sources.synthetic import SyntheticSource
 from ijepa_enhanced.data.sources.tables import Columns, is_saved, open_hub, open_parquet, open_saved
 from ijepa_enhanced.data.sources.tar import TarSource

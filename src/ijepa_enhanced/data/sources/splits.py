@@ -6,23 +6,14 @@ A part is never guessed: where a folder can be read in two ways, SourceError sho
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ijepa_enhanced.data.sources.folder import cannot_list
-from ijepa_enhanced.data.sources.names import hidden, is_image
+from ijepa_enhanced.data.sources.names import SPLITS, hidden, is_image, is_split_folder, split_part, split_word
 from ijepa_enhanced.errors import SourceError
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
-"""The part that each whole word of a name means, in small or capital letters."""
-
 SHARDS = (".tar", ".parquet")
-
-
-def split_word(name: str) -> str | None:
-    """Return the first whole word of a name that is a split: `train` in `train-000.tar`, but none in `trains.tar`."""
-    return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), None)
 
 
 def choose_split(names: Sequence[str], part: str, place: str, prefix: str) -> str:
@@ -37,7 +28,7 @@ def choose_split(names: Sequence[str], part: str, place: str, prefix: str) -> st
     Raises:
         SourceError: no split is for this part, or several are.
     """
-    found = [name for name in names if SPLITS.get(split_word(name) or "") == part]
+    found = [name for name in names if split_part(name) == part]
     exact = [name for name in found if name.lower() in SPLITS]
     if len(names) == 1 and split_word(names[0]) is None:
         return names[0]
@@ -94,16 +85,16 @@ def choose_folder(part: str, folder: Path) -> tuple[Path, str, list[str]]:
         SourceError: no folder is for this part, or the names can be read in two ways.
     """
     folders = folders_in(folder)
-    splits = [name for name in folders if re.fullmatch(r"[a-z]+[-_ ]?\d*", name.lower()) and split_word(name)]
+    splits = [name for name in folders if is_split_folder(name)]
     if not splits:
         return folder, "", []
     others = [name for name in folders if name not in splits and holds_images(folder / name)]
-    if others and len({SPLITS[split_word(name) or ""] for name in splits}) == 1:
+    if others and len({split_part(name) for name in splits}) == 1:
         raise SourceError(
             f"{folder} can be read in two ways, because '{splits[0]}' is the name of a split and {_some(others)} not "
             f"named after one. For the split, give {folder}/{splits[0]}. For classes, give {splits[0]} another name."
         )
-    own = [name for name in splits if SPLITS[split_word(name) or ""] == part]
+    own = [name for name in splits if split_part(name) == part]
     if not own:
         raise SourceError(
             f"{folder} has {' and '.join(splits)}, and nothing for {part}. Name one, as {folder}/{splits[0]}."

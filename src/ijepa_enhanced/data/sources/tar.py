@@ -19,13 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from ijepa_enhanced.data.listing import Listing, Texts
-from ijepa_enhanced.data.sources.base import (
-    CLASSES,
-    HEAD,
-    THREADS,
-    FileSource,
-    fingerprint_of,
-)
+from ijepa_enhanced.data.sources.base import CLASSES, HEAD, THREADS, FileSource, class_names, fingerprint_of
 from ijepa_enhanced.data.sources.labels import label_text, number_labels
 from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC, count_kinds, hidden
 from ijepa_enhanced.errors import SourceError, UnreadableImage
@@ -77,7 +71,7 @@ class TarSource(FileSource):
             [(number, *extent) for number, shard in enumerate(shards) for extent in shard.extents], dtype=np.int64
         )
         notes = tuple(note for shard in shards for note in shard.notes)
-        labels, classes = number_labels(written, self._class_names(), self.name)
+        labels, classes = number_labels(written, class_names(self.root), self.name)
         if labels is None:
             self._check_label(shards)
         passed_over = count_kinds(itertools.chain(*(shard.others for shard in shards)))
@@ -94,14 +88,6 @@ class TarSource(FileSource):
             f"{self.name}: no image has a class, a whole number from 0 or a name, under '{self.label}' of its member "
             f"KEY.json. The keys of the first of these are: {', '.join(sorted(first)) or 'none'}."
         )
-
-    def _class_names(self) -> list[str] | None:
-        """Return the lines of `classes.txt` without the empty ones at its end, or None if there is no such file."""
-        path = Path(self.root, CLASSES)
-        try:
-            return path.read_text(encoding="utf-8-sig").rstrip().splitlines() if path.is_file() else None
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{path} is not text in UTF-8.") from error
 
     def _place(self, row: int) -> tuple[Path, int, int]:
         """Return the shard, the offset and the bytes of an image."""
