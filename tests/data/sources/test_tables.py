@@ -61,6 +61,17 @@ def splits(tmp_path):
     return folder
 
 
+def test_a_folder_whose_name_datasets_reads_as_a_pattern(splits, tmp_path):
+    for name in ("sets", "set[s]"):
+        shutil.copytree(splits, tmp_path / name)
+    spec = f"hf://{tmp_path}/set[s]"
+    with pytest.raises(SourceError) as error:
+        open_source(spec)
+    assert str(error.value) == (
+        f"{spec}: datasets reads the name of this folder as a pattern. Rename it, without *, ? and brackets."
+    )
+
+
 def test_a_configuration_of_the_hub_is_named_after_the_data_set(tmp_path):
     folder = tmp_path / "several"
     folder.mkdir()
@@ -257,6 +268,11 @@ def test_without_the_package(splits, tmp_path, monkeypatch):
 
 
 REFUSED = {
+    "a struct whose bytes are none": (
+        {"photo": [{"bytes": 7, "path": "a.png"}], "label": [1]},
+        "",
+        "{0} has no column of images. Its columns are photo (struct), label (int64).",
+    ),
     "no image column": (
         {"photo": ["a.png"], "label": [1]},
         "",

@@ -167,6 +167,10 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     datasets = _datasets()
     repository, _, split = name.removeprefix("hf://").partition(":")
     config = columns.get("config")
+    if Path(repository).exists() and glob.escape(repository) != repository:
+        raise SourceError(
+            f"{name}: datasets reads the name of this folder as a pattern. Rename it, without *, ? and brackets."
+        )
     with _loading(name):
         configs = datasets.get_dataset_config_names(repository)
     if config is None and len(configs) > 1:
@@ -250,8 +254,8 @@ def _type(feature: Any) -> str:
 
 
 def _holds_images(feature: Any) -> bool:
-    in_struct = isinstance(feature, dict) and "bytes" in feature
-    return in_struct or _type(feature) in ("Image", "binary", "large_binary")
+    kinds = ("Image", "binary", "large_binary")
+    return _type(feature) in kinds or (isinstance(feature, dict) and _type(feature.get("bytes")) in kinds)
 
 
 def _holds_labels(feature: Any) -> bool:
