@@ -277,8 +277,9 @@ TOO_FEW = (
     "Add images, raise data.min_resolution, or lower encoder.patch_size."
 )
 NO_LABELS = (
-    "photos/dark has no labels, but evaluation needs them. Put the images of each class into a subfolder, "
-    "or add a .cls file for each image of a tar shard."
+    "photos/dark has no labels, but evaluation needs them. In a folder, put the images of each class into a "
+    "subfolder. In tar shards, add a member KEY.cls for each image. In a list, add a column 'label'. In a "
+    "table, name the column of the labels: photos/dark#label=COLUMN."
 )
 CUT = "images.tar is truncated or damaged after 8 images. Images after that point are skipped."
 CUT_IMAGE = "images.tar:7.png: truncated: the shard ends after 100 of the image's 10,000 bytes"

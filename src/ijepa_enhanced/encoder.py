@@ -23,7 +23,6 @@ from ijepa_enhanced.data.inputs import (
     decode_all,
     decode_input,
     in_packs,
-    raise_errors,
 )
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
@@ -232,7 +231,7 @@ class Encoder(nn.Module):
         tokens_per_pack: int,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the key and the feature of each image; arguments as for `embed_iter`."""
-        for members, packed in in_packs(raise_errors(images, on_error), self.at_once(tokens_per_pack)):
+        for members, packed in in_packs(images, self.at_once(tokens_per_pack), on_error):
             features = (
                 feature
                 for pack, x in self._run([packed] if packed else [], merge_rate, precision)

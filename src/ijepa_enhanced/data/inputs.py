@@ -36,7 +36,9 @@ class Decoded(NamedTuple):
     """[rows * columns, P * P * C], row by row."""
     grid: NDArray[np.int64]
     """[1, 2] rows and columns."""
-    error: UnreadableImage | OSError | TypeError | None = None
+    error: Exception | None = None
+    fatal: bool = False
+    """Whether the error is the caller's mistake: what is no image at all, or a generator that fails."""
 
 
 class PackBuilder:
@@ -72,12 +74,15 @@ class PackBuilder:
         return packed
 
 
-def in_packs(images: Iterable[Decoded], budget: int) -> Iterator[tuple[list[tuple[str, bool]], Packed | None]]:
-    """Yield packs of decoded images, in order; if `images` raises, what it gave before comes first.
+def in_packs(
+    images: Iterable[Decoded], budget: int, on_error: str = "raise"
+) -> Iterator[tuple[list[tuple[str, bool]], Packed | None]]:
+    """Yield packs of decoded images, in order.
 
     Args:
         images: decoded images, or images with an error.
         budget: as for `PackBuilder`.
+        on_error: whether to "raise" the error of an image. The images before it come first.
 
     Yields:
         The key of each image (its number as text if it has none) and whether the image is in the pack, which it is
@@ -86,14 +91,10 @@ def in_packs(images: Iterable[Decoded], budget: int) -> Iterator[tuple[list[tupl
     pack = PackBuilder(budget)
     members: list[tuple[str, bool]] = []
     failure: Exception | None = None
-    numbered = enumerate(images)
-    while True:
-        try:
-            number, image = next(numbered)
-        except StopIteration:
-            break
-        except Exception as error:  # any, as it may be the caller's generator that failed
-            failure = error
+    for number, image in enumerate(images):
+        if image.error is not None and (image.fatal or on_error == "raise"):
+            failure = image.error
+            del image
             break
         if image.patches is not None:
             if not pack.fits(image.patches):
@@ -105,7 +106,11 @@ def in_packs(images: Iterable[Decoded], budget: int) -> Iterator[tuple[list[tupl
     if members:
         yield members, pack.take() if len(pack) else None
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            # An error that refers to itself, through its traceback and this frame, would keep the workers alive.
+            del failure
 
 
 def check_several(images: object) -> None:
@@ -144,18 +149,17 @@ def decode_all(
 ) -> Iterator[Decoded]:
     """Yield all images as patches, in order, decoded by worker processes; arguments as for `decode_input`.
 
-    An image that cannot be decoded has its error. What a generator of images raises is raised after the images that it
-    gave.
+    An image that cannot be decoded has its error. So has a last one that stands for what a generator of images raised.
     """
     source = images if isinstance(images, Source) else None
-    failures: list[Exception] = []
+    failures: list[Decoded] = []
 
     def drawn() -> Iterator[Any]:
         # The loader draws images ahead of those that it returns. An error that went through it would lose them.
         try:
             yield from range(len(images)) if isinstance(images, Source) else map(_portable, images)
         except Exception as error:  # any, as it is the caller's generator
-            failures.append(error)
+            failures.append(_failed(None, error, fatal=True))
 
     loader = DataLoader(
         _Decoder(source, resolution, patch_size, limit),
@@ -167,19 +171,7 @@ def decode_all(
         generator=torch.Generator(),  # of its own: PyTorch would draw a seed from the caller's
     )
     yield from loader
-    for failure in failures:
-        raise failure
-
-
-def raise_errors(images: Iterable[Decoded], on_error: str) -> Iterator[Decoded]:
-    """Yield `images`, and raise their errors unless `on_error` is something other than "raise".
-
-    What is not an image at all is the caller's mistake, whatever `on_error` says.
-    """
-    for image in images:
-        if image.error is not None and (on_error == "raise" or isinstance(image.error, TypeError)):
-            raise image.error
-        yield image
+    yield from failures
 
 
 class _Decoder(Dataset[Decoded]):
@@ -201,11 +193,11 @@ class _Decoder(Dataset[Decoded]):
         except (UnreadableImage, OSError, TypeError) as error:
             # As a value: raised in a worker, it would reach the user as a traceback in a string.
             named = f"{key}: {error}" if isinstance(error, UnreadableImage) and self.source is not None else None
-            return _failed(key, UnreadableImage(named) if named else error)
+            return _failed(key, UnreadableImage(named) if named else error, fatal=isinstance(error, TypeError))
 
 
-def _failed(key: str | None, error: UnreadableImage | OSError | TypeError) -> Decoded:
-    return Decoded(key, None, np.empty((0, 2), np.int64), error)
+def _failed(key: str | None, error: Exception, fatal: bool = False) -> Decoded:
+    return Decoded(key, None, np.empty((0, 2), np.int64), error, fatal)
 
 
 def _as_is(item: Any) -> Any:

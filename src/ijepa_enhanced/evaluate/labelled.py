@@ -39,8 +39,9 @@ def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> La
         for note in source.listing.notes:  # it may be the reason
             logger.warning("%s", note)
         raise RequestError(
-            f"{spec} has no labels, but evaluation needs them. Put the images of each class into a subfolder, "
-            "or add a .cls file for each image of a tar shard."
+            f"{spec} has no labels, but evaluation needs them. In a folder, put the images of each class into a "
+            "subfolder. In tar shards, add a member KEY.cls for each image. In a list, add a column 'label'. In a "
+            f"table, name the column of the labels: {spec}#label=COLUMN."
         )
     new = reported is None or reported.source.fingerprint() != source.fingerprint()
     if new:

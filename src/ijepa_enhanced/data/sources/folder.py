@@ -12,7 +12,7 @@ import numpy as np
 
 from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import HEAD, FileSource, fingerprint_of, sample
-from ijepa_enhanced.data.sources.labels import label_text
+from ijepa_enhanced.data.sources.labels import label_text, numbered
 from ijepa_enhanced.data.sources.names import (
     EXTENSIONS,
     count_kinds,
@@ -76,10 +76,15 @@ class FolderSource(PathSource):
         empty = {folder.partition("/")[0] for folder in folders if folder != "."} - set(tops)
         if empty:
             passed_over[f"folder{'s' * (len(empty) > 1)} without images"] = len(empty)
-        classes = [top for top in sorted(set(tops)) if label_text(top) is not None]
-        if not classes or any(top == key for top, key in zip(tops, keys, strict=True)):
-            return Listing(Texts.of(keys), folders=tuple(folders), passed_over=passed_over)
-        numbers = {name: number for number, name in enumerate(classes)}
+        classes = [top for top in set(tops) if label_text(top) is not None]
+        outside = [key for top, key in zip(tops, keys, strict=True) if top == key]
+        if not classes or outside:
+            notes: tuple[str, ...] = ()
+            if classes and len(outside) < len(keys):
+                more = f" and {len(outside) - 1:,} more" if len(outside) > 1 else ""
+                notes = (f"The folders in {self.name} are not read as classes, because {outside[0]}{more} is in none.",)
+            return Listing(Texts.of(keys), folders=tuple(folders), notes=notes, passed_over=passed_over)
+        classes, numbers = numbered(classes)
         labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
         return Listing(Texts.of(keys), labels, classes, folders=tuple(folders), passed_over=passed_over)
 

@@ -44,6 +44,19 @@ def class_keys(names: Iterable[str]) -> list[int | str]:
     return [class_key(name) for name in names]
 
 
+def numbered(names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """Return the classes of some names, in the order of the alphabet, and the number of each name.
+
+    Names of one `class_key`, such as 1 and 01 or two forms of Unicode, are one class, called by the first of them.
+    """
+    first: dict[int | str, str] = {}
+    names = sorted(set(names))
+    for name in names:
+        first.setdefault(class_key(name), name)
+    places = {key: number for number, key in enumerate(first)}
+    return [*first.values()], {name: places[class_key(name)] for name in names}
+
+
 def repeated(names: Iterable[str]) -> set[int | str]:
     """Return the keys of the names that a list has more than once."""
     return {key for key, count in Counter(class_keys(names)).items() if count > 1}
@@ -77,8 +90,9 @@ def number_labels(
         return None, None
     if all(label.isdecimal() for label in found):
         numbers = {label: int(label) for label in found}
+    elif classes is None:
+        classes, numbers = numbered(found)
     else:
-        classes = found if classes is None else classes
         places = {key: number for number, key in enumerate(class_keys(classes))}
         numbers = {label: places.get(class_key(label), len(classes)) for label in found}
         for label in found:

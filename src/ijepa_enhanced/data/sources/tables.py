@@ -255,7 +255,7 @@ def _type(feature: Any) -> str:
 
 def _holds_images(feature: Any) -> bool:
     kinds = ("Image", "binary", "large_binary")
-    return _type(feature) in kinds or (isinstance(feature, dict) and _type(feature.get("bytes")) in kinds)
+    return _type(feature) in kinds or (isinstance(feature, dict) and _type(feature.get("bytes")) in (*kinds, "null"))
 
 
 def _holds_labels(feature: Any) -> bool:

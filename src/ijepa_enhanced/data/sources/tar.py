@@ -259,11 +259,8 @@ def _scan_shard(path: Path, label_key: str | None) -> _Shard:
             start: int | None = 0
             complete = True
             while start is not None and complete:
-                try:
-                    end = _scan_archive(shard, file, start, places, links)
-                except tarfile.ReadError:
-                    if not start:
-                        raise
+                end = _scan_archive(shard, file, start, places, links)
+                if start and end == start:
                     shard.notes.append(f"{path}: {size - start:,} bytes after the end of the archive are ignored.")
                     break
                 # A damaged header looks to tarfile like the end of the archive, which is a block of zeros.
@@ -286,7 +283,7 @@ def _scan_shard(path: Path, label_key: str | None) -> _Shard:
 def _scan_archive(
     shard: _Shard, file: BinaryIO, start: int, places: dict[str, tuple[int, int]], links: dict[str, str]
 ) -> int:
-    """Record the members of the archive at `start` of a shard, and return where it ends.
+    """Record the members of the archive at `start` of a shard, and return where it ends: at `start` if there is none.
 
     Args:
         shard: to record them in.
@@ -296,7 +293,13 @@ def _scan_archive(
         links: takes the name of what each link points to, by the name of the link.
     """
     file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as tar, suppress(tarfile.ReadError):
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
+    except tarfile.ReadError:
+        if start:
+            return start
+        raise
+    with tar, suppress(tarfile.ReadError):
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep an object for every member
             if not (member.isfile() or member.islnk() or member.issym()):
