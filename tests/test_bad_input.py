@@ -273,8 +273,12 @@ NO_IMAGES = (
     ".bmp, .dib, .tif, .tiff, .jp2, .j2k."
 )
 TOO_FEW = (
-    "Training needs at least 2 images with views of at least 4 patches of {} px. Only {} images are large enough. "
-    "Add images, raise data.min_resolution, or lower encoder.patch_size."
+    "Only {1} images are large enough: training needs at least 2 images whose views have 4 or more patches of {0} x "
+    "{0} px. Add images{2}."
+)
+NO_CLASS = (
+    "Class 'grey' of others has no {} in {}. Every validation class must also be in the training images: add images of "
+    "it to them, or remove it from the validation images."
 )
 NO_LABELS = (
     "photos/dark has no labels, but evaluation needs them. In a folder, put the images of each class into a "
@@ -289,9 +293,16 @@ EMPTY, WORDS, BOMB, TRUNCATED = (
     "light/4.png: 20000 x 20000 px is above the limit of 89,478,485 px",
     "light/2.png: cannot be decoded: image file is truncated",
 )
-STARTED = "run was started with {}. Leave the flag out, or start a new run."
-EDITED = "run/config.yaml says {}. Change it back, or start a new run."
-OTHER_PLAN = "run was trained on different images or with different data settings. Start a new run instead."
+STARTED = "run was started with {0} = {1} and cannot continue with {2}. Remove --{0}, or start a new run."
+EDITED = "run/config.yaml sets {}. Change it back, or start a new run."
+OTHER_PLAN = (
+    "Cannot resume run: the images, or the data settings, have changed since it was started. Restore them, or start a "
+    "new run."
+)
+NO_EFFECT = (
+    "{0} has no effect unless --objective.contrastive_weight > 0. Set {0} to 0, or set --objective.contrastive_weight "
+    "above 0."
+)
 TRAIN = "train --data.source photos --run new"
 FEW = "photos has only {} images. kNN with 20 neighbors (knn20) uses all of them."
 SAME = "photos is used for training and validation, so the scores do not measure generalization."
@@ -327,21 +338,31 @@ WRONG_REQUESTS = {
     "evaluate no run": (
         nothing,
         "evaluate nope --train photos --val photos",
-        "No encoder in nope: expected config.json and model.safetensors there or in its folder 'encoder'.",
+        "No such folder: nope.",
     ),
-    "resume no run": (nothing, "train --resume nope", "nope is not a run: it has no config.yaml."),
+    "evaluate a folder without an encoder": (
+        nothing,
+        "evaluate photos --train photos --val photos",
+        "photos contains no encoder: config.json and model.safetensors must be in it or in its subfolder 'encoder'.",
+    ),
+    "resume a folder that is no run": (
+        nothing,
+        "train --resume photos",
+        "photos is not a run folder: it contains no config.yaml.",
+    ),
+    "resume no run": (nothing, "train --resume nope", "No such folder: nope."),
     # Images that do not do.
     "no label in train": (nothing, "evaluate run --train photos/dark --val photos", NO_LABELS),
     "no label in val": (nothing, "evaluate run --train photos --val photos/dark", NO_LABELS),
     "an unknown class": (
         other_class,
         "evaluate run --train photos --val others",
-        "others has a class 'grey', but photos does not.",
+        NO_CLASS.format("images", "photos"),
     ),
     "an empty class": (
         empty_class,
         "evaluate run --train images.tar --val others",
-        "others has a class 'grey', but images.tar has no readable image of it.",
+        NO_CLASS.format("readable images", "images.tar"),
     ),
     "one class": (
         one_class,
@@ -356,7 +377,7 @@ WRONG_REQUESTS = {
     "an unknown protocol": (
         nothing,
         "evaluate run --train photos --val photos --protocols knn lineer",
-        "No protocol 'lineer'. Did you mean 'linear'?",
+        "Unknown protocol 'lineer'. Did you mean 'linear'?",
     ),
     "a sweep by other protocols": (
         nothing,
@@ -372,43 +393,43 @@ WRONG_REQUESTS = {
     "fine-tuning for no epoch": (
         nothing,
         "evaluate run --train photos --val photos --protocols finetune --finetune.epochs 0",
-        "finetune.epochs must be above 0, not 0.",
+        "--finetune.epochs must be above 0, not 0.",
     ),
-    "one image": (one_image, "train --data.source images --run new", TOO_FEW.format(8, "1 of 1")),
-    "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "1 of 1")),
+    "one image": (one_image, "train --data.source images --run new", TOO_FEW.format(8, "1 of 1", "")),
+    "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "1 of 1", "")),
     "only images smaller than a patch": (
         only_smaller_than_a_patch,
         f"{TRAIN} --data.min_resolution null --data.max_resolution null",
-        TOO_FEW.format(8, "0 of 3"),
+        TOO_FEW.format(8, "0 of 3", ", raise data.min_resolution, or lower encoder.patch_size"),
     ),
     # Packs.
     "a pack smaller than the largest view": (
         nothing,
         f"{TRAIN} --data.max_view_tokens 513 --data.masked_views 2",
-        "data.tokens_per_pack (512) cannot hold the views of one image (2 of up to 513 tokens). "
-        "Raise it, or lower data.max_view_tokens.",
+        "--data.tokens_per_pack (512) is too small for the views of one image: 2 of up to 513 tokens. "
+        "Raise it, or lower --data.max_view_tokens.",
     ),
     "one view to compare": (
         nothing,
         f"{TRAIN} --objective.contrastive_weight 1",
-        "objective.contrastive_weight > 0 needs two views of each image: set data.masked_views to 2, or "
-        "data.global_views or data.local_views above 0.",
+        "--objective.contrastive_weight > 0 needs at least two views per image. Set --data.masked_views to 2, or set "
+        "--data.global_views or --data.local_views above 0.",
     ),
     "global views for nothing": (
         nothing,
         f"{TRAIN} --data.global_views 1",
-        "data.global_views only has an effect when objective.contrastive_weight > 0.",
+        NO_EFFECT.format("--data.global_views"),
     ),
     "local views for nothing": (
         nothing,
         f"{TRAIN} --data.local_views 2",
-        "data.local_views only has an effect when objective.contrastive_weight > 0.",
+        NO_EFFECT.format("--data.local_views"),
     ),
     "a pack too small for any view": (
         nothing,
         f"{TRAIN} --data.tokens_per_pack 31",
-        "Views have at most 3 tokens, but masking needs at least 4. "
-        "Raise data.tokens_per_pack or data.max_view_tokens.",
+        "--data.tokens_per_pack (31) is too small: it limits views to 3 tokens, but masking needs at least 4. "
+        "Raise it.",
     ),
     # Unknown names.
     "an unknown option": (
@@ -430,34 +451,40 @@ WRONG_REQUESTS = {
     "an option like no other": (
         nothing,
         "scan photos --zzz",
-        "Unknown option '--zzz'. Known: --json, --debug, --help.",
+        "Unknown option '--zzz'. Available: --json, --debug, --help.",
     ),
     "a group": (
         yaml("lr: 1\n"),
         f"{TRAIN} --optim mine.yaml",
-        "Unknown option '--optim'. It is a group. Set one of its values, such as '--optim.lr'.",
+        "'--optim' is a group of options. Set one of them, such as '--optim.lr'.",
     ),
-    "an argument too many": (nothing, f"{TRAIN} photos photos", "Unknown argument 'photos'."),
+    "an argument too many": (
+        nothing,
+        f"{TRAIN} photos photos",
+        "Unexpected argument 'photos'. `ijepa train` takes 1 positional argument: SOURCE.",
+    ),
     "the images twice": (
         nothing,
         f"{TRAIN} photos",
-        "PHOTOS and --data.source both set the images. Give only one of them.",
+        "SOURCE and --data.source both set the images. Use only one of them.",
     ),
     "a pattern that the shell expanded": (
         nothing,
         "scan train-0.tar train-1.tar",
-        "Unknown argument 'train-1.tar'. Quote names that contain spaces, asterisks or braces.",
+        "Unexpected argument 'train-1.tar'. If you typed a pattern, quote it so that the shell does not expand it: "
+        "'train-*.tar'.",
     ),
     "a mixture in several words": (
         nothing,
         "scan photos + photos",
-        "Unknown argument '+'. Quote names that contain spaces, asterisks or braces.",
+        "Unexpected argument '+'. Quote a source that contains spaces: 'photos + more-photos'.",
     ),
-    "an unknown command": (nothing, "trian --run new", "No command 'trian'. Did you mean 'train'?"),
+    "an unknown command": (nothing, "trian --run new", "Unknown command 'trian'. Did you mean 'train'?"),
     "an option before the command": (
         nothing,
         "--debug-me scan photos",
-        "Options come after the command: train, evaluate, report, scan, prepare, inspect, study, benchmark.",
+        "Put the command first, then its options. Commands: train, evaluate, report, scan, prepare, inspect, study, "
+        "benchmark.",
     ),
     "an unknown recipe": (
         nothing,
@@ -477,7 +504,7 @@ WRONG_REQUESTS = {
     "a group without keys": (
         yaml("optim: 1\n"),
         f"{TRAIN} --config mine.yaml",
-        "mine.yaml: unknown key 'optim'. It is a group. Set one of its values, such as 'optim.lr'.",
+        "mine.yaml: 'optim' is a group of keys. Set one of them, such as 'optim.lr'.",
     ),
     "inspect with an unknown key": (
         yaml("masks:\n  target: 1\n"),
@@ -485,33 +512,48 @@ WRONG_REQUESTS = {
         "mine.yaml: unknown key 'masks.target'. Did you mean 'masks.targets'?",
     ),
     # Values.
-    "no whole number": (nothing, f"{TRAIN} --steps 2.5", "--steps must be a whole number or null, not '2.5'."),
+    "no whole number": (nothing, f"{TRAIN} --steps 2.5", "--steps must be an integer or null, not '2.5'."),
     "no number": (nothing, f"{TRAIN} --optim.lr fast", "--optim.lr must be a number, not 'fast'."),
     "neither true nor false": (nothing, f"{TRAIN} --compile maybe", "--compile must be true or false, not 'maybe'."),
     "no such precision": (nothing, f"{TRAIN} --precision fp16", "--precision must be auto, bf16 or fp32, not 'fp16'."),
-    "null": (nothing, f"{TRAIN} --seed null", "--seed must be a whole number, not 'null'."),
+    "null": (nothing, f"{TRAIN} --seed null", "--seed must be an integer, not 'null'."),
     "no value": (
         nothing,
         f"{TRAIN} --seed",
-        "Argument --seed: expected one argument. See `ijepa train --help`.",
+        "--seed needs a value: --seed INT. See `ijepa train --help`.",
     ),
     "a value for a flag": (nothing, f"{TRAIN} --json=1", "--json takes no value."),
-    "too few steps": (nothing, f"{TRAIN} --steps 0", "steps must be at least 1, not 0."),
-    "a negative rate": (nothing, f"{TRAIN} --optim.lr -1", "optim.lr must be above 0, not -1.0."),
+    "too few steps": (nothing, f"{TRAIN} --steps 0", "--steps must be at least 1, not 0."),
+    "a negative rate": (nothing, f"{TRAIN} --optim.lr -1", "--optim.lr must be above 0, not -1.0."),
+    "a predictor without blocks": (
+        nothing,
+        f"{TRAIN} --predictor.depth 0",
+        "--predictor.depth must be at least 1, not 0.",
+    ),
+    "a predictor without heads": (
+        nothing,
+        f"{TRAIN} --predictor.heads 0",
+        "--predictor.heads must be at least 1, not 0.",
+    ),
+    "a predictor whose heads do not divide it": (
+        nothing,
+        f"{TRAIN} --predictor.width 24",
+        "--predictor.width must be a positive multiple of 8 * --predictor.heads (16), not 24.",
+    ),
     "no such variant": (
         nothing,
         f"{TRAIN} --encoder.variant XL",
-        "encoder.variant must be one of Ti, S, B, L, H, g, not 'XL'.",
+        "--encoder.variant must be one of Ti, S, B, L, H, g, not 'XL'.",
     ),
     "no fraction": (
         nothing,
         f"{TRAIN} --data.max_unreadable 2",
-        "data.max_unreadable must lie between 0 and 1, not 2.0.",
+        "--data.max_unreadable must be between 0 and 1, not 2.0.",
     ),
     "resolutions in the wrong order": (
         nothing,
         f"{TRAIN} --data.min_resolution 50",
-        "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, not 50 and 48.",
+        "--data.min_resolution (50) must be at least 1 and at most --data.max_resolution (48).",
     ),
     "no number in a file": (
         yaml("optim: {lr: fast}\n"),
@@ -521,12 +563,12 @@ WRONG_REQUESTS = {
     "true for a number in a file": (
         yaml("steps: true\n"),
         f"{TRAIN} --config mine.yaml",
-        "mine.yaml: steps must be a whole number or null, not true.",
+        "mine.yaml: steps must be an integer or null, not true.",
     ),
     "a number for text in a file": (
         yaml("data: {source: 3}\n"),
         f"{TRAIN} --config mine.yaml",
-        "mine.yaml: data.source must be text, not 3.",
+        "mine.yaml: data.source must be a string, not 3.",
     ),
     "null in a file": (
         yaml("optim:\n  lr:\n"),
@@ -536,35 +578,35 @@ WRONG_REQUESTS = {
     "out of range in a file": (
         yaml("optim: {lr: -1}\n"),
         f"{TRAIN} --config mine.yaml",
-        "optim.lr must be above 0, not -1.0.",
+        "mine.yaml: optim.lr must be above 0, not -1.0.",
     ),
     "no resolution": (nothing, f"{EVALUATE} --resolution 0", "--resolution must be at least 1, not 0."),
     "a resolution as a word": (
         nothing,
         f"{EVALUATE} --resolution big",
-        "--resolution must be a whole number or native, not 'big'.",
+        "--resolution must be an integer or native, not 'big'.",
     ),
     "a negative seed": (nothing, f"{EVALUATE} --seed -1", "--seed must be at least 0, not -1."),
     "negative workers": (nothing, f"{EVALUATE} --workers -1", "--workers must be at least 0, not -1."),
     "no such picture": (
         nothing,
         "inspect maks photos --out new",
-        "No subcommand 'maks'. Did you mean 'masks'?",
+        "Unknown subcommand 'maks'. Did you mean 'masks'?",
     ),
     "an option before the picture": (
         nothing,
         "inspect --out new masks photos",
-        "Options come after the subcommand: data, masks, packing, features, merges.",
+        "Put the subcommand first, then its options. Subcommands: data, masks, packing, features, merges.",
     ),
     "merges of no run": (
         nothing,
         "inspect merges nope photos/dark/0.png --out new",
-        "No encoder in nope: expected config.json and model.safetensors there or in its folder 'encoder'.",
+        "No such folder: nope.",
     ),
     "merges of no images": (
         nothing,
         "inspect merges run --out new",
-        "The following arguments are required: IMAGE. See `ijepa inspect merges --help`.",
+        "Missing: IMAGE. See `ijepa inspect merges --help`.",
     ),
     "merges of an image that is not there": (
         nothing,
@@ -574,37 +616,38 @@ WRONG_REQUESTS = {
     "merges of a folder": (
         nothing,
         "inspect merges run photos/dark --out new",
-        "photos/dark is a folder. Name image files.",
+        "photos/dark is a folder. Give the paths of image files.",
     ),
     "merges at rate 0": (
         nothing,
         "inspect merges run photos/dark/0.png --out new --merge-rate 0",
-        "--merge-rate 0 merges nothing. Give a rate above 0, up to 0.5.",
+        "--merge-rate must be above 0 and at most 0.5, not 0.",
     ),
     "an option of another picture": (
         nothing,
         "inspect masks photos --out new --merge-rate 0.1",
-        "Unknown option '--merge-rate'. Did you mean '--merging.teacher_rate'?",
+        "`ijepa inspect masks` has no option '--merge-rate'. It is an option of `ijepa evaluate` or "
+        "`ijepa inspect merges`.",
     ),
     "a merge rate too high": (
         nothing,
         f"{EVALUATE} --merge-rate 0.7",
-        "--merge-rate must lie between 0 and 0.5, not 0.7.",
+        "--merge-rate must be between 0 and 0.5, not 0.7.",
     ),
     "a negative merge rate": (
         nothing,
         "inspect merges run photos/dark/0.png --out new --merge-rate -0.1",
-        "--merge-rate must lie between 0 and 0.5, not -0.1.",
+        "--merge-rate must be above 0 and at most 0.5, not -0.1.",
     ),
     "a student's merge rate too high": (
         nothing,
         f"{TRAIN} --merging.student_rate 0.6",
-        "merging.student_rate must lie between 0 and 0.5, not 0.6.",
+        "--merging.student_rate must be between 0 and 0.5, not 0.6.",
     ),
     "a sweep of nothing": (
         nothing,
         f"{EVALUATE} --sweep",
-        "Argument --sweep: expected at least one argument. See `ijepa evaluate --help`.",
+        "--sweep needs a value: --sweep NAME=VALUES. See `ijepa evaluate --help`.",
     ),
     "a sweep of something else": (
         nothing,
@@ -619,7 +662,7 @@ WRONG_REQUESTS = {
     "a sweep beyond what can be": (
         nothing,
         f"{EVALUATE} --sweep merge_rate=0,0.6",
-        "--merge-rate must lie between 0 and 0.5, not 0.6.",
+        "--sweep merge_rate=... must be between 0 and 0.5, not 0.6.",
     ),
     "a sweep beyond what is": (
         nothing,
@@ -634,38 +677,48 @@ WRONG_REQUESTS = {
     "nothing to evaluate on": (
         nothing,
         "evaluate run",
-        "No images to score on. Give --data SOURCE, or --train SOURCE and --val SOURCE.",
+        "No labeled images. Use --data SOURCE, or --train SOURCE and --val SOURCE.",
     ),
     "--train without --val": (
         nothing,
         "evaluate run --train photos",
-        "--train also needs --val. Or give --data SOURCE, which is split into both.",
+        "--train requires --val. Or use --data SOURCE, which is split into both.",
     ),
     "--val without --train": (
         nothing,
         "evaluate run --val photos",
-        "--val also needs --train. Or give --data SOURCE, which is split into both.",
+        "--val requires --train. Or use --data SOURCE, which is split into both.",
     ),
     "--data and --val": (
         nothing,
         "evaluate run --data photos --val photos",
-        "Give either --data, or --train and --val. --data is split into both parts.",
+        "Use either --data, or both --train and --val. --data is split into both.",
     ),
     "label maps to split": (
         nothing,
         "evaluate run --data photos --protocols dense",
-        "The protocol dense cannot split --data. Give --train and --val instead.",
+        "The protocol dense does not support --data. Use --train and --val instead.",
     ),
     "an encoder of an older version": (
         older_encoder,
         EVALUATE,
-        "run/encoder was written by another version of ijepa_enhanced, which did not record the preprocessing. "
+        "run/encoder was saved by an older version of ijepa-enhanced that did not record the preprocessing. "
         "Train the encoder again, or rewrite config.json as docs/decisions.md describes.",
     ),
     "a source for a theme without images": (
         nothing,
         "benchmark attention --source photos",
-        "ijepa benchmark attention reads no images. Remove --source.",
+        "`ijepa benchmark attention` does not use --source. Remove it.",
+    ),
+    "tokens for a theme without packs": (
+        nothing,
+        "benchmark embed --tokens 512",
+        "`ijepa benchmark embed` does not use --tokens. Remove it.",
+    ),
+    "packs too small to time": (
+        nothing,
+        "benchmark step --tokens 255",
+        "--tokens must be at least 256, not 255.",
     ),
     "no such theme": (
         nothing,
@@ -675,7 +728,7 @@ WRONG_REQUESTS = {
     "nowhere to prepare to": (
         nothing,
         "prepare photos",
-        "OUT is missing. Give the output folder: ijepa prepare SOURCE OUT.",
+        "The output folder OUT is missing: ijepa prepare SOURCE OUT.",
     ),
     "a quality beyond what can be": (
         nothing,
@@ -685,18 +738,42 @@ WRONG_REQUESTS = {
     "nothing to scan": (
         nothing,
         "scan",
-        "The following arguments are required: SOURCE. See `ijepa scan --help`.",
+        "Missing: SOURCE. See `ijepa scan --help`.",
+    ),
+    # Folders that cannot be made.
+    **{
+        f"a folder that cannot be written to, {name}": (
+            nothing,
+            command,
+            f"Cannot create the folder {UNWRITABLE}: {no_folder()}.",
+        )
+        for name, command in {
+            "train": f"train --data.source photos --run {UNWRITABLE}",
+            "inspect": f"inspect masks photos --out {UNWRITABLE}",
+            "sweep": f"evaluate run --data photos --workers 0 --sweep merge_rate=0 --out {UNWRITABLE}",
+            "prepare": f"prepare photos {UNWRITABLE} --workers 0",
+        }.items()
+    },
+    "a run below a file": (
+        nothing,
+        "train --data.source photos --run photos/dark/0.png/new",
+        "Cannot create the folder photos/dark/0.png/new: Not a directory.",
+    ),
+    "a picture below a file": (
+        nothing,
+        "inspect masks photos --out photos/dark/0.png",
+        "Cannot create the folder photos/dark/0.png: it is a file.",
     ),
     # Runs that are there already, and runs that are not what they were.
     "a run that exists": (
         nothing,
         "train --data.source photos --run run",
-        "run already exists. Continue it with --resume run, or choose another folder with --run.",
+        "run already exists. To resume it, use --resume run. Otherwise, choose another folder with --run.",
     ),
     "a file in the run's place": (
         nothing,
         "train --data.source photos --run run/log.jsonl",
-        "run/log.jsonl already exists. Continue it with --resume run/log.jsonl, or choose another folder with --run.",
+        "run/log.jsonl is a file. Choose another folder with --run.",
     ),
     "resume into another run": (
         nothing,
@@ -706,12 +783,12 @@ WRONG_REQUESTS = {
     "resume with another architecture": (
         nothing,
         "train --resume run --encoder.depth 2",
-        STARTED.format("encoder.depth = 1, so it cannot continue with 2"),
+        STARTED.format("encoder.depth", 1, 2),
     ),
     "resume with another plan": (
         nothing,
         "train --resume run --data.min_resolution 16",
-        STARTED.format("data.min_resolution = 32, so it cannot continue with 16"),
+        STARTED.format("data.min_resolution", 32, 16),
     ),
     "resume with an edited architecture": (
         edited_run("variant: Ti", "variant: S"),
@@ -731,7 +808,7 @@ WRONG_REQUESTS = {
     "resume with merging": (
         nothing,
         "train --resume run --merging.student_rate 0.1",
-        STARTED.format("merging.student_rate = 0.0, so it cannot continue with 0.1"),
+        STARTED.format("merging.student_rate", 0.0, 0.1),
     ),
     "resume with edited merging": (
         edited_run("teacher_rate: 0.0", "teacher_rate: 0.2"),
@@ -757,17 +834,19 @@ def test_a_wrong_request_is_refused(prepare: Callable[[], None], command: str, m
 
 BEGUN = {"new/", "new/config.yaml", "new/log.jsonl"}
 """What is there of a run from its first step on: enough to resume it."""
-DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete it to resume from {}."
+DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete this folder to resume from {}."
 
-CUT_HEADER = "Error while deserializing header: invalid header length"
+CUT_HEADER = "its weights are damaged (Error while deserializing header: invalid header length)"
 
-TAKE_AWAY = "Remove them, or raise data.max_unreadable."
+EMPTY_JSON = "progress.json is damaged (Expecting value: line 1 column 1 (char 0))"
+
+TAKE_AWAY = "Remove these images, or allow more with --data.max_unreadable."
 
 FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "too many unreadable headers": (
         damaged_headers,
         TRAIN,
-        ["ijepa: 3 of 10 images cannot be read, more than data.max_unreadable (1.00%) allows:"]
+        ["ijepa: 3 of 10 images cannot be read, but data.max_unreadable = 0.01 allows only 1%:"]
         + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB)]
         + [TAKE_AWAY],
         set(),
@@ -775,7 +854,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "too many unreadable images": (
         damaged_headers_and_body,
         f"{TRAIN} --data.max_unreadable 0.3",
-        ["ijepa: 4 of 10 images cannot be read, more than data.max_unreadable (30.00%) allows:"]
+        ["ijepa: 4 of 10 images cannot be read, but data.max_unreadable = 0.3 allows only 30%:"]
         + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
         + [TAKE_AWAY],
         BEGUN,
@@ -784,7 +863,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         cut_shard,
         "train --data.source images.tar --run new",
         [
-            "ijepa: 1 of 8 images cannot be read, more than data.max_unreadable (1.00%) allows:",
+            "ijepa: 1 of 8 images cannot be read, but data.max_unreadable = 0.01 allows only 1%:",
             f"  {CUT_IMAGE}",
             TAKE_AWAY,
         ],
@@ -793,7 +872,10 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "nothing to train on": (
         no_bodies,
         f"{TRAIN} --data.max_unreadable 1",
-        ["ijepa: No image could be read in 2 steps, so nothing was trained."],
+        [
+            "ijepa: None of the images of photos could be read in 2 steps, so nothing was trained. The reasons are in "
+            "the lines above."
+        ],
         BEGUN,
     ),
     "nothing to evaluate": (
@@ -805,14 +887,20 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "weights that are not finite": (
         spoilt_encoder(math.nan),
         EVALUATE,
-        ["ijepa: The weights patch_embed.weight in run/encoder are not finite, so this encoder cannot be used."],
+        [
+            "ijepa: The weights patch_embed.weight in run/encoder contain NaN or infinite values, so this encoder "
+            "cannot be used."
+        ],
         set(),
     ),
     **{
         f"features that are not finite, {protocol}": (
             spoilt_encoder(3e38),  # times a pixel, it is beyond float32
             f"{EVALUATE} --protocols {protocol}",
-            ["ijepa: The features of dark/0.png in photos are not finite, so this encoder cannot be used."],
+            [
+                "ijepa: The features of dark/0.png in photos contain NaN or infinite values, so this encoder "
+                "cannot be used."
+            ],
             set(),
         )
         for protocol in ("knn", "attentive")
@@ -820,7 +908,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "fine-tuning that diverges": (
         nothing,
         f"{EVALUATE} --protocols finetune --finetune.epochs 9 --finetune.lr 1e30",
-        ["ijepa: Fine-tuning diverged at step 1: lower finetune.lr."],
+        ["ijepa: Fine-tuning diverged at step 1. Lower --finetune.lr."],
         set(),
     ),
     "no header to evaluate": (
@@ -838,34 +926,11 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "a loss that is not finite": (
         nothing,
         f"{TRAIN} --optim.lr 1e30",
-        ["ijepa: The loss is not finite at step 2. Lower optim.lr or raise optim.warmup."],
+        [
+            "ijepa: The loss or its gradient is NaN or infinite at step 2. Start a new run with a lower --optim.lr or "
+            "a higher --optim.warmup."
+        ],
         BEGUN,
-    ),
-    **{
-        f"a folder that cannot be written to, {name}": (
-            nothing,
-            command,
-            [f"ijepa: {UNWRITABLE}: {no_folder()}."],
-            set(),
-        )
-        for name, command in {
-            "train": f"train --data.source photos --run {UNWRITABLE}",
-            "inspect": f"inspect masks photos --out {UNWRITABLE}",
-            "sweep": f"{EVALUATE} --sweep merge_rate=0 --out {UNWRITABLE}",
-            "prepare": f"prepare photos {UNWRITABLE} --workers 0",
-        }.items()
-    },
-    "a run below a file": (
-        nothing,
-        "train --data.source photos --run photos/dark/0.png/new",
-        ["ijepa: photos/dark/0.png/new: Not a directory."],
-        set(),
-    ),
-    "a picture below a file": (
-        nothing,
-        "inspect masks photos --out photos/dark/0.png",
-        ["ijepa: photos/dark/0.png: File exists."],
-        set(),
     ),
     "merges of what is no image": (
         damaged_headers,
@@ -888,7 +953,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "an empty file in a checkpoint": (
         damaged_checkpoint("progress.json", 0),
         "train --resume run",
-        [DAMAGED.format("Expecting value: line 1 column 1 (char 0)", "run/checkpoints/step-00000002")],
+        [DAMAGED.format(EMPTY_JSON, "run/checkpoints/step-00000002")],
         set(),
     ),
 }

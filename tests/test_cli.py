@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ijepa_enhanced import cli
-from ijepa_enhanced.commands.flags import parse
-from ijepa_enhanced.commands.options import COMMANDS, INSPECT, PROTOCOLS, Command, Group
+from ijepa_enhanced.commands.flags import all_commands, examples_of, parse
+from ijepa_enhanced.commands.options import COMMANDS, INSPECT, PROTOCOLS, Command
 from ijepa_enhanced.commands.setup import counting_bars, print_table, share_cores
+from ijepa_enhanced.commands.study import configure
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import (
     EncoderError,
@@ -40,6 +41,7 @@ from ijepa_enhanced.errors import (
     UserError,
 )
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS
+from ijepa_enhanced.study.config import load_study
 from ijepa_enhanced.train.logging import SummaryWriter
 from ijepa_enhanced.train.saved import load_config
 from ijepa_enhanced.visualize.merges import draw_merges
@@ -348,6 +350,12 @@ def test_classes_go_by_their_names(run: Run, pictures: Path, tmp_path: Path) -> 
     assert scores(evaluate(run.folder, named, pictures))["knn20"] == 1.0
 
 
+ADVICE = (
+    "Every validation class must also be in the training images: add images of it to them, or remove it from the "
+    "validation images."
+)
+
+
 def test_classes_without_names_go_by_their_numbers(run: Run, pictures: Path, tmp_path: Path) -> None:
     numbers = {"dark": "3", "light": "5"}
     files = sorted(pictures.rglob("*.*"))
@@ -356,7 +364,7 @@ def test_classes_without_names_go_by_their_numbers(run: Run, pictures: Path, tmp
     other = shard(tmp_path / "other.tar", files, lambda file: "4")
     assert scores(evaluate(run.folder, both, light))["knn20"] == 1.0
     answer = evaluate(run.folder, both, other)
-    assert (answer.code, answer.err) == (2, [f"ijepa: {other} has a class '4', but {both} does not."])
+    assert (answer.code, answer.err) == (2, [f"ijepa: Class '4' of {other} has no images in {both}. {ADVICE}"])
 
 
 def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures: Path, tmp_path: Path) -> None:
@@ -496,7 +504,7 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     assert (answer.code, answer.out[0], answer.json) == (0, str(page), {"report": str(page)})
     assert "raw 16x16 pixels" in page.read_text()
     assert ijepa("report", run.folder, run.folder).err == [
-        "ijepa: Several runs make one page: name its file by --out FILE."
+        "ijepa: A report of several runs needs an output file. Add --out FILE."
     ]
     assert ijepa("report", pictures).code == 2
 
@@ -562,15 +570,13 @@ def test_what_is_no_encoder_is_said_in_a_sentence(damage: str, run: Run, picture
         (tmp_path / "encoder" / "config.json").write_text('{"architectures": ["IJepaModel"]}')
     answer = evaluate(tmp_path / "encoder", pictures, pictures)
     assert (answer.code, answer.out) == (2, [])
-    words = (
-        "does not hold an encoder that can be read: " if damage == "weights" else "was written by another version of "
-    )
-    assert answer.err[0].startswith(f"ijepa: {tmp_path / 'encoder'} {words}")
+    words = "The encoder in {} cannot be loaded: " if damage == "weights" else "{} was saved by an older version of "
+    assert answer.err[0].startswith(f"ijepa: {words.format(tmp_path / 'encoder')}")
 
 
 def printed(*arguments: str | Path) -> dict[str, Any]:
     """The configuration, of images that are nowhere: should it train in earnest, that is over at once."""
-    answer = ijepa("train", *arguments, "--data.source", "nope", "--print_config")
+    answer = ijepa("train", *arguments, "--data.source", "nope", "--print-config")
     assert (answer.code, answer.err) == (0, [])
     values: dict[str, Any] = yaml.safe_load("\n".join(answer.out))
     return values
@@ -606,45 +612,62 @@ def test_a_configuration_file_names_its_run(pictures: Path, tmp_path: Path) -> N
     assert ijepa("inspect", "masks", pictures, "--out", tmp_path / "out", "--config", file).code == 0
 
 
-def commands(group: Group | None = None, *above: str) -> Iterator[tuple[tuple[str, ...], Command]]:
-    """Each command with the words that call it."""
-    for name, command in (COMMANDS if group is None else group.commands).items():
-        if isinstance(command, Group):
-            yield from commands(command, *above, name)
-        else:
-            yield (*above, name), command
-
-
-@pytest.mark.parametrize(("words", "command"), list(commands()))
-def test_help_says_what_a_command_does_and_gives_an_example(words: tuple[str, ...], command: Command) -> None:
-    answer = ijepa(*words, "--help")
+@pytest.mark.parametrize(("path", "command"), list(all_commands()))
+def test_help_says_what_a_command_does_and_gives_examples(path: str, command: Command) -> None:
+    answer = ijepa(*path.split()[1:], "--help")
     assert (answer.code, answer.err) == (0, [])
-    assert answer.out[0].startswith(f"usage: ijepa {' '.join(words)} ")
-    assert answer.out[2:5] == [command.purpose, "", f"example: {command.example}"]
-    assert len(command.purpose) <= 100
     text = "\n".join(answer.out)
-    assert "--json" in text
+    usage, _, rest = text.partition("\n\n")
+    assert usage.startswith(f"usage: {path} ")
+    assert rest.startswith(f"{command.purpose}\n\n{examples_of(command)}\n\n")
+    assert command.note in text
+    assert len(command.purpose) <= 100
     # A whole group is no option, see the table of bad input.
     assert re.search(r"--(data|optim|masks) \[", text) is None
-    assert ("--optim.lr X" in text) == (words in (("train",), ("inspect", "masks"), ("inspect", "packing")))
-    assert ("--merge-rate SHARE" in text) == (words in (("evaluate",), ("inspect", "merges")))
+    drawn = path in ("ijepa inspect masks", "ijepa inspect packing")
+    for option, listed in {
+        "--json": True,
+        "--optim.lr FLOAT": path == "ijepa train",
+        "--masks.targets INT": path == "ijepa train" or drawn,
+        "--merge-rate FLOAT": path in ("ijepa evaluate", "ijepa inspect merges"),
+    }.items():
+        assert (option in text) == listed, option
 
 
-@pytest.mark.parametrize(("words", "command"), list(commands()))
-def test_examples_can_be_run(words: tuple[str, ...], command: Command) -> None:
+@pytest.mark.parametrize(("path", "command"), list(all_commands()))
+def test_examples_can_be_run(path: str, command: Command) -> None:
     """As far as their options: their files are the user's."""
-    ran, options = parse(shlex.split(command.example)[1:])
-    assert ran is command
-    assert isinstance(options, command.options)
+    for example in command.examples:
+        ran, options = parse(shlex.split(example)[1:])
+        assert ran is command
+        assert isinstance(options, command.options)
+
+
+def test_the_study_in_the_help_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(COMMANDS["study"].note.partition("\n")[2])
+    study = load_study(file)
+    assert list(study.arms) == ["linear", "mlp"]
+    for flags in study.arms.values():
+        configure(shlex.split(f"{study.common} {flags}"))
+
+
+def test_a_usage_line_shows_what_is_required() -> None:
+    assert ijepa("evaluate", "--help").out[0].endswith("RUN (--data SOURCE | --train SOURCE --val SOURCE) [OPTIONS]")
+    assert ijepa("scan", "--help").out[0] == "usage: ijepa scan SOURCE [OPTIONS]"
+    assert ijepa("inspect", "merges", "--help").out[0].endswith("RUN IMAGE ... --out DIR [OPTIONS]")
 
 
 def test_help_shows_a_default_once() -> None:
     text = " ".join(" ".join(ijepa("train", "--help").out).split())
-    assert "--optim.lr X Peak learning rate" in text
+    assert "--optim.lr FLOAT Peak learning rate" in text
     assert text.count("(default: 0.001)") == 1
+    assert "null: train for `epochs` instead. (default: null)" in text
     assert "--compile true|false" in text
     assert "--precision auto|bf16|fp32" in text
-    assert "A recipe (own-images, own-images-cpu, quickstart" in text
+    assert "--encoder.variant Ti|S|B|L|H|g" in text
+    assert "--encoder.patch_size 8|14|16" in text
+    assert "a recipe (own-images, own-images-cpu, quickstart" in text
     assert "RECIPES" not in text
     assert "(default: knn linear)" in " ".join(" ".join(ijepa("evaluate", "--help").out).split())
 
@@ -678,7 +701,7 @@ for words in json.loads(sys.argv[1]):
     assert main([*words, "--help"]) == 0
 print("loaded:", *sorted({{*{HEAVY!r}}} & {{*sys.modules}}))
 """
-    every = [[], ["inspect"], *(words for words, _ in commands())]
+    every = [[], ["inspect"], *(path.split()[1:] for path, _ in all_commands())]
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(every)], capture_output=True, text=True, check=True, timeout=300
     )
@@ -697,7 +720,7 @@ def test_version() -> None:
 
 FAILURES = [
     (["scan", "nope"], 2, "No such file or folder: nope."),
-    (["scan", "nope", "--optim.lr"], 2, "Unknown option '--optim.lr'."),
+    (["scan", "nope", "--optim.lrr"], 2, "Unknown option '--optim.lrr'."),
 ]
 
 
@@ -719,7 +742,10 @@ def test_an_unexpected_error_is_one_sentence(monkeypatch: pytest.MonkeyPatch, pi
     assert ijepa("scan", pictures) == (
         1,
         [],
-        ["ijepa: ZeroDivisionError: division by zero", "This should not happen; --debug shows where."],
+        [
+            "ijepa: ZeroDivisionError: division by zero",
+            "This is a bug in ijepa-enhanced. Run the command again with --debug and report the traceback.",
+        ],
     )
     assert "in fail" in "\n".join(ijepa("scan", pictures, "--debug").err)
 
@@ -735,13 +761,23 @@ def test_an_error_says_its_own_exit_code(
     assert ijepa("scan", pictures) == (error.exit_code, [], ["ijepa: This is wrong."])
 
 
-def test_too_little_gpu_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["scan", "photos"], ""),
+        (["train", "photos"], ", or lower --data.tokens_per_pack"),
+        (["evaluate", "run", "--data", "photos"], ", or lower --resolution"),
+    ],
+)
+def test_the_advice_for_too_little_gpu_memory_is_an_option_of_the_command(
+    arguments: list[str], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_much(_: Any) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
 
-    monkeypatch.setattr("ijepa_enhanced.commands.scan.run", too_much)
-    said = "ijepa: The GPU's memory is too small for this, or other programs use it. Lower data.tokens_per_pack."
-    assert ijepa("scan", pictures) == (1, [], [said])
+    monkeypatch.setattr(f"ijepa_enhanced.commands.{arguments[0]}.run", too_much)
+    said = f"ijepa: CUDA out of memory. Close other programs that use the GPU{advice}."
+    assert ijepa(*arguments) == (1, [], [said])
 
 
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
@@ -752,7 +788,7 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, picture
 def test_torchrun_shares_training_and_evaluation_only(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
     for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    said = "ijepa: torchrun can only share training and evaluation: give this command without it."
+    said = "ijepa: `ijepa scan` does not run under torchrun: only train and evaluate do. Run it without torchrun."
     assert ijepa("scan", pictures) == (2, [], [said])
 
 
@@ -811,7 +847,7 @@ def test_training_on_photos_picks_a_recipe_by_the_machine(
     gpu: bool, recipe: str, monkeypatch: pytest.MonkeyPatch, pictures: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    answer = ijepa("train", pictures, "--steps", "7", "--print_config")
+    answer = ijepa("train", pictures, "--steps", "7", "--print-config")
     said = f"Recipe: {recipe}, because this machine has {'a' if gpu else 'no'} GPU. --config NAME chooses another."
     assert (answer.code, answer.err) == (0, [said])
     assert yaml.safe_load("\n".join(answer.out)) == printed("--config", recipe, "--steps", "7") | {
@@ -820,11 +856,11 @@ def test_training_on_photos_picks_a_recipe_by_the_machine(
 
 
 def test_photos_are_only_the_source_if_a_recipe_is_named(pictures: Path, run: Run) -> None:
-    answer = ijepa("train", "--config", "quickstart", pictures, "--print_config")
+    answer = ijepa("train", "--config", "quickstart", pictures, "--print-config")
     assert (answer.code, answer.err) == (0, [])
     expected = printed("--config", "quickstart")
     assert yaml.safe_load("\n".join(answer.out)) == expected | {"data": expected["data"] | {"source": str(pictures)}}
-    resumed = ijepa("train", pictures, "--resume", run.folder, "--print_config")
+    resumed = ijepa("train", pictures, "--resume", run.folder, "--print-config")
     assert (resumed.code, resumed.err) == (0, [])
     assert yaml.safe_load("\n".join(resumed.out)) == yaml.safe_load((run.folder / "config.yaml").read_text())
 

@@ -9,8 +9,8 @@ import yaml
 
 from ijepa_enhanced.commands.flags import parse
 from ijepa_enhanced.commands.setup import train_config
-from ijepa_enhanced.config import build, checked, find_config, keys_of, recipe_names
-from ijepa_enhanced.errors import RequestError, did_you_mean
+from ijepa_enhanced.config import as_options, build, checked, find_config, keys_of, recipe_names
+from ijepa_enhanced.errors import RequestError, did_you_mean, unknown
 from ijepa_enhanced.train.config import OptimConfig, TrainConfig
 from ijepa_enhanced.train.saved import (
     FREE_ON_RESUME,
@@ -60,7 +60,7 @@ def test_every_key_has_a_type_a_default_and_help() -> None:
     assert keys["optim.lr"].help.startswith("Peak learning rate")
     # Over several lines in the source.
     assert "\n" not in keys["encoder.max_grid"].help
-    assert keys["encoder.max_grid"].help.endswith("of the training views, in patches.")
+    assert keys["encoder.max_grid"].help.endswith("of a training view, in patches.")
     assert all(key.help for key in keys.values())
 
 
@@ -101,18 +101,18 @@ def test_a_value_gets_its_type(kind: Any, given: Any, value: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "words"),
     [
-        (int, "2.5", "a whole number, not '2.5'"),
-        (int, 2.0, "a whole number, not 2.0"),
-        (int, True, "a whole number, not true"),
-        (int, None, "a whole number, not null"),
-        (int, [1, 2], "a whole number, not [1, 2]"),
-        (int | None, "x", "a whole number or null, not 'x'"),
+        (int, "2.5", "an integer, not '2.5'"),
+        (int, 2.0, "an integer, not 2.0"),
+        (int, True, "an integer, not true"),
+        (int, None, "an integer, not null"),
+        (int, [1, 2], "an integer, not [1, 2]"),
+        (int | None, "x", "an integer or null, not 'x'"),
         (float, "fast", "a number, not 'fast'"),
         (float, True, "a number, not true"),
         (bool, "maybe", "true or false, not 'maybe'"),
         (bool, 1, "true or false, not 1"),
-        (str, 3, "text, not 3"),
-        (int | Literal["native"], "big", "a whole number or native, not 'big'"),
+        (str, 3, "a string, not 3"),
+        (int | Literal["native"], "big", "an integer or native, not 'big'"),
         (Literal["auto", "bf16", "fp32"], "fp16", "auto, bf16 or fp32, not 'fp16'"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_value_of_another_type_is_refused(kind: Any, given: Any, words: str) -
         ("optim.lr: 1\nstep: 1\n", "unknown key 'step'. Did you mean 'steps'?"),
         ("zzzzz: 1\n", "unknown key 'zzzzz'."),
         ("optim: {lr: fast}\n", "optim.lr must be a number, not 'fast'."),
-        ("seed:\n", "seed must be a whole number, not null."),
+        ("seed:\n", "seed must be an integer, not null."),
     ],
 )
 def test_a_key_or_a_value_that_is_wrong_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -143,7 +143,8 @@ def test_a_key_or_a_value_that_is_wrong_is_named(tmp_path: Path, content: str, m
 def test_a_file_without_keys_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(content)
-    assert refused(file) == f"{file} must hold keys and values, as `ijepa train --print_config` prints them."
+    example = "such as the output of `ijepa train --print-config`"
+    assert refused(file) == f"{file} must be a YAML mapping of keys to values, {example}."
 
 
 def test_what_is_not_yaml_is_refused(tmp_path: Path) -> None:
@@ -166,13 +167,32 @@ def test_a_name_that_is_no_recipe_is_refused(tmp_path: Path, monkeypatch: pytest
         ("optim.lrr", ["optim.lr", "optim.clip"], " Did you mean 'optim.lr'?"),
         # Right name, wrong group: the last part decides.
         ("data.patch_size", ["encoder.patch_size", "seed"], " Did you mean 'encoder.patch_size'?"),
-        ("zzz", ["pets", "quickstart"], " Known: pets, quickstart."),
+        ("zzz", ["pets", "quickstart"], " Available: pets, quickstart."),
         ("zzz", [f"key{number}" for number in range(13)], ""),
         ("zzz", [], ""),
     ],
 )
 def test_the_nearest_name_is_suggested(name: str, known: list[str], words: str) -> None:
     assert did_you_mean(name, known) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("--optim", "", "'--optim' is a group of options. Set one of them, such as '--optim.lr'."),
+        ("--optim.lrr", "", "Unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
+        ("--optim.lrr", "a.yaml", "a.yaml: unknown option '--optim.lrr'. Did you mean '--optim.lr'?"),
+    ],
+)
+def test_an_unknown_name_is_told_from_a_group(name: str, file: str, message: str) -> None:
+    assert unknown("option", name, ["--optim.lr", "--optim.clip"], file) == message
+
+
+def test_keys_in_a_message_become_options() -> None:
+    message = "data.a (3) must be below data.b. Lower it, or data.ab, in 2 steps."
+    assert as_options(message, ["data.a", "data.b"]) == (
+        "--data.a (3) must be below --data.b. Lower it, or data.ab, in 2 steps."
+    )
 
 
 def test_flattening_joins_the_names_by_dots() -> None:
@@ -202,15 +222,15 @@ def test_the_configuration_of_a_run_is_what_was_saved(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r".") as error:
         load_config(tmp_path)
-    assert str(error.value) == f"{tmp_path} is not a run: it has no config.yaml."
+    assert str(error.value) == f"{tmp_path} is not a run folder: it contains no config.yaml."
 
 
-CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"steps": 9}, "steps = 7, so it cannot continue with 9"),
-    ({"encoder.depth": 3}, "encoder.depth = None, so it cannot continue with 3"),
-    ({"data.min_resolution": 96}, "data.min_resolution = 112, so it cannot continue with 96"),
-    ({"merging.teacher_rate": 0.1}, "merging.teacher_rate = 0.0, so it cannot continue with 0.1"),
-    ({"data.workers": 3, "optim.lr": 0.5}, "optim.lr = 0.001, so it cannot continue with 0.5"),
+CHANGES: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"steps": 9}, "steps", "7", "9"),
+    ({"encoder.depth": 3}, "encoder.depth", "null", "3"),
+    ({"data.min_resolution": 96}, "data.min_resolution", "112", "96"),
+    ({"merging.teacher_rate": 0.1}, "merging.teacher_rate", "0.0", "0.1"),
+    ({"data.workers": 3, "optim.lr": 0.5}, "optim.lr", "0.001", "0.5"),
 ]
 
 
@@ -225,12 +245,13 @@ def changed(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
     return config
 
 
-@pytest.mark.parametrize(("values", "words"), CHANGES)
-def test_resuming_refuses_what_would_change_the_run(values: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(("values", "key", "before", "after"), CHANGES)
+def test_resuming_refuses_what_would_change_the_run(values: dict[str, Any], key: str, before: str, after: str) -> None:
     saved = TrainConfig(steps=7)
     with pytest.raises(RequestError, match=r".") as error:
         check_resumable(saved, changed(saved, values), Path("runs/a"))
-    assert str(error.value) == f"runs/a was started with {words}. Leave the flag out, or start a new run."
+    started = f"runs/a was started with {key} = {before} and cannot continue with {after}."
+    assert str(error.value) == f"{started} Remove --{key}, or start a new run."
 
 
 def test_resuming_allows_what_does_not_touch_the_result() -> None:
@@ -256,7 +277,7 @@ def test_resuming_allows_what_does_not_touch_the_result() -> None:
         ({"steps": 0}, "steps must be at least 1, not 0."),
         ({"epochs": 0.0}, "epochs must be above 0, not 0.0."),
         ({"epochs": float("nan")}, "epochs must be above 0, not nan."),
-        ({"seed": -1}, "seed must lie between 0 and 2**63, not -1."),
+        ({"seed": -1}, "seed must be at least 0 and below 2**63, not -1."),
         ({"log_every": 0}, "log_every must be at least 1, not 0."),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0."),
     ],

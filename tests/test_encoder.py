@@ -73,7 +73,7 @@ def test_merged_patches_share_a_feature_and_the_mean_weighs_it_by_their_number(
 
 
 def test_a_merge_rate_out_of_range_is_refused(encoder: Encoder, images: list[Image.Image]) -> None:
-    with pytest.raises(ValueError, match=r"^A merge rate must lie between 0 and 0.5, not 0.7"):
+    with pytest.raises(ValueError, match=r"^A merge rate must be between 0 and 0.5, not 0.7"):
         encoder.embed(images, merge_rate=0.7)
 
 
@@ -186,9 +186,7 @@ def test_what_cannot_be_embedded_is_said(encoder: Encoder, images: Any, message:
 
 def test_images_may_come_one_by_one_and_have_a_resolution(encoder: Encoder, images: list[Image.Image]) -> None:
     assert torch.equal(encoder.embed((image for image in images), resolution=32), encoder.embed(images, resolution=32))
-    with pytest.raises(
-        ValueError, match=r"^resolution must be a whole number of pixels above 0, or 'native', not 0\.$"
-    ):
+    with pytest.raises(ValueError, match=r"^resolution must be a positive integer \(pixels\), or 'native', not 0\.$"):
         encoder.embed(images, resolution=0)
 
 
@@ -222,8 +220,9 @@ def test_a_folder_without_an_encoder_is_an_error(encoder: Encoder, tmp_path: Pat
         (folder / missing).unlink()
     with pytest.raises(EncoderError) as error:
         Encoder.from_pretrained(folder)
+    needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'."
     assert str(error.value) == (
-        f"No encoder in {folder}: expected config.json and model.safetensors there or in its folder 'encoder'."
+        f"No such folder: {folder}." if missing == "folder" else f"{folder} contains no encoder: {needed}"
     )
 
 
@@ -372,7 +371,7 @@ def test_a_folder_of_an_older_version_says_so(encoder: Encoder, tmp_path: Path) 
     encoder.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config["architecture"]))  # as it was once
-    with pytest.raises(EncoderError, match=r"was written by another version of ijepa_enhanced"):
+    with pytest.raises(EncoderError, match=r"was saved by an older version of ijepa-enhanced that"):
         Encoder.from_pretrained(tmp_path)
 
 
@@ -384,7 +383,7 @@ def test_a_damaged_folder_says_so(encoder: Encoder, tmp_path: Path, damage: str)
         (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     else:
         (tmp_path / "config.json").write_text(damage)
-    with pytest.raises(EncoderError, match=rf"^{tmp_path} does not hold an encoder that can be read: "):
+    with pytest.raises(EncoderError, match=rf"^The encoder in {tmp_path} cannot be loaded: "):
         Encoder.from_pretrained(tmp_path)
 
 
@@ -393,7 +392,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         encoder.network.blocks.norm.bias[3] = torch.nan
     encoder.save_pretrained(tmp_path)
-    with pytest.raises(NotFiniteError, match=r"^The weights blocks\.norm\.bias in .* are not finite"):
+    with pytest.raises(NotFiniteError, match=r"^The weights blocks\.norm\.bias in .* contain NaN or infinite values"):
         Encoder.from_pretrained(tmp_path)
 
 

@@ -263,27 +263,32 @@ def test_what_gives_way_when_nothing_is_left_for_the_context(
         ({"targets": 0}, "masks.targets must be at least 1, not 0."),
         (
             {"min_target_area": 0.3},
-            "masks.min_target_area and masks.max_target_area must satisfy 0 < min <= max <= 1, not 0.3 and 0.2.",
+            "masks.min_target_area (0.3) and masks.max_target_area (0.2) must be in ascending order, above 0 "
+            "and at most 1.",
         ),
         (
             {"max_target_area": 1.5},
-            "masks.min_target_area and masks.max_target_area must satisfy 0 < min <= max <= 1, not 0.15 and 1.5.",
+            "masks.min_target_area (0.15) and masks.max_target_area (1.5) must be in ascending order, above 0 "
+            "and at most 1.",
         ),
         (
             {"min_target_aspect": 0.0},
-            "masks.min_target_aspect and masks.max_target_aspect must satisfy 0 < min <= max, not 0 and 1.5.",
+            "masks.min_target_aspect (0) and masks.max_target_aspect (1.5) must be in ascending order, above 0.",
         ),
         (
             {"min_context_area": -0.5},
-            "masks.min_context_area and masks.max_context_area must satisfy 0 < min <= max <= 1, not -0.5 and 1.",
+            "masks.min_context_area (-0.5) and masks.max_context_area (1) must be in ascending order, above 0 "
+            "and at most 1.",
         ),
         (
             {"max_context_area": 1.01},
-            "masks.min_context_area and masks.max_context_area must satisfy 0 < min <= max <= 1, not 0.85 and 1.01.",
+            "masks.min_context_area (0.85) and masks.max_context_area (1.01) must be in ascending order, above 0 "
+            "and at most 1.",
         ),
         (
             {"max_context_area": math.nan},
-            "masks.min_context_area and masks.max_context_area must satisfy 0 < min <= max <= 1, not 0.85 and nan.",
+            "masks.min_context_area (0.85) and masks.max_context_area (nan) must be in ascending order, above 0 "
+            "and at most 1.",
         ),
     ],
 )

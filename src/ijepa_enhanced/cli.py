@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from ijepa_enhanced.commands.flags import parse
-from ijepa_enhanced.errors import RequestError, UserError
+from ijepa_enhanced.errors import RequestError, RunError, UserError
 
 logger = logging.getLogger("ijepa_enhanced")
 
@@ -40,11 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return failure(error, "Interrupted.", 1, debug)
     except Exception as error:
-        if is_out_of_memory(error):
-            message = "The GPU's memory is too small for this, or other programs use it. Lower data.tokens_per_pack."
-        else:
-            message = f"{type(error).__name__}: {error}\nThis should not happen; --debug shows where."
-        return failure(error, message, 1, debug)
+        report = "This is a bug in ijepa-enhanced. Run the command again with --debug and report the traceback."
+        return failure(error, f"{type(error).__name__}: {error}\n{report}", 1, debug)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,8 +61,17 @@ def run(arguments: Sequence[str]) -> int:
         from ijepa_enhanced.distributed import is_one_of_many
 
         if is_one_of_many():
-            raise RequestError("torchrun can only share training and evaluation: give this command without it.")
-    return command.run(options)
+            raise RequestError(
+                f"`ijepa {arguments[0]}` does not run under torchrun: only train and evaluate do. Run it without "
+                "torchrun."
+            )
+    try:
+        return command.run(options)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f", or {command.less_memory}" if command.less_memory else ""
+        raise RunError(f"CUDA out of memory. Close other programs that use the GPU{advice}.") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from ijepa_enhanced.errors import RequestError, did_you_mean
+from ijepa_enhanced.errors import RequestError, did_you_mean, unknown
 
 Config = TypeVar("Config")
 
@@ -36,6 +37,8 @@ class Key:
     """The docstring of its field."""
     group: type[Any]
     """The dataclass that has the field."""
+    metavar: str
+    """What the help calls its value, if that is not the name of its type."""
 
 
 def keys_of(cls: type[Any], prefix: str = "") -> dict[str, Key]:
@@ -48,7 +51,9 @@ def keys_of(cls: type[Any], prefix: str = "") -> dict[str, Key]:
             assert isinstance(kind, type)
             found |= keys_of(kind, f"{prefix}{field.name}.")
         else:
-            found[f"{prefix}{field.name}"] = Key(kind, field.default, helps.get(field.name, ""), cls)
+            found[f"{prefix}{field.name}"] = Key(
+                kind, field.default, helps.get(field.name, ""), cls, field.metadata.get("metavar", "")
+            )
     return found
 
 
@@ -66,6 +71,11 @@ def field_help(cls: type[Any]) -> dict[str, str]:
 @functools.cache
 def _syntax(file: str) -> ast.Module:
     return ast.parse(Path(file).read_text(encoding="utf-8"))
+
+
+def as_options(message: str, keys: Collection[str]) -> str:
+    """Return a message with each of `keys` in it as an option of the command line: `optim.lr` -> `--optim.lr`."""
+    return re.sub(r"[\w.]*\w", lambda word: f"--{word[0]}" if word[0] in keys else word[0], message)
 
 
 def build(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -109,8 +119,8 @@ def checked(name: str, kind: Any, value: Any) -> Any:
 
 _NO = object()
 _WORDS: dict[Any, str] = {
-    str: "text",
-    int: "a whole number",
+    str: "a string",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     NoneType: "null",
@@ -173,12 +183,14 @@ def read_config(path: Path, cls: type[Any], more: Mapping[str, Any]) -> dict[str
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        raise RequestError(f"{path} must hold keys and values, as `ijepa train --print_config` prints them.")
+        raise RequestError(
+            f"{path} must be a YAML mapping of keys to values, such as the output of `ijepa train --print-config`."
+        )
     kinds = {name: key.kind for name, key in keys_of(cls).items()} | dict(more)
     found = {}
     for name, value in flatten(content).items():
         if name not in kinds:
-            raise RequestError(f"{path}: unknown key '{name}'.{did_you_mean(name, list(kinds))}")
+            raise RequestError(unknown("key", name, list(kinds), str(path)))
         found[name] = checked(f"{path}: {name}", kinds[name], value)
     return found
 

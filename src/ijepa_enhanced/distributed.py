@@ -101,8 +101,8 @@ class Ranks:
         for name in facts:
             if len({str(each[name]) for each in by_rank}) > 1:
                 raise RankError(
-                    f"The processes of this run differ in their {name}. All machines need the same images, the same "
-                    "package versions and one shared run folder."
+                    f"The processes of this run do not have the same {name}. All machines need the same images, the "
+                    "same package versions and one shared run folder."
                 )
 
     def sums(self, values: Sequence[float]) -> list[float]:
@@ -170,7 +170,7 @@ def ranks_of_run() -> Iterator[Ranks]:
     if 0 < gpus < local_world_size:
         raise RankError(
             f"torchrun started {local_world_size} processes on this machine. Each needs its own GPU, but the machine "
-            f"has only {gpus}: use --nproc-per-node {gpus}."
+            f"has only {gpus}. Use torchrun --nproc-per-node {gpus}."
         )
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
@@ -193,5 +193,6 @@ def _rank_errors() -> Iterator[None]:
     except RuntimeError as error:
         here = str(error).partition("\n")[0]
         raise RankError(
-            f"Another process of this run is gone or cannot be reached; its last messages say why. Here: {here}"
+            "Lost the connection to another process of this run. The log of that process tells why. Error in this "
+            f"process: {here}"
         ) from error

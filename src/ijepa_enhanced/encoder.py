@@ -325,7 +325,7 @@ class Encoder(nn.Module):
         if resolution == "native":
             return None
         if not isinstance(resolution, int) or resolution < 1:
-            raise ValueError(f"resolution must be a whole number of pixels above 0, or 'native', not {resolution!r}.")
+            raise ValueError(f"resolution must be a positive integer (pixels), or 'native', not {resolution!r}.")
         self.check_resolution(resolution)
         return resolution
 
@@ -394,16 +394,19 @@ class Encoder(nn.Module):
         folder = Path(path)
         if (folder / "encoder").is_dir():
             folder = folder / "encoder"
+        if not folder.exists():
+            raise EncoderError(f"No such folder: {path}.")
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise EncoderError(
-                f"No encoder in {path}: expected config.json and model.safetensors there or in its folder 'encoder'."
+                f"{path} contains no encoder: config.json and model.safetensors must be in it or in its subfolder "
+                "'encoder'."
             )
         try:
             config = json.loads((folder / "config.json").read_text())
             if not isinstance(config, dict) or config.get("format") != FORMAT:
                 raise EncoderError(
-                    f"{folder} was written by another version of ijepa_enhanced, which did not record the "
-                    "preprocessing. Train the encoder again, or rewrite config.json as docs/decisions.md describes."
+                    f"{folder} was saved by an older version of ijepa-enhanced that did not record the preprocessing. "
+                    "Train the encoder again, or rewrite config.json as docs/decisions.md describes."
                 )
             values: dict[str, Any] = config["preprocessing"]
             # JSON has no tuples.
@@ -414,8 +417,10 @@ class Encoder(nn.Module):
         except EncoderError:  # the one raised above; it is a ValueError too, which the next line would wrap
             raise
         except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-            raise EncoderError(f"{folder} does not hold an encoder that can be read: {error}") from error
+            raise EncoderError(f"The encoder in {folder} cannot be loaded: {error}") from error
         for name, value in network.state_dict().items():
             if not value.isfinite().all():
-                raise NotFiniteError(f"The weights {name} in {folder} are not finite, so this encoder cannot be used.")
+                raise NotFiniteError(
+                    f"The weights {name} in {folder} contain NaN or infinite values, so this encoder cannot be used."
+                )
         return cls(network, preprocessing).eval()

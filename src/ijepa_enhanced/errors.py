@@ -58,10 +58,23 @@ class NotFiniteError(UserError, ValueError):
     """Features or weights that are not finite; the message says where."""
 
 
+def unknown(kind: str, name: str, known: list[str], file: str = "") -> str:
+    """Return the message of a name that is not known.
+
+    Args:
+        kind: what it should be the name of, such as "option".
+        name: what the user wrote.
+        known: the names that would do.
+        file: the file that has the name, if it is not on the command line.
+    """
+    where = f"{file}: " if file else ""
+    if inside := [key for key in known if key.startswith(f"{name}.")]:
+        return f"{where}'{name}' is a group of {kind}s. Set one of them, such as '{inside[0]}'."
+    return f"{where}{'unknown' if file else 'Unknown'} {kind} '{name}'.{did_you_mean(name, known)}"
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return a sentence with the known name closest to `name`, with all of them when they are few, or nothing."""
-    if inside := [key for key in known if key.startswith(f"{name}.")]:
-        return f" It is a group. Set one of its values, such as '{inside[0]}'."
     last = _last_part(name)
     if same_last := [key for key in known if _last_part(key) == last]:
         close = difflib.get_close_matches(name, same_last, n=1, cutoff=0.0)
@@ -70,7 +83,7 @@ def did_you_mean(name: str, known: list[str]) -> str:
         close = [key for key in known if _last_part(key) in match]
     if close:
         return f" Did you mean '{close[0]}'?"
-    return f" Known: {', '.join(known)}." if 0 < len(known) <= 12 else ""
+    return f" Available: {', '.join(known)}." if 0 < len(known) <= 12 else ""
 
 
 def _last_part(name: str) -> str:

@@ -1,10 +1,29 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the folders for them."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ijepa_enhanced.errors import RequestError
+
+
+def make_folder(folder: Path, new: bool = False) -> None:
+    """Create a folder, and those above it.
+
+    Args:
+        folder: where. If it exists, nothing happens.
+        new: it must not exist.
+
+    Raises:
+        RequestError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=not new)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise RequestError(f"Cannot create the folder {folder}: {reason}.") from error
 
 
 @contextmanager

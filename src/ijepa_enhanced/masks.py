@@ -26,17 +26,17 @@ class MaskConfig:
     targets: int = 4
     """Number of target blocks per masked view."""
     min_target_area: float = 0.15
-    """Smallest area of a target block, as a fraction of the view."""
+    """Minimum area of a target block, as a fraction of the view."""
     max_target_area: float = 0.2
-    """Largest area of a target block, as a fraction of the view."""
+    """Maximum area of a target block, as a fraction of the view."""
     min_target_aspect: float = 0.75
-    """Smallest aspect ratio (height / width) of a target block, relative to that of the view."""
+    """Minimum aspect ratio (height / width) of a target block, relative to that of the view."""
     max_target_aspect: float = 1.5
-    """Largest aspect ratio (height / width) of a target block, relative to that of the view."""
+    """Maximum aspect ratio (height / width) of a target block, relative to that of the view."""
     min_context_area: float = 0.85
-    """Smallest area of the context block, as a fraction of the view, before the targets are removed from it."""
+    """Minimum area of the context block, as a fraction of the view, before the targets are removed from it."""
     max_context_area: float = 1.0
-    """Largest area of the context block, as a fraction of the view, before the targets are removed from it."""
+    """Maximum area of the context block, as a fraction of the view, before the targets are removed from it."""
 
     def __post_init__(self) -> None:
         if self.targets < 1:
@@ -47,10 +47,10 @@ class MaskConfig:
             ("context_area", self.min_context_area, self.max_context_area, 1.0),
         ):
             if not 0.0 < low <= high <= bound:
-                limit = "" if bound == float("inf") else f" <= {bound:g}"
+                limit = "" if bound == float("inf") else f" and at most {bound:g}"
                 raise ValueError(
-                    f"masks.min_{name} and masks.max_{name} must satisfy 0 < min <= max{limit}, "
-                    f"not {low:g} and {high:g}."
+                    f"masks.min_{name} ({low:g}) and masks.max_{name} ({high:g}) must be in ascending order, above "
+                    f"0{limit}."
                 )
 
 

@@ -13,10 +13,11 @@ class ObjectiveConfig:
     """Weight of I-JEPA's prediction loss. With 0, training runs neither the teacher nor the predictor."""
     vicreg_weight: float = 0.1
     """Weight of VICReg's variance and covariance terms, which prevent collapse. They are computed on the mean of the
-    student's context tokens. 0 is plain I-JEPA, whose features lost rank in small runs (docs/measurements.md)."""
+    student's context tokens. 0 is plain I-JEPA. In small runs, its features collapsed to fewer dimensions
+    (docs/measurements.md)."""
     contrastive_weight: float = 0.0
     """Weight of the contrastive loss (NT-Xent, SimCLR) between the views of an image. It is computed on a projection of
-    the student's mean feature of each view. It needs at least two masked, global or local views per image."""
+    the student's features, averaged over each view. It needs at least two masked, global or local views per image."""
 
     def __post_init__(self) -> None:
         names = ("prediction_weight", "vicreg_weight", "contrastive_weight")

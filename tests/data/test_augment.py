@@ -106,5 +106,5 @@ def test_the_generator_decides(pixels: NDArray[np.uint8]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-0.1, 1.1])
 def test_a_probability_outside_0_and_1_is_an_error(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"^augment\.{name} must lie between 0 and 1, not {value}\.$"):
+    with pytest.raises(ValueError, match=rf"^augment\.{name} must be between 0 and 1, not {value}\.$"):
         AugmentConfig(**{name: value})

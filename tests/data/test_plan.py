@@ -426,16 +426,26 @@ def test_fill_and_its_ceiling_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "have"),
-    [([], "0 of 0"), ([(500, 500)], "1 of 1"), ([(16, 16), (500, 500), (16, 47)], "1 of 3")],
+    ("sizes", "have", "more"),
+    [
+        ([], "0 of 0", ""),
+        ([(500, 500)], "1 of 1", ""),
+        (
+            [(16, 16), (500, 500), (16, 47)],
+            "1 of 3",
+            ", raise data.min_resolution, or lower encoder.patch_size",
+        ),
+    ],
 )
-def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tuple[int, int]], have: str) -> None:
+def test_fewer_than_two_images_that_are_large_enough_is_no_plan(
+    sizes: list[tuple[int, int]], have: str, more: str
+) -> None:
     config = DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None, min_crop=1.0)
     with pytest.raises(PlanError) as error:
         make_plan(config, sizes).epoch(0)
     assert str(error.value) == (
-        "Training needs at least 2 images with views of at least 4 patches of 16 px. "
-        f"Only {have} images are large enough. Add images, raise data.min_resolution, or lower encoder.patch_size."
+        f"Only {have} images are large enough: training needs at least 2 images whose views have 4 or more patches of "
+        f"16 x 16 px. Add images{more}."
     )
     assert isinstance(error.value, ValueError)
 
@@ -457,43 +467,52 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(sizes: list[tupl
         ),
         (
             {"min_resolution": 300},
-            "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, not 300 and 224.",
+            "data.min_resolution (300) must be at least 1 and at most data.max_resolution (224).",
         ),
         (
             {"min_resolution": 0},
-            "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, not 0 and 224.",
+            "data.min_resolution (0) must be at least 1 and at most data.max_resolution (224).",
         ),
-        ({"min_crop": 0.0}, "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, not 0.0 and 1.0."),
-        ({"max_crop": 1.5}, "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, not 0.3 and 1.5."),
-        ({"max_crop": 0.2}, "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, not 0.3 and 0.2."),
-        ({"max_unreadable": -0.1}, "data.max_unreadable must lie between 0 and 1, not -0.1."),
-        ({"max_unreadable": 1.1}, "data.max_unreadable must lie between 0 and 1, not 1.1."),
+        (
+            {"min_crop": 0.0},
+            "data.min_crop (0.0) and data.max_crop (1.0) must be in ascending order, above 0 and at most 1.",
+        ),
+        (
+            {"max_crop": 1.5},
+            "data.min_crop (0.3) and data.max_crop (1.5) must be in ascending order, above 0 and at most 1.",
+        ),
+        (
+            {"max_crop": 0.2},
+            "data.min_crop (0.3) and data.max_crop (0.2) must be in ascending order, above 0 and at most 1.",
+        ),
+        ({"max_unreadable": -0.1}, "data.max_unreadable must be between 0 and 1, not -0.1."),
+        ({"max_unreadable": 1.1}, "data.max_unreadable must be between 0 and 1, not 1.1."),
         (
             {"tokens_per_pack": 1000, "masked_views": 4, "max_view_tokens": 300},
-            "data.tokens_per_pack (1000) cannot hold the views of one image (4 of up to 300 tokens). "
+            "data.tokens_per_pack (1000) is too small for the views of one image: 4 of up to 300 tokens. "
             "Raise it, or lower data.max_view_tokens.",
         ),
         (
             {"masked_views": 9},
-            "data.tokens_per_pack (16384) cannot hold the views of one image (9 of up to 2048 tokens). "
+            "data.tokens_per_pack (16384) is too small for the views of one image: 9 of up to 2048 tokens. "
             "Raise it, or lower data.max_view_tokens.",
         ),
         ({"global_views": -1}, "data.global_views must be at least 0, not -1."),
         ({"local_views": -1}, "data.local_views must be at least 0, not -1."),
         (
             {"tokens_per_pack": 1000, "masked_views": 2, "local_views": 6, "max_view_tokens": 300},
-            "data.tokens_per_pack (1000) cannot hold the views of one image (2 of up to 300 tokens, 6 of up to 75). "
-            "Raise it, or lower data.max_view_tokens.",
+            "data.tokens_per_pack (1000) is too small for the views of one image: 2 of up to 300 tokens and 6 of up to "
+            "75. Raise it, or lower data.max_view_tokens.",
         ),
         (
             {"tokens_per_pack": 31},
-            "Views have at most 3 tokens, but masking needs at least 4. "
-            "Raise data.tokens_per_pack or data.max_view_tokens.",
+            "data.tokens_per_pack (31) is too small: it limits views to 3 tokens, but masking needs at least "
+            "4. Raise it.",
         ),
         (
             {"max_view_tokens": 3},
-            "Views have at most 3 tokens, but masking needs at least 4. "
-            "Raise data.tokens_per_pack or data.max_view_tokens.",
+            "data.max_view_tokens (3) is too small: it limits views to 3 tokens, but masking needs at least "
+            "4. Raise it.",
         ),
     ],
 )
@@ -620,4 +639,6 @@ def test_a_resumed_sequence_goes_on_where_it_stopped(steps: int, place: tuple[in
 def test_ranks_that_cannot_share_a_step_evenly_are_refused(world: int) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         next(make_plan().packs(Cursor(0, 0), 0, world))
-    assert str(error.value) == f"data.packs_per_step (6) must be a multiple of the {world} processes."
+    assert str(error.value) == (
+        f"data.packs_per_step (6) must be a multiple of the number of processes ({world}), for example {world}."
+    )

@@ -138,8 +138,8 @@ def test_tokens_that_the_disk_cannot_hold_are_refused_before_any_is_computed(
     with pytest.raises(RequestError) as caught:
         list(attentive(encoder, images, images, setting))
     assert str(caught.value) == (
-        f"attentive stores the features of {2 * tokens} patches, which take 0.0 GB, and 0.0 GB are free in "
-        f"{index_cache}: lower the resolution, score fewer images, or set IJEPA_CACHE to a folder on a larger disk."
+        f"attentive needs 0.0 GB in {index_cache} for the features of {2 * tokens} patches, but only 0.0 GB are free. "
+        "Lower --resolution, use fewer images, or set IJEPA_CACHE to a folder on a larger disk."
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     check_space("attentive", encoder, (images, images), setting)

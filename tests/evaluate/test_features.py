@@ -302,7 +302,9 @@ def test_what_is_no_number_is_an_error_and_not_cached(encoder: Encoder, pictures
     with torch.no_grad():
         spoilt.network.patch_embed.bias[0] = torch.inf
     source = open_source(str(pictures))
-    with pytest.raises(NotFiniteError, match=f"The features of dark/0.png in {pictures} are not finite"):
+    with pytest.raises(
+        NotFiniteError, match=f"The features of dark/0.png in {pictures} contain NaN or infinite values"
+    ):
         cached(spoilt, source, open_catalog(source))
     assert not list(cache.glob("*/*"))
 
@@ -395,5 +397,5 @@ def test_a_limit_that_is_not_a_number_is_an_error(
     source = CountedSource(pictures)
     with pytest.raises(RequestError) as caught:
         cached(encoder, source, open_catalog(source))
-    assert str(caught.value) == f"IJEPA_CACHE_GB must be a number of gigabytes from 0, not '{limit}'."
+    assert str(caught.value) == f"IJEPA_CACHE_GB must be a number of gigabytes, at least 0, not '{limit}'."
     assert not source.opened

@@ -121,7 +121,7 @@ def test_layers_have_their_own_rates(encoder: Encoder) -> None:
         ({"weight_decay": -1.0}, "finetune.weight_decay must be at least 0, not -1.0."),
         ({"layer_decay": 1.5}, "finetune.layer_decay must be above 0 and at most 1, not 1.5."),
         ({"drop_path": 1.0}, "finetune.drop_path must be at least 0 and below 1, not 1.0."),
-        ({"warmup": 2.0}, "finetune.warmup must lie between 0 and 1, not 2.0."),
+        ({"warmup": 2.0}, "finetune.warmup must be between 0 and 1, not 2.0."),
     ],
 )
 def test_what_makes_no_sense_is_an_error(change: dict[str, float], message: str) -> None:

@@ -183,13 +183,16 @@ def test_half_precision_and_no_queries():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": torch.zeros(0, 2), "train_labels": torch.zeros(0, dtype=torch.int64)}, "0 training images"),
+        (
+            {"train": torch.zeros(0, 2), "train_labels": torch.zeros(0, dtype=torch.int64)},
+            "same nonzero length, not 0 ",
+        ),
         ({"train": torch.zeros(3)}, r"\[N, D\]"),
         ({"queries": torch.zeros(1, 3)}, r"\[1, 3\]"),
-        ({"train_labels": torch.tensor([0, 1])}, r"labels \[2\]"),
+        ({"train_labels": torch.tensor([0, 1])}, r"same nonzero length, not 3 and \[2\]"),
         ({"train_labels": torch.tensor([0, -1, 1])}, "one is -1"),
-        ({"queries": torch.tensor([[0.0, torch.nan]])}, "not finite"),
-        ({"train": torch.full((3, 2), torch.inf)}, "not finite"),
+        ({"queries": torch.tensor([[0.0, torch.nan]])}, "NaN or infinite"),
+        ({"train": torch.full((3, 2), torch.inf)}, "NaN or infinite"),
         ({"k": 0}, "must be positive, not 0"),
         ({"temperature": 0.0}, r"must be positive.* 0\.0"),
     ],

@@ -181,5 +181,5 @@ def test_ranks_with_other_weights_are_refused(encoder: Path, pictures: Path, tmp
         2, tmp_path / "cache", str(tmp_path / "disagreeing.py"), str(encoder), str(tmp_path / "other"), *what
     )
     assert code == 1
-    assert "ijepa: The processes of this run differ in their encoder. All machines need" in stderr
+    assert "ijepa: The processes of this run do not have the same encoder. All machines need" in stderr
     assert stdout == ""

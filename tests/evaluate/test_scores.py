@@ -29,7 +29,7 @@ def test_extremes():
 @pytest.mark.parametrize("score", [top1, mean_per_class])
 def test_what_cannot_be_compared_is_an_error(score):
     for predicted, labels in [((0,), (0,)), ((3,), (2,)), ((1,), (2,)), ((2, 2), (2, 2))]:
-        with pytest.raises(ValueError, match="one prediction a label"):
+        with pytest.raises(ValueError, match="predicted and labels must have the same nonzero length"):
             score(torch.zeros(predicted, dtype=torch.int64), torch.zeros(labels, dtype=torch.int64))
 
 

@@ -142,5 +142,5 @@ def test_nothing_to_count() -> None:
 
 
 def test_a_rate_out_of_range_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^A merge rate must lie between 0 and 0.5, not 0.6"):
+    with pytest.raises(ValueError, match=r"^A merge rate must be between 0 and 0.5, not 0.6"):
         encoder_flops(EncoderConfig("Ti"), [9], 0.6)

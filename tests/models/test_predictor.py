@@ -84,12 +84,23 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "heads"), [(32, 1, 5), (0, 1, 1), (32, 0, 2), (32, 1, 0), (-4, 1, 2), (6, 1, 2), (36, 1, 3)]
+    ("width", "depth", "heads", "message"),
+    [
+        (32, 0, 2, "predictor.depth must be at least 1, not 0."),
+        (32, 1, 0, "predictor.heads must be at least 1, not 0."),
+        *(
+            (width, 1, heads, f"predictor.width must be a positive multiple of {multiple}, not {width}.")
+            for width, heads, multiple in (
+                (32, 5, "8 * predictor.heads (40)"),
+                (0, 1, "8 * predictor.heads (8)"),
+                (-16, 2, "8 * predictor.heads (16)"),
+                (6, 2, "8 * predictor.heads (16)"),
+                (36, 3, "8 * predictor.heads (24)"),
+            )
+        ),
+    ],
 )
-def test_a_wrong_size_is_an_error(width: int, depth: int, heads: int) -> None:
-    with pytest.raises(ValueError, match=r"^predictor\.width") as error:
+def test_a_wrong_size_is_an_error(width: int, depth: int, heads: int, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
         PredictorConfig(width, depth, heads)
-    assert str(error.value) == (
-        f"predictor.width must be a positive multiple of 8 * predictor.heads, not {width} with {heads} heads, "
-        f"and predictor.depth at least 1, not {depth}."
-    )
+    assert str(error.value) == message

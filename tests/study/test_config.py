@@ -18,23 +18,38 @@ def test_a_file_is_read_as_it_is_written(tmp_path: Path) -> None:
     assert load_study(path).resolution is None
 
 
+SEEDS = "seeds must be a non-empty list of integers of at least 0"
 WRONG = {
     "a misspelt key": ("arms: {a: ''}\nval: x\nseed: [1]", "unknown key 'seed'. Did you mean 'seeds'?"),
-    "no arms": ("val: x", "must hold arms, val and may hold common, train, resolution, seeds, seconds."),
-    "no val": ("arms: {a: ''}", "val is missing, the source that encoders are scored on."),
+    "no arms": (
+        "val: x",
+        "`arms` is missing or is not a mapping of names to flags of `ijepa train`. Required keys: arms, val. "
+        "Optional keys: common, train, resolution, seeds, seconds.",
+    ),
+    "no val": ("arms: {a: ''}", "`val` is missing. Set it to the labeled images to score encoders on."),
     "a seed that is text": (
         "arms: {a: ''}\nval: x\nseeds: [a]",
-        "seeds must be a list of whole numbers from 0, not ['a'].",
+        f"{SEEDS}, not ['a'].",
     ),
-    "a seed below 0": ("arms: {a: ''}\nval: x\nseeds: [-1]", "seeds must be a list of whole numbers from 0, not [-1]."),
-    "a resolution that is text": ("arms: {a: ''}\nval: x\nresolution: wide", "resolution cannot be 'wide'."),
+    "a seed below 0": ("arms: {a: ''}\nval: x\nseeds: [-1]", f"{SEEDS}, not [-1]."),
+    "a resolution that is text": (
+        "arms: {a: ''}\nval: x\nresolution: wide",
+        "resolution must be an integer, native or null, not 'wide'.",
+    ),
     "a resolution of 0": ("arms: {a: ''}\nval: x\nresolution: 0", "resolution must be above 0, not 0."),
     "no time at all": ("arms: {a: ''}\nval: x\nseconds: -1.5", "seconds must be above 0, not -1.5."),
-    "an empty val": ("arms: {a: ''}\nval:", "val cannot be None."),
+    "an empty val": ("arms: {a: ''}\nval:", "val must be a string, not null."),
     "an arm that cannot be a folder": (
         "arms: {../a: ''}\nval: x",
-        "an arm cannot be named '../a', because its runs are folders of that name: "
-        "leave out '/', and '.' at the beginning.",
+        "invalid arm name '../a'. Names become folder names, which cannot contain '/' or start with '.'.",
+    ),
+    "flags without a closing quote": (
+        'arms: {a: "--x \'y"}\ncommon: --steps 3\nval: x',
+        "the flags of arm 'a' cannot be parsed (No closing quotation): --steps 3 --x 'y",
+    ),
+    "a study that is text": (
+        "arms: {a: ''}\nval: 3",
+        "val must be a string, not 3.",
     ),
     "broken YAML": ("arms: {a", "is not valid YAML: while parsing a flow mapping"),
 }

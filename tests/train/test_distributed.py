@@ -118,7 +118,7 @@ def test_what_cannot_be_read_is_counted_and_named_as_by_one(whole: TrainConfig, 
     assert stderr.count("Left out: ") == 14
     code, _, stderr = finish(torchrun(whole, tmp_path / "strict"))
     assert code == 1
-    assert "images cannot be read, more than data.max_unreadable (1.00%) allows:" in stderr
+    assert "images cannot be read, but data.max_unreadable = 0.01 allows only 1%:" in stderr
 
 
 def test_a_signal_stops_all_ranks_after_the_same_step(whole: TrainConfig, tmp_path: Path) -> None:
@@ -140,7 +140,10 @@ def test_packs_that_ranks_cannot_share_evenly_are_refused(whole: TrainConfig, tm
     odd = dataclasses.replace(whole, data=dataclasses.replace(whole.data, packs_per_step=3))
     code, _, stderr = finish(torchrun(odd, tmp_path / "odd"))
     assert code != 0
-    assert "ijepa: data.packs_per_step (3) must be a multiple of the 2 processes." in stderr.splitlines()
+    assert (
+        "ijepa: data.packs_per_step (3) must be a multiple of the number of processes (2), for example 2."
+        in stderr.splitlines()
+    )
     assert not (tmp_path / "odd").exists()
 
 
@@ -162,7 +165,9 @@ def test_ranks_that_differ_are_told_in_what() -> None:
     ranks = Others(torch.device("cpu"), world=2)
     object.__setattr__(ranks, "other", {"plan": "abc", "checkpoint": 3})
     ranks.agree({"plan": "abc", "checkpoint": 3})
-    with pytest.raises(RankError, match=r"^The processes of this run differ in their checkpoint\. All machines need"):
+    with pytest.raises(
+        RankError, match=r"^The processes of this run do not have the same checkpoint\. All machines need"
+    ):
         ranks.agree({"plan": "abc", "checkpoint": 4})
 
 
@@ -194,8 +199,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RankError) as error, ranks_of_run():
         pass
     assert str(error.value) == (
-        "torchrun started 4 processes on this machine. Each needs its own GPU, but the machine has only 2: "
-        "use --nproc-per-node 2."
+        "torchrun started 4 processes on this machine. Each needs its own GPU, but the machine has only 2. "
+        "Use torchrun --nproc-per-node 2."
     )
 
 
@@ -203,7 +208,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_torchrun_is_for_training_and_evaluation_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scan", "synthetic"]) == 2
     assert capsys.readouterr().err == (
-        "ijepa: torchrun can only share training and evaluation: give this command without it.\n"
+        "ijepa: `ijepa scan` does not run under torchrun: only train and evaluate do. Run it without torchrun.\n"
     )
 
 
@@ -223,7 +228,7 @@ def test_what_a_failed_exchange_said_is_passed_on(monkeypatch: pytest.MonkeyPatc
         raise error
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", fails)
-    with pytest.raises(RankError, match=r"gone or cannot be reached.* Here: NCCL error: no space left on /dev/shm$"):
+    with pytest.raises(RankError, match=r"^Lost the connection .* process: NCCL error: no space left on /dev/shm$"):
         pair.gather(1)
     error = torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(torch.OutOfMemoryError):

@@ -34,11 +34,11 @@ def test_a_gpu_that_is_too_small_says_which_settings_fit(
     with pytest.raises(RunError) as raised:
         train(config, tmp_path / "run")
     assert str(raised.value) == (
-        "The GPU's memory is too small for packs of 600 tokens. In a new run, set data.tokens_per_pack to 300, "
-        "data.packs_per_step to 4 and data.max_view_tokens to 75. That halves the tokens per pack and keeps the tokens "
-        "per step."
+        "Packs of 600 tokens do not fit in GPU memory. Start a new run with --data.tokens_per_pack 300 "
+        "--data.packs_per_step 4 --data.max_view_tokens 75: packs of half the size, with the same number of tokens per "
+        "step."
     )
-    with pytest.raises(RunError, match=r"In a new run, use a smaller encoder, or smaller or fewer views\.$"):
+    with pytest.raises(RunError, match=r"Start a new run with a smaller encoder, or with smaller or fewer views\.$"):
         train(with_data(config, masked_views=2, max_view_tokens=200), tmp_path / "other")
 
 

@@ -69,7 +69,7 @@ def test_decay_is_decoupled_from_the_gradient() -> None:
         ({"lr": 0.0}, "optim.lr must be above 0, not 0.0."),
         ({"clip": -1.0}, "optim.clip must be above 0, not -1.0."),
         ({"final_lr": -1e-3}, "optim.final_lr must be at least 0, not -0.001."),
-        ({"warmup": 1.5}, "optim.warmup must lie between 0 and 1, not 1.5."),
+        ({"warmup": 1.5}, "optim.warmup must be between 0 and 1, not 1.5."),
         ({"lr": float("nan")}, "optim.lr must be above 0, not nan."),
     ],
 )

@@ -174,7 +174,7 @@ def test_what_diverged_is_not_saved(tiny: TrainConfig, tmp_path: Path, monkeypat
                 model.student.blocks.norm.weight.fill_(torch.nan)
 
     monkeypatch.setattr(loop.JEPA, "update_teacher", diverge)
-    with pytest.raises(RunError, match=r"^The loss is not finite at step 6\. "):
+    with pytest.raises(RunError, match=r"^The loss or its gradient is NaN or infinite at step 6\. "):
         train(config, tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name == "step-00000003"
@@ -192,5 +192,6 @@ def test_a_checkpoint_of_other_images_is_refused(tiny: TrainConfig, tmp_path: Pa
     with pytest.raises(ResumeError) as error:
         train(tiny, tmp_path / "run", resume=True)
     assert str(error.value) == (
-        f"{tmp_path / 'run'} was trained on different images or with different data settings. Start a new run instead."
+        f"Cannot resume {tmp_path / 'run'}: the images, or the data settings, have changed since it was started. "
+        "Restore them, or start a new run."
     )

@@ -124,7 +124,7 @@ def test_what_cannot_be_drawn_is_an_error(encoder: Encoder, tmp_path: Path) -> N
     image = np.zeros((16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match=r"^merge_rate must be above 0"):
         draw_merges(encoder, image, 64, 0.0)
-    with pytest.raises(ValueError, match=r"^A merge rate must lie between 0 and 0.5, not 0.6"):
+    with pytest.raises(ValueError, match=r"^A merge rate must be between 0 and 0.5, not 0.6"):
         draw_merges(encoder, image, 64, 0.6)
 
 

@@ -29,6 +29,7 @@ from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import best_device
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
 from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.masks import MaskConfig
@@ -71,7 +72,7 @@ def run(
         csv: write the tables.
         variant: the encoder; None: all of `VARIANTS` for this device.
         patch: P; None: that of `PATCH`.
-        tokens: of a pack; None: those of `TOKENS`.
+        tokens: of a pack, at least `ROW`; None: those of `TOKENS`.
         compiled: run our networks, and not the original's, through `torch.compile`.
 
     Returns:
@@ -80,6 +81,8 @@ def run(
         fast it is (not a number where the original's method does not fit), and the `time_exponent` and
         `memory_exponent` of tokens with which the first encoder's step grows.
     """
+    if tokens is not None and tokens < ROW:
+        raise RequestError(f"--tokens must be at least {ROW}, not {tokens}.")
     device = best_device()
     variants = [variant] if variant else VARIANTS[device.type]
     configs = [EncoderConfig(name, patch or PATCH[device.type]) for name in variants]
@@ -128,7 +131,8 @@ def measure_all(
         except torch.OutOfMemoryError:
             if not tables[0]:
                 raise
-            print(f"ViT-{config.variant} does not fit at {tokens:,} tokens a pack: try --tokens {tokens // 2}.")
+            advice = f" Try --tokens {tokens // 2}." if tokens // 2 >= ROW else ""
+            print(f"ViT-{config.variant} does not fit in memory with packs of {tokens:,} tokens.{advice}")
             break
         for rows, more in zip(tables, found, strict=True):
             rows += more
@@ -154,7 +158,7 @@ def measure(config: EncoderConfig, images: LabelledSource, tokens: int, device: 
     ours = Method("ours, compiled" if compiled else "ours", training, pinned(batches, device), 0.0)
     original = original_method(config, batches, device)
     if original is None:
-        print(f"The original's method does not fit for ViT-{config.variant} at {tokens:,} tokens a pack.")
+        print(f"The original's method does not fit in memory for ViT-{config.variant} with packs of {tokens:,} tokens.")
     compared = [ours] if original is None else [ours, original]
     products, operations = matrix_products(device, training.dtype)
     turns = [in_turn(method.training, method.packs) for method in compared]

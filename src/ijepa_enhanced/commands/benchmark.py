@@ -14,11 +14,12 @@ def run(options: BenchmarkOptions) -> int:
     """Run the benchmark of a theme.
 
     Raises:
-        RequestError: `--source` is given to a theme that reads no images.
+        RequestError: `--source` is given to a theme that reads no images, or `--tokens` are too few.
     """
     theme = importlib.import_module(f"ijepa_enhanced.benchmarks.{options.theme}")
-    source = {} if options.source is None else {"source": options.source}
-    if source and "source" not in inspect.signature(theme.run).parameters:
-        raise RequestError(f"ijepa benchmark {options.theme} reads no images. Remove --source.")
-    print_json(options, theme.run(**source, csv=options.csv))
+    given = {"source": options.source, "tokens": options.tokens}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if options.source is not None and "source" not in inspect.signature(theme.run).parameters:
+        raise RequestError(f"`ijepa benchmark {options.theme}` does not use --source. Remove it.")
+    print_json(options, theme.run(**chosen, csv=options.csv))
     return 0

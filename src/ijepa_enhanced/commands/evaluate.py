@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ijepa_enhanced.commands.options import DEFAULT_PROTOCOLS, EvaluateOptions, check_merge_rate
 from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_json, print_table, share_cores
-from ijepa_enhanced.config import build
+from ijepa_enhanced.config import as_options, build
 from ijepa_enhanced.devices import autocast_dtype, default_workers
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
@@ -40,7 +40,7 @@ from ijepa_enhanced.evaluate.sweep import (
     write_points,
 )
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.train.saved import random_start
 from ijepa_enhanced.visualize.frontier import draw_frontier
 
@@ -86,7 +86,11 @@ def run(options: EvaluateOptions) -> int:
     """
     hush_others()
     swept = sweep_settings(options) if options.sweep else None
-    finetune = build(FinetuneConfig, options.finetune)
+    try:
+        finetune = build(FinetuneConfig, options.finetune)
+    except RequestError as error:
+        keys = [f"finetune.{key}" for key in options.finetune]
+        raise RequestError(as_options(str(error), keys)) from error
     workers = default_workers() if options.workers is None else options.workers
     share_cores(workers)
     with ranks_of_run() as ranks:
@@ -279,7 +283,7 @@ def sweep_settings(options: EvaluateOptions) -> dict[str, list[Any]]:
         if resolution is not None and resolution < 1:
             raise RequestError(f"--sweep resolution=... must be at least 1, not {resolution}.")
     for rate in found.get("merge_rate", []):
-        check_merge_rate(rate)
+        check_merge_rate(rate, "--sweep merge_rate=...")
     return found
 
 
@@ -298,7 +302,7 @@ def sweep(work: Work, settings: list[Setting]) -> int:
         name, encoder = "random start", random_start(encoder, Path(options.run))
     main, folder = config.ranks.main, Path(options.out or options.run)
     if main:
-        folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is said before hours of scoring
+        make_folder(folder)  # before hours of scoring
     logger.info("Timing the network at %d settings", len(settings))
     costs = network_costs(encoder, [work.train.catalog, work.val.catalog], settings if main else [], config.dtype)
     found = []

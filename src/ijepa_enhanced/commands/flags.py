@@ -6,17 +6,23 @@ import argparse
 import dataclasses
 import functools
 import operator
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ijepa_enhanced.commands.options import COMMANDS, Command, Common, Group
-from ijepa_enhanced.config import checked, field_help, keys_of, recipe_names
-from ijepa_enhanced.errors import RequestError, did_you_mean
+from ijepa_enhanced.config import checked, either, field_help, keys_of, recipe_names
+from ijepa_enhanced.errors import RequestError, unknown
 
-ROOT = Group("Train image encoders on unlabeled images of any size, and evaluate them.", COMMANDS, "command")
+ROOT = Group(
+    "Train image encoders on unlabeled images of any size with I-JEPA (self-supervised learning), and evaluate them.",
+    ("ijepa train photos --run runs/pets", "ijepa evaluate runs/pets --data labeled-photos"),
+    COMMANDS,
+    "command",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Option:
     metavar: str
     group: str
     """The title that its help stands under, if not the command's own options."""
+    listed: bool
+    """Whether the help lists it."""
 
     @property
     def is_positional(self) -> bool:
@@ -60,13 +68,23 @@ def parse(arguments: Sequence[str], group: Group = ROOT, path: str = "ijepa") ->
         print(overview(path, group))
         raise SystemExit(0)
     if name.startswith("-"):
-        raise RequestError(f"Options come after the {group.kind}: {', '.join(group.commands)}.")
+        kind, names = group.kind, ", ".join(group.commands)
+        raise RequestError(f"Put the {kind} first, then its options. {kind.capitalize()}s: {names}.")
     if name not in group.commands:
-        raise RequestError(f"No {group.kind} '{name}'.{did_you_mean(name, list(group.commands))}")
+        raise RequestError(unknown(group.kind, name, list(group.commands)))
     command = group.commands[name]
     if isinstance(command, Group):
         return parse(rest, command, f"{path} {name}")
     return command, parse_options(command, f"{path} {name}", rest)
+
+
+def all_commands(group: Group = ROOT, path: str = "ijepa") -> Iterator[tuple[str, Command]]:
+    """Yield every command with the words that call it."""
+    for name, command in group.commands.items():
+        if isinstance(command, Group):
+            yield from all_commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
 
 
 def overview(path: str, group: Group) -> str:
@@ -74,7 +92,15 @@ def overview(path: str, group: Group) -> str:
     kind, width = group.kind, max(map(len, group.commands))
     lines = [f"  {name:{width}}  {command.purpose}" for name, command in group.commands.items()]
     head = [f"usage: {path} {kind.upper()} [OPTIONS]", "", group.purpose, "", f"{kind}s:"]
-    return "\n".join([*head, *lines, "", f"Run `{path} {kind.upper()} --help` for the options of a {kind}."])
+    more = f"Run `{path} {kind.upper()} --help` for the options of a {kind}, and `ijepa --version` for the version."
+    pages = "Pages such as docs/data.md are in the source repository."
+    return "\n".join([*head, *lines, "", examples_of(group), "", more, pages])
+
+
+def examples_of(command: Command | Group) -> str:
+    """Return the part of the help with the examples."""
+    many = "s" if len(command.examples) > 1 else ""
+    return "\n".join([f"example{many}:", *(f"  {example}" for example in command.examples)])
 
 
 def parse_options(command: Command, path: str, arguments: Sequence[str]) -> Any:
@@ -84,14 +110,12 @@ def parse_options(command: Command, path: str, arguments: Sequence[str]) -> Any:
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         if name.startswith("--") and name not in (*flags, "--help"):
-            raise RequestError(f"Unknown option '{name}'.{did_you_mean(name, [*flags, '--help'])}")
+            raise RequestError(unknown_option(name, path, [*flags, "--help"]))
         if equals and name in flags and flags[name].switch:
             raise RequestError(f"{name} takes no value.")
     found, left = make_parser(command, path, options).parse_known_intermixed_args(arguments)
     if left:
-        by_shell = left[0] == "+" or left[0].endswith((".tar", ".parquet"))
-        hint = " Quote names that contain spaces, asterisks or braces." if by_shell else ""
-        raise RequestError(f"Unknown argument '{left[0]}'.{hint}")
+        raise RequestError(unexpected(left[0], path, [option.shown for option in options if option.is_positional]))
     values: dict[str, Any] = {}
     for option in options:
         if option.shown in found:
@@ -101,6 +125,33 @@ def parse_options(command: Command, path: str, arguments: Sequence[str]) -> Any:
             else:
                 values[option.field] = value
     return command.options(**values)
+
+
+def unknown_option(name: str, path: str, known: list[str]) -> str:
+    """Return the message of an option that a command does not have."""
+    owners = [
+        f"`{other}`"
+        for other, command in all_commands()
+        if name in (option.shown for option in options_of(command.options))
+    ]
+    if owners:
+        return f"`{path}` has no option '{name}'. It is an option of {either(owners)}."
+    return unknown("option", name, known)
+
+
+def unexpected(argument: str, path: str, positional: Sequence[str]) -> str:
+    """Return the message of an argument beyond the positional ones of a command."""
+    if argument == "+":
+        return "Unexpected argument '+'. Quote a source that contains spaces: 'photos + more-photos'."
+    if argument.endswith((".tar", ".parquet")):
+        pattern = re.sub(r"\d+", "*", argument)
+        return (
+            f"Unexpected argument '{argument}'. If you typed a pattern, quote it so that the shell does not expand it: "
+            f"'{pattern}'."
+        )
+    count, names = len(positional), ", ".join(positional)
+    takes = f"{count} positional argument{'s' * (count > 1)}: {names}"
+    return f"Unexpected argument '{argument}'. `{path}` takes {takes}."
 
 
 def value_of(option: Option, given: Any) -> Any:
@@ -126,13 +177,23 @@ def options_of(cls: type[Common]) -> Iterator[Option]:
             for name in sorted(keys, key=lambda name: "." in name):
                 key, shown = keys[name], f"{data['prefix']}{name}"
                 group = shown.rpartition(".")[0] or "training"
-                yield Option(field.name, name, f"--{shown}", key.kind, key.default, key.help, metavar(key.kind), group)
+                yield Option(
+                    field.name,
+                    name,
+                    f"--{shown}",
+                    key.kind,
+                    key.default,
+                    key.help,
+                    key.metavar or metavar(key.kind),
+                    group,
+                    listed=name.startswith(data["shown"]),
+                )
         else:
             kind = without_none(kinds[field.name])
-            shown = data["metavar"] if data["positional"] else data["flag"] or f"--{field.name.replace('_', '-')}"
+            shown = data["metavar"] if data["positional"] else f"--{field.name.replace('_', '-')}"
             owner = next(each for each in cls.__mro__ if field.name in each.__annotations__)
             text = field_help(owner)[field.name].replace("RECIPES", ", ".join(recipe_names()))
-            yield Option(field.name, "", shown, kind, field.default, text, data["metavar"] or metavar(kind), "")
+            yield Option(field.name, "", shown, kind, field.default, text, data["metavar"] or metavar(kind), "", True)
 
 
 def without_none(kind: Any) -> Any:
@@ -146,25 +207,41 @@ def metavar(kind: Any) -> str:
     """Return what the help calls a value of a type."""
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {int: "N", float: "X", bool: "true|false"}.get(without_none(kind), "TEXT")
+    return {int: "INT", float: "FLOAT", bool: "true|false"}.get(without_none(kind), "STR")
 
 
 class Parser(argparse.ArgumentParser):
-    """Splits the arguments of one command; what it refuses is a RequestError."""
+    """Splits the arguments of one command; what it refuses is a RequestError.
+
+    Args:
+        usages: how each option is written with its value.
+        arguments: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, usages: Mapping[str, str], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.usages = usages
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError."""
-        raise RequestError(f"{message[0].upper()}{message[1:]}. See `{self.prog} --help`.")
+        subject, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem.startswith("expected"):  # "expected one argument"
+            message = f"{subject} needs a value: {self.usages[subject]}"
+        elif subject == "the following arguments are required":
+            message = f"Missing: {problem}"
+        raise RequestError(f"{message}. See `{self.prog} --help`.")
 
 
 def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parser:
     """Return the parser of one command: what is given stays text, and what is not given is left out."""
     width = min(shutil.get_terminal_size().columns, 120) - 2
     needed = [usage_of(option) for option in options if option.is_positional or option.default is MISSING]
+    parts = [command.purpose, examples_of(command), *filter(None, [command.note])]
     parser = Parser(
+        {option.shown: usage_of(option) for option in options},
         prog=path,
-        usage=" ".join([path, *needed, "[OPTIONS]"]),
-        description=f"{command.purpose}\n\nexample: {command.example}",
+        usage=f"{path} {command.usage or ' '.join([*needed, '[OPTIONS]'])}",
+        description="\n\n".join(parts),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
@@ -188,9 +265,10 @@ def usage_of(option: Option) -> str:
 def add_option(parser: Any, option: Option) -> None:
     """Make an option known to a parser."""
     needed = option.default is MISSING
-    quiet = needed or option.switch or option.default is None or option.default == ()
+    # An option of a command that is None by default says in its own help what that means.
+    quiet = needed or option.switch or option.default == () or (option.default is None and not option.key)
     shown = "" if quiet else f" (default: {yaml_text(option.default)})"
-    more: dict[str, Any] = {"help": f"{option.help}{shown}".replace("%", "%%")}
+    more: dict[str, Any] = {"help": f"{option.help}{shown}".replace("%", "%%") if option.listed else argparse.SUPPRESS}
     if option.switch:
         more["action"] = "store_true"
     else:
@@ -208,4 +286,6 @@ def yaml_text(value: Any) -> str:
     """Return a default as a user would write it."""
     if isinstance(value, tuple):
         return " ".join(value)
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

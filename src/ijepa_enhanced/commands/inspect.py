@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def data(options: DataOptions) -> int:
-    """Draw some images of a source and their sizes; count colour modes, labels and duplicates."""
+    """Draw some images of a source and their sizes; count color modes, labels and duplicates."""
     source = open_source(options.source)
     catalog = open_catalog(source)
     report_unreadable(catalog)
@@ -144,6 +144,6 @@ def check_files(paths: Sequence[str]) -> None:
     """Raise RequestError if one of these is not a file."""
     for path in paths:
         if Path(path).is_dir():
-            raise RequestError(f"{path} is a folder. Name image files.")
+            raise RequestError(f"{path} is a folder. Give the paths of image files.")
         if not Path(path).is_file():
             raise RequestError(f"No such file: {path}.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ijepa_enhanced.errors import RequestError, did_you_mean
+from ijepa_enhanced.errors import RequestError, unknown
 from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.train.config import TrainConfig
 
@@ -25,13 +25,19 @@ class Command:
 
     purpose: str
     """The first line of its help."""
-    example: str
-    """A line or more that a user can copy."""
+    examples: tuple[str, ...]
+    """Lines that a user can copy."""
     options: type[Common]
     function: str
     """The module in `commands` and the function in it that turns the options into an exit code."""
     ranks: bool = False
     """Whether processes that `torchrun` starts share the work."""
+    usage: str = ""
+    """Its arguments in the usage line, if that is not what must be given and [OPTIONS]."""
+    note: str = ""
+    """What its help says about all of its options."""
+    less_memory: str = ""
+    """How to make it need less GPU memory, after "or"."""
 
     def run(self, options: Common) -> int:
         """Import the command, run it and return the exit code."""
@@ -45,28 +51,34 @@ class Group:
     """A name with commands of its own."""
 
     purpose: str
+    examples: tuple[str, ...]
     commands: Mapping[str, Command | Group]
     kind: str
     """What one of its commands is called."""
 
 
-def option(default: Any = dataclasses.MISSING, *, metavar: str = "", flag: str = "", positional: bool = False) -> Any:
+def option(default: Any = dataclasses.MISSING, *, metavar: str = "", positional: bool = False) -> Any:
     """Return a field that is an option, or a positional argument; without a default it must be given.
 
     Args:
         default: its value if it is not given.
         metavar: what the help calls its value.
-        flag: its spelling, if that is not the field's name with dashes.
         positional: whether it is given by its place.
     """
+    return dataclasses.field(default=default, metadata={"metavar": metavar, "positional": positional}, kw_only=True)
+
+
+def keys(config: type[Any], prefix: str = "", shown: tuple[str, ...] = ("",)) -> Any:
+    """Return a field with the keys of a configuration that were given, each by a flag of its own.
+
+    Args:
+        config: the dataclass that has the keys.
+        prefix: of the flags, after the dashes.
+        shown: the help lists the keys that start with one of these.
+    """
     return dataclasses.field(
-        default=default, metadata={"metavar": metavar, "flag": flag, "positional": positional}, kw_only=True
+        default_factory=dict, metadata={"config": config, "prefix": prefix, "shown": shown}, kw_only=True
     )
-
-
-def keys(config: type[Any], prefix: str = "") -> Any:
-    """Return a field with the keys of a configuration that were given, each by a flag of its own."""
-    return dataclasses.field(default_factory=dict, metadata={"config": config, "prefix": prefix}, kw_only=True)
 
 
 def at_least(least: int, **values: int | None) -> None:
@@ -80,10 +92,10 @@ def at_least(least: int, **values: int | None) -> None:
             raise RequestError(f"--{name.replace('_', '-')} must be at least {least}, not {value}.")
 
 
-def check_merge_rate(rate: float) -> None:
-    """Raise RequestError if no encoder can merge at this rate."""
+def check_merge_rate(rate: float, option: str = "--merge-rate") -> None:
+    """Raise RequestError if no encoder can merge at the rate that an option gives."""
     if not 0 <= rate <= 0.5:
-        raise RequestError(f"--merge-rate must lie between 0 and 0.5, not {rate}.")
+        raise RequestError(f"{option} must be between 0 and 0.5, not {rate}.")
 
 
 @dataclass(frozen=True)
@@ -100,16 +112,18 @@ class Common:
 class TrainOptions(Common):
     """Options of `ijepa train`."""
 
-    source: str | None = option(None, metavar="PHOTOS", positional=True)
-    """Your images: a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic. Without
-    --config, the recipe is own-images if there is a GPU, otherwise own-images-cpu."""
+    source: str | None = option(None, metavar="SOURCE", positional=True)
+    """Your images: a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic. If --config is
+    not given, settings come from the recipe own-images (with a GPU) or own-images-cpu (without). If SOURCE is also
+    omitted, the defaults below apply, with the built-in synthetic images."""
     config: str | None = option(None, metavar="NAME_OR_FILE")
-    """A recipe (RECIPES) or a YAML file. Flags override its values."""
+    """Settings to start from: a recipe (RECIPES) or a YAML file. Other options override them."""
     run: str | None = option(None, metavar="DIR")
-    """Folder of the new run. It must not exist (default: runs/TIME)."""
+    """Folder to create for this run: configuration, log, checkpoints, encoder and report. It must not exist.
+    (default: runs/TIME)"""
     resume: str | None = option(None, metavar="RUN")
-    """Folder of a run to resume from its newest checkpoint."""
-    print_config: bool = option(False, flag="--print_config")
+    """Folder of an interrupted run. Training continues from its newest checkpoint."""
+    print_config: bool = option(False)
     """Print the configuration as YAML and exit."""
     given: Mapping[str, Any] = keys(TrainConfig)
 
@@ -122,7 +136,7 @@ class EncoderOptions(Common):
     """Folder of a run, or a folder that contains config.json and model.safetensors."""
     resolution: int | Literal["native"] | None = option(None, metavar="PIXELS")
     """Resolution to resize images to: sqrt(height * width) in pixels. The aspect ratio is kept. `native` keeps the size
-    of each image (default: the largest training resolution)."""
+    of each image. (default: the maximum training resolution)"""
 
     def __post_init__(self) -> None:
         at_least(1, resolution=None if self.resolution == "native" else self.resolution)
@@ -133,29 +147,33 @@ class EvaluateOptions(EncoderOptions):
     """Options of `ijepa evaluate`."""
 
     data: str | None = option(None, metavar="SOURCE")
-    """Labeled images. The probes are trained on 80% and scored on 20%. The split is stratified by class and depends on
-    --seed."""
+    """Labeled images. Classifiers (probes) are trained on the features of 80% of them and scored on the other 20%. The
+    split is stratified by class and depends on --seed."""
     train: str | None = option(None, metavar="SOURCE")
     """Labeled images to train the probes on. Requires --val."""
     val: str | None = option(None, metavar="SOURCE")
     """Labeled images to score the probes on. Requires --train."""
     protocols: tuple[str, ...] = option(DEFAULT_PROTOCOLS, metavar="NAME")
-    """Evaluation protocols: knn, linear, linear4, lowshot, attentive, finetune, dense (docs/evaluation.md)."""
+    """Evaluation protocols: knn, linear (linear probe), linear4 (linear probes on the last four layers), lowshot
+    (linear probes with 1% and 10% of the labels), attentive (attention probe), finetune (train the whole encoder),
+    dense (segmentation). See docs/evaluation.md."""
     baselines: bool = option(False)
-    """Also score two baselines: the untrained encoder that the run started from (random start), and raw pixels of 16x16
-    thumbnails."""
+    """Also score two baselines: the untrained encoder that the run started from, called random start, and raw pixels
+    (16x16 thumbnails)."""
     random_init: bool = option(False)
     """Score the untrained encoder that the run started from instead of the trained one."""
-    merge_rate: float = option(0.0, metavar="SHARE")
-    """Fraction of tokens that each layer merges into others, from 0 (no merging) to 0.5."""
+    merge_rate: float = option(0.0)
+    """Fraction of its tokens that each layer merges into similar ones, from 0 (no merging) to 0.5. Merging makes the
+    encoder faster (docs/merging.md)."""
     sweep: tuple[str, ...] = option((), metavar="NAME=VALUES")
-    """Score every combination of these values, such as resolution=112,224 merge_rate=0,0.05,0.1, and recommend one."""
+    """Score every combination of values of resolution and merge_rate, and recommend one. Example:
+    --sweep resolution=112,224 merge_rate=0,0.05,0.1"""
     out: str | None = option(None, metavar="DIR")
-    """Output folder for sweep.csv and sweep.png (default: RUN)."""
+    """Output folder for sweep.csv and sweep.png. (default: RUN)"""
     seed: int = option(0)
     """Random seed for the split, the low-shot subsets and training."""
     workers: int | None = option(None)
-    """Number of worker processes that decode images. 0: decode in the main process (default: one per CPU core)."""
+    """Number of worker processes that decode images. 0: decode in the main process. (default: one per CPU core)"""
     finetune: Mapping[str, Any] = keys(FinetuneConfig, "finetune.")
 
     def __post_init__(self) -> None:
@@ -164,22 +182,20 @@ class EvaluateOptions(EncoderOptions):
         check_merge_rate(self.merge_rate)
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
-                raise RequestError(f"No protocol '{protocol}'.{did_you_mean(protocol, list(PROTOCOLS))}")
+                raise RequestError(unknown("protocol", protocol, list(PROTOCOLS)))
         self.check_sources()
 
     def check_sources(self) -> None:
         """Raise RequestError if the images to learn from and to score on are not given once."""
         if self.data is not None and (self.train is not None or self.val is not None):
-            raise RequestError("Give either --data, or --train and --val. --data is split into both parts.")
+            raise RequestError("Use either --data, or both --train and --val. --data is split into both.")
         if self.data is None and self.train is None and self.val is None:
-            raise RequestError("No images to score on. Give --data SOURCE, or --train SOURCE and --val SOURCE.")
+            raise RequestError("No labeled images. Use --data SOURCE, or --train SOURCE and --val SOURCE.")
         for missing, there in (("train", "val"), ("val", "train")):
             if self.data is None and getattr(self, missing) is None:
-                raise RequestError(
-                    f"--{there} also needs --{missing}. Or give --data SOURCE, which is split into both."
-                )
+                raise RequestError(f"--{there} requires --{missing}. Or use --data SOURCE, which is split into both.")
         if self.data is not None and "dense" in self.protocols:
-            raise RequestError("The protocol dense cannot split --data. Give --train and --val instead.")
+            raise RequestError("The protocol dense does not support --data. Use --train and --val instead.")
 
 
 @dataclass(frozen=True)
@@ -187,9 +203,9 @@ class ReportOptions(Common):
     """Options of `ijepa report`."""
 
     runs: tuple[str, ...] = option(metavar="RUN", positional=True)
-    """Folder of a run, or of several runs to compare."""
+    """One or more run folders. Several runs are compared on one page."""
     out: str | None = option(None, metavar="FILE")
-    """HTML file to write. Several runs require it (default for one run: RUN/report.html)."""
+    """HTML file to write. Required for several runs. (default for one run: RUN/report.html)"""
 
 
 @dataclass(frozen=True)
@@ -205,15 +221,18 @@ class PrepareOptions(Common):
     """Options of `ijepa prepare`."""
 
     source: str = option(metavar="SOURCE", positional=True)
-    """Images to prepare, local or remote, such as https://... (docs/data.md). With --check: a prepared folder."""
+    """Images to prepare: a source as for `ijepa train`, or a remote one such as https://host/train-{000..099}.tar
+    (docs/data.md). With --check: a prepared folder."""
     out: str | None = option(None, metavar="OUT", positional=True)
     """Output folder for the shards."""
     max_resolution: int = option(256)
-    """Largest resolution: sqrt(height * width) in pixels. Larger images are shrunk; smaller images keep their size."""
+    """Maximum resolution, sqrt(height * width) in pixels. Larger images are downscaled; smaller images keep their
+    size."""
     quality: int = option(90)
     """JPEG quality, from 1 to 100."""
     workers: int | None = option(None)
-    """Number of worker processes that decode and encode images. 0: use the main process (default: one per CPU core)."""
+    """Number of worker processes that decode and encode images. 0: use the main process.
+    (default: one per CPU core)"""
     shard_size: int = option(128)
     """Size of a shard in megabytes. When a shard reaches it, the next one begins."""
     check: bool = option(False)
@@ -225,9 +244,9 @@ class PrepareOptions(Common):
         if not 1 <= self.quality <= 100:
             raise RequestError(f"--quality must be at least 1 and at most 100, not {self.quality}.")
         if self.out is None and not self.check:
-            raise RequestError("OUT is missing. Give the output folder: ijepa prepare SOURCE OUT.")
+            raise RequestError("The output folder OUT is missing: ijepa prepare SOURCE OUT.")
         if self.out is not None and self.check:
-            raise RequestError("--check takes only one folder, the prepared one. Remove OUT.")
+            raise RequestError("--check takes only the prepared folder. Remove OUT.")
 
 
 @dataclass(frozen=True)
@@ -235,13 +254,13 @@ class PackOptions(Common):
     """Options of `ijepa inspect masks` and `ijepa inspect packing`."""
 
     source: str = option(metavar="SOURCE", positional=True)
-    """Folder of a run, whose saved configuration is used; or images:
-    a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic."""
+    """A run folder, whose saved configuration is used, or images: a folder, tar shards, Parquet files, a CSV or JSONL
+    list, hf://NAME or synthetic."""
     out: str = option(metavar="DIR")
-    """Output folder for the picture."""
+    """Output folder for the picture, masks.png or packing.png."""
     config: str | None = option(None, metavar="NAME_OR_FILE")
-    """A recipe (RECIPES) or a YAML file. Flags override its values."""
-    given: Mapping[str, Any] = keys(TrainConfig)
+    """Settings to start from: a recipe (RECIPES) or a YAML file. Other options override them."""
+    given: Mapping[str, Any] = keys(TrainConfig, shown=("data.", "augment.", "masks.", "encoder.patch_size", "seed"))
 
 
 @dataclass(frozen=True)
@@ -249,7 +268,7 @@ class DataOptions(SourceOptions):
     """Options of `ijepa inspect data`."""
 
     out: str = option(metavar="DIR")
-    """Output folder for the pictures."""
+    """Output folder for images.png, sizes.png and duplicates.png."""
 
 
 @dataclass(frozen=True)
@@ -258,14 +277,14 @@ class ImageOptions(EncoderOptions):
 
     images: tuple[str, ...] = option(metavar="IMAGE", positional=True)
     """Image files."""
-    out: str = option(metavar="DIR")
-    """Output folder for the pictures."""
 
 
 @dataclass(frozen=True)
 class FeatureOptions(ImageOptions):
     """Options of `ijepa inspect features`."""
 
+    out: str = option(metavar="DIR")
+    """Output folder for features.png."""
     patch: tuple[int, int] | None = option(None, metavar="ROW COLUMN")
     """Also draw the similarity of every patch to this one. Rows and columns start at 0."""
 
@@ -274,14 +293,16 @@ class FeatureOptions(ImageOptions):
 class MergeOptions(ImageOptions):
     """Options of `ijepa inspect merges`."""
 
-    merge_rate: float = option(0.1, metavar="SHARE")
-    """Fraction of tokens that each layer merges into others, up to 0.5."""
+    out: str = option(metavar="DIR")
+    """Output folder for a picture of each image, merges-NN-NAME.png."""
+    merge_rate: float = option(0.1)
+    """Fraction of its tokens that each layer merges into similar ones, above 0 and at most 0.5. Merging makes the
+    encoder faster (docs/merging.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_merge_rate(self.merge_rate)
-        if self.merge_rate == 0:
-            raise RequestError("--merge-rate 0 merges nothing. Give a rate above 0, up to 0.5.")
+        if not 0 < self.merge_rate <= 0.5:
+            raise RequestError(f"--merge-rate must be above 0 and at most 0.5, not {self.merge_rate:g}.")
 
 
 @dataclass(frozen=True)
@@ -301,89 +322,127 @@ class BenchmarkOptions(Common):
     theme: Literal["packing", "loader", "attention", "merging", "step", "embed"] = option(
         metavar="BENCHMARK", positional=True
     )
-    """Which benchmark to run: packing, loader, attention, merging, step (a training step) or embed."""
+    """Benchmark to run: packing (padding and use of the token budget), loader (data loading), attention (attention
+    kernels), merging (token merging), step (training step) or embed (feature extraction)."""
     source: str | None = option(None, metavar="SOURCE")
-    """Images to use (default: synthetic). The attention benchmark uses none."""
+    """Images to use. The attention benchmark uses none. (default: synthetic)"""
+    tokens: int | None = option(None)
+    """Number of tokens in a pack. Only the step benchmark uses it. (default: 2048 on a CPU, 32768 on a GPU)"""
     csv: bool = option(False)
-    """Also write benchmarks/results/BENCHMARK_HARDWARE_DATE.csv."""
+    """Also write benchmarks/results/BENCHMARK_HARDWARE_DATE.csv in the current folder."""
 
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.theme != "step":
+            raise RequestError(f"`ijepa benchmark {self.theme}` does not use --tokens. Remove it.")
+
+
+PACK_NOTE = "All options of `ijepa train` are accepted. Those about images, views and masks are listed below."
+STUDY_NOTE = """\
+example of FILE, which compares two patch embeddings:
+  val: labeled-photos
+  common: --config own-images-cpu --data.source photos
+  arms: {linear: --encoder.patch_embed linear, mlp: --encoder.patch_embed mlp}"""
 
 INSPECT = {
     "data": Command(
-        "Draw a sample of images and their sizes; count labels, color modes and duplicates.",
-        "ijepa inspect data photos --out pictures",
+        "Draw a sample of images and their sizes, and count classes, color modes and duplicates.",
+        ("ijepa inspect data photos --out pictures",),
         DataOptions,
         "inspect.data",
     ),
     "masks": Command(
         "Draw the masks of the first training views: the visible context and the targets to predict.",
-        "ijepa inspect masks photos --out pictures",
+        ("ijepa inspect masks photos --out pictures",),
         PackOptions,
         "inspect.masks",
+        note=PACK_NOTE,
     ),
     "packing": Command(
-        "Draw the first training pack, patch by patch.",
-        "ijepa inspect packing runs/pets --out pictures",
+        "Draw the first training batch (pack): the patches of all its views, side by side.",
+        ("ijepa inspect packing runs/pets --out pictures",),
         PackOptions,
         "inspect.packing",
+        note=PACK_NOTE,
     ),
     "features": Command(
-        "Draw the patch features of images as colors, and their similarity to one patch.",
-        "ijepa inspect features runs/pets cat.jpg dog.jpg --patch 4 6 --out pictures",
+        "Draw patch features as colors and, with --patch, the similarity of all patches to one of them.",
+        ("ijepa inspect features runs/pets cat.jpg dog.jpg --patch 4 6 --out pictures",),
         FeatureOptions,
         "inspect.features",
+        less_memory="lower --resolution",
     ),
     "merges": Command(
-        "Draw which patches each layer merges into one token.",
-        "ijepa inspect merges runs/pets cat.jpg --merge-rate 0.1 --out pictures",
+        "Draw which patches have been merged into one token, after three of the layers.",
+        ("ijepa inspect merges runs/pets cat.jpg --merge-rate 0.1 --out pictures",),
         MergeOptions,
         "inspect.merges",
+        less_memory="lower --resolution",
     ),
 }
 
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(
         "Train an image encoder on your own images, without labels.",
-        "ijepa train photos --run runs/pets",
+        (
+            "ijepa train photos --run runs/pets",
+            "ijepa train photos --config own-images --optim.lr 0.0003",
+            "ijepa train --resume runs/pets",
+        ),
         TrainOptions,
         "train.run",
         ranks=True,
+        note="The defaults below apply if no recipe is used. A recipe (--config, or the one chosen for SOURCE)\n"
+        "may set other values: add --print-config to your command to see them.",
+        less_memory="lower --data.tokens_per_pack",
     ),
     "evaluate": Command(
         "Score an encoder on labeled images.",
-        "ijepa evaluate runs/pets --data labeled-photos --baselines",
+        (
+            "ijepa evaluate runs/pets --data labeled-photos --baselines",
+            "ijepa evaluate runs/pets --train photos/train --val photos/val --protocols knn linear attentive",
+        ),
         EvaluateOptions,
         "evaluate.run",
         ranks=True,
+        usage="RUN (--data SOURCE | --train SOURCE --val SOURCE) [OPTIONS]",
+        less_memory="lower --resolution",
     ),
     "report": Command(
-        "Write an HTML report of a run, or a comparison of several runs.",
-        "ijepa report runs/pets",
+        "Write an HTML report of one run, or one that compares several runs.",
+        ("ijepa report runs/pets", "ijepa report runs/pets runs/pets-mlp --out compare.html"),
         ReportOptions,
         "report.run",
     ),
     "scan": Command(
         "Scan images: count them, summarize their sizes and list unreadable ones.",
-        "ijepa scan photos",
+        ("ijepa scan photos",),
         SourceOptions,
         "scan.run",
     ),
     "prepare": Command(
-        "Shrink images and re-encode them as JPEG files in tar shards, for faster reading.",
-        "ijepa prepare photos shards --max-resolution 256",
+        "Downscale images and re-encode them as JPEG files in tar shards, for faster reading.",
+        ("ijepa prepare photos shards --max-resolution 256", "ijepa prepare shards --check"),
         PrepareOptions,
         "prepare.run",
+        usage="SOURCE OUT [OPTIONS]\n       ijepa prepare FOLDER --check",
     ),
-    "inspect": Group("Draw images, masks, packs, features or token merges.", INSPECT, "subcommand"),
+    "inspect": Group(
+        "Draw the data, the masks, a training batch, or what an encoder sees in images.",
+        ("ijepa inspect masks photos --out pictures",),
+        INSPECT,
+        "subcommand",
+    ),
     "study": Command(
-        "Compare training configurations over several seeds, at an equal budget.",
-        "ijepa study study.yaml --out studies/rates",
+        "Train several configurations with several seeds, equally long, and compare their scores.",
+        ("ijepa study rates.yaml --out studies/rates",),
         StudyOptions,
         "study.run",
+        note=STUDY_NOTE,
+        less_memory="lower --data.tokens_per_pack in the study file",
     ),
     "benchmark": Command(
-        "Measure the speed of one part, such as data loading, a training step or embedding.",
-        "ijepa benchmark packing",
+        "Measure the speed of data loading, attention, token merging, a training step or embedding.",
+        ("ijepa benchmark packing", "ijepa benchmark step --source photos --tokens 8192"),
         BenchmarkOptions,
         "benchmark.run",
     ),

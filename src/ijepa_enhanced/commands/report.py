@@ -8,6 +8,7 @@ from pathlib import Path
 from ijepa_enhanced.commands.options import ReportOptions
 from ijepa_enhanced.commands.setup import print_json
 from ijepa_enhanced.errors import RequestError
+from ijepa_enhanced.files import make_folder
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.saved import config_of_run, read_train_config
 from ijepa_enhanced.visualize.report import write_report
@@ -17,11 +18,11 @@ def run(options: ReportOptions) -> int:
     """Write the page of one run, or of several."""
     runs = [Path(run) for run in options.runs]
     if options.out is None and len(runs) > 1:
-        raise RequestError("Several runs make one page: name its file by --out FILE.")
+        raise RequestError("A report of several runs needs an output file. Add --out FILE.")
     for run in runs:
         read_train_config(config_of_run(run))
     page = Path(options.out) if options.out else runs[0] / "report.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(page.parent)
     write_report(runs, page, dataclasses.asdict(TrainConfig()))
     print(page)
     print_json(options, {"report": str(page)})

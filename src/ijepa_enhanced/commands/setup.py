@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ijepa_enhanced.commands.options import Common, TrainOptions
-from ijepa_enhanced.config import build, find_config
+from ijepa_enhanced.config import as_options, build, find_config, keys_of
 from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.errors import RequestError
@@ -34,7 +34,7 @@ def train_config(options: TrainOptions) -> TrainConfig:
     given = dict(options.given)
     if options.source is not None:
         if "data.source" in given:
-            raise RequestError("PHOTOS and --data.source both set the images. Give only one of them.")
+            raise RequestError("SOURCE and --data.source both set the images. Use only one of them.")
         given["data.source"] = options.source
     recipe = options.config
     if options.source is not None and options.config is None and options.resume is None:
@@ -58,7 +58,14 @@ def configuration(recipe: str | None, given: Mapping[str, Any], saved: Mapping[s
     """
     values = dict(saved or {}) | (read_train_config(find_config(recipe)) if recipe is not None else {}) | dict(given)
     values.pop("run", None)  # where a run goes is not how it is trained
-    return build(TrainConfig, values)
+    try:
+        return build(TrainConfig, values)
+    except RequestError as error:
+        message = str(error)
+        key = message.split()[0]
+        if recipe is not None and key in values and key not in given:  # the file sets it
+            raise RequestError(f"{recipe}: {message}") from error
+        raise RequestError(as_options(message, keys_of(TrainConfig))) from error
 
 
 def print_json(options: Common, values: dict[str, Any]) -> None:

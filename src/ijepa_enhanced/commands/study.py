@@ -43,8 +43,10 @@ def configure(flags: list[str]) -> TrainConfig:
         RequestError: a flag is wrong, or is one that the study sets.
     """
     for flag in flags:
-        if flag.partition("=")[0] in ("--run", "--resume", "--seed", "--print_config", "--json"):
-            raise RequestError(f"A study sets {flag.partition('=')[0]} itself: leave it out of the arms.")
+        name = flag.partition("=")[0]
+        if name in ("--run", "--resume", "--seed", "--print-config", "--json"):
+            instead = " Use the key `seeds` instead." if name == "--seed" else ""
+            raise RequestError(f"{name} cannot be used in `arms` or `common` of a study.{instead}")
     _, options = parse(["train", *flags])
     config = train_config(options)
     share_cores(config.data.workers)

@@ -72,10 +72,13 @@ def folder_of(options: TrainOptions, config: TrainConfig) -> Path:
     if named is None and options.config is not None:
         named = read_train_config(find_config(options.config)).get("run")
     folder = Path(named or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists() and is_main():
+    if is_main() and folder.is_dir():
         raise RequestError(
-            f"{folder} already exists. Continue it with --resume {folder}, or choose another folder with --run."
+            f"{folder} already exists. To resume it, use --resume {folder}. Otherwise, choose another folder with "
+            "--run."
         )
+    if is_main() and folder.exists():
+        raise RequestError(f"{folder} is a file. Choose another folder with --run.")
     return folder
 
 

@@ -21,40 +21,43 @@ class DataConfig:
 
     source: str = "synthetic"
     """Training images: a folder, tar shards (`train-{000000..000002}.tar`), Parquet files (`train-*.parquet`), a
-    Hugging Face data set (`hf://NAME`), a list (`.csv`, `.jsonl`), or the built-in images (`synthetic`). Join
+    Hugging Face dataset (`hf://NAME`), a list (`.csv`, `.jsonl`), or the built-in images (`synthetic`). Join
     several sources with weights to mix them: `photos@2 + train-*.tar@1` (docs/data.md)."""
     tokens_per_pack: int = 16384
-    """Maximum number of tokens that a device processes at once. Lower it if you run out of memory."""
+    """Maximum number of tokens (patches) in a pack. A pack is the batch of views that a device processes at once,
+    concatenated without padding. Lower it if you run out of memory."""
     packs_per_step: int = 1
-    """Number of packs in one optimizer step, summed over all ranks. A rank with several packs accumulates gradients."""
+    """Number of packs per optimizer step, summed over all processes. A process with several packs accumulates
+    gradients."""
     masked_views: int = 1
-    """Number of masked views per image. All views of an image are in the same pack."""
+    """Number of masked views per image. A view is a random crop of an image, resized. All views of an image are in the
+    same pack."""
     global_views: int = 0
     """Number of additional unmasked views per image. Only the student processes them. They require
     objective.contrastive_weight > 0."""
     local_views: int = 0
     """Number of additional small unmasked views per image (multi-crop, SwAV, arXiv 2006.09882, section 3.2). Each crop
-    covers 5% of the image to `min_crop`. Its resolution is drawn like that of other views, then halved. They require
-    objective.contrastive_weight > 0."""
+    covers between 5% and data.min_crop of the image area. Its resolution is drawn as for other views, then halved. They
+    require objective.contrastive_weight > 0."""
     min_resolution: int | None = 112
-    """Smallest resolution of a view: sqrt(height * width) in pixels after resizing. The aspect ratio is kept."""
+    """Minimum resolution of a view: sqrt(height * width) in pixels after resizing. The aspect ratio is kept."""
     max_resolution: int | None = 224
-    """Largest resolution of a view. Resolutions are drawn uniformly between the two limits, as in NaViT (arXiv
+    """Maximum resolution of a view. Resolutions are drawn uniformly between the two limits, as in NaViT (arXiv
     2307.06304, section 3.2). If both limits are null, crops keep their native size."""
     min_crop: float = 0.3
-    """Smallest area of the random crop, as a fraction of the image. Crops have the aspect ratio of the image."""
+    """Minimum area of the random crop, as a fraction of the image. Crops have the aspect ratio of the image."""
     max_crop: float = 1.0
-    """Largest area of the random crop. I-JEPA uses crops of 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
+    """Maximum area of the random crop. I-JEPA uses crops of 0.3 to 1 (arXiv 2301.08243, appendix A.1)."""
     max_view_tokens: int | None = None
-    """Maximum number of tokens in a view. Larger views are scaled down. Null: tokens_per_pack / 8."""
+    """Maximum number of tokens in a view. Larger views are scaled down. null: data.tokens_per_pack / 8."""
     max_unreadable: float = 0.01
-    """Largest fraction of unreadable images. Training stops if more images are unreadable."""
+    """Maximum fraction of unreadable images. Training stops if it is exceeded."""
     workers: int | None = None
-    """Number of worker processes that decode images. 0: decode in the training process. Null: one worker per CPU core,
-    divided among the ranks of a machine. Results do not depend on this number."""
+    """Number of worker processes that decode images. 0: decode in the training process. null: one worker per CPU core,
+    divided among the processes of a machine. Results do not depend on this number."""
     cache: Literal["none", "memory"] = "none"
-    """`memory` loads all image files into shared memory before training (`synthetic`: 241 MB). Training does not start
-    if they do not fit."""
+    """none: read images from disk in every epoch. memory: load all image files into shared memory first (241 MB for
+    `synthetic`); training does not start if they do not fit."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "packs_per_step", "masked_views"):
@@ -77,27 +80,28 @@ class DataConfig:
             and not 1 <= self.min_resolution <= self.max_resolution
         ):
             raise ValueError(
-                "data.min_resolution and data.max_resolution must satisfy 1 <= min <= max, "
-                f"not {self.min_resolution} and {self.max_resolution}."
+                f"data.min_resolution ({self.min_resolution}) must be at least 1 and at most data.max_resolution "
+                f"({self.max_resolution})."
             )
         if not 0.0 < self.min_crop <= self.max_crop <= 1.0:
             raise ValueError(
-                "data.min_crop and data.max_crop must satisfy 0 < min <= max <= 1, "
-                f"not {self.min_crop} and {self.max_crop}."
+                f"data.min_crop ({self.min_crop}) and data.max_crop ({self.max_crop}) must be in ascending order, "
+                "above 0 and at most 1."
             )
         if not 0.0 <= self.max_unreadable <= 1.0:
-            raise ValueError(f"data.max_unreadable must lie between 0 and 1, not {self.max_unreadable}.")
+            raise ValueError(f"data.max_unreadable must be between 0 and 1, not {self.max_unreadable}.")
         large = self.masked_views + self.global_views
         if self.view_limit * large + self.local_limit * self.local_views > self.tokens_per_pack:
-            local = f", {self.local_views} of up to {self.local_limit}" if self.local_views else ""
+            local = f" and {self.local_views} of up to {self.local_limit}" if self.local_views else ""
             raise ValueError(
-                f"data.tokens_per_pack ({self.tokens_per_pack}) cannot hold the views of one image "
-                f"({large} of up to {self.view_limit} tokens{local}). Raise it, or lower data.max_view_tokens."
+                f"data.tokens_per_pack ({self.tokens_per_pack}) is too small for the views of one image: {large} of "
+                f"up to {self.view_limit} tokens{local}. Raise it, or lower data.max_view_tokens."
             )
         if self.view_limit < MIN_TOKENS:
+            small = "tokens_per_pack" if self.max_view_tokens is None else "max_view_tokens"
             raise ValueError(
-                f"Views have at most {self.view_limit} tokens, but masking needs at least {MIN_TOKENS}. "
-                "Raise data.tokens_per_pack or data.max_view_tokens."
+                f"data.{small} ({getattr(self, small)}) is too small: it limits views to {self.view_limit} tokens, but "
+                f"masking needs at least {MIN_TOKENS}. Raise it."
             )
 
     @property
@@ -129,4 +133,4 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if not 0.0 <= getattr(self, field.name) <= 1.0:
-                raise ValueError(f"augment.{field.name} must lie between 0 and 1, not {getattr(self, field.name)}.")
+                raise ValueError(f"augment.{field.name} must be between 0 and 1, not {getattr(self, field.name)}.")

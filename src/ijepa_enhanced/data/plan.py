@@ -177,10 +177,11 @@ class Plan:
         if catalog.shares is not None:
             shown = generator(self.seed, Purpose.MIX, epoch).random(len(shown)) < catalog.shares
         if (enough & shown).sum() < MIN_IMAGES:
+            large, images, side = (enough & shown).sum(), shown.sum(), self.patch_size
+            more = ", raise data.min_resolution, or lower encoder.patch_size" if large < images else ""
             raise PlanError(
-                f"Training needs at least {MIN_IMAGES} images with views of at least {MIN_TOKENS} patches of "
-                f"{self.patch_size} px. Only {(enough & shown).sum()} of {shown.sum()} images are large enough. "
-                "Add images, raise data.min_resolution, or lower encoder.patch_size."
+                f"Only {large} of {images} images are large enough: training needs at least {MIN_IMAGES} images whose "
+                f"views have {MIN_TOKENS} or more patches of {side} x {side} px. Add images{more}."
             )
         images = np.flatnonzero(enough & shown)
         tokens = grids[images].prod(axis=2).sum(axis=1)
@@ -208,7 +209,8 @@ class Plan:
         share, rest = divmod(self.config.packs_per_step, world)
         if rest:
             raise PlanError(
-                f"data.packs_per_step ({self.config.packs_per_step}) must be a multiple of the {world} processes."
+                f"data.packs_per_step ({self.config.packs_per_step}) must be a multiple of the number of processes "
+                f"({world}), for example {world}."
             )
         return share
 

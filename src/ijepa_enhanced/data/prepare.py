@@ -25,7 +25,7 @@ from ijepa_enhanced.data.decode import decode_whole
 from ijepa_enhanced.data.loader import serve_the_parent
 from ijepa_enhanced.data.sources.base import CLASSES, Source
 from ijepa_enhanced.errors import SourceError, UnreadableImage
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.files import make_folder, replacing
 
 FORMAT = 1
 """Raised when a manifest means something else than before."""
@@ -174,7 +174,7 @@ class _Encoded(Dataset[torch.Tensor | str]):
 
 def _begin(source: Source, catalog: Catalog, folder: Path, settings: dict[str, Any]) -> Manifest:
     """The manifest of what is done already, and a folder without what a killed run left half-written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for partial in folder.glob(".*.partial"):
         partial.unlink()
     names = None if catalog.classes is None else "".join(f"{name}\n" for name in catalog.classes).encode()

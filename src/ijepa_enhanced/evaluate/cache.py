@@ -118,7 +118,7 @@ def cache_limit() -> float:
     """Return the most bytes that cached features take.
 
     Raises:
-        RequestError: IJEPA_CACHE_GB is not a number from 0.
+        RequestError: IJEPA_CACHE_GB is not a number of at least 0.
     """
     chosen = os.environ.get("IJEPA_CACHE_GB", str(CACHE_GB))
     try:
@@ -126,5 +126,5 @@ def cache_limit() -> float:
     except ValueError:
         limit = math.nan
     if not limit >= 0:
-        raise RequestError(f"IJEPA_CACHE_GB must be a number of gigabytes from 0, not '{chosen}'.")
+        raise RequestError(f"IJEPA_CACHE_GB must be a number of gigabytes, at least 0, not '{chosen}'.")
     return 1e9 * limit

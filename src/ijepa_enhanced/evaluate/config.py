@@ -12,7 +12,8 @@ class FinetuneConfig:
     epochs: int = 100
     """Number of passes over the training images."""
     lr: float = 5e-4
-    """Peak learning rate of the classification head. A step is one pack. The rate is not scaled with the batch size."""
+    """Peak learning rate of the classification head. Each optimizer step processes one pack of images. The rate is not
+    scaled with the batch size."""
     layer_decay: float = 0.75
     """Layer-wise learning rate decay: each layer has this fraction of the learning rate of the next layer (BEiT,
     arXiv 2106.08254, appendix H)."""
@@ -22,9 +23,9 @@ class FinetuneConfig:
     """Fraction of all steps used for linear warmup."""
     drop_path: float = 0.1
     """Drop path rate of the last block (stochastic depth, arXiv 1603.09382). The rate grows linearly with depth. The
-    attention and the MLP of a block are dropped independently, for each view."""
+    attention and the MLP of a block are dropped independently for each image."""
     min_crop: float = 0.3
-    """Smallest area of the random crop, as a fraction of the image."""
+    """Minimum area of the random crop, as a fraction of the image."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
 
@@ -41,4 +42,4 @@ class FinetuneConfig:
             raise ValueError(f"finetune.drop_path must be at least 0 and below 1, not {self.drop_path}.")
         for name in ("warmup", "flip"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"finetune.{name} must lie between 0 and 1, not {getattr(self, name)}.")
+                raise ValueError(f"finetune.{name} must be between 0 and 1, not {getattr(self, name)}.")

@@ -183,7 +183,7 @@ def _train(
                 rate = warmup_cosine(step, steps, round(config.warmup * steps), config.lr, 0.0)
                 group["lr"] = rate * group["share"]
             if not nn.utils.clip_grad_norm_(learned, 1.0).isfinite():
-                raise NotFiniteError(f"Fine-tuning diverged at step {step}: lower finetune.lr.")
+                raise NotFiniteError(f"Fine-tuning diverged at step {step}. Lower --finetune.lr.")
             optimizer.step()
             optimizer.zero_grad()
             progress(step + 1)

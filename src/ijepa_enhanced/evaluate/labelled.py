@@ -135,12 +135,11 @@ def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int6
         if number not in train.catalog.labels:
             name = val.catalog.class_name(label)
             listed = train.catalog.classes is not None and number >= 0
-            lacks = (
-                f"but {train.source.name} has no readable image of it"
-                if listed
-                else f"but {train.source.name} does not"
+            raise RequestError(
+                f"Class '{name}' of {val.source.name} has no {'readable ' * listed}images in {train.source.name}. "
+                "Every validation class must also be in the training images: add images of it to them, or remove it "
+                "from the validation images."
             )
-            raise RequestError(f"{val.source.name} has a class '{name}', {lacks}.")
     return numbers[inverse]
 
 

@@ -27,7 +27,7 @@ def rankme(z: Tensor) -> float:
         ValueError: `z` is no matrix, is empty or all zero, or is not finite.
     """
     if z.ndim != 2 or not z.isfinite().all() or not z.any():
-        raise ValueError(f"RankMe needs a finite matrix with an entry other than 0, not {[*z.shape]}.")
+        raise ValueError(f"RankMe needs finite features [N, D] that are not all zero, not {[*z.shape]}.")
     return _smooth_rank(torch.linalg.svdvals(z.double()))
 
 
@@ -56,7 +56,7 @@ def lidar(z: Tensor) -> float:
         ValueError: there are fewer views or objects, or some feature is not finite.
     """
     if z.ndim != 3 or min(z.shape[:2], default=0) < 2 or not z.isfinite().all():
-        raise ValueError(f"LiDAR needs finite views [n, q, D], two or more of two or more objects, not {[*z.shape]}.")
+        raise ValueError(f"LiDAR needs finite features [n, q, D], n >= 2 objects and q >= 2 views, not {[*z.shape]}.")
     z = z.double()
     objects, views, width = z.shape
     means = z.mean(dim=1)

@@ -77,5 +77,7 @@ def mean_per_class(predicted: Tensor, labels: Tensor) -> float:
 
 def _right(predicted: Tensor, labels: Tensor) -> Tensor:
     if predicted.shape != labels.shape or labels.ndim != 1 or not len(labels):
-        raise ValueError(f"Need one prediction a label, and some, not {[*predicted.shape]} for {[*labels.shape]}.")
+        raise ValueError(
+            f"predicted and labels must have the same nonzero length, not {[*predicted.shape]} and {[*labels.shape]}."
+        )
     return predicted == labels

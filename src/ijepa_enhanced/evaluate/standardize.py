@@ -37,11 +37,13 @@ def standardize(
     if train.ndim != 2 or queries.ndim != 2 or train.shape[1] != queries.shape[1]:
         raise ValueError(f"Features must be [N, D] and [M, D], not {[*train.shape]} and {[*queries.shape]}.")
     if not len(train) or train_labels.shape != train.shape[:1]:
-        raise ValueError(f"{len(train)} training images with labels {[*train_labels.shape]}; need one each, and some.")
+        raise ValueError(
+            f"train and train_labels must have the same nonzero length, not {len(train)} and {[*train_labels.shape]}."
+        )
     if train_labels.min() < 0:
         raise ValueError(f"Labels start at 0, but one is {int(train_labels.min())}.")
     if not all(block.isfinite().all() for block in (*train.split(BLOCK), *queries.split(BLOCK))):
-        raise ValueError("Some features are not finite.")
+        raise ValueError("Some features are NaN or infinite, so the encoder cannot be used.")
     device = device or train.device
     mean, std = moments(train)
     place = roomiest(device, 4 * (len(train) + len(queries)) * (train.shape[1] + ones))

@@ -128,7 +128,8 @@ def token_batches(
                 view = segment_ids(moved.packed.segments.cu_seqlens, len(finite))[~finite][0]
                 key = source.key(int(batch.image_ids[int(view)]))
                 raise NotFiniteError(
-                    f"The features of {key} in {source.name} are not finite, so this encoder cannot be used."
+                    f"The features of {key} in {source.name} contain NaN or infinite values, so this encoder cannot be "
+                    "used."
                 )
         yield moved, outputs
 
@@ -162,9 +163,9 @@ def check_space(protocol: str, encoder: Encoder, sources: Iterable[LabelledSourc
     needed, free = TOKEN_BYTES * encoder.width * tokens, setting.ranks.gather(shutil.disk_usage(exists).free)[0]
     if needed > free:
         raise RequestError(
-            f"{protocol} stores the features of {tokens:,} patches, which take {needed / 1e9:,.1f} GB, and "
-            f"{free / 1e9:,.1f} GB are free in {folder}: lower the resolution, score fewer images, or set IJEPA_CACHE "
-            "to a folder on a larger disk."
+            f"{protocol} needs {needed / 1e9:,.1f} GB in {folder} for the features of {tokens:,} patches, but only "
+            f"{free / 1e9:,.1f} GB are free. Lower --resolution, use fewer images, or set IJEPA_CACHE to a folder on a "
+            "larger disk."
         )
 
 

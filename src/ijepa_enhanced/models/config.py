@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
@@ -13,21 +13,22 @@ from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
 class EncoderConfig:
     """The architecture of an encoder."""
 
-    variant: str = "S"
-    """Size of the Vision Transformer: Ti, S, B, L, H or g."""
-    patch_size: int = 16
-    """Height and width of a patch in pixels: 8, 14 or 16."""
+    variant: str = field(default="S", metadata={"metavar": "|".join(VARIANTS)})
+    """Size of the Vision Transformer."""
+    patch_size: int = field(default=16, metadata={"metavar": "|".join(map(str, PATCH_SIZES))})
+    """Height and width of a patch in pixels."""
     depth: int | None = None
-    """Number of transformer blocks. Null: the depth of the variant."""
+    """Number of transformer blocks. null: the depth of the variant."""
     positions: Literal["factorized", "sincos"] = "factorized"
     """Position embedding. factorized: one learnable table for rows and one for columns (NaViT). sincos: fixed 2-D
     sine-cosine embedding, as in I-JEPA's released weights."""
     max_grid: int = 32
     """Number of rows and columns that the position embedding covers. Positions in larger patch grids are interpolated.
-    Set it near the longest side of the training views, in patches."""
+    Set it to about the longest side of a training view, in patches."""
     patch_embed: Literal["linear", "mlp"] = "linear"
-    """Patch embedding. linear: one linear layer, as in I-JEPA's released weights. mlp: two linear layers with a GELU in
-    between, which scored higher on photographs in every run (docs/measurements.md)."""
+    """Patch embedding. linear: one linear layer, as in I-JEPA. mlp: two linear layers with a GELU in between, which
+    scored higher on photographs in every run (docs/measurements.md). The default is I-JEPA's; the recipes for
+    photographs set mlp."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -63,13 +64,17 @@ class PredictorConfig:
     depth: int = 4
     """Number of transformer blocks."""
     heads: int = 4
-    """Number of attention heads. width / heads must be a multiple of 8."""
+    """Number of attention heads. predictor.width / predictor.heads must be a multiple of 8."""
 
     def __post_init__(self) -> None:
-        if min(self.width, self.depth, self.heads) < 1 or self.width % (HEAD_MULTIPLE * self.heads):
+        for name in ("depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"predictor.{name} must be at least 1, not {getattr(self, name)}.")
+        multiple = HEAD_MULTIPLE * self.heads
+        if self.width < 1 or self.width % multiple:
             raise ValueError(
-                f"predictor.width must be a positive multiple of {HEAD_MULTIPLE} * predictor.heads, not {self.width} "
-                f"with {self.heads} heads, and predictor.depth at least 1, not {self.depth}."
+                f"predictor.width must be a positive multiple of {HEAD_MULTIPLE} * predictor.heads ({multiple}), "
+                f"not {self.width}."
             )
 
 
@@ -81,11 +86,13 @@ class MergeConfig:
     """
 
     student_rate: float = 0.0
-    """Fraction of tokens that each layer of the student merges into others, from 0 (no merging) to 0.5."""
+    """Fraction of its tokens that each layer of the student merges into similar ones, from 0 (no merging) to 0.5.
+    Merging makes deep encoders faster to train, but it is reported to cost accuracy (docs/merging.md)."""
     teacher_rate: float = 0.0
-    """Fraction of tokens that each layer of the teacher merges into others, from 0 (no merging) to 0.5."""
+    """Fraction of its tokens that each layer of the teacher merges into similar ones, from 0 (no merging) to 0.5.
+    Merging makes deep encoders faster to train, but it is reported to cost accuracy (docs/merging.md)."""
 
     def __post_init__(self) -> None:
         for name in ("student_rate", "teacher_rate"):
             if not 0 <= getattr(self, name) <= 0.5:
-                raise ValueError(f"merging.{name} must lie between 0 and 0.5, not {getattr(self, name)}.")
+                raise ValueError(f"merging.{name} must be between 0 and 0.5, not {getattr(self, name)}.")

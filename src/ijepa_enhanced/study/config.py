@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ijepa_enhanced.errors import RequestError, did_you_mean
+from ijepa_enhanced.config import checked
+from ijepa_enhanced.errors import RequestError, unknown
 
 NATIVE = "native"
 
@@ -41,10 +43,10 @@ KINDS: dict[str, Any] = {
     "common": str,
     "val": str,
     "train": str | None,
-    "resolution": int | None,
-    "seconds": int | float | None,
+    "resolution": int | Literal["native"] | None,
+    "seconds": float | None,
 }
-"""Types of the values in a study file. `resolution` may also be `native`."""
+"""Types of the values in a study file."""
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -56,24 +58,32 @@ def load_study(path: Path) -> StudyConfig:
     content = _read(path)
     known = [field.name for field in dataclasses.fields(StudyConfig)]
     if not isinstance(content, dict) or not content.get("arms") or not isinstance(content["arms"], dict):
-        raise RequestError(f"{path} must hold {', '.join(known[:2])} and may hold {', '.join(known[2:])}.")
+        raise RequestError(
+            f"{path}: `arms` is missing or is not a mapping of names to flags of `ijepa train`. Required keys: "
+            f"{', '.join(known[:2])}. Optional keys: {', '.join(known[2:])}."
+        )
     for key in content:
         if key not in known:
-            raise RequestError(f"{path}: unknown key '{key}'.{did_you_mean(key, known)}")
+            raise RequestError(unknown("key", str(key), known, str(path)))
     if "val" not in content:
-        raise RequestError(f"{path}: val is missing, the source that encoders are scored on.")
+        raise RequestError(f"{path}: `val` is missing. Set it to the labeled images to score encoders on.")
     for key in KINDS.keys() & content.keys():
-        _check(path, key, content[key])
+        content[key] = _checked(path, key, content[key])
     seeds = content.get("seeds", StudyConfig.seeds)
     if not isinstance(seeds, Sequence) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise RequestError(f"{path}: seeds must be a list of whole numbers from 0, not {seeds!r}.")
+        raise RequestError(f"{path}: seeds must be a non-empty list of integers of at least 0, not {seeds!r}.")
     arms = {str(name): str(flags or "") for name, flags in content["arms"].items()}
     for arm in arms:
         if "/" in arm or arm.startswith("."):
             raise RequestError(
-                f"{path}: an arm cannot be named '{arm}', because its runs are folders of that name: "
-                "leave out '/', and '.' at the beginning."
+                f"{path}: invalid arm name '{arm}'. Names become folder names, which cannot contain '/' or start with "
+                "'.'."
             )
+        flags = f"{content.get('common', '')} {arms[arm]}".strip()
+        try:
+            shlex.split(flags)
+        except ValueError as error:
+            raise RequestError(f"{path}: the flags of arm '{arm}' cannot be parsed ({error}): {flags}") from error
     return StudyConfig(**content | {"arms": arms, "seeds": tuple(dict.fromkeys(seeds))})
 
 
@@ -86,11 +96,9 @@ def _read(path: Path) -> Any:
         raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
 
 
-def _check(path: Path, key: str, value: Any) -> None:
-    """Raise RequestError if a value is of the wrong type or out of its range."""
-    if key == "resolution" and value == NATIVE:
-        return
-    if not isinstance(value, KINDS[key]) or isinstance(value, bool):
-        raise RequestError(f"{path}: {key} cannot be {value!r}.")
+def _checked(path: Path, key: str, value: Any) -> Any:
+    """Return a value as its type, or raise RequestError if it is of the wrong type or out of its range."""
+    value = checked(f"{path}: {key}", KINDS[key], value)
     if isinstance(value, int | float) and not value > 0:
         raise RequestError(f"{path}: {key} must be above 0, not {value}.")
+    return value

@@ -21,7 +21,7 @@ from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.labelled import labelled_pair
 from ijepa_enhanced.evaluate.protocol import Scoring, score
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.study.compare import write_summary
 from ijepa_enhanced.study.config import NATIVE, StudyConfig, load_study
 from ijepa_enhanced.study.rows import Row, read_rows, write_rows
@@ -55,11 +55,11 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
             another study. Nothing has been started.
         RunError: no image of a source can be read.
     """
-    configs = {arm: configure(_split(f"{study.common} {flags}")) for arm, flags in study.arms.items()}
+    configs = {arm: configure(shlex.split(f"{study.common} {flags}")) for arm, flags in study.arms.items()}
     train_source = study.train or next(iter(configs.values())).data.source
     images = labelled_pair(train_source, study.val)
     _check_same(study, configs, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with replacing(folder / "study.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(dataclasses.asdict(study), sort_keys=False))
     # A run that failed before it had a folder costs nothing to repeat, and its flags may have changed.
@@ -79,13 +79,6 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
     return rows
 
 
-def _split(flags: str) -> list[str]:
-    try:
-        return shlex.split(flags)
-    except ValueError as error:
-        raise RequestError(f"{flags.strip()}: {error}.") from error
-
-
 def _check_same(study: StudyConfig, configs: dict[str, TrainConfig], folder: Path) -> None:
     """Raise RequestError if `folder` holds runs that were trained or scored differently from what `study` asks for.
 
@@ -97,8 +90,8 @@ def _check_same(study: StudyConfig, configs: dict[str, TrainConfig], folder: Pat
             was, asked = getattr(before, name), getattr(study, name)
             if was != asked:
                 raise RequestError(
-                    f"{folder} holds runs of a study with {name} = {was}, so it cannot continue with {asked}. "
-                    "Change it back, or choose another --out."
+                    f"The runs in {folder} used {name} = {was}, but the study file now has {name} = {asked}. "
+                    "Restore the old value, or choose another --out."
                 )
     for (arm, config), seed in itertools.product(configs.items(), study.seeds):
         run = folder / f"{arm}-{seed}"

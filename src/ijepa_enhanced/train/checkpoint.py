@@ -85,8 +85,10 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(checkpoint, error) from error
+    except OSError as error:
+        raise _unreadable(checkpoint, _reason(error)) from error
+    except ValueError as error:
+        raise _unreadable(checkpoint, f"progress.json is damaged ({_reason(error)})") from error
     return progress
 
 
@@ -98,7 +100,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
     """
     if not any(checkpoint.glob("*.safetensors")):
         raise CheckpointError(
-            f"{checkpoint} holds no safetensors: another version of ijepa_enhanced wrote it. Start a new run."
+            f"{checkpoint} contains no safetensors files: another version of ijepa-enhanced wrote it. Start a new run."
         )
     tensors = _tensors(model, optimizer)
     try:
@@ -116,7 +118,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer) ->
         with _single_process():
             state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
-        raise _unreadable(checkpoint, error) from error
+        raise _unreadable(checkpoint, f"its weights are damaged ({_reason(error)})") from error
     # The loaded tensors go back into the nested form; what is not a tensor keeps its current value.
     weights, moments = _state(model, optimizer)
     for name, value in tensors.items():
@@ -175,11 +177,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unreadable(checkpoint: Path, error: BaseException) -> CheckpointError:
+def _unreadable(checkpoint: Path, reason: str) -> CheckpointError:
     """Return the error of a damaged checkpoint, with the one to go back to."""
     others = [path for path in _checkpoints(checkpoint.parent) if path != checkpoint]
-    way_out = f"Delete it to resume from {others[-1]}." if others else "There is no other one."
-    return CheckpointError(f"Could not read checkpoint {checkpoint}: {_reason(error)}. {way_out}")
+    way_out = (
+        f"Delete this folder to resume from {others[-1]}." if others else "There is no other one. Start a new run."
+    )
+    return CheckpointError(f"Could not read checkpoint {checkpoint}: {reason}. {way_out}")
 
 
 def _reason(error: BaseException) -> str:

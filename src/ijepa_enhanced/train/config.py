@@ -43,7 +43,7 @@ class OptimConfig:
                 raise ValueError(f"optim.{name} must be at least 0, not {getattr(self, name)}.")
         for name in ("warmup", "ema", "final_ema"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name} must lie between 0 and 1, not {getattr(self, name)}.")
+                raise ValueError(f"optim.{name} must be between 0 and 1, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class MonitorConfig:
     """Monitoring of the teacher during training, to detect collapse and to keep the best encoder."""
 
     every: int | None = None
-    """Number of steps between probes of the teacher. The last step is always probed. 0: no probes. Null: at most 100
-    probes, which take at most 3% of the run's compute."""
+    """Number of steps between checks of the teacher, which detect collapse on a fixed set of training images. The last
+    step is always checked. 0: no checks. null: at most 100 checks, which take at most 3% of the run's compute."""
     images: int | None = None
-    """Number of training images in the probe set. Null: 20 per class, but at least 512 and at most 4,096. If the images
-    have labels, each probe computes a kNN accuracy with 20 neighbors. Its standard error is at most 0.5 / sqrt(images).
-    With fewer than 20 images per class, it can miss what the encoder learns (docs/log.md)."""
+    """Number of training images that each check uses. null: 20 per class, but at least 512 and at most 4,096. If the
+    images have labels, each check computes a kNN accuracy with 20 neighbors. The standard error of that accuracy is at
+    most 0.5 / sqrt(images). With fewer than 20 images per class, it can miss what the encoder learns (docs/log.md)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
@@ -79,7 +79,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     steps: int | None = None
-    """Number of optimizer steps. Null: train for `epochs` instead."""
+    """Number of optimizer steps. null: train for `epochs` instead."""
     epochs: float = 100.0
     """Number of passes over the images. It is used only if `steps` is null."""
     seed: int = 0
@@ -95,7 +95,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Number of steps between checkpoints."""
     log_every: int = 10
-    """Number of steps between log lines. Each probe of the teacher adds a log line."""
+    """Number of steps between log lines. Each check by the monitor adds a log line (see monitor.every)."""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "log_every"):
@@ -106,13 +106,16 @@ class TrainConfig:
         unmasked = {name: getattr(self.data, name) for name in ("global_views", "local_views")}
         if self.objective.contrastive_weight and self.data.masked_views + sum(unmasked.values()) < 2:
             raise ValueError(
-                "objective.contrastive_weight > 0 needs two views of each image: set data.masked_views to 2, or "
-                "data.global_views or data.local_views above 0."
+                "objective.contrastive_weight > 0 needs at least two views per image. Set data.masked_views to 2, or "
+                "set data.global_views or data.local_views above 0."
             )
         for name, count in unmasked.items():
             if count and not self.objective.contrastive_weight:
-                raise ValueError(f"data.{name} only has an effect when objective.contrastive_weight > 0.")
+                raise ValueError(
+                    f"data.{name} has no effect unless objective.contrastive_weight > 0. Set data.{name} to 0, or set "
+                    "objective.contrastive_weight above 0."
+                )
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie between 0 and 2**63, not {self.seed}.")
+            raise ValueError(f"seed must be at least 0 and below 2**63, not {self.seed}.")

@@ -28,7 +28,7 @@ from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.errors import RunError
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.jepa import JEPA, StepSize
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.train.config import TrainConfig
@@ -72,7 +72,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     Raises:
         SourceError: the images cannot be found, or there is too little memory for `data.cache` or `data.workers`.
         PlanError: too few images are large enough to train on, or the ranks cannot share the packs of a step evenly.
-        FileExistsError: `folder` exists and `resume` is not set.
+        RequestError: `folder` exists and `resume` is not set, or it cannot be created.
         ResumeError: the checkpoint is of another plan or architecture.
         RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
         RankError: a rank is gone, has no GPU, or differs from the others.
@@ -135,9 +135,9 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     """Create the run's folder and write its configuration.
 
     Raises:
-        FileExistsError: the folder exists.
+        RequestError: the folder exists, or cannot be created.
     """
-    folder.mkdir(parents=True)
+    make_folder(folder, new=True)
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
@@ -309,7 +309,10 @@ class Run:
             CheckpointError: see `TrainState.save`.
         """
         if not state.images:
-            raise RunError(f"No image could be read in {state.step} steps, so nothing was trained.")
+            raise RunError(
+                f"None of the images of {self.images.source.name} could be read in {state.step} steps, so nothing was "
+                "trained. The reasons are in the lines above."
+            )
         if not grad_norm.isfinite():
             raise diverged(state.step)
         facts = {"config": dataclasses.asdict(self.config), "log_bytes": log.sync() if log else 0}
@@ -363,19 +366,21 @@ def explaining_memory(config: DataConfig) -> Iterator[None]:
         try:  # whether half the budget is a valid configuration
             dataclasses.replace(config, tokens_per_pack=half, max_view_tokens=config.view_limit)
             advice = (
-                f"set data.tokens_per_pack to {half}, data.packs_per_step to {twice} and data.max_view_tokens to "
-                f"{config.view_limit}. That halves the tokens per pack and keeps the tokens per step"
+                f"Start a new run with --data.tokens_per_pack {half} --data.packs_per_step {twice} "
+                f"--data.max_view_tokens {config.view_limit}: packs of half the size, with the same number of tokens "
+                "per step."
             )
         except ValueError:
-            advice = "use a smaller encoder, or smaller or fewer views"
-        raise RunError(
-            f"The GPU's memory is too small for packs of {config.tokens_per_pack} tokens. In a new run, {advice}."
-        ) from error
+            advice = "Start a new run with a smaller encoder, or with smaller or fewer views."
+        raise RunError(f"Packs of {config.tokens_per_pack} tokens do not fit in GPU memory. {advice}") from error
 
 
 def diverged(step: int) -> RunError:
-    """Return the error of a loss that is not finite."""
-    return RunError(f"The loss is not finite at step {step}. Lower optim.lr or raise optim.warmup.")
+    """Return the error of a loss or a gradient that is not finite."""
+    return RunError(
+        f"The loss or its gradient is NaN or infinite at step {step}. Start a new run with a lower --optim.lr or a "
+        "higher --optim.warmup."
+    )
 
 
 def log_left_out(plan: EpochPlan, config: TrainConfig) -> None:

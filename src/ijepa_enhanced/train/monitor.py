@@ -68,7 +68,7 @@ def steps_between_probes(
 
 def default_images(catalog: Catalog) -> int:
     """Return the number of images of the probe set if `monitor.images` is null; see `MonitorConfig.images`."""
-    # Unlabelled images have label -1.
+    # Unlabeled images have label -1.
     classes = 0 if catalog.labels is None else len(np.unique(catalog.labels[catalog.labels >= 0]))
     return min(MOST, max(FEWEST, A_CLASS * classes))
 

@@ -84,7 +84,7 @@ class ProbeSet:
             - `rankme`, `spread` and `cosine`, of uncropped images
             - `lidar`, of the crops, if at least two images have all of theirs
             - `knn`, if there are labels of at least two classes: the accuracy of a vote of the 20 nearest neighbors,
-              where each half of the labelled images votes on the other half
+              where each half of the labeled images votes on the other half
         """
         _, labels, features = self._pooled(self.images, encoder, autocast, ranks)
         rows, _, crop_features = self._pooled(self.crops, encoder, autocast, ranks)

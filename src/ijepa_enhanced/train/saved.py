@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ijepa_enhanced.config import build, flatten, read_config
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
@@ -41,11 +43,13 @@ def config_of_run(folder: Path) -> Path:
     """Return the path of a run's configuration file.
 
     Raises:
-        RequestError: the folder has no configuration file.
+        RequestError: there is no such folder, or it has no configuration file.
     """
     path = folder / "config.yaml"
+    if not folder.exists():
+        raise RequestError(f"No such folder: {folder}.")
     if not path.is_file():
-        raise RequestError(f"{folder} is not a run: it has no config.yaml.")
+        raise RequestError(f"{folder} is not a run folder: it contains no config.yaml.")
     return path
 
 
@@ -71,8 +75,8 @@ def check_resumable(saved: TrainConfig, asked: TrainConfig, folder: Path) -> Non
     """
     for key, before, after in _changes(saved, asked):
         raise RequestError(
-            f"{folder} was started with {key} = {before}, so it cannot continue with {after}. "
-            "Leave the flag out, or start a new run."
+            f"{folder} was started with {key} = {_yaml(before)} and cannot continue with {_yaml(after)}. "
+            f"Remove --{key}, or start a new run."
         )
 
 
@@ -88,9 +92,14 @@ def check_unchanged(folder: Path) -> None:
     trained = build(TrainConfig, flatten(read_progress(checkpoint)["config"]))
     for key, before, after in _changes(trained, load_config(folder)):
         raise RequestError(
-            f"{config_of_run(folder)} says {key} = {after}, but the run was trained with {before}. "
+            f"{config_of_run(folder)} sets {key} = {_yaml(after)}, but the run was trained with {_yaml(before)}. "
             "Change it back, or start a new run."
         )
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as it is written in a configuration: null, not None."""
+    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
 def _changes(before: TrainConfig, after: TrainConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -62,6 +62,6 @@ class Unreadable:
         listed = "\n".join(f"  {key}: {reason}" for key, reason in shown)
         more = f"\n  and {len(self) - LISTED} more" if len(self) > LISTED else ""
         raise RunError(
-            f"{len(self)} of {images} images cannot be read, more than data.max_unreadable ({self.limit:.2%}) allows:\n"
-            f"{listed}{more}\nRemove them, or raise data.max_unreadable."
+            f"{len(self)} of {images} images cannot be read, but data.max_unreadable = {self.limit} allows only "
+            f"{100 * self.limit:.4g}%:\n{listed}{more}\nRemove these images, or allow more with --data.max_unreadable."
         )

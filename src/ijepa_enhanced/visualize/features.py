@@ -46,7 +46,7 @@ def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
     """
     tokens = torch.cat([features.flatten(0, 1) for features in maps]).double().cpu()
     if not tokens.isfinite().all():
-        raise ValueError("Some features are not finite.")
+        raise ValueError("Some features are NaN or infinite, so the encoder cannot be used.")
     centred = tokens - tokens.mean(dim=0)
     variances, directions = torch.linalg.eigh(centred.T @ centred)
     variances, directions = variances.flip(0)[:COMPONENTS], directions.flip(1)[:, :COMPONENTS]
@@ -73,7 +73,9 @@ def similarity_map(features: Tensor, row: int, col: int) -> Tensor:
     """
     rows, cols = features.shape[:2]
     if not (0 <= row < rows and 0 <= col < cols):
-        raise ValueError(f"There is no patch in row {row}, column {col} of {rows} x {cols} patches. Both count from 0.")
+        raise ValueError(
+            f"Patch ({row}, {col}) is outside the grid of {rows} x {cols} patches. Rows and columns start at 0."
+        )
     directions = F.normalize(features.float(), dim=2)
     return directions @ directions[row, col]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.decode import unpatchify
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.packed import Packed
 
@@ -126,6 +126,6 @@ def sheet_of(pictures: list[NDArray[np.uint8]]) -> Image.Image:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all; its folder is created if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
