@@ -27,9 +27,10 @@ from rich.table import Table
 
 from ijepa_enhanced import cli
 from ijepa_enhanced.commands.flags import all_commands, examples_of, parse
-from ijepa_enhanced.commands.options import COMMANDS, INSPECT, PROTOCOLS, Command
+from ijepa_enhanced.commands.options import PROTOCOLS
 from ijepa_enhanced.commands.setup import counting_bars, print_table, share_cores
 from ijepa_enhanced.commands.study import configure
+from ijepa_enhanced.commands.table import COMMANDS, INSPECT, Command
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import (
     EncoderError,

@@ -397,10 +397,8 @@ class Encoder(nn.Module):
         if not folder.exists():
             raise EncoderError(f"No such folder: {path}.")
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise EncoderError(
-                f"{path} contains no encoder: config.json and model.safetensors must be in it or in its subfolder "
-                "'encoder'."
-            )
+            needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'"
+            raise EncoderError(f"{path} contains no encoder: {needed}.")
         try:
             config = json.loads((folder / "config.json").read_text())
             if not isinstance(config, dict) or config.get("format") != FORMAT:

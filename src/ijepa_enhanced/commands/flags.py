@@ -13,7 +13,8 @@ from dataclasses import MISSING, dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from ijepa_enhanced.commands.options import COMMANDS, Command, Common, Group
+from ijepa_enhanced.commands.options import Common
+from ijepa_enhanced.commands.table import COMMANDS, Command, Group
 from ijepa_enhanced.config import checked, either, field_help, keys_of, recipe_names
 from ijepa_enhanced.errors import RequestError, unknown
 

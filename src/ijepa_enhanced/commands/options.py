@@ -1,12 +1,8 @@
-"""Every command of `ijepa`: what it does, its options, and the function that runs it.
-
-A command is imported when it runs, so that `--help` needs no torch. The docstring of a field is its help.
-"""
+"""The options of every command of `ijepa`. The docstring of a field is its help."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,44 +13,6 @@ from ijepa_enhanced.train.config import TrainConfig
 
 PROTOCOLS = ("knn", "linear", "linear4", "lowshot", "attentive", "finetune", "dense")
 DEFAULT_PROTOCOLS = ("knn", "linear")
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command."""
-
-    purpose: str
-    """The first line of its help."""
-    examples: tuple[str, ...]
-    """Lines that a user can copy."""
-    options: type[Common]
-    function: str
-    """The module in `commands` and the function in it that turns the options into an exit code."""
-    ranks: bool = False
-    """Whether processes that `torchrun` starts share the work."""
-    usage: str = ""
-    """Its arguments in the usage line, if that is not what must be given and [OPTIONS]."""
-    note: str = ""
-    """What its help says about all of its options."""
-    less_memory: str = ""
-    """How to make it need less GPU memory, after "or"."""
-
-    def run(self, options: Common) -> int:
-        """Import the command, run it and return the exit code."""
-        module, _, name = self.function.partition(".")
-        code: int = getattr(importlib.import_module(f"ijepa_enhanced.commands.{module}"), name)(options)
-        return code
-
-
-@dataclass(frozen=True)
-class Group:
-    """A name with commands of its own."""
-
-    purpose: str
-    examples: tuple[str, ...]
-    commands: Mapping[str, Command | Group]
-    kind: str
-    """What one of its commands is called."""
 
 
 def option(default: Any = dataclasses.MISSING, *, metavar: str = "", positional: bool = False) -> Any:
@@ -334,116 +292,3 @@ class BenchmarkOptions(Common):
     def __post_init__(self) -> None:
         if self.tokens is not None and self.theme != "step":
             raise RequestError(f"`ijepa benchmark {self.theme}` does not use --tokens. Remove it.")
-
-
-PACK_NOTE = "All options of `ijepa train` are accepted. Those about images, views and masks are listed below."
-STUDY_NOTE = """\
-example of FILE, which compares two patch embeddings:
-  val: labeled-photos
-  common: --config own-images-cpu --data.source photos
-  arms: {linear: --encoder.patch_embed linear, mlp: --encoder.patch_embed mlp}"""
-
-INSPECT = {
-    "data": Command(
-        "Draw a sample of images and their sizes, and count classes, color modes and duplicates.",
-        ("ijepa inspect data photos --out pictures",),
-        DataOptions,
-        "inspect.data",
-    ),
-    "masks": Command(
-        "Draw the masks of the first training views: the visible context and the targets to predict.",
-        ("ijepa inspect masks photos --out pictures",),
-        PackOptions,
-        "inspect.masks",
-        note=PACK_NOTE,
-    ),
-    "packing": Command(
-        "Draw the first training batch (pack): the patches of all its views, side by side.",
-        ("ijepa inspect packing runs/pets --out pictures",),
-        PackOptions,
-        "inspect.packing",
-        note=PACK_NOTE,
-    ),
-    "features": Command(
-        "Draw patch features as colors and, with --patch, the similarity of all patches to one of them.",
-        ("ijepa inspect features runs/pets cat.jpg dog.jpg --patch 4 6 --out pictures",),
-        FeatureOptions,
-        "inspect.features",
-        less_memory="lower --resolution",
-    ),
-    "merges": Command(
-        "Draw which patches have been merged into one token, after three of the layers.",
-        ("ijepa inspect merges runs/pets cat.jpg --merge-rate 0.1 --out pictures",),
-        MergeOptions,
-        "inspect.merges",
-        less_memory="lower --resolution",
-    ),
-}
-
-COMMANDS: dict[str, Command | Group] = {
-    "train": Command(
-        "Train an image encoder on your own images, without labels.",
-        (
-            "ijepa train photos --run runs/pets",
-            "ijepa train photos --config own-images --optim.lr 0.0003",
-            "ijepa train --resume runs/pets",
-        ),
-        TrainOptions,
-        "train.run",
-        ranks=True,
-        note="The defaults below apply if no recipe is used. A recipe (--config, or the one chosen for SOURCE)\n"
-        "may set other values: add --print-config to your command to see them.",
-        less_memory="lower --data.tokens_per_pack",
-    ),
-    "evaluate": Command(
-        "Score an encoder on labeled images.",
-        (
-            "ijepa evaluate runs/pets --data labeled-photos --baselines",
-            "ijepa evaluate runs/pets --train photos/train --val photos/val --protocols knn linear attentive",
-        ),
-        EvaluateOptions,
-        "evaluate.run",
-        ranks=True,
-        usage="RUN (--data SOURCE | --train SOURCE --val SOURCE) [OPTIONS]",
-        less_memory="lower --resolution",
-    ),
-    "report": Command(
-        "Write an HTML report of one run, or one that compares several runs.",
-        ("ijepa report runs/pets", "ijepa report runs/pets runs/pets-mlp --out compare.html"),
-        ReportOptions,
-        "report.run",
-    ),
-    "scan": Command(
-        "Scan images: count them, summarize their sizes and list unreadable ones.",
-        ("ijepa scan photos",),
-        SourceOptions,
-        "scan.run",
-    ),
-    "prepare": Command(
-        "Downscale images and re-encode them as JPEG files in tar shards, for faster reading.",
-        ("ijepa prepare photos shards --max-resolution 256", "ijepa prepare shards --check"),
-        PrepareOptions,
-        "prepare.run",
-        usage="SOURCE OUT [OPTIONS]\n       ijepa prepare FOLDER --check",
-    ),
-    "inspect": Group(
-        "Draw the data, the masks, a training batch, or what an encoder sees in images.",
-        ("ijepa inspect masks photos --out pictures",),
-        INSPECT,
-        "subcommand",
-    ),
-    "study": Command(
-        "Train several configurations with several seeds, equally long, and compare their scores.",
-        ("ijepa study rates.yaml --out studies/rates",),
-        StudyOptions,
-        "study.run",
-        note=STUDY_NOTE,
-        less_memory="lower --data.tokens_per_pack in the study file",
-    ),
-    "benchmark": Command(
-        "Measure the speed of data loading, attention, token merging, a training step or embedding.",
-        ("ijepa benchmark packing", "ijepa benchmark step --source photos --tokens 8192"),
-        BenchmarkOptions,
-        "benchmark.run",
-    ),
-}
