@@ -13,6 +13,7 @@ import pytest
 
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.prepare import alone
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.data.sources.tar import TarSource
 
@@ -110,6 +111,27 @@ def test_remote_images_give_the_same(place, capsys):
     assert json.loads(far.pop("manifest.json"))["source"] == f"file://{place}/photos"
     near.pop("manifest.json")
     assert far == near
+
+
+def test_remote_images_are_not_copied_in_vain(place, capsys, monkeypatch):
+    remote = f"file://{place}/photos"
+    assert ijepa(capsys, f"prepare {remote} far --workers 0")[0] == 0
+    monkeypatch.setattr("ijepa_enhanced.commands.prepare.fetch", pytest.fail)
+    assert ijepa(capsys, f"prepare {remote} far --workers 0")[0] == 0
+    assert ijepa(capsys, f"prepare {remote} far --quality 80") == (
+        2,
+        [],
+        ["ijepa: far was prepared with quality 90, not 80. Name another folder, or delete this one."],
+    )
+    code, _, err = ijepa(capsys, f"prepare {remote} photos")
+    assert (code, err[0].partition(" holds ")[0]) == (2, "ijepa: photos")
+
+
+def test_one_command_at_a_time(place, capsys):
+    busy = "ijepa: Another ijepa prepare is writing to new. Wait until it ends, or name another folder."
+    with alone(Path("new")):
+        assert ijepa(capsys, "prepare photos new --workers 0") == (2, [], [busy])
+    assert ijepa(capsys, "prepare photos new --workers 0")[0] == 0
 
 
 def test_ctrl_c(tmp_path):

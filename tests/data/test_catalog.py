@@ -1,6 +1,7 @@
 """The catalog: what it says, when it is made again, and how processes share it."""
 
 import csv
+import dataclasses
 import io
 import logging
 import os
@@ -131,6 +132,21 @@ def test_a_changed_file_is_scanned_again(folder, cache, scanned):
     assert len(scanned) == 10
     assert after.rows.tolist() == [0, 1, 2, 3]
     assert after.hash != before.hash
+
+
+def test_an_image_that_is_added_during_the_scan_is_found_by_the_next(folder, cache, monkeypatch):
+    for place in (folder, folder / "ant", folder / "bee"):
+        os.utime(place, (1, 1))
+    walk = FolderSource._walk
+
+    def walk_and_add(source, times):
+        yield from walk(source, times)
+        (folder / "ant" / "new.png").write_bytes(png(30, 30))
+
+    monkeypatch.setattr(FolderSource, "_walk", walk_and_add)
+    assert len(open_catalog(FolderSource(folder)).rows) == 3
+    monkeypatch.setattr(FolderSource, "_walk", walk)
+    assert len(open_catalog(FolderSource(folder)).rows) == 4
 
 
 def test_a_file_replaced_by_one_of_the_same_length_is_scanned_again(folder, cache):
@@ -406,6 +422,20 @@ sys.stdin.readline()
 catalog = open_catalog(FolderSource(sys.argv[1]))
 print(len(scanned), len(catalog.rows), catalog.hash, catalog.heights.flags.owndata)
 """
+
+
+def test_a_pickled_catalog_is_mapped_again(folder, cache):
+    """Other processes share its columns, also with unreadable images; a part of it has columns of its own."""
+    catalog = open_catalog(FolderSource(folder))
+    constructor, _ = catalog.__reduce__()
+    assert constructor is not type(catalog)
+    found = pickle.loads(pickle.dumps(catalog))
+    assert_same(found, catalog)
+    assert found.source.listing.path == catalog.source.listing.path
+    part = catalog.select(np.array([2, 0]))
+    relabelled = dataclasses.replace(catalog, labels=catalog.labels + 1)
+    for other in (part, relabelled):
+        assert_same(pickle.loads(pickle.dumps(other)), other)
 
 
 def test_of_two_processes_one_makes_the_catalog_and_both_map_it(tmp_path, cache):

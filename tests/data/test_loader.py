@@ -299,6 +299,20 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_named(scene: Scene, pla
             assert torch.equal(value, theirs) if isinstance(value, torch.Tensor) else value == theirs, name
 
 
+@pytest.mark.parametrize("size", [(10, 10), (200, 300)])
+def test_an_image_of_another_size_than_at_the_scan_is_left_out_and_named(scene: Scene, size: tuple[int, int]) -> None:
+    pack = scene.packs[0]
+    image = int(pack.images[0])
+    row, height, width = (
+        int(values[image]) for values in (scene.catalog.rows, scene.catalog.heights, scene.catalog.widths)
+    )
+    Image.new("RGB", size[::-1]).save(scene.source.root / scene.source.key(row))
+    batch = scene.dataset()[pack]
+    reason = f"has changed since the scan, from {height} x {width} px to {size[0]} x {size[1]} px: run `ijepa scan`"
+    assert batch.unreadable == ((row, reason),)
+    assert row not in batch.image_ids.tolist()
+
+
 def test_local_views_lie_apart_whole_and_after_the_context_in_what_the_student_sees(folder: Path) -> None:
     scene = Scene(folder, LOCAL)
     pack = scene.packs[0]

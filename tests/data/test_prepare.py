@@ -18,7 +18,7 @@ from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.prepare import MANIFEST, check, prepare
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.errors import SourceError
+from ijepa_enhanced.errors import RunError, SourceError, UnreadableImage
 
 COUNT = 44
 
@@ -172,6 +172,24 @@ def test_killed_between_a_shard_and_the_manifest(photos, prepared, copy, last):
     (copy / "classes.txt").unlink()
     prepare(FolderSource(photos), copy, 240, shard_size=1)
     assert contents(copy) == contents(prepared)
+
+
+def test_what_the_disk_does_not_give_for_a_moment_is_not_dropped(photos, prepared, tmp_path, monkeypatch):
+    source = FolderSource(photos)
+
+    def fail(row):
+        if row == 30:
+            raise UnreadableImage("cannot be read: Input/output error")
+        return FolderSource.open(source, row)
+
+    monkeypatch.setattr(source, "open", fail)
+    with pytest.raises(RunError) as error:
+        prepare(source, tmp_path, 240, shard_size=1)
+    assert str(error.value) == (
+        f"{source.key(30)} cannot be read: Input/output error. Run the same command again to continue."
+    )
+    prepare(FolderSource(photos), tmp_path, 240, shard_size=1)
+    assert contents(tmp_path) == contents(prepared)
 
 
 def test_what_is_complete_is_left_alone(photos, copy):

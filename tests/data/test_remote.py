@@ -107,6 +107,14 @@ def test_shards_by_asterisk(shards, tmp_path, protocol):
     assert sorted(path.name for path in here.iterdir()) == ["classes.txt", "train-0.tar", "train-1.tar"]
 
 
+def test_more_shards_than_a_path_can_name(tmp_path):
+    """Their names take 380 bytes, and a file name has at most 255."""
+    for number in range(20):
+        shard(tmp_path / f"train-{number:08d}.tar", "1", first=number)
+    spec = fetch(f"file://{tmp_path}/train-{{00000000..00000019}}.tar", tmp_path / "here")
+    assert heights(open_source(spec)) == [*range(1, 21)]
+
+
 def test_a_folder_of_images(pictures, tmp_path):
     (tmp_path / "here").mkdir()
     source = open_source(fetch(f"file://{pictures}", tmp_path / "here"))

@@ -1,9 +1,12 @@
 """The attentive probe is a cross-attention block on segments of any length, and finds what pooling loses."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +124,22 @@ def test_it_scores_and_repeats(encoder: Encoder, images: LabelledSource, monkeyp
     names = ["attentive", "attentive_top5", "attentive_mean_per_class", "attentive_low", "attentive_high"]
     assert list(first) == names
     assert first["attentive"] == 1.0  # the classes differ in brightness
+
+
+def test_one_image_of_each_class_gets_the_middle_rate(
+    encoder: Encoder, images: LabelledSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attentive_module, "LEAST_STEPS", 20)
+    trained, train = [], attentive_module._trained
+
+    def spy(*arguments: Any) -> AttentiveClassifier:
+        trained.append(arguments[4])
+        return train(*arguments)
+
+    monkeypatch.setattr(attentive_module, "_trained", spy)
+    two = dataclasses.replace(images, catalog=images.catalog.select(np.array([0, 5])))
+    list(attentive(encoder, two, images, InferenceConfig(32, workers=0)))
+    assert trained == [1e-3]
 
 
 def test_tokens_that_the_disk_cannot_hold_are_refused_before_any_is_computed(

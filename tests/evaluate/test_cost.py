@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 
 DEVICES = [
     "cpu",
@@ -68,5 +68,5 @@ def test_all_run_by_turns_and_a_slow_turn_is_outvoted(monkeypatch: pytest.Monkey
         calls.append(name)
         now += next(waits[name])
 
-    assert seconds_by_turns([lambda: run("a"), lambda: run("b")], torch.device("cpu"), turns=3) == [2.0, 4.0]
+    assert interleaved_seconds([lambda: run("a"), lambda: run("b")], torch.device("cpu"), turns=3) == [2.0, 4.0]
     assert calls == ["a", "b"] * 4

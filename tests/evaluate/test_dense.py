@@ -6,15 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ijepa_enhanced import Encoder
+from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate import dense as dense_module
+from ijepa_enhanced.evaluate import linear
 from ijepa_enhanced.evaluate.dense import dense, mean_iou, open_maps, patch_labels
 from ijepa_enhanced.evaluate.tokens import InferenceConfig
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.randomness import Purpose, generator
 
 SETTING = InferenceConfig(48, workers=0)
 
@@ -163,6 +167,39 @@ def test_images_without_a_label_are_not_held_out(encoder: Encoder, halves: Path)
     maps = open_maps(str(halves), "train")
     for seed in range(4):
         assert dict(dense(encoder, maps, maps, SETTING, seed=seed))["dense_miou"] > 0.9
+
+
+def test_a_class_that_the_drawn_images_lack_is_missed(
+    encoder: Encoder, halves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One or two of the eight images are drawn, and the last one to be drawn alone has label 9."""
+    monkeypatch.setattr(dense_module, "MOST_PATCHES", 80)
+    path = halves / "labels" / f"{generator(0, Purpose.PROTOCOL).permutation(8)[-1]}.png"
+    labels = np.array(Image.open(path))
+    labels[:4, :4] = 9
+    Image.fromarray(labels).save(path)
+    maps = open_maps(str(halves), "train")
+    # Two classes that are told apart, as above, and one that is never found.
+    assert 0.6 < dict(dense(encoder, maps, maps, SETTING))["dense_miou"] <= 2 / 3
+
+
+@pytest.mark.parametrize("block", [1, 500, 2**22])
+def test_logits_in_bands_give_the_classes_of_all_at_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "BLOCK", block)
+    logits = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(logits[None], size=(31, 50), mode="bilinear", align_corners=False)[0]
+    assert dense_module.predict(logits, (31, 50)).tolist() == whole.argmax(dim=0).tolist()
+
+
+def test_maps_may_lie_in_folders_of_splits(halves: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("images", "labels"):
+        (halves / name / "train").mkdir()
+        for path in (halves / name).glob("*.*"):
+            path.rename(halves / name / "train" / path.name)
+    maps = open_maps(str(halves), "train")
+    assert sorted(np.unique(maps.label_map(0)).tolist()) == [3, 8, 255]
+    monkeypatch.setattr(FolderSource, "make_listing", pytest.fail)  # the catalog is there: nothing is listed again
+    assert maps.label_map(7).shape == open_maps(str(halves), "train").label_map(7).shape
 
 
 def test_a_label_that_training_lacks_is_an_error(encoder: Encoder, halves: Path, tmp_path: Path) -> None:

@@ -233,6 +233,31 @@ def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pic
     assert len(list(cache.iterdir())) == len(cases) + 2
 
 
+@pytest.mark.parametrize("version", ["torch.__version__", "PIL.__version__"])
+def test_features_of_another_version_are_not_taken_for_these(
+    encoder: Encoder, pictures: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    source = CountedSource(pictures)
+    catalog = open_catalog(source)
+    cached(encoder, source, catalog)
+    monkeypatch.setattr(version, "0.1")
+    cached(encoder, source, catalog)
+    assert source.opened == 20
+
+
+def test_the_time_of_another_machine_is_not_told(
+    encoder: Encoder, pictures: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = CountedSource(pictures)
+    images = LabelledSource(source, open_catalog(source))
+    first = extract(encoder, images, SMALL, cache=True)
+    assert first.seconds is not None
+    more_workers = extract(encoder, images, dataclasses.replace(SMALL, workers=1), cache=True)
+    monkeypatch.setattr("platform.node", lambda: "another")
+    elsewhere = extract(encoder, images, SMALL, cache=True)
+    assert (more_workers.seconds, elsewhere.seconds, source.opened) == (None, None, 10)
+
+
 def test_an_image_that_changed_is_read_again(encoder: Encoder, damaged: Path, cache: Path) -> None:
     source = open_source(str(damaged))
     before = cached(encoder, source, open_catalog(source))

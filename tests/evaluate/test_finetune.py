@@ -34,7 +34,7 @@ def test_it_learns_and_repeats(encoder: Encoder, pictures: Path, rate: float) ->
     images = LabelledSource(source, open_catalog(source))
     setting = InferenceConfig(32, merge_rate=rate, workers=0)
     config = FinetuneConfig(epochs=30, lr=1e-3)
-    first, again = (dict(finetune(encoder, images, images, setting, seed=1, config=config)) for _ in range(2))
+    first, again = (dict(finetune(encoder, images, images, setting, seed=1, training=config)) for _ in range(2))
     names = ["finetune", "finetune_top5", "finetune_mean_per_class", "finetune_low", "finetune_high"]
     assert list(first) == names
     assert first == again
@@ -58,7 +58,11 @@ def test_views_are_as_large_as_those_that_are_scored(
     images = LabelledSource(source, open_catalog(source))
     list(
         finetune(
-            encoder, images, images, InferenceConfig(48, workers=0, tokens_per_pack=64), config=FinetuneConfig(epochs=1)
+            encoder,
+            images,
+            images,
+            InferenceConfig(48, workers=0, tokens_per_pack=64),
+            training=FinetuneConfig(epochs=1),
         )
     )
     # 48 x 48 px are 36 patches; at other aspect ratios that is rounded.

@@ -160,8 +160,28 @@ def test_a_fifth_of_every_class_is_held_out():
 
 @pytest.mark.parametrize(("images", "held"), [(1, 0), (2, 1), (3, 1), (4, 1), (5, 1), (9, 1), (10, 2)])
 def test_of_two_images_or_more_one_is_held_out(images, held):
-    fitted, held_out = stratified_split(torch.arange(images), generator(0, Purpose.HOLDOUT))
+    fitted, held_out = stratified_split(torch.zeros(images, dtype=torch.int64), generator(0, Purpose.HOLDOUT))
     assert (len(fitted), len(held_out)) == (images - held, held)
+
+
+def test_no_class_is_held_out_whole():
+    numbers = torch.cat([torch.arange(20), torch.arange(0, 20, 2)])  # ten classes of one image, ten of two
+    fitted, held_out = stratified_split(numbers, generator(0, Purpose.HOLDOUT))
+    assert set(numbers[fitted].tolist()) == set(range(20))
+    assert len(held_out) == 4, "a fifth of those with two"
+
+
+def test_one_image_of_each_class_gets_the_middle_strength(monkeypatch):
+    trained, fit = [], linear.softmax_regression
+
+    def spy(x, targets, strengths, start=None, rows=None):
+        trained.append([*strengths])
+        return fit(x, targets, strengths, start, rows)
+
+    monkeypatch.setattr(linear, "softmax_regression", spy)
+    train, _, queries, _ = clouds(12, 8, 3, 2.0)
+    linear_probe(train, torch.arange(12), queries)
+    assert trained[-1] == [pytest.approx(1e-3)]
 
 
 def test_the_weights_are_scikit_learns():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ijepa_enhanced.evaluate import protocol
 from ijepa_enhanced.evaluate.features import Features
+from ijepa_enhanced.evaluate.labelled import share_of_classes
 from ijepa_enhanced.evaluate.protocol import Scoring, few_labels, halves, score, score_parts
 from ijepa_enhanced.evaluate.rank import rankme
 from ijepa_enhanced.evaluate.sweep import sweep_scores
@@ -98,6 +99,17 @@ def test_few_labels_are_a_share_of_every_class_and_fixed_by_the_seed() -> None:
     assert set(one.tolist()) < set(ten.tolist())
     assert torch.equal(ten, few_labels(labels, 10, seed=0))
     assert not torch.equal(ten, few_labels(labels, 10, seed=1))
+
+
+@pytest.mark.parametrize("from_single", [True, False])
+def test_a_share_of_classes_is_that_of_each_class_alone(from_single: bool) -> None:
+    rng = np.random.default_rng(0)
+    labels, order = rng.permutation(np.repeat([7, 3, 9, 4], [25, 60, 4, 1])), rng.permutation(90)
+    expected: list[int] = []
+    for label in (3, 4, 7, 9):
+        own = order[labels[order] == label]
+        expected += own[: max(1, round(len(own) * 0.1)) if from_single or len(own) > 1 else 0].tolist()
+    assert share_of_classes(labels, 10, order, from_single).tolist() == sorted(expected)
 
 
 def test_lowshot_probes_see_only_their_share() -> None:

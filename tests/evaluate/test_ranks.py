@@ -61,13 +61,13 @@ with ranks_of_run() as ranks:
     scores = protocol.score(extracted, extracted, ("knn", "linear"), protocol.Scoring(ranks=ranks))
     assert bool(scores) == ranks.main
     found |= {"scores": scores} if ranks.main else {}
-    for probe in (attentive.attentive, lambda *args: finetune.finetune(*args, config=config)):
+    for probe in (attentive.attentive, lambda *args: finetune.finetune(*args, training=config)):
         found |= dict(probe(encoder, images, images, setting))
     trained = []
     make = finetune.Classifier
     finetune.Classifier = lambda *args: trained.append(make(*args)) or trained[0]
     config = finetune.FinetuneConfig(epochs=3, drop_path=0.5)
-    for _ in finetune.finetune(encoder, images, images, setting, config=config):
+    for _ in finetune.finetune(encoder, images, images, setting, training=config):
         pass
     weights = torch.cat([value.flatten() for value in trained[0].parameters()]).tolist()
     dropped = trained[0].random.initial_seed()

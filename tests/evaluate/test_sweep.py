@@ -130,7 +130,7 @@ def test_memory_is_that_of_the_fullest_pack(index: Catalog, monkeypatch: pytest.
 
 def test_speed_is_in_images_of_the_mean_number_of_patches(index: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever images the timed pack holds: here two seconds a pack, of 625 patches, are given."""
-    monkeypatch.setattr(sweep, "seconds_by_turns", lambda runs, device: [2.0] * len(runs))
+    monkeypatch.setattr(sweep, "interleaved_seconds", lambda runs, device: [2.0] * len(runs))
     monkeypatch.setattr(sweep, "TOKENS_PER_PACK", 1000)
     encoder = Encoder.random(EncoderConfig("Ti", 8, 1), Preprocessing(32), 0)
     sizes = of_sizes(index, [(200, 200), (200, 200), (80, 80)])

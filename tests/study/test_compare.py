@@ -73,9 +73,12 @@ def test_a_verdict_says_which_score_is_higher_or_lower_and_how_surely(tmp_path: 
 def test_what_cannot_be_tested_is_not_called_different() -> None:
     one = study(base=BASE[:1], other=[(0.9, 0.9)])
     assert verdicts(one)["other"] == "one seed: not tested"
-    failed = [*study(base=BASE, other=[(0.9, 0.9)]), Row("other", 1, "The loss is not finite.", 0, 1.0)]
-    assert verdicts(failed)["other"] == "not tested: fewer than two scored runs"
-    assert verdicts([failed[-1], *study(base=BASE)])["base"] == "not tested: fewer than two scored runs"
+    failed = Row("failed", 3, "The loss is not finite.", 0, 1.0)
+    better = [(knn + 0.1, linear + 0.1) for knn, linear in BASE]
+    for rows in (study(base=BASE, failed=better), study(failed=better, base=BASE)):
+        assert "p < 0.001" in summary(rows)[1]["verdict"], "or this test shows nothing"
+        line = summary([*rows, failed])[1]
+        assert (line["verdict"], line["linear_p"]) == ("not tested: failed runs of failed", None)
     frozen = study(base=[(0.5, 0.4), (0.5, 0.41)], other=[(0.6, 0.4), (0.6, 0.41)])
     assert verdicts(frozen)["other"] == "kNN-20 not tested (no spread), linear not different (p = 1)"
 

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -201,12 +202,31 @@ def test_another_study_is_not_taken_for_the_one_that_was_run(plan: StudyConfig, 
         f"The runs in {out} used resolution = 32, but the study file now has resolution = 40. "
         "Restore the old value, or choose another --out."
     )
-    assert refused(train=str(photos)).startswith(f"The runs in {out} used train = None, but")
+    other = Path(shutil.copytree(photos, tmp_path / "photos"))
+    assert refused(train=str(other)).startswith(f"The runs in {out} used train = {photos}, but")
+    arms = {"first": f"--data.source {other}", "jepa": ""}  # without `train`, probes learn from the first arm's images
+    assert refused(arms=arms).startswith(f"The runs in {out} used train = {photos}, but")
     for changes in ({"arms": {"jepa": "--optim.lr 0.5"}}, {"common": f"{plan.common} --optim.lr 0.5"}):
         assert refused(**changes).startswith(f"{out}/jepa-0 was started with optim.lr = ")
     more = run_study(dataclasses.replace(plan, arms={"other": "", "jepa": ""}), out, configure)
     assert more[1:] == rows
     assert [row.arm for row in more] == ["other", "jepa"]
+
+
+def test_images_that_changed_are_not_taken_for_those_that_were_scored(
+    plan: StudyConfig, photos: Path, tmp_path: Path
+) -> None:
+    out, val = tmp_path / "out", Path(shutil.copytree(photos, tmp_path / "val"))
+    plan = dataclasses.replace(plan, val=str(val), seeds=(0,), arms={"jepa": "--steps 1"})
+    rows = run_study(plan, out, configure)
+    (val / "dark" / "22.png").unlink()
+    with pytest.raises(RequestError) as error:
+        run_study(plan, out, configure)
+    assert str(error.value) == (
+        f"{out} holds runs that were scored on other images: those of {photos} or {val} have changed. "
+        "Choose another --out."
+    )
+    assert read_rows(out / "study.csv") == rows
 
 
 def test_the_command_prints_a_table_and_writes_a_page(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.models.config import EncoderConfig
-from ijepa_enhanced.visualize.features import MARK, RAMP, SIDE, draw_features, pca_maps, similarity_map
+from ijepa_enhanced.visualize.features import MARK, RAMP, RESOLUTION, draw_features, pca_maps, similarity_map
 from ijepa_enhanced.visualize.views import MARGIN
 
 SHAPES = ((5, 8), (7, 3), (1, 6))
@@ -153,7 +153,7 @@ def test_the_picture_shows_image_components_and_similarity(
     assert [file.name for file in tmp_path.iterdir()] == ["features.png"]
     sheet = read(path)
     maps = encoder.feature_maps(images, 64)
-    top, cell = MARGIN, SIDE // 8
+    top, cell = MARGIN, RESOLUTION // 8
     for colours, features in zip(pca_maps(maps), maps, strict=True):
         rows, cols = colours.shape[:2]
         width = cols * cell + MARGIN // 2
@@ -179,7 +179,7 @@ def test_the_image_is_what_the_encoder_sees(encoder: Encoder, tmp_path: Path) ->
     """Four colours, one a quarter, stay in their quarters."""
     quarters = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], np.uint8)
     draw_features(encoder, [quarters.repeat(32, axis=0).repeat(32, axis=1)], tmp_path / "features.png", resolution=64)
-    size = SIDE // 8 * 8
+    size = RESOLUTION // 8 * 8
     shown = read(tmp_path / "features.png")[MARGIN : MARGIN + size, MARGIN : MARGIN + size]
     quarter = slice(size // 4, None, size // 2)
     assert (shown[quarter, quarter] == quarters).all()
@@ -190,7 +190,7 @@ def test_without_a_patch_there_is_no_similarity(
 ) -> None:
     draw_features(encoder, images[:1], tmp_path / "features.png", resolution=64)
     sheet = read(tmp_path / "features.png")
-    size = SIDE // 8 * 8
+    size = RESOLUTION // 8 * 8
     right = MARGIN + 2 * size + MARGIN // 2
     assert (sheet[:, right:] == 255).all()
     assert not (sheet[MARGIN : MARGIN + size, right - 1] == 255).all()

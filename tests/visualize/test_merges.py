@@ -15,11 +15,11 @@ from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.merge_plan import merged_lengths
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.packed import Packed
-from ijepa_enhanced.visualize.merges import CAPTION, DEPTHS, SIDE, draw_merges, regions
+from ijepa_enhanced.visualize.merges import CAPTION, DEPTHS, RESOLUTION, draw_merges, regions
 from ijepa_enhanced.visualize.views import MARGIN
 
 PATCH, ROWS, COLS = 8, 6, 8
-CELL = round(SIDE / (ROWS * COLS) ** 0.5)
+CELL = round(RESOLUTION / (ROWS * COLS) ** 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_fewer_layers_than_stages_are_all_shown() -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     assert DEPTHS > 2
     sheet = np.asarray(draw_merges(encoder, image, "native", 0.5))
-    large = round(SIDE / 2) * 2
+    large = round(RESOLUTION / 2) * 2
     black = (sheet[MARGIN + CAPTION + 5] == 0).all(axis=1)
     # The image and two stages, without their light outlines.
     assert large * 3 - 20 < black.sum() <= large * 3

@@ -27,7 +27,7 @@ from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.visualize.chart import MOST_POINTS, Line, chart, thinned, ticks
 from ijepa_enhanced.visualize.logged import CURVES, NOT_CURVES
 from ijepa_enhanced.visualize.report import write_report
-from ijepa_enhanced.visualize.run import is_remote
+from ijepa_enhanced.visualize.run import may_download
 from ijepa_enhanced.visualize.samples import NEIGHBOURS, SAMPLES, nearest
 
 DEFAULTS = dataclasses.asdict(TrainConfig())
@@ -353,17 +353,17 @@ def test_a_chart_of_full_packs_is_not_called_budget_use(page: Page, trained: Pat
 def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:
     details = {"knn20_mean_per_class": 0.162, "linear_mean_per_class": 0.2, "linear_low": 0.19, "linear_high": 0.223}
     trained = {"knn20": 0.1693, "linear": 0.21, "linear_top5": 0.6, "rankme": 51.234, "lowshot1": 0.5, **details}
-    scores = {"random start": {"knn20": 0.109}, "trained": trained}
+    scores = {"random start": {"knn20": 0.109, "images_per_second": None}, "trained": trained}
     settings = {"train": "photos/<a>", "val": "photos/b", "resolution": 64, "merge_rate": 0.0, "seed": 0}
     (run / "evaluation.json").write_text(json.dumps({"settings": settings, "scores": scores}))
     page = report(tmp_path / "report.html", run)
     assert page.rows("evaluation") == [
-        ["", "kNN-20", "linear", "RankMe", "lowshot1"],
-        ["random start", "10.9%", "–", "–", "–"],  # noqa: RUF001
-        ["trained", "16.9% (16.2%)", "21.0% (20.0%) [19.0%, 22.3%]", "51.23", "50.0%"],
+        ["", "kNN-20", "images/s", "linear", "RankMe", "lowshot1"],
+        ["random start", "10.9%", "–", "–", "–", "–"],  # noqa: RUF001
+        ["trained", "16.9% (16.2%)", "–", "21.0% (20.0%) [19.0%, 22.3%]", "51.23", "50.0%"],  # noqa: RUF001
     ]
     assert (
-        "Scored on the images of photos/b, at a resolution of 64 px. The probes learned from photos/<a>."
+        "Scored on the images of photos/b, at a resolution of 64 px, with seed 0. The probes learned from photos/<a>."
         in page.said("evaluation")
     )
     assert "mIoU" not in page.said("evaluation")
@@ -375,10 +375,15 @@ def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:
         ({"resolution": None}, "Scored on the images of b, at their native size. The"),
         ({"resolution": "native"}, "Scored on the images of b, at their native size. The"),
         ({"resolution": 96, "merge_rate": 0.1}, "of b, at a resolution of 96 px, at a merge rate of 0.1. The"),
+        (
+            {"data": "c", "resolution": 96, "seed": 1},
+            "Scored on a fifth of the images of c, at a resolution of 96 px, with seed 1. The probes learned from the",
+        ),
     ],
 )
 def test_how_scores_were_found_is_said(run: Path, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
-    saved = {"settings": {"train": "a", "val": "b"} | settings, "scores": {"trained": {"dense_miou": 0.25}}}
+    sources = {} if "data" in settings else {"train": "a", "val": "b"}
+    saved = {"settings": sources | settings, "scores": {"trained": {"dense_miou": 0.25}}}
     (run / "evaluation.json").write_text(json.dumps(saved))
     page = report(tmp_path / "report.html", run)
     assert said in page.said("evaluation")
@@ -393,20 +398,24 @@ def test_scores_without_settings_are_shown_with_a_word_about_it(run: Path, tmp_p
     assert page.rows("evaluation")[1] == ["trained", "50.0%"]
 
 
-def test_scores_that_do_not_compare_are_said_to(trained: Path, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"resolution": 96}, {"seed": 1}, {"images": ["3", "4"]}])
+def test_scores_that_do_not_compare_are_said_to(
+    trained: Path, run: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
     again = Path(shutil.copytree(trained, tmp_path / "again"))
-    for folder, resolution in ((run, 64), (again, 64)):
-        settings = {"train": "a", "val": "b", "resolution": resolution}
+    settings = {"train": "a", "val": "b", "resolution": 64, "seed": 0, "images": ["1", "2"]}
+    for folder in (run, again):
+        settings |= {"weights": str(folder)}
         saved = {"settings": settings, "scores": {"trained": {"knn20": 0.5}}}
         (folder / "evaluation.json").write_text(json.dumps(saved))
     said = report(tmp_path / "report.html", run, again).said("evaluation")
     assert said.count("at a resolution of 64 px") == 1
     assert "do not compare" not in said
-    (again / "evaluation.json").write_text(json.dumps(saved | {"settings": settings | {"resolution": 96}}))
+    (again / "evaluation.json").write_text(json.dumps(saved | {"settings": settings | change}))
     said = report(tmp_path / "report.html", run, again).said("evaluation")
     assert "These scores do not compare" in said
-    assert "run: Scored on the images of b, at a resolution of 64 px." in said
-    assert "again: Scored on the images of b, at a resolution of 96 px." in said
+    assert "run: Scored on the images of b, at a resolution of 64 px, with seed 0." in said
+    assert f"again: Scored on the images of b, at a resolution of {change.get('resolution', 64)} px, with seed" in said
 
 
 def test_a_run_that_died_at_once_still_renders(run: Path, tmp_path: Path) -> None:
@@ -517,9 +526,9 @@ def test_remote_images_are_not_fetched_again(
 def test_a_local_path_is_not_remote_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a:" / "b").mkdir(parents=True)
-    assert not is_remote("a://b")
-    assert not is_remote("photos + more")
-    assert is_remote("b://b")
+    assert not may_download("a://b")
+    assert not may_download("photos + more")
+    assert may_download("b://b")
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ from ijepa_enhanced.visualize.views import (
     COLOURS,
     MARGIN,
     SHEET_WIDTH,
-    VIEW_SIDE,
+    VIEW_RESOLUTION,
     VIEWS_SHOWN,
     draw_masked_views,
     draw_pack,
 )
 
 ROWS, COLS, PATCH = 6, 8, 8
-CELL = round(VIEW_SIDE / (ROWS * COLS) ** 0.5)
+CELL = round(VIEW_RESOLUTION / (ROWS * COLS) ** 0.5)
 GREY = 100
 
 
@@ -65,7 +65,7 @@ def cells(masked_views: tuple[Batch, list[ViewMasks]], tmp_path: Path) -> NDArra
     draw_masked_views(*masked_views, PATCH, tmp_path / "masks.png")
     sheet = picture(tmp_path / "masks.png")
     assert sheet.shape[1] == SHEET_WIDTH
-    small = 2 * round(VIEW_SIDE / 2)
+    small = 2 * round(VIEW_RESOLUTION / 2)
     # The small view and its masked self, then the large one, then what is masked of it.
     left = MARGIN + 2 * small + MARGIN // 2 + 2 * MARGIN + COLS * CELL + MARGIN // 2
     masked = sheet[MARGIN : MARGIN + ROWS * CELL, left : left + COLS * CELL]
@@ -142,7 +142,7 @@ def test_a_line_of_patches_can_be_drawn(
     batch = make_batch([grid], 0)
     draw_masked_views(batch, masks_of(batch, MaskConfig(), 0), PATCH, tmp_path / "masks.png")
     height, width = picture(tmp_path / "masks.png").shape[:2]
-    cell = round(VIEW_SIDE / (grid[0] * grid[1]) ** 0.5)
+    cell = round(VIEW_RESOLUTION / (grid[0] * grid[1]) ** 0.5)
     assert height == grid[0] * cell + 2 * MARGIN
     assert width >= 2 * grid[1] * cell + 2 * MARGIN
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ijepa_enhanced.benchmarks.growth import grow, growth_tokens, print_growth
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.devices import autocast_dtype, best_device
-from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.ops.attention import attention, dense_attention, padded_attention
 from ijepa_enhanced.packed import Segments, segment_ids
 
@@ -84,8 +84,8 @@ def compare(case: str, views: str, lengths: list[int], device: torch.device) -> 
         keys = Segments.of([max(1, length // 2) for length in lengths]).to(device)
     x = inputs(queries, keys)
     named = kernels(queries, keys, sizes)
-    forward = seconds_by_turns([partial(forwards, kernel, x) for kernel in named.values()], device, TURNS)
-    both = seconds_by_turns([partial(backwards, kernel, x) for kernel in named.values()], device, TURNS)
+    forward = interleaved_seconds([partial(forwards, kernel, x) for kernel in named.values()], device, TURNS)
+    both = interleaved_seconds([partial(backwards, kernel, x) for kernel in named.values()], device, TURNS)
     return [
         {
             "attention": case,
@@ -169,7 +169,7 @@ def grown(tokens: int, device: torch.device) -> dict[str, Any]:
     """Return the row of ours on a stream of so many tokens."""
     segments = Segments.of([GROWTH_VIEW] * (tokens // GROWTH_VIEW)).to(device)
     call = partial(backwards, partial(attention, segments=segments), inputs(segments, segments))
-    (seconds,) = seconds_by_turns([call], device, TURNS)
+    (seconds,) = interleaved_seconds([call], device, TURNS)
     return {
         "tokens": tokens,
         "ms": 1e3 * seconds,

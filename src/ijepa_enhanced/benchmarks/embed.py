@@ -23,7 +23,7 @@ from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.encoder import Encoder, Preprocessing
-from ijepa_enhanced.evaluate.cost import seconds_by_turns
+from ijepa_enhanced.evaluate.cost import interleaved_seconds
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.models.vit import VisionTransformer
@@ -62,7 +62,7 @@ def run(
         methods, absent = methods_of(config, images, device)
         calls = [partial(under, dtype, device, embed) for dtype in precisions for embed in methods.values()]
         products, operations = zip(*(matrix_products(device, dtype) for dtype in precisions), strict=True)
-        seconds = seconds_by_turns([*calls, *products], device, TURNS)
+        seconds = interleaved_seconds([*calls, *products], device, TURNS)
     rows: list[dict[str, Any]] = []
     for number, dtype in enumerate(precisions):
         taken = dict(zip(methods, seconds[number * len(methods) :], strict=False))

@@ -1,7 +1,9 @@
 """What the loader keeps of a bare Pillow loop's rate: `python -m ijepa_enhanced.benchmarks.loader --source SOURCE`.
 
-Both decode, crop and resize the same boxes to the same sizes with the same filter, in one process and in turns. The
-loader also cuts patches and packs them. In training it draws masks too, which has a row of its own.
+Both decode, crop and resize the same boxes to the same sizes, in one process and in turns. Their work differs. The bare
+loop has the files in memory, decodes them whole, and resizes with the bicubic filter alone. The loader reads the files.
+If the views are several times smaller than the image, it decodes a JPEG at a fraction of its size and averages pixels
+before the filter. It also cuts patches and packs them. In training it draws masks too, which has a row of its own.
 """
 
 import argparse

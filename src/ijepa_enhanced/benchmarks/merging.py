@@ -15,7 +15,7 @@ from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.encoder import Encoder, Preprocessing
-from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.merge_plan import MergePlan, merged_lengths
 from ijepa_enhanced.models.blocks import Block
 from ijepa_enhanced.models.config import EncoderConfig
@@ -70,7 +70,7 @@ def cost(view: int, width: int, device: torch.device) -> dict[str, Any]:
     def forward() -> Tensor:
         return block.transform(block.attend(x, segments)[0])
 
-    whole, matching, averaging = seconds_by_turns(
+    whole, matching, averaging = interleaved_seconds(
         [
             forward,
             lambda: match(keys.mean(dim=1, dtype=torch.float32), plan, 0),
@@ -99,7 +99,7 @@ def speed(source: str, device: torch.device) -> list[dict[str, Any]]:
     plans = [encoder.merge_plan(packed.segments, rate) for rate in RATES]
     moved = [plan and plan.to(device) for plan in plans]
     stream = packed.to(device)
-    seconds = seconds_by_turns([lambda plan=plan: encoder(stream, plan) for plan in moved], device, TURNS)  # type: ignore[misc]
+    seconds = interleaved_seconds([lambda plan=plan: encoder(stream, plan) for plan in moved], device, TURNS)  # type: ignore[misc]
     lengths, depth = packed.segments.lengths, encoder.config.shape.depth
     return [
         {

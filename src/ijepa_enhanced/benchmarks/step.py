@@ -30,7 +30,7 @@ from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RequestError
-from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.masks import MaskConfig
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
@@ -162,7 +162,7 @@ def measure(config: EncoderConfig, images: LabelledSource, tokens: int, device: 
     compared = [ours] if original is None else [ours, original]
     products, operations = matrix_products(device, training.dtype)
     turns = [in_turn(method.training, method.packs) for method in compared]
-    *seconds, limit = seconds_by_turns([*turns, products], device, TURNS)
+    *seconds, limit = interleaved_seconds([*turns, products], device, TURNS)
     with clock.running():
         for _ in range(TURNS):
             turns[0]()
@@ -212,14 +212,13 @@ def original_method(config: EncoderConfig, batches: Sequence[MaskedBatch], devic
 
 
 def load(config: EncoderConfig, images: LabelledSource, tokens: int, packs: int, clock: Clock) -> Iterator[MaskedBatch]:
-    """Yield the first `packs` packs of training, at the default sizes and masks."""
-    plan = Plan(
-        images.catalog, DataConfig(tokens_per_pack=tokens, max_view_tokens=ROW), config.patch_size, seed=0
-    ).epoch(0)
+    """Yield the first `packs` packs of training, at the default sizes and masks, from as many epochs as that takes."""
+    plan = Plan(images.catalog, DataConfig(tokens_per_pack=tokens, max_view_tokens=ROW), config.patch_size, seed=0)
+    planned = (epoch[number] for epoch in map(plan.epoch, itertools.count()) for number in range(len(epoch)))
     dataset = PackDataset(images.source, images.catalog, config.patch_size, MaskConfig())
-    for number in range(min(packs, len(plan))):
+    for pack in itertools.islice(planned, packs):
         clock.begin("decode")
-        batch = dataset[plan[number]]
+        batch = dataset[pack]
         clock.begin(None)
         yield cast(MaskedBatch, batch)
 
@@ -287,7 +286,7 @@ def grown(training: Training, config: EncoderConfig, images: LabelledSource, tok
     """Return the row of our step on a pack of so many tokens."""
     packs = list(load(config, images, tokens, 1, training.clock))
     call = partial(training.steps, packs)
-    (seconds,) = seconds_by_turns([call], training.device, TURNS)
+    (seconds,) = interleaved_seconds([call], training.device, TURNS)
     shown = len(packs[0].packed.values)
     return {
         "tokens": shown,

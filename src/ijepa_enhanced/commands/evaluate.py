@@ -43,15 +43,12 @@ from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn
 from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.train.saved import random_start
 from ijepa_enhanced.visualize.frontier import draw_frontier
+from ijepa_enhanced.visualize.scores import DETAILS, TITLES
 
 logger = logging.getLogger(__name__)
 
-TITLES = {"knn1": "kNN-1", "knn5": "kNN-5", "knn20": "kNN-20", "rankme": "RankMe"}
-"""What users read instead of some names of scores."""
-DETAILS = ("_top5", "_mean_per_class", "_low", "_high", "images_per_second")
-"""Ends of the names of scores that have no row in the table."""
-
-Scores = dict[str, float]
+Scores = dict[str, float | None]
+"""None: a speed that is not known, because the cache has features of another machine or number of workers."""
 Setting = tuple[int | None, float]
 """A resolution in pixels, None for native size, and a merge rate."""
 
@@ -182,7 +179,7 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
     layers = layers_for(protocols)
     train, val = (features_of(work, encoder, images, config, layers) for images in (work.train, work.val))
     how = Scoring(work.options.seed, config.ranks.device, Ranks() if encoder is None else config.ranks)
-    scores = sweep_scores(train, val, how) if work.options.sweep else score(train, val, protocols, how)
+    found = sweep_scores(train, val, how) if work.options.sweep else score(train, val, protocols, how)
     if not config.ranks.main:
         return {}
     most = max(NEIGHBOURS)
@@ -194,8 +191,10 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
             most,
             most,
         )
-    scores["images_per_second"] = (len(train.values) + len(val.values)) / (train.seconds + val.seconds)
-    return scores
+    speed = None
+    if train.seconds is not None and val.seconds is not None:
+        speed = (len(train.values) + len(val.values)) / (train.seconds + val.seconds)
+    return {**found, "images_per_second": speed}
 
 
 def features_of(
@@ -215,7 +214,8 @@ def features_of(
 def show(evaluation: dict[str, Scores]) -> None:
     """Print the scores of some encoders as a table, one column for each."""
     table = Table("", *evaluation)
-    for name in dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(DETAILS)):
+    hidden = (*DETAILS, "images_per_second")
+    for name in dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(hidden)):
         cells = []
         for scores in evaluation.values():
             value, per_class = scores.get(name), scores.get(f"{name}_mean_per_class")
@@ -315,7 +315,8 @@ def sweep(work: Work, settings: list[Setting]) -> int:
     fields = [field.name for field in dataclasses.fields(Point)]
     points = []
     for (resolution, rate), cost, scores in zip(settings, costs, found, strict=True):
-        points.append(Point(resolution, rate, **{key: scores[key] for key in fields if key in scores}, **cost))
+        own: dict[str, Any] = {key: scores[key] for key in fields if key in scores}
+        points.append(Point(resolution, rate, **own, **cost))
     show_sweep(points, folder)
     print_json(options, dataclasses.asdict(choose(points)) | {"sweep": [dataclasses.asdict(point) for point in points]})
     return 0

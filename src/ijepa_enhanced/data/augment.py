@@ -14,8 +14,8 @@ from ijepa_enhanced.data.config import AugmentConfig
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 """How far each is drawn from 1, and the hue from 0, in turns (BYOL, arXiv 2006.07733, appendix B)."""
 BLUR_SIGMA = (0.1, 2.0)
-"""Standard deviation of the blur in pixels of a view of `BLUR_SIDE` (BYOL, appendix B)."""
-BLUR_SIDE = 224
+"""Standard deviation of the blur in pixels of a view of `BLUR_RESOLUTION` (BYOL, appendix B)."""
+BLUR_RESOLUTION = 224
 SOLARIZE_FROM = 128
 """Values from here on are inverted (BYOL, appendix B)."""
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -47,8 +47,8 @@ def augment(pixels: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Gen
         pixels = np.rint(changed.clip(0, 255)).astype(np.uint8)
     if blur:
         low, high = BLUR_SIGMA
-        side = math.sqrt(pixels.shape[0] * pixels.shape[1])
-        radius = float(low + (high - low) * sigma) * side / BLUR_SIDE
+        resolution = math.sqrt(pixels.shape[0] * pixels.shape[1])
+        radius = float(low + (high - low) * sigma) * resolution / BLUR_RESOLUTION
         blurred = Image.fromarray(np.ascontiguousarray(pixels)).filter(ImageFilter.GaussianBlur(radius))
         pixels = np.asarray(blurred)
     if solarize:

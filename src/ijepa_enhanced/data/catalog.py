@@ -87,6 +87,15 @@ class Catalog:
             shares=None,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the source alone if these are all its readable images: its mapped listing holds the columns."""
+        if self.source is not None:
+            whole = _catalog_of(self.source)
+            same = (np.array_equal(getattr(self, name), getattr(whole, name)) for name in ("rows", "labels", "shares"))
+            if self.hash == whole.hash and all(same):
+                return _catalog_of, (self.source,)
+        return Catalog, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
 
 class Unreadable:
     """Key and reason of every image of a source whose header cannot be read, each made when it is asked for."""

@@ -93,7 +93,8 @@ def list_and_scan(source: Source, unfinished: Unfinished) -> Listing:
     resumed = unfinished.attach_listing(source)
     if not resumed:
         source.attach(lambda leaf: leaf.make_listing())
-        fingerprint = source.fingerprint()  # before the headers are read, so that later changes are noticed
+        # From before the headers are read, and of a folder from before it is listed, so that later changes are noticed.
+        fingerprint = source.listing.fingerprint or source.fingerprint()
         source.attach(lambda leaf: leaf.listing.with_fingerprint(fingerprint))
     return source.listing.with_sizes(_scan(source, unfinished, unfinished.parts() if resumed else ()))
 

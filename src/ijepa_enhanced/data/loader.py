@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +28,7 @@ from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.augment import augment
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig
-from ijepa_enhanced.data.decode import decode_views, patchify
+from ijepa_enhanced.data.decode import decode_views, patchify, upright_size
 from ijepa_enhanced.data.in_memory import MEGABYTE, SHARED_MEMORY
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources.base import Source
@@ -90,7 +91,9 @@ class PackDataset(Dataset[Batch]):
             row = int(self.catalog.rows[pack.images[first]])
             try:
                 sizes = pack.grids[first:last] * self.patch_size
-                views = decode_views(self.source.open(row), pack.boxes[first:last], sizes)
+                image = self.source.open(row)
+                check_unchanged(image, self.catalog, int(pack.images[first]))
+                views = decode_views(image, pack.boxes[first:last], sizes)
                 numbers, kinds = pack.views[first:last], pack.unmasked[first:last].astype(np.int64)
                 for pixels, number, kind in zip(views, numbers, kinds, strict=True):
                     if self.changes is not None:
@@ -120,6 +123,20 @@ class PackDataset(Dataset[Batch]):
             return batch
         masks = masks_of(batch, self.masks, self.seed)
         return masked(batch, masks, self.student_merge_rate, self.depth)
+
+
+def check_unchanged(image: Image.Image, catalog: Catalog, position: int) -> None:
+    """Check that an image still has the size that its boxes were made for.
+
+    Raises:
+        UnreadableImage: it was overwritten by one of another size after the scan.
+    """
+    size, scanned = upright_size(image), (int(catalog.heights[position]), int(catalog.widths[position]))
+    if size != scanned:
+        raise UnreadableImage(
+            f"has changed since the scan, from {scanned[0]} x {scanned[1]} px to {size[0]} x {size[1]} px: "
+            "run `ijepa scan`"
+        )
 
 
 def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:

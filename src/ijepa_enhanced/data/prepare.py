@@ -6,12 +6,15 @@ went on changes a byte of it. `manifest.json` is the record of what is done, rew
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import itertools
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,14 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from ijepa_enhanced.data.catalog import Catalog, open_catalog, report_notes
 from ijepa_enhanced.data.decode import decode_whole
 from ijepa_enhanced.data.loader import serve_the_parent
-from ijepa_enhanced.data.sources.base import CLASSES, Source
-from ijepa_enhanced.errors import SourceError, UnreadableImage
+from ijepa_enhanced.data.sources.base import CLASSES, UNREAD, Source
+from ijepa_enhanced.errors import RunError, SourceError, UnreadableImage
 from ijepa_enhanced.files import make_folder, replacing
 
 FORMAT = 1
 """Raised when a manifest means something else than before."""
 MANIFEST = "manifest.json"
-MEGABYTE = 10**6
 
 
 class Shard(TypedDict):
@@ -83,18 +85,13 @@ def prepare(
 
     Raises:
         SourceError: no image can be read, or the folder holds something else, or images prepared in another way.
+        RunError: the disk or the network does not give an image. Calling this again continues.
     """
     catalog = open_catalog(source)
     report_notes(source)
     if not len(catalog.rows):
         raise SourceError(f"None of the {len(catalog.unreadable)} images of {source.name} can be read.")
-    settings = {
-        "images": catalog.hash,
-        "max_resolution": max_resolution,
-        "quality": quality,
-        "shard_size": shard_size,
-        "pillow": PIL.__version__,
-    }
+    settings = {"images": catalog.hash, **settings_of(max_resolution, quality, shard_size)}
     manifest = _begin(source, catalog, folder, settings)
     shards, dropped = manifest["shards"], manifest["dropped"]
     done = sum(shard["images"] for shard in shards) + len(dropped) - len(catalog.unreadable)
@@ -112,6 +109,8 @@ def prepare(
         """The images that can be read, with their position in the catalog; the others are noted."""
         for position, image in enumerate(images, start=done):
             if isinstance(image, str):
+                if image.startswith(UNREAD):
+                    raise RunError(f"{catalog.key(position)} {image}. Run the same command again to continue.")
                 dropped.append({"key": catalog.key(position), "reason": image})
             else:
                 yield position, image.numpy().tobytes()
@@ -122,7 +121,7 @@ def prepare(
     for first in encoded:
         path = folder / f"images-{len(shards):06d}.tar"
         with replacing(path) as partial:
-            count = _write_shard(partial, catalog, itertools.chain([first], encoded), shard_size * MEGABYTE)
+            count = _write_shard(partial, catalog, itertools.chain([first], encoded), shard_size * 10**6)
             shards.append(
                 {"name": path.name, "images": count, "bytes": partial.stat().st_size, "sha256": _hash(partial)}
             )
@@ -131,6 +130,57 @@ def prepare(
         manifest["complete"] = True
         _save(manifest, folder)
     return manifest
+
+
+def settings_of(max_resolution: int, quality: int, shard_size: int) -> dict[str, Any]:
+    """Return what the content of shards depends on besides the images."""
+    return {
+        "max_resolution": max_resolution,
+        "quality": quality,
+        "shard_size": shard_size,
+        "pillow": PIL.__version__,
+    }
+
+
+def begun(folder: Path, settings: dict[str, Any]) -> Manifest | None:
+    """Return the manifest of what was prepared in a folder, or None if it is empty or does not exist.
+
+    Raises:
+        SourceError: the folder holds something else, or images prepared with other settings.
+    """
+    if (folder / MANIFEST).exists():
+        manifest = _load(folder)
+        for name, value in settings.items():
+            before = manifest["settings"].get(name)
+            if before != value:
+                how = "from other images" if name == "images" else f"with {name} {before}, not {value}"
+                raise SourceError(f"{folder} was prepared {how}. Name another folder, or delete this one.")
+        return manifest
+    if folder.exists() and (found := next((path for path in folder.iterdir() if not path.name.startswith(".")), None)):
+        raise SourceError(f"{folder} holds {found.name}, and no {MANIFEST}. Name an empty folder, or a new one.")
+    return None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes from preparing images in it at the same time.
+
+    Raises:
+        SourceError: another process does so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # the file system has no locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SourceError(
+                    f"Another ijepa prepare is writing to {folder}. Wait until it ends, or name another folder."
+                ) from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def check(folder: Path) -> list[str]:
@@ -178,16 +228,8 @@ def _begin(source: Source, catalog: Catalog, folder: Path, settings: dict[str, A
     for partial in folder.glob(".*.partial"):
         partial.unlink()
     names = None if catalog.classes is None else "".join(f"{name}\n" for name in catalog.classes).encode()
-    if (folder / MANIFEST).exists():
-        manifest = _load(folder)
-        for name, value in settings.items():
-            before = manifest["settings"].get(name)
-            if before != value:
-                how = "from other images" if name == "images" else f"with {name} {before}, not {value}"
-                raise SourceError(f"{folder} was prepared {how}. Name another folder, or delete this one.")
-    elif found := next((path for path in folder.iterdir() if not path.name.startswith(".")), None):
-        raise SourceError(f"{folder} holds {found.name}, and no {MANIFEST}. Name an empty folder, or a new one.")
-    else:
+    manifest = begun(folder, settings)
+    if manifest is None:
         manifest = {
             "format": FORMAT,
             "source": source.name,

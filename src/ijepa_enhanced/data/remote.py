@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ijepa_enhanced.data.sources.base import CLASSES
 from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC
 from ijepa_enhanced.data.sources.patterns import expand
+from ijepa_enhanced.data.sources.splits import SHARDS
 from ijepa_enhanced.errors import SourceError
 from ijepa_enhanced.files import replacing
 
@@ -22,7 +23,6 @@ TRIES = 4
 """Of each file."""
 FIRST_WAIT = 1.0
 """Seconds after the first try; twice as many after each one that follows."""
-SHARDS = (".tar", ".parquet")
 
 
 def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None = None) -> str:

@@ -93,7 +93,7 @@ def attentive(
     encoder: Encoder,
     train: LabelledSource,
     val: LabelledSource,
-    setting: InferenceConfig,
+    config: InferenceConfig,
     seed: int = 0,
     counting: Counting = uncounted,
 ) -> Iterator[tuple[str, float]]:
@@ -101,12 +101,13 @@ def attentive(
 
     All ranks run the encoder once over each source; the probe then reads stored tokens, on the main rank. The learning
     rate is the one of `RATES` whose probe has the lowest `calibrated_loss` on a fifth of `train`, stratified; that
-    probe is trained again on all of it.
+    probe is trained again on all of it. If no class has two images, nothing can be held out, and the rate is the middle
+    one.
 
     Args:
         encoder: in evaluation mode, on the device that the probe is trained on.
         train, val: images with labels; those of `val` should occur in `train`.
-        setting: how images are shown to the encoder.
+        config: how images are shown to the encoder.
         seed: of the held-out part, the probe's start and the order of images.
         counting: shows progress.
 
@@ -115,30 +116,32 @@ def attentive(
         UnreadableImage: no image of a source can be decoded.
         NotFiniteError: a feature is not finite.
     """
-    check_space("attentive", encoder, (train, val), setting)
-    if not setting.ranks.main:
-        help_store(encoder, (train, val), setting)
+    check_space("attentive", encoder, (train, val), config)
+    if not config.ranks.main:
+        help_store(encoder, (train, val), config)
         return
     with (
-        stored_tokens(encoder, train, setting, counting) as known,
-        stored_tokens(encoder, val, setting, counting) as asked,
+        stored_tokens(encoder, train, config, counting) as train_tokens,
+        stored_tokens(encoder, val, config, counting) as val_tokens,
         all_cores(),
     ):
-        assert known.labels is not None
-        assert asked.labels is not None
-        classes, numbers = torch.unique(known.labels, return_inverse=True)
+        assert train_tokens.labels is not None
+        assert val_tokens.labels is not None
+        classes, numbers = torch.unique(train_tokens.labels, return_inverse=True)
         fitted, held_out = stratified_split(numbers, generator(seed, Purpose.HOLDOUT))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(generator(seed, Purpose.PROTOCOL).integers(2**63)))
             start = AttentiveClassifier(encoder.width, encoder.config.shape.heads, len(classes))
         start.to(encoder.device)
-        losses = []
-        for rate in RATES:
-            probe = _trained(start, known, numbers, fitted, rate, seed, counting)
-            losses.append(calibrated_loss(_logits(probe, known, held_out), numbers[held_out]))
-        best = RATES[int(torch.stack(losses).argmin())]
-        probe = _trained(start, known, numbers, torch.arange(len(numbers)), best, seed, counting)
-        logits, labels = _logits(probe, asked, torch.arange(len(asked.labels))), asked.labels
+        best = RATES[len(RATES) // 2]
+        if len(held_out):
+            losses = []
+            for rate in RATES:
+                probe = _trained(start, train_tokens, numbers, fitted, rate, seed, counting)
+                losses.append(calibrated_loss(_logits(probe, train_tokens, held_out), numbers[held_out]))
+            best = RATES[int(torch.stack(losses).argmin())]
+        probe = _trained(start, train_tokens, numbers, torch.arange(len(numbers)), best, seed, counting)
+        logits, labels = _logits(probe, val_tokens, torch.arange(len(val_tokens.labels))), val_tokens.labels
     yield from classification("attentive", logits, classes, labels)
 
 

@@ -41,6 +41,8 @@ class Part(NamedTuple):
     """Row and reason of each image that cannot be decoded."""
     seconds: float
     """What extracting them took."""
+    made_on: str
+    """The machine, its device and how many processes used it: what the time depends on."""
 
 
 class FeatureCache:
@@ -75,7 +77,7 @@ class FeatureCache:
                 layers = stored[:, -self.layers :] if len(shape) == 3 else torch.empty(0)
                 image_ids = file.get_tensor("image_ids")
             unreadable = {int(row): reason for row, reason in json.loads(said["unreadable"]).items()}
-            return Part(layers, image_ids, unreadable, float(said["seconds"]))
+            return Part(layers, image_ids, unreadable, float(said["seconds"]), said["made_on"])
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
@@ -87,7 +89,7 @@ class FeatureCache:
         if not self.writable:
             return
         tensors = {"layers": part.layers, "image_ids": part.image_ids}
-        said = {"unreadable": json.dumps(part.unreadable), "seconds": repr(part.seconds)}
+        said = {"unreadable": json.dumps(part.unreadable), "seconds": repr(part.seconds), "made_on": part.made_on}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self._path(number)) as temporary:

@@ -44,10 +44,10 @@ def profiler(*activities: torch.profiler.ProfilerActivity, memory: bool = False)
     return torch.profiler.profile(activities=activities, profile_memory=memory, acc_events=True)
 
 
-def seconds_by_turns(runs: Sequence[Callable[[], object]], device: torch.device, turns: int = 5) -> list[float]:
-    """The median time of each of `runs`, in seconds.
+def interleaved_seconds(runs: Sequence[Callable[[], object]], device: torch.device, turns: int = 5) -> list[float]:
+    """Return the median time of each of `runs`, in seconds.
 
-    All are called by turns, after a turn to warm up, so that whatever else the machine does meets all of them alike.
+    A turn calls each of them once, after a first turn to warm up, so that other work of the machine slows all equally.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     for turn in range(turns + 1):

@@ -18,11 +18,12 @@ from ijepa_enhanced.data import synthetic
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import FAILURES, open_image
 from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import all_cores
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import SourceError, UnreadableImage
-from ijepa_enhanced.evaluate.linear import STRENGTHS, softmax_regression
+from ijepa_enhanced.evaluate.linear import STRENGTHS, rows_at_once, softmax_regression
 from ijepa_enhanced.evaluate.standardize import moments, roomiest, scale
 from ijepa_enhanced.evaluate.tokens import (
     Counting,
@@ -36,6 +37,8 @@ from ijepa_enhanced.evaluate.tokens import (
 )
 from ijepa_enhanced.randomness import Purpose, generator
 
+LABELS = 256
+"""That a label map can have."""
 IGNORED = 255
 """The label of pixels that do not count: PASCAL VOC's."""
 MOST_PATCHES = 2**18
@@ -56,7 +59,8 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
 
     Args:
         spec: `synthetic`, or a folder with images in `images` and for each of them a PNG of the same name in `labels`,
-            of one channel or with a palette. Its values are the labels; pixels of 255 do not count.
+            of one channel or with a palette. Its values are the labels; pixels of 255 do not count. If `images` has
+            folders named after splits, `labels` may have the same ones.
         part: of the synthetic images.
 
     Raises:
@@ -72,8 +76,11 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
             "a PNG of the same name for each image in 'labels'."
         )
     source = open_source(str(root / "images"), part)
-    paths = [(root / "labels" / key).with_suffix(".png") for key in source.listing.keys]
-    return LabelledMaps(source, open_catalog(source), lambda row: _read_map(paths[row]))
+    catalog = open_catalog(source)
+    labels = root / "labels"
+    if isinstance(source, FolderSource) and (split := labels / source.root.relative_to(root / "images")).is_dir():
+        labels = split
+    return LabelledMaps(source, catalog, lambda row: _read_map((labels / source.key(row)).with_suffix(".png")))
 
 
 def _read_map(path: Path) -> NDArray[np.uint8]:
@@ -92,11 +99,13 @@ def dense(
     encoder: Encoder,
     train: LabelledMaps,
     val: LabelledMaps,
-    setting: InferenceConfig,
+    config: InferenceConfig,
     seed: int = 0,
     counting: Counting = uncounted,
 ) -> Iterator[tuple[str, float]]:
     """Yield `dense_miou`: the mean over classes of intersection over union, over all pixels of the label maps of `val`.
+
+    A class of `val` that none of the training images that are drawn has counts as one that the probe never finds.
 
     The probe is softmax regression on standardised tokens, trained with the cross-entropy of all pixels of a patch. Its
     strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labelled training images;
@@ -105,7 +114,7 @@ def dense(
     Args:
         encoder: in evaluation mode.
         train, val: images with label maps. From `train`, at most as many as have `MOST_PATCHES` are drawn by `seed`.
-        setting: how images are shown to the encoder.
+        config: how images are shown to the encoder.
         seed: of that draw and of the held-out part.
         counting: shows progress.
 
@@ -119,20 +128,20 @@ def dense(
     rng = generator(seed, Purpose.PROTOCOL)
     catalog = train.catalog
     grids = fit_grids(
-        catalog.heights, catalog.widths, setting.resolution, encoder.config.patch_size, setting.tokens_per_pack
+        catalog.heights, catalog.widths, config.resolution, encoder.config.patch_size, config.tokens_per_pack
     )
     order = rng.permutation(len(catalog.rows))
     few = np.sort(order[np.cumsum(grids[order].prod(axis=1)) <= MOST_PATCHES])
     chosen = LabelledSource(train.source, catalog.select(few))
-    check_space("dense", encoder, (chosen, val), setting)
-    if not setting.ranks.main:
-        help_store(encoder, (chosen, val), setting)
+    check_space("dense", encoder, (chosen, val), config)
+    if not config.ranks.main:
+        help_store(encoder, (chosen, val), config)
         return
-    with stored_tokens(encoder, chosen, setting, counting) as tokens, all_cores():
+    _need_same_labels(train, val)
+    with stored_tokens(encoder, chosen, config, counting) as tokens, all_cores():
         probe = _fitted(tokens, train, rng, encoder.device)
-    with stored_tokens(encoder, val, setting, counting) as tokens, all_cores():
-        confusion = _confusion(probe, tokens, train, val)
-    _need_labels(confusion.sum(), val)
+    with stored_tokens(encoder, val, config, counting) as tokens, all_cores():
+        confusion = _confusion(probe, tokens, val)
     yield "dense_miou", mean_iou(confusion)
 
 
@@ -155,13 +164,15 @@ class _Probe(NamedTuple):
 
 def _fitted(tokens: Tokens, train: LabelledMaps, rng: np.random.Generator, device: torch.device) -> _Probe:
     """Fit the probe on the tokens of some images of `train`; `rng` draws those that choose its strength."""
-    maps = [_map_of(train, row) for row in tokens.image_ids.tolist()]
-    classes = np.unique(np.concatenate([np.unique(labels) for labels in maps]))
-    classes = classes[classes != IGNORED]
+    counted = [
+        _counted(_map_of(train, row), grid)
+        for row, grid in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), strict=True)
+    ]
+    classes = np.unique(np.concatenate([own for own, _ in counted]))
     _need_labels(len(classes), train)
-    counts = torch.cat(
-        [patch_labels(labels, grid, classes) for labels, grid in zip(maps, tokens.grids.tolist(), strict=True)]
-    )
+    counts = torch.zeros(len(tokens.values), len(classes))
+    for (own, of_image), part in zip(counted, counts.split(tokens.lengths.tolist()), strict=True):
+        part[:, np.searchsorted(classes, own)] = of_image
     mean, std = moments(tokens.values)
     rows = counts.sum(dim=1).nonzero()[:, 0]
     image_of = torch.arange(len(tokens.lengths)).repeat_interleave(tokens.lengths)[rows]
@@ -181,25 +192,65 @@ def _fitted(tokens: Tokens, train: LabelledMaps, rng: np.random.Generator, devic
     return _Probe(classes, mean, std, layer)
 
 
-def _confusion(probe: _Probe, tokens: Tokens, train: LabelledMaps, val: LabelledMaps) -> NDArray[np.int64]:
-    """Return how many pixels of each class (rows) are predicted as each class (columns): [C, C]."""
-    classes = probe.classes
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
+def _counted(labels: NDArray[np.uint8], grid: tuple[int, int]) -> tuple[NDArray[np.uint8], Tensor]:
+    """Return the labels of an image, ascending, and how many pixels of each lie in each patch, see `patch_labels`."""
+    own = np.unique(labels)
+    own = own[own != IGNORED]
+    return own, patch_labels(labels, grid, own)
+
+
+def _confusion(probe: _Probe, tokens: Tokens, val: LabelledMaps) -> NDArray[np.int64]:
+    """Return how many pixels of each label (rows) are predicted as each label (columns): [256, 256]."""
+    confusion = np.zeros((LABELS, LABELS), dtype=np.int64)
     views = tokens.values.split(tokens.lengths.tolist())
     for row, grid, view in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), views, strict=True):
         labels = _map_of(val, row)
-        whole = probe(view).T.view(1, -1, *grid)
-        predicted = F.interpolate(whole, size=labels.shape, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+        predicted = probe.classes[predict(probe(view).T.view(-1, *grid), labels.shape)]
         counted = labels != IGNORED
-        unknown = np.setdiff1d(labels[counted], classes)
-        if len(unknown):
-            raise SourceError(
-                f"The label map of {val.source.key(row)} of {val.source.name} has the label {unknown[0]}, which "
-                f"none of {train.source.name} has."
-            )
-        places = np.searchsorted(classes, labels[counted]) * len(classes) + predicted.cpu().numpy()[counted]
-        confusion += np.bincount(places, minlength=confusion.size).reshape(confusion.shape)
+        pairs = labels[counted].astype(np.int64) * LABELS + predicted[counted]
+        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
     return confusion
+
+
+def predict(logits: Tensor, size: tuple[int, int]) -> NDArray[np.int64]:
+    """Return the class of each pixel, [h, w], from the logits of patches, [C, rows, columns], interpolated bilinearly.
+
+    Logits of all pixels at once can take gigabytes, so they are made in bands of `linear.BLOCK`.
+    """
+    height, width = size
+    rows = torch.eye(logits.shape[1], device=logits.device)
+    weights = F.interpolate(rows[None], size=height, mode="linear", align_corners=False)[0]  # [rows, h]
+    bands = []
+    for band in weights.split(rows_at_once(len(logits) * width), dim=1):
+        lines = torch.einsum("crk,rh->chk", logits, band)
+        shape = lines.shape[1], width
+        bands.append(
+            F.interpolate(lines[None], size=shape, mode="bilinear", align_corners=False)[0].argmax(dim=0).cpu()
+        )
+    return torch.cat(bands).numpy()
+
+
+def _need_same_labels(train: LabelledMaps, val: LabelledMaps) -> None:
+    """Raise SourceError if `val` has no label, or one that `train` lacks; read maps of `train` until all are found."""
+    first: dict[int, int] = {}
+    for row in val.catalog.rows.tolist():
+        first |= dict.fromkeys(_labels_in(val, row) - first.keys(), row)
+    _need_labels(len(first), val)
+    found: set[int] = set()
+    for row in train.catalog.rows.tolist():
+        if first.keys() <= found:
+            return
+        found |= _labels_in(train, row)
+    _need_labels(len(found), train)
+    for label in first.keys() - found:
+        raise SourceError(
+            f"The label map of {val.source.key(first[label])} of {val.source.name} has the label {label}, which "
+            f"none of {train.source.name} has."
+        )
+
+
+def _labels_in(maps: LabelledMaps, row: int) -> set[int]:
+    return {*np.unique(_map_of(maps, row)).tolist()} - {IGNORED}
 
 
 def _need_labels(labels: int, maps: LabelledMaps) -> None:
@@ -234,7 +285,7 @@ def patch_labels(labels: NDArray[np.uint8], grid: tuple[int, int], classes: NDAr
     patch = row[:, None] * cols + col
     counted = np.isin(labels, classes)
     places = patch[counted] * len(classes) + np.searchsorted(classes, labels[counted])
-    counts = np.bincount(places, minlength=rows * cols * len(classes)).reshape(-1, len(classes))
+    counts = np.bincount(places, minlength=rows * cols * len(classes)).reshape(rows * cols, len(classes))
     return torch.from_numpy(counts).float()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +18,7 @@ from torch.utils.data import Dataset
 from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.decode import decode_views
-from ijepa_enhanced.data.loader import make_loader
+from ijepa_enhanced.data.loader import check_unchanged, make_loader
 from ijepa_enhanced.data.sources.base import UNREAD
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import UnreadableImage
@@ -32,7 +34,7 @@ PACKS_PER_PART = 16
 """Of a file of the cache, and so the most that an interruption loses: 1,300 images of 196 tokens, on a CPU 330."""
 THUMBNAILS = 64
 """Images that a worker hands over at once: one by one, handing over takes as long as decoding."""
-FORMAT = 3
+FORMAT = 4
 """Raised when a cached file means something else, or an encoder of the same weights computes something else."""
 
 
@@ -48,8 +50,9 @@ class Features:
     """int64 [N]: rows of the source, ascending."""
     unreadable: dict[int, str]
     """Row and reason of every image that could not be decoded."""
-    seconds: float
-    """From the first decoded image to the last feature, when they were extracted."""
+    seconds: float | None
+    """From the first decoded image to the last feature, when they were extracted; None if some of them were extracted
+    on another machine or device, or with another number of processes."""
     layers: Tensor | None = None
     """float32 [N, L, D]: such a mean of the output of each of the last L layers, the last of which is `values`. None if
     only that was asked for, or if no encoder made the features."""
@@ -58,7 +61,7 @@ class Features:
 def extract(
     encoder: Encoder,
     images: LabelledSource,
-    setting: InferenceConfig,
+    config: InferenceConfig,
     progress: Callable[[int], None] | None = None,
     cache: bool = False,
     layers: int = 1,
@@ -68,12 +71,13 @@ def extract(
     Args:
         encoder: in evaluation mode.
         images: the source.
-        setting: how they are shown to the encoder. On ranks other than the main one, the result is empty.
+        config: how they are shown to the encoder. On ranks other than the main one, the result is empty.
         progress: called with the number of images done.
         cache: keep the result in the user's cache folder (see `open_catalog`), a file for every `PACKS_PER_PART`
             packs, and read what is there. A folder is named by a digest of all that features depend on: weights and
-            architecture, the files and their catalog, and the setting. What cannot be read is computed again; what
-            cannot be written is a warning. `FeatureCache.evict` says what is deleted.
+            architecture, the files and their catalog, the configuration, and the versions of PyTorch and Pillow. What
+            cannot be read is computed again; what cannot be written is a warning. `FeatureCache.evict` says what is
+            deleted.
         layers: last layers to keep; all of them if the encoder has fewer.
 
     Raises:
@@ -82,27 +86,27 @@ def extract(
         RequestError: the limit of the cache is not a number.
         ValueError: a merge rate out of range.
     """
-    ranks, count = setting.ranks, min(layers, encoder.config.shape.depth)
-    packs = packs_of(encoder, images.catalog, setting)
+    ranks, count = config.ranks, min(layers, encoder.config.shape.depth)
+    packs = packs_of(encoder, images.catalog, config)
     cuts = [packs[start : start + PACKS_PER_PART] for start in range(0, len(packs), PACKS_PER_PART)]
     found: list[Part | None] = [None] * len(cuts)
     store = None
     if cache:
         cache_limit()  # what is wrong with it should be said before the work
         if ranks.main:
-            store = FeatureCache(_digest(encoder, images, setting), count)
+            store = FeatureCache(_digest(encoder, images, config), count)
             found = [store.load(number) for number in range(len(cuts))]
     wanted = ranks.gather([part is None for part in found])[0]
     missing = [pack for cut, want in zip(cuts, wanted, strict=True) if want for pack in cut]
-    pooled = reduced_packs(encoder, images, missing, setting, _pooled, count)
+    pooled = reduced_packs(encoder, images, missing, config, _pooled, count)
     if not ranks.main:
         for _ in pooled:
             pass
         return Features(torch.empty(0, encoder.width), None, torch.empty(0, dtype=torch.int64), {}, 0.0)
-    parts, done = [], 0
+    parts, done, here = [], 0, _where(encoder, config)
     for number, (cut, part) in enumerate(zip(cuts, found, strict=True)):
         if part is None:
-            part = _joined(itertools.islice(pooled, len(cut)), done, progress)
+            part = _joined(itertools.islice(pooled, len(cut)), done, progress)._replace(made_on=here)
             # What could not be read for a moment, as over a network, may be there the next time.
             if store and not any(reason.startswith(UNREAD) for reason in part.unreadable.values()):
                 store.save(number, part)
@@ -113,10 +117,18 @@ def extract(
     if store and missing:
         store.evict()
     need_images(done, images.source)
-    return _features(parts, images.catalog, layers > 1)
+    found_here = all(part.made_on == here for part in parts)
+    return _features(parts, images.catalog, layers > 1, sum(part.seconds for part in parts) if found_here else None)
 
 
-def _features(parts: list[Part], catalog: Catalog, several: bool) -> Features:
+def _where(encoder: Encoder, config: InferenceConfig) -> str:
+    """Return what the time of an extraction depends on beside the work itself."""
+    device = encoder.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{platform.node()}, {config.ranks.world} x {name}, {config.workers} workers"
+
+
+def _features(parts: list[Part], catalog: Catalog, several: bool, seconds: float | None) -> Features:
     """Return all parts of a source as one, with their labels; with all layers or the last alone."""
     layers = torch.cat([part.layers for part in parts if len(part.layers)])
     image_ids = torch.cat([part.image_ids for part in parts])
@@ -126,7 +138,7 @@ def _features(parts: list[Part], catalog: Catalog, several: bool) -> Features:
         None if catalog.labels is None else torch.from_numpy(catalog.labels[readable]),
         image_ids,
         {row: reason for part in parts for row, reason in part.unreadable.items()},
-        sum(part.seconds for part in parts),
+        seconds,
         layers if several else None,
     )
 
@@ -134,7 +146,7 @@ def _features(parts: list[Part], catalog: Catalog, several: bool) -> Features:
 def _pooled(batch: Batch, layers: list[Tensor]) -> Part:
     cu_seqlens = batch.packed.segments.cu_seqlens
     means = torch.stack([segment_mean(x, cu_seqlens) for x in layers], dim=1).cpu() if layers else torch.empty(0)
-    return Part(means, batch.image_ids.cpu(), dict(batch.unreadable), 0.0)
+    return Part(means, batch.image_ids.cpu(), dict(batch.unreadable), 0.0, "")
 
 
 def _joined(packs: Iterable[Part], done: int, progress: Callable[[int], None] | None) -> Part:
@@ -152,16 +164,16 @@ def _joined(packs: Iterable[Part], done: int, progress: Callable[[int], None] | 
         if progress:
             progress(done)
     seconds = time.perf_counter() - start
-    return Part(torch.cat(shown) if shown else torch.empty(0), torch.cat(image_ids), unreadable, seconds)
+    return Part(torch.cat(shown) if shown else torch.empty(0), torch.cat(image_ids), unreadable, seconds, "")
 
 
-def _digest(encoder: Encoder, images: LabelledSource, setting: InferenceConfig) -> str:
+def _digest(encoder: Encoder, images: LabelledSource, config: InferenceConfig) -> str:
     """Return the name of all that features depend on."""
-    format_of = (FORMAT, PACKS_PER_PART)
+    format_of = (FORMAT, PACKS_PER_PART, torch.__version__, PIL.__version__)
     where = (encoder.config, encoder.preprocessing, encoder.device.type)
     what = (images.source.fingerprint(), images.catalog.hash)
-    limit = setting.tokens_per_pack
-    shown = (setting.resolution, setting.dtype, limit, encoder.at_once(limit), setting.merge_rate)
+    limit = config.tokens_per_pack
+    shown = (config.resolution, config.dtype, limit, encoder.at_once(limit), config.merge_rate)
     digest = hashlib.sha256(repr((*format_of, *where, *what, *shown)).encode())
     digest.update(images.catalog.rows.tobytes())
     digest.update(hash_weights(encoder).encode())
@@ -226,7 +238,9 @@ class _Thumbnails(Dataset[tuple[Tensor, dict[int, str]]]):
             box = np.array([[0, 0, catalog.heights[image], catalog.widths[image]]], dtype=np.float32)
             row = int(catalog.rows[image])
             try:
-                pixels.append(np.stack(decode_views(source.open(row), box, size)))
+                opened = source.open(row)
+                check_unchanged(opened, catalog, image)
+                pixels.append(np.stack(decode_views(opened, box, size)))
             except UnreadableImage as error:
                 unreadable[row] = str(error)
         return torch.from_numpy(np.concatenate(pixels)), unreadable

@@ -88,10 +88,10 @@ def finetune(
     encoder: Encoder,
     train: LabelledSource,
     val: LabelledSource,
-    setting: InferenceConfig,
+    config: InferenceConfig,
     seed: int = 0,
     counting: Counting = uncounted,
-    config: FinetuneConfig | None = None,
+    training: FinetuneConfig | None = None,
 ) -> Iterator[tuple[str, float]]:
     """Yield `finetune`, and what comes with it (see `scores.classification`), of the last step: no step is chosen.
 
@@ -101,25 +101,25 @@ def finetune(
     Args:
         encoder: on the device to train on.
         train, val: images with labels; those of `val` should occur in `train`.
-        setting: how images are shown to the encoder.
+        config: how images are shown to the encoder.
         seed: of crops, order and dropping.
         counting: shows progress.
-        config: of the training.
+        training: how it is trained.
 
     Raises:
         UnreadableImage: no image of a source can be decoded.
         PlanError: fewer than two training images are large enough.
         NotFiniteError: gradients or features are not finite.
     """
-    config = config or FinetuneConfig()
+    training = training or FinetuneConfig()
     assert train.catalog.labels is not None
     assert val.catalog.labels is not None
     classes = torch.from_numpy(np.unique(train.catalog.labels))
-    noise = int(generator(seed, Purpose.PROTOCOL).integers(2**62)) + setting.ranks.rank
-    model = Classifier(encoder, len(classes), config.drop_path, noise).train()
-    _train(model, train, classes, setting, seed, counting, config)
-    scored = _predict(model.eval(), val, setting, counting)
-    if setting.ranks.main:
+    noise = int(generator(seed, Purpose.PROTOCOL).integers(2**62)) + config.ranks.rank
+    model = Classifier(encoder, len(classes), training.drop_path, noise).train()
+    _train(model, train, classes, config, seed, counting, training)
+    scored = _predict(model.eval(), val, config, counting)
+    if config.ranks.main:
         logits, labels = (torch.cat(parts) for parts in zip(*scored, strict=True))
         yield from classification("finetune", logits, classes, labels)
 
@@ -128,24 +128,24 @@ def _train(
     model: Classifier,
     train: LabelledSource,
     classes: Tensor,
-    setting: InferenceConfig,
+    config: InferenceConfig,
     seed: int,
     counting: Counting,
-    config: FinetuneConfig,
+    training: FinetuneConfig,
 ) -> None:
-    source, catalog, encoder, ranks = train.source, train.catalog, model.encoder, setting.ranks
+    source, catalog, encoder, ranks = train.source, train.catalog, model.encoder, config.ranks
     views = DataConfig(
-        tokens_per_pack=setting.tokens_per_pack,
-        min_resolution=setting.resolution,
-        max_resolution=setting.resolution,
-        min_crop=config.min_crop,
-        max_view_tokens=setting.tokens_per_pack,
+        tokens_per_pack=config.tokens_per_pack,
+        min_resolution=config.resolution,
+        max_resolution=config.resolution,
+        min_crop=training.min_crop,
+        max_view_tokens=config.tokens_per_pack,
     )
     plan = Plan(catalog, views, encoder.config.patch_size, seed)
     first = plan.epoch(0)
     if first.too_small:
         logger.warning("Too small to fine-tune on: %d images of %s.", first.too_small, source.name)
-    steps = config.epochs * len(first)
+    steps = training.epochs * len(first)
     own = slice(ranks.rank, None, ranks.world)
     packs = (epoch[n].select(own) for epoch in map(plan.epoch, itertools.count()) for n in range(len(epoch)))
     depth, device = encoder.config.shape.depth, encoder.device
@@ -155,15 +155,15 @@ def _train(
         encoder.config.patch_size,
         seed=seed,
         depth=depth,
-        merge_rate=setting.merge_rate,
-        changes=AugmentConfig(flip=config.flip),
+        merge_rate=config.merge_rate,
+        changes=AugmentConfig(flip=training.flip),
     )
-    learned = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=0.0)
+    trainable = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0)
     unreadable: dict[int, str] = {}
     seen = 0
     with counting("finetune", steps) as progress:
-        loader = make_loader(dataset, itertools.islice(packs, steps), setting.workers, pin_memory=device.type == "cuda")
+        loader = make_loader(dataset, itertools.islice(packs, steps), config.workers, pin_memory=device.type == "cuda")
         for step, batch in enumerate(loader):
             unreadable |= dict(batch.unreadable)
             views_shown = int(ranks.sums([len(batch.image_ids)])[0])
@@ -174,15 +174,15 @@ def _train(
                 moved = batch.to(device, non_blocking=True)
                 assert moved.labels is not None
                 targets = torch.searchsorted(classes.to(device), moved.labels)
-                with autocast(device, setting.dtype):
+                with autocast(device, config.dtype):
                     pooled = model.pooled(moved.packed, moved.merge_plan)
                 loss = F.cross_entropy(model.head(pooled), targets, reduction="sum")
                 (loss / views_shown).backward()
-            ranks.sum_gradients(learned)
+            ranks.sum_gradients(trainable)
             for group in optimizer.param_groups:
-                rate = warmup_cosine(step, steps, round(config.warmup * steps), config.lr, 0.0)
+                rate = warmup_cosine(step, steps, round(training.warmup * steps), training.lr, 0.0)
                 group["lr"] = rate * group["share"]
-            if not nn.utils.clip_grad_norm_(learned, 1.0).isfinite():
+            if not nn.utils.clip_grad_norm_(trainable, 1.0).isfinite():
                 raise NotFiniteError(f"Fine-tuning diverged at step {step}. Lower --finetune.lr.")
             optimizer.step()
             optimizer.zero_grad()
@@ -193,7 +193,7 @@ def _train(
     need_images(seen, source)
 
 
-def parameter_groups(model: Classifier, config: FinetuneConfig) -> list[dict[str, object]]:
+def parameter_groups(model: Classifier, training: FinetuneConfig) -> list[dict[str, object]]:
     """What AdamW learns, each with its weight decay and the share of the learning rate that it has.
 
     The head and the last LayerNorm have all of it, block l of `depth` (from 0) layer_decay ** (depth - l), and what
@@ -207,14 +207,14 @@ def parameter_groups(model: Classifier, config: FinetuneConfig) -> list[dict[str
         else:
             below = 0 if name.startswith(("head.", "encoder.network.blocks.")) else depth + 1
         decays = parameter.ndim > 1 and "positions" not in name
-        decay = config.weight_decay if decays else 0.0
-        groups.append({"params": [parameter], "share": config.layer_decay**below, "weight_decay": decay})
+        decay = training.weight_decay if decays else 0.0
+        groups.append({"params": [parameter], "share": training.layer_decay**below, "weight_decay": decay})
     return groups
 
 
 @torch.inference_mode()
 def _predict(
-    model: Classifier, images: LabelledSource, setting: InferenceConfig, counting: Counting
+    model: Classifier, images: LabelledSource, config: InferenceConfig, counting: Counting
 ) -> list[tuple[Tensor, Tensor]]:
     """Logits [n, C] and labels int64 [n] of the readable images of each pack that has any; the main rank's."""
 
@@ -225,15 +225,15 @@ def _predict(
         logits = model.head(segment_mean(layers[-1], batch.packed.segments.cu_seqlens))
         return dict(batch.unreadable), [(logits.cpu(), batch.labels.cpu())]
 
-    packs = packs_of(model.encoder, images.catalog, setting)
+    packs = packs_of(model.encoder, images.catalog, config)
     scored: list[tuple[Tensor, Tensor]] = []
     unreadable: dict[int, str] = {}
     with counting(images.source.name, len(images.catalog.rows)) as progress:
-        for left_out, shown in reduced_packs(model.encoder, images, packs, setting, reduce):
+        for left_out, shown in reduced_packs(model.encoder, images, packs, config, reduce):
             unreadable |= left_out
             scored += shown
             progress(sum(len(labels) for _, labels in scored))
     warn_of_unreadable(images.source, unreadable)
-    if setting.ranks.main:
+    if config.ranks.main:
         need_images(len(scored), images.source)
     return scored

@@ -17,7 +17,7 @@ from ijepa_enhanced.randomness import Purpose, generator
 
 logger = logging.getLogger(__name__)
 
-VAL_SHARE = 0.2
+VAL_PERCENT = 20
 """Of each class, for validation, where one source is split."""
 
 
@@ -91,15 +91,31 @@ def split_labelled(spec: str, seed: int) -> list[LabelledSource]:
     _need_classes(images, spec)
     assert images.catalog.labels is not None
     order = generator(seed, Purpose.HOLDOUT).permutation(len(images.catalog.rows))
-    val: list[int] = []
-    for label in np.unique(images.catalog.labels):
-        own = order[images.catalog.labels[order] == label]
-        val += own[: max(1, round(len(own) * VAL_SHARE)) if len(own) > 1 else 0].tolist()
-    if not val:
+    val = share_of_classes(images.catalog.labels, VAL_PERCENT, order, from_single=False)
+    if not len(val):
         raise RequestError(f"{spec} has only one image of each class. Evaluation needs a class with two or more.")
-    rows = np.sort(np.array(val))
-    parts = (np.setdiff1d(np.arange(len(order)), rows), rows)
+    parts = (np.setdiff1d(np.arange(len(order)), val), val)
     return [LabelledSource(images.source, images.catalog.select(part)) for part in parts]
+
+
+def share_of_classes(
+    labels: NDArray[np.int64], percent: int, order: NDArray[np.int64], from_single: bool = True
+) -> NDArray[np.int64]:
+    """Return a share of each class, rounded, and at least one image: rows of `labels` int64 [N], ascending.
+
+    Args:
+        labels: of N images.
+        percent: of each class.
+        order: a permutation of N rows; the first ones of each class are returned.
+        from_single: also of classes with a single image.
+    """
+    order = order[labels[order].argsort(kind="stable")]
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    wanted = np.maximum(1, np.rint(counts * percent / 100))
+    if not from_single:
+        wanted[counts == 1] = 0
+    place = np.arange(len(order)) - np.repeat(starts, counts)
+    return np.sort(order[place < np.repeat(wanted, counts)])
 
 
 def _need_classes(images: LabelledSource, spec: str) -> None:
@@ -125,14 +141,14 @@ def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int6
             sources do not list the same names; or a class that has images in the validation source has none in the
             training source.
     """
-    assert train.catalog.labels is not None
     assert val.catalog.labels is not None
     found, inverse = np.unique(val.catalog.labels, return_inverse=True)
     rule = "number" if _are_numbered(train, val) else "name"
-    logger.info("Classes: %d, matched by %s.", len(np.unique(train.catalog.labels)), rule)
+    present = set(_present(train))
+    logger.info("Classes: %d, matched by %s.", len(present), rule)
     numbers = found if _list_the_same(train, val) else _places(train, val, found)
     for label, number in zip(found.tolist(), numbers.tolist(), strict=True):
-        if number not in train.catalog.labels:
+        if number not in present:
             name = val.catalog.class_name(label)
             listed = train.catalog.classes is not None and number >= 0
             raise RequestError(

@@ -32,7 +32,7 @@ def linear_probe(
 
     The strength of its regularisation is chosen on a fifth of `train`, stratified; the layer is then trained again on
     all of it. The choice is by `calibrated_loss`, which makes scores repeat over seeds: the best accuracy on so few
-    images is often luck.
+    images is often luck. If no class has two images, nothing can be held out, and the strength is the middle one, 1e-3.
 
     Beside the features there is one standardised copy of `train`. Everything else is computed in blocks of fixed size.
 
@@ -55,7 +55,7 @@ def linear_probe(
     fitted, held_out = stratified_split(numbers, generator(seed, Purpose.HOLDOUT))
     layers = softmax_regression(x, numbers, STRENGTHS, rows=fitted)
     losses = torch.stack([_held_out_loss(x, numbers, held_out, layer) for layer in layers])
-    best = int(losses.argmin())
+    best = int(losses.argmin()) if len(held_out) else len(STRENGTHS) // 2
     (layer,) = softmax_regression(x, numbers, STRENGTHS[best : best + 1], layers[best])
     logits = [block.to(layer.device) @ layer for block in queries.split(rows_at_once(len(classes)))]
     return torch.cat(logits).cpu(), classes.cpu()
@@ -73,11 +73,13 @@ def _held_out_loss(x: Tensor, numbers: Tensor, rows: Tensor, layer: Tensor) -> T
 def stratified_split(numbers: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Return rows to fit on and rows to hold out, int64: a fifth of each class in `numbers` [N], rounded up or down.
 
-    Of two to four images in all, one of the last class is held out: there must be something to choose by.
+    A class of a single image is only fitted on: without it, there would be no learning the class. Of two to four other
+    images in all, one of the last class is held out: there must be something to choose by.
     """
     order = torch.from_numpy(rng.permutation(len(numbers))).to(numbers.device)
     order = order[numbers[order].argsort(stable=True)]
-    held_out = torch.arange(len(order), device=order.device) % 5 == min(4, max(1, len(order) - 1))
+    several = numbers.bincount()[numbers[order]] > 1
+    held_out = several & ((several.cumsum(0) - 1) % 5 == min(4, max(1, int(several.sum()) - 1)))
     return order[~held_out], order[held_out]
 
 

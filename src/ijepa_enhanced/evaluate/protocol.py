@@ -13,6 +13,7 @@ from ijepa_enhanced.devices import all_cores
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.evaluate.features import LAYERS, Features
 from ijepa_enhanced.evaluate.knn import knn_votes
+from ijepa_enhanced.evaluate.labelled import share_of_classes
 from ijepa_enhanced.evaluate.linear import linear_probe
 from ijepa_enhanced.evaluate.rank import rankme
 from ijepa_enhanced.evaluate.scores import classification, mean_per_class, top1
@@ -109,9 +110,8 @@ def few_labels(labels: Tensor, percent: int, seed: int) -> Tensor:
     Each class of n images has max(1, round(n * percent / 100)) of them, drawn by `seed` alone: the same ones for every
     encoder, and those of a smaller share are among those of a larger one.
     """
-    order = torch.from_numpy(generator(seed, Purpose.LOWSHOT).permutation(len(labels)))
-    rows = [order[labels[order] == label] for label in labels.unique()]
-    return torch.cat([some[: max(1, round(len(some) * percent / 100))] for some in rows]).sort().values
+    order = generator(seed, Purpose.LOWSHOT).permutation(len(labels))
+    return torch.from_numpy(share_of_classes(labels.numpy(), percent, order))
 
 
 FEATURE_PROTOCOLS: dict[str, Callable[[Features, Features, Scoring], Iterator[Answer]]] = {

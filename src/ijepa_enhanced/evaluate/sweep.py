@@ -17,7 +17,7 @@ from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.packing import cut_into_packs
 from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.evaluate.cost import peak_bytes, seconds_by_turns
+from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.evaluate.features import Features
 from ijepa_enhanced.evaluate.protocol import Scoring, halves, score_parts
 from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK
@@ -47,8 +47,8 @@ class Point:
     """Top-1 accuracy of a linear layer."""
     linear_mean_per_class: float
     rankme: float
-    images_per_second: float
-    """Of everything from reading files to features."""
+    images_per_second: float | None
+    """Of everything from reading files to features; None if cached features were not all extracted in this way."""
     network_images_per_second: float
     """Of the network alone, images of the mean number of patches: what the setting changes, and decoding would hide."""
     gflops_per_image: float
@@ -113,7 +113,7 @@ def setting_name(resolution: int | None, merge_rate: float) -> str:
 
 @torch.inference_mode()
 def network_costs(
-    encoder: Encoder, indices: Sequence[Catalog], settings: Sequence[tuple[int | None, float]], dtype: torch.dtype
+    encoder: Encoder, catalogs: Sequence[Catalog], settings: Sequence[tuple[int | None, float]], dtype: torch.dtype
 ) -> list[dict[str, float]]:
     """Return what the network needs at each setting of resolution and merge rate: the last three fields of `Point`.
 
@@ -126,7 +126,7 @@ def network_costs(
     runs, images, gflops = [], [], []
     for resolution, rate in settings:
         grids = [
-            fit_grids(each.heights, each.widths, resolution, config.patch_size, TOKENS_PER_PACK) for each in indices
+            fit_grids(each.heights, each.widths, resolution, config.patch_size, TOKENS_PER_PACK) for each in catalogs
         ]
         lengths = np.concatenate(grids).prod(axis=1)
         packs = [part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1), budget)]
@@ -138,7 +138,7 @@ def network_costs(
         runs.append(autocast(device, dtype)(partial(encoder, packed.to(device), plan and plan.to(device))))
         images.append(tokens / lengths.mean())
         gflops.append(encoder_flops(config, lengths, rate).mean() / 1e9)
-    seconds = seconds_by_turns(runs, device)
+    seconds = interleaved_seconds(runs, device)
     peaks = [peak_bytes(run, device) for run in runs]
     return [
         {

@@ -74,17 +74,17 @@ class LabelledSource:
     catalog: Catalog
 
 
-def packs_of(encoder: Encoder, catalog: Catalog, setting: InferenceConfig) -> list[Pack]:
+def packs_of(encoder: Encoder, catalog: Catalog, config: InferenceConfig) -> list[Pack]:
     """Every image of the catalog once, whole, in order, in packs that suit the encoder's device."""
-    limit = setting.tokens_per_pack
-    return inference_packs(catalog, setting.resolution, encoder.config.patch_size, limit, encoder.at_once(limit))
+    limit = config.tokens_per_pack
+    return inference_packs(catalog, config.resolution, encoder.config.patch_size, limit, encoder.at_once(limit))
 
 
 def reduced_packs(
     encoder: Encoder,
     images: LabelledSource,
     packs: Sequence[Pack],
-    setting: InferenceConfig,
+    config: InferenceConfig,
     reduce: Callable[[Batch, list[Tensor]], Reduced],
     layers: int = 1,
 ) -> Iterator[Reduced]:
@@ -93,8 +93,8 @@ def reduced_packs(
     Each rank runs the encoder on its share of the packs. The main rank gets all results; the others get nothing, and
     must iterate all the same to do their part.
     """
-    ranks = setting.ranks
-    own = token_batches(encoder, images, packs[ranks.rank :: ranks.world], setting, layers)
+    ranks = config.ranks
+    own = token_batches(encoder, images, packs[ranks.rank :: ranks.world], config, layers)
     for _ in range(0, len(packs), ranks.world):
         found = [reduce(*tokens) for tokens in itertools.islice(own, 1)]
         yield from itertools.chain(*ranks.gather_to_rank0(found))
@@ -102,7 +102,7 @@ def reduced_packs(
 
 @torch.inference_mode()
 def token_batches(
-    encoder: Encoder, images: LabelledSource, packs: Iterable[Pack], setting: InferenceConfig, layers: int = 1
+    encoder: Encoder, images: LabelledSource, packs: Iterable[Pack], config: InferenceConfig, layers: int = 1
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Yield each pack on the encoder's device, and the outputs [T, D] of the last `layers` blocks for its patches.
 
@@ -112,12 +112,12 @@ def token_batches(
     Raises:
         NotFiniteError: a feature of the last layer is not finite.
     """
-    source, dtype = images.source, setting.dtype
-    device, config = encoder.device, encoder.config
+    source, dtype = images.source, config.dtype
+    device, shape = encoder.device, encoder.config.shape
     dataset = PackDataset(
-        source, images.catalog, config.patch_size, depth=config.shape.depth, merge_rate=setting.merge_rate
+        source, images.catalog, encoder.config.patch_size, depth=shape.depth, merge_rate=config.merge_rate
     )
-    for batch in make_loader(dataset, packs, setting.workers, pin_memory=device.type == "cuda"):
+    for batch in make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda"):
         moved = batch.to(device, non_blocking=True)
         outputs: list[Tensor] = []
         if len(batch.image_ids):
@@ -149,18 +149,18 @@ class Tokens(NamedTuple):
     """int64 [N], or None where the source has none."""
 
 
-def check_space(protocol: str, encoder: Encoder, sources: Iterable[LabelledSource], setting: InferenceConfig) -> None:
+def check_space(protocol: str, encoder: Encoder, sources: Iterable[LabelledSource], config: InferenceConfig) -> None:
     """Check that the tokens of all sources fit on the main rank's disk, before any is computed.
 
     Raises:
         RequestError: they do not fit; the message gives both figures.
     """
     tokens = sum(
-        int(pack.grids.prod(axis=1).sum()) for images in sources for pack in packs_of(encoder, images.catalog, setting)
+        int(pack.grids.prod(axis=1).sum()) for images in sources for pack in packs_of(encoder, images.catalog, config)
     )
     folder = cache_folder()
     exists = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    needed, free = TOKEN_BYTES * encoder.width * tokens, setting.ranks.gather(shutil.disk_usage(exists).free)[0]
+    needed, free = TOKEN_BYTES * encoder.width * tokens, config.ranks.gather(shutil.disk_usage(exists).free)[0]
     if needed > free:
         raise RequestError(
             f"{protocol} needs {needed / 1e9:,.1f} GB in {folder} for the features of {tokens:,} patches, but only "
@@ -171,7 +171,7 @@ def check_space(protocol: str, encoder: Encoder, sources: Iterable[LabelledSourc
 
 @contextmanager
 def stored_tokens(
-    encoder: Encoder, images: LabelledSource, setting: InferenceConfig, counting: Counting
+    encoder: Encoder, images: LabelledSource, config: InferenceConfig, counting: Counting
 ) -> Iterator[Tokens]:
     """Give the tokens of all images after the last LayerNorm, for as long as the context lasts, to the main rank.
 
@@ -189,7 +189,7 @@ def stored_tokens(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         with counting(source.name, len(catalog.rows)) as progress:
-            for part, left_out in _tokens_of_packs(encoder, images, setting):
+            for part, left_out in _tokens_of_packs(encoder, images, config):
                 unreadable |= left_out
                 if len(part.image_ids):
                     file.write(part.values.view(torch.uint8).numpy().data)
@@ -210,15 +210,15 @@ def stored_tokens(
         )
 
 
-def help_store(encoder: Encoder, sources: Iterable[LabelledSource], setting: InferenceConfig) -> None:
+def help_store(encoder: Encoder, sources: Iterable[LabelledSource], config: InferenceConfig) -> None:
     """Do what every other rank does while the main one enters `stored_tokens` of these, one after the other."""
     for images in sources:
-        for _ in _tokens_of_packs(encoder, images, setting):
+        for _ in _tokens_of_packs(encoder, images, config):
             pass
 
 
 def _tokens_of_packs(
-    encoder: Encoder, images: LabelledSource, setting: InferenceConfig
+    encoder: Encoder, images: LabelledSource, config: InferenceConfig
 ) -> Iterator[tuple[Tokens, dict[int, str]]]:
     """Yield the tokens of each pack's images, on the CPU, and row and reason of those that could not be decoded."""
 
@@ -228,7 +228,7 @@ def _tokens_of_packs(
         lengths = torch.tensor(shown.packed.segments.lengths)
         return Tokens(values, lengths, shown.packed.grids, shown.image_ids, shown.labels), dict(batch.unreadable)
 
-    return reduced_packs(encoder, images, packs_of(encoder, images.catalog, setting), setting, reduce)
+    return reduced_packs(encoder, images, packs_of(encoder, images.catalog, config), config, reduce)
 
 
 def warn_of_unreadable(source: Source, unreadable: Mapping[int, str]) -> None:

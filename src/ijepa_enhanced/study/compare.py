@@ -3,7 +3,8 @@
 Seeds differ too, so the means of two arms are never the same. An arm is called higher or lower than the first arm only
 if a test says so: Welch's t-test over the runs of both, which allows the two arms different spreads. A study makes one
 test for each further arm and each of `TESTED`, and Holm's correction covers all of them together: if no arm differs
-from the first one, the chance that any verdict of the study says otherwise is at most 5%.
+from the first one, the chance that any verdict of the study says otherwise is at most 5%. That holds for seeds that are
+fixed in advance, not for seeds that are added until a test says so. An arm with failed runs is not tested.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def _statistics(arm: str, runs: Sequence[Row]) -> dict[str, Any]:
     return line
 
 
+def _failed(runs: Sequence[Row]) -> bool:
+    """Return whether any of some runs has no scores."""
+    return any(row.linear is None for row in runs)
+
+
 def _values(runs: Sequence[Row], name: str) -> list[float]:
     """Return a score of all runs that have it; NAME_gain is NAME minus that of the random start."""
     score, gain, _ = name.partition("_gain")
@@ -79,11 +85,14 @@ def _values(runs: Sequence[Row], name: str) -> list[float]:
 
 
 def _p_values(runs: dict[str, list[Row]]) -> dict[tuple[str, str], float]:
-    """Return the corrected p-value of each test of the study that can be made, by arm and score."""
-    first, *others = runs.values()
+    """Return the corrected p-value of each test of the study that can be made, by arm and score.
+
+    None is made of an arm with failed runs: those that did not fail may be the better ones.
+    """
+    first, *others = ([] if _failed(own) else own for own in runs.values())
     tests = {
         (own[0].arm, score): welch(_values(own, score), _values(first, score))
-        for own, score in itertools.product(others, TESTED)
+        for own, score in itertools.product(filter(None, others), TESTED)
     }
     made = {test: p for test, p in tests.items() if p is not None}
     return dict(zip(made, holm(list(made.values())), strict=True))
@@ -94,9 +103,11 @@ def _verdict(arm: str, runs: dict[str, list[Row]], corrected: dict[tuple[str, st
     first = next(iter(runs))
     if arm == first:
         return "the others are compared with this arm"
-    if min(len(_values(runs[name], "linear")) for name in (first, arm)) < 2:
-        seeds = {row.seed for name in (first, arm) for row in runs[name]}
-        return "one seed: not tested" if len(seeds) == 1 else "not tested: fewer than two scored runs"
+    failed = [name for name in (first, arm) if _failed(runs[name])]
+    if failed:
+        return f"not tested: failed runs of {' and '.join(failed)}"
+    if min(len(runs[name]) for name in (first, arm)) < 2:
+        return "one seed: not tested"
     said = []
     for score, title in TESTED.items():
         p = corrected.get((arm, score))

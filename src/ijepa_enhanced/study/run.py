@@ -23,7 +23,7 @@ from ijepa_enhanced.evaluate.protocol import Scoring, score
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.study.compare import write_summary
-from ijepa_enhanced.study.config import NATIVE, StudyConfig, load_study
+from ijepa_enhanced.study.config import NATIVE, StudyConfig
 from ijepa_enhanced.study.rows import Row, read_rows, write_rows
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 PACE_STEPS = 20
 """Steps that time an arm; the first half only warms up."""
-SCORING = ("val", "train", "resolution", "seconds")
-"""Settings that all rows of a study must share, and that the configuration of a run does not record."""
+SCORING = "scoring.yaml"
+"""What all rows of a study must share, and the configuration of a run does not record."""
 
 
 def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]], TrainConfig]) -> list[Row]:
@@ -58,10 +58,17 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
     configs = {arm: configure(shlex.split(f"{study.common} {flags}")) for arm, flags in study.arms.items()}
     train_source = study.train or next(iter(configs.values())).data.source
     images = labelled_pair(train_source, study.val)
-    _check_same(study, configs, folder)
+    scoring = {
+        "val": study.val,
+        "train": train_source,  # when the study continues, another arm may be the first one
+        "resolution": study.resolution,
+        "seconds": study.seconds,
+        "images": [part.catalog.hash for part in images],
+    }
+    _check_same(study, scoring, configs, folder)
     make_folder(folder)
-    with replacing(folder / "study.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(dataclasses.asdict(study), sort_keys=False))
+    with replacing(folder / SCORING) as temporary:
+        temporary.write_text(yaml.safe_dump(scoring, sort_keys=False))
     # A run that failed before it had a folder costs nothing to repeat, and its flags may have changed.
     rows = [row for row in read_rows(folder / "study.csv") if (folder / f"{row.arm}-{row.seed}").is_dir()]
     done = {(row.arm, row.seed) for row in rows}
@@ -79,18 +86,22 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
     return rows
 
 
-def _check_same(study: StudyConfig, configs: dict[str, TrainConfig], folder: Path) -> None:
+def _check_same(study: StudyConfig, scoring: dict[str, Any], configs: dict[str, TrainConfig], folder: Path) -> None:
     """Raise RequestError if `folder` holds runs that were trained or scored differently from what `study` asks for.
 
     Further seeds and arms are no such difference.
     """
-    if (folder / "study.yaml").is_file():
-        before = load_study(folder / "study.yaml")
-        for name in SCORING:
-            was, asked = getattr(before, name), getattr(study, name)
-            if was != asked:
+    if (folder / SCORING).is_file():
+        before = yaml.safe_load((folder / SCORING).read_text())
+        for name, value in scoring.items():
+            if before[name] != value and name == "images":
                 raise RequestError(
-                    f"The runs in {folder} used {name} = {was}, but the study file now has {name} = {asked}. "
+                    f"The runs in {folder} were scored on other images: those of {scoring['train']} or {study.val} "
+                    "have changed. Choose another --out."
+                )
+            if before[name] != value:
+                raise RequestError(
+                    f"The runs in {folder} used {name} = {before[name]}, but the study file now has {name} = {value}. "
                     "Restore the old value, or choose another --out."
                 )
     for (arm, config), seed in itertools.product(configs.items(), study.seeds):
@@ -146,10 +157,10 @@ def _scores(folder: Path, resolution: int | str | None, images: Sequence[Labelle
     encoder = Encoder.from_pretrained(folder).to(device)
     trained = encoder.preprocessing.resolution
     pixels = trained if resolution is None else None if resolution == NATIVE else int(resolution)
-    setting = InferenceConfig(pixels, autocast_dtype("auto", device))
+    config = InferenceConfig(pixels, autocast_dtype("auto", device))
 
     def of(encoder: Encoder) -> dict[str, float]:
-        train, val = (extract(encoder, part, setting, cache=True) for part in images)
+        train, val = (extract(encoder, part, config, cache=True) for part in images)
         return score(train, val, how=Scoring(device=device))
 
     found, start = of(encoder), of(random_start(encoder, folder))

@@ -15,7 +15,7 @@ from ijepa_enhanced.data.inputs import ImageLike
 from ijepa_enhanced.encoder import Encoder, Resolution
 from ijepa_enhanced.visualize.views import MARGIN, enlarged, save_png, sheet_of
 
-SIDE = 280
+RESOLUTION = 280
 """sqrt(height * width) of each picture, in pixels."""
 COMPONENTS = 3
 """Red, green and blue."""
@@ -112,7 +112,7 @@ def draw_features(
     pictures = []
     for patches, features, colours in zip(views, maps, pca_maps(maps), strict=True):
         rows, cols = features.shape[:2]
-        cell = max(4, round(SIDE / (rows * cols) ** 0.5))
+        cell = max(4, round(RESOLUTION / (rows * cols) ** 0.5))
         pixels = unpatchify(patches.numpy(), rows, cols, encoder.config.patch_size)
         shown = [
             np.array(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)),

@@ -13,7 +13,7 @@ from ijepa_enhanced.visualize.views import enlarged, sheet_of
 
 DEPTHS = 3
 """Layers shown, spread evenly; the last one is the last layer."""
-SIDE = 230
+RESOLUTION = 230
 """sqrt(height * width) of each picture, in pixels."""
 CAPTION = 18
 """Height of the line of text above a picture, in pixels."""
@@ -57,7 +57,7 @@ def draw_merges(encoder: Encoder, image: ImageLike, resolution: Resolution, merg
     """
     pixels, stages = regions(encoder, image, resolution, merge_rate)
     rows, cols = stages[0].shape
-    cell = max(4, round(SIDE / (rows * cols) ** 0.5))
+    cell = max(4, round(RESOLUTION / (rows * cols) ** 0.5))
     whole = Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)
     pictures = [_captioned(np.asarray(whole), f"{rows * cols} patches")]
     for number in np.linspace(0, len(stages), min(DEPTHS, len(stages)) + 1)[1:].round().astype(int).tolist():

@@ -40,8 +40,8 @@ class Run:
     log: list[dict[str, Any]]
     progress: dict[str, Any]
     """progress.json of the newest checkpoint; empty if there is none."""
-    evaluation: dict[str, dict[str, float]]
-    """Scores by subject, if an evaluation was saved."""
+    evaluation: dict[str, dict[str, float | None]]
+    """Scores by subject, if an evaluation was saved; None is a speed that is not known."""
     evaluated_with: dict[str, Any]
     """The settings of that evaluation."""
     images: TrainedOn | None
@@ -91,7 +91,7 @@ def read_run(folder: Path, name: str) -> Run:
     missing: list[str] = []
     log: list[dict[str, Any]] = []
     progress: dict[str, Any] = {}
-    evaluation: tuple[dict[str, dict[str, float]], dict[str, Any]] = {}, {}
+    evaluation: tuple[dict[str, dict[str, float | None]], dict[str, Any]] = {}, {}
     images = encoder = None
     with _noting(missing, "The log cannot be read"):
         log = _read_log(folder / "log.jsonl")
@@ -110,7 +110,7 @@ def read_run(folder: Path, name: str) -> Run:
         missing.append(
             "There is no encoder, which is saved with the first checkpoint: feature maps and neighbours are not shown."
         )
-    if is_remote(config["data"]["source"]):
+    if may_download(config["data"]["source"]):
         missing.append(f"The images are not shown, because they are remote: {config['data']['source']}.")
     else:
         with _noting(missing, "The images are not shown, because they cannot be opened"):
@@ -136,17 +136,17 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _read_evaluation(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _read_evaluation(path: Path) -> tuple[dict[str, dict[str, float | None]], dict[str, Any]]:
     """Return the scores by subject, and the settings that they were found with."""
     content = dict(json.loads(path.read_text()))
     scores = {
-        subject: {name: float(value) for name, value in dict(found).items()}
+        subject: {name: None if value is None else float(value) for name, value in dict(found).items()}
         for subject, found in dict(content["scores"]).items()
     }
     return scores, dict(content.get("settings", {}))
 
 
-def is_remote(source: str) -> bool:
+def may_download(source: str) -> bool:
     """Return whether any part of a source lies on another machine, so that opening it might download it."""
     return "://" in source and not Path(source).expanduser().exists()
 

@@ -65,8 +65,8 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
         for _, run, encoder in trained:
             encoder.to(device)
             resolution, workers = encoder.preprocessing.resolution, run.config["data"]["workers"]
-            setting = InferenceConfig(resolution, autocast_dtype("auto", device), workers=workers)
-            features = extract(encoder, gallery, setting)
+            config = InferenceConfig(resolution, autocast_dtype("auto", device), workers=workers)
+            features = extract(encoder, gallery, config)
             neighbours.append(nearest(features, list(samples), NEIGHBOURS))
             maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples])))
     except (UnreadableImage, ValueError) as error:

@@ -51,7 +51,8 @@ def scores_section(runs: Sequence[Run]) -> str:
 def _how(runs: Sequence[Run]) -> str:
     """Say how the scores of each run were found; once, if all were found in the same way."""
     said = {run.name: _setting(run.evaluated_with) for run in runs}
-    if len(set(said.values())) == 1:
+    first, *others = ({**run.evaluated_with, "weights": None} for run in runs)
+    if all(record == first for record in others):
         return note(next(iter(said.values())))
     warning = note("These scores do not compare, because the runs were evaluated in different ways.")
     return warning + "".join(note(f"{name}: {text}") for name, text in said.items())
@@ -59,16 +60,19 @@ def _how(runs: Sequence[Run]) -> str:
 
 def _setting(settings: Mapping[str, Any]) -> str:
     """Say in a sentence which images were used, and how they were shown to the encoder."""
-    if not {"train", "val", "resolution"} <= settings.keys():
+    if "resolution" not in settings or not ("data" in settings or {"train", "val"} <= settings.keys()):
         return "evaluation.json does not say how the scores were found."
     resolution = settings["resolution"]
     size = f"at a resolution of {resolution} px" if isinstance(resolution, int) else "at their native size"
     rate = settings.get("merge_rate")
     merged = f", at a merge rate of {rate}" if rate else ""
-    return f"Scored on the images of {settings['val']}, {size}{merged}. The probes learned from {settings['train']}."
+    shown = f"{size}{merged}" + (f", with seed {settings['seed']}" if "seed" in settings else "")
+    if "data" in settings:
+        return f"Scored on a fifth of the images of {settings['data']}, {shown}. The probes learned from the others."
+    return f"Scored on the images of {settings['val']}, {shown}. The probes learned from {settings['train']}."
 
 
-def _score(name: str, scores: Mapping[str, float]) -> str:
+def _score(name: str, scores: Mapping[str, float | None]) -> str:
     value = scores.get(name)
     if value is None:
         return NOTHING

@@ -24,7 +24,7 @@ COLOURS = np.array(
 
 SHEET_WIDTH = 1200
 """Pixels across a picture."""
-VIEW_SIDE = 176
+VIEW_RESOLUTION = 176
 """sqrt(height * width) of a view in the picture of masks, in pixels."""
 VIEWS_SHOWN = 12
 MARGIN = 12
@@ -49,7 +49,7 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
         start, stop = bounds[view : view + 2]
         rows, cols = batch.packed.grids[view].tolist()
         pixels = unpatchify(batch.packed.values[start:stop].numpy(), rows, cols, patch_size)
-        cell = max(1, round(VIEW_SIDE / (rows * cols) ** 0.5))
+        cell = max(1, round(VIEW_RESOLUTION / (rows * cols) ** 0.5))
         whole = np.asarray(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC))
         masked = np.where(enlarged(_area(masks[view].context, rows, cols), cell)[..., None], whole, 255)
         targets = masks[view].targets

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ijepa_enhanced.data.listing import Listing, Texts
+from ijepa_enhanced.data.listing import Listing, Names, Texts
 from ijepa_enhanced.data.sources.base import HEAD, FileSource, fingerprint_of, sample
 from ijepa_enhanced.data.sources.labels import label_text, numbered
 from ijepa_enhanced.data.sources.names import (
@@ -39,9 +40,9 @@ class PathSource(FileSource):
     def _length(self, row: int) -> int:
         return os.stat(self._path(row)).st_size
 
-    def _sampled(self) -> list[tuple[str, str]]:
+    def _sampled(self, keys: Names) -> list[tuple[str, str]]:
         """Return the name and path of some images, for `fingerprint_of`."""
-        return [(self.key(row), self._path(row)) for row in sample(len(self))]
+        return [(keys[row], os.path.join(self.root, keys[row])) for row in sample(len(keys))]
 
 
 class FolderSource(PathSource):
@@ -61,8 +62,8 @@ class FolderSource(PathSource):
         """See `Source`."""
         found: list[str] = []
         others: list[str] = []
-        folders: list[str] = []
-        for key in self._walk(folders):
+        times: dict[str, str] = {}
+        for key in self._walk(times):
             (found if is_image(key.rpartition("/")[2]) else others).append(key)
         keys = sorted(found)
         passed_over = count_kinds(key.rpartition("/")[2] for key in others)
@@ -73,20 +74,28 @@ class FolderSource(PathSource):
             )
         self._check_splits(keys)
         tops = [key.partition("/")[0] for key in keys]
-        empty = {folder.partition("/")[0] for folder in folders if folder != "."} - set(tops)
+        empty = {folder.partition("/")[0] for folder in times if folder != "."} - set(tops)
         if empty:
             passed_over[f"folder{'s' * (len(empty) > 1)} without images"] = len(empty)
         classes = [top for top in set(tops) if label_text(top) is not None]
         outside = [key for top, key in zip(tops, keys, strict=True) if top == key]
-        if not classes or outside:
-            notes: tuple[str, ...] = ()
-            if classes and len(outside) < len(keys):
-                more = f" and {len(outside) - 1:,} more" if len(outside) > 1 else ""
-                notes = (f"The folders in {self.name} are not read as classes, because {outside[0]}{more} is in none.",)
-            return Listing(Texts.of(keys), folders=tuple(folders), notes=notes, passed_over=passed_over)
-        classes, numbers = numbered(classes)
-        labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
-        return Listing(Texts.of(keys), labels, classes, folders=tuple(folders), passed_over=passed_over)
+        labels: NDArray[np.int64] | None = None
+        notes: tuple[str, ...] = ()
+        if classes and not outside:
+            classes, numbers = numbered(classes)
+            labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
+        elif classes and len(outside) < len(keys):
+            more = f" and {len(outside) - 1:,} more" if len(outside) > 1 else ""
+            notes = (f"The folders in {self.name} are not read as classes, because {outside[0]}{more} is in none.",)
+        return Listing(
+            Texts.of(keys),
+            labels,
+            None if labels is None else classes,
+            folders=tuple(times),
+            notes=notes,
+            passed_over=passed_over,
+            fingerprint=self._fingerprint(times, Texts.of(keys)),
+        )
 
     def _check_splits(self, keys: list[str]) -> None:
         """Raise SourceError if the folders in this folder hold splits: their names would be taken for classes."""
@@ -101,16 +110,16 @@ class FolderSource(PathSource):
                     f"to {split}/{top} and {others[0]}/{top}."
                 )
 
-    def _walk(self, folders: list[str]) -> Iterator[str]:
-        """Yield the keys of all files, and append every folder to `folders`, relative to the root.
+    def _walk(self, times: dict[str, str]) -> Iterator[str]:
+        """Yield the keys of all files, and add every folder to `times`, relative to the root, see `_time`.
 
         Hidden folders count as files.
         """
         root = str(self.root)
         ways = {root: [os.path.realpath(root)]}  # the real paths of a folder and of all folders above it
+        times["."] = self._time(".")
         for folder, subfolders, files in os.walk(root, onerror=cannot_list, followlinks=True):
             inside = Path(folder).relative_to(self.root).as_posix()
-            folders.append(inside)
             way = ways.pop(folder)
             for name in subfolders.copy():
                 real = os.path.realpath(Path(folder, name))
@@ -121,6 +130,8 @@ class FolderSource(PathSource):
                         yield name
                 else:
                     ways[os.path.join(folder, name)] = [*way, real]
+                    key = name if inside == "." else f"{inside}/{name}"
+                    times[key] = self._time(key)  # before it is listed: what is added later changes it
             for name in files:
                 yield name if inside == "." else f"{inside}/{name}"
 
@@ -135,13 +146,18 @@ class FolderSource(PathSource):
         and some bytes of up to `SAMPLE` images. In a larger source it misses images that are overwritten in
         place.
         """
-        times = []
-        for folder in self.listing.folders:
-            try:
-                times.append(f"{folder}\0{os.stat(self.root / folder).st_mtime_ns}")
-            except OSError as error:
-                times.append(f"{folder}\0{error.strerror}")
-        return hashlib.sha256("\n".join([*times, fingerprint_of(self._sampled())]).encode(errors="replace")).hexdigest()
+        return self._fingerprint({folder: self._time(folder) for folder in self.listing.folders}, self.listing.keys)
+
+    def _fingerprint(self, times: dict[str, str], keys: Names) -> str:
+        lines = [*(f"{folder}\0{time}" for folder, time in times.items()), fingerprint_of(self._sampled(keys))]
+        return hashlib.sha256("\n".join(lines).encode(errors="replace")).hexdigest()
+
+    def _time(self, folder: str) -> str:
+        """Return the time of a folder, or the reason why it has none."""
+        try:
+            return str(os.stat(self.root / folder).st_mtime_ns)
+        except OSError as error:
+            return str(error.strerror)
 
 
 def _holds(folder: str, path: str) -> bool:

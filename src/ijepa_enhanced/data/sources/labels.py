@@ -95,8 +95,9 @@ def number_labels(
     else:
         places = {key: number for number, key in enumerate(class_keys(classes))}
         numbers = {label: places.get(class_key(label), len(classes)) for label in found}
+        twice = repeated(classes)
         for label in found:
-            if class_key(label) in repeated(classes):
+            if class_key(label) in twice:
                 raise SourceError(
                     f"{source} has the label '{label}', and classes.txt lists that name more than once. Give every "
                     "class a name of its own, or write labels as numbers."

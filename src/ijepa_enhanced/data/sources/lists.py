@@ -64,7 +64,7 @@ class ListSource(PathSource):
 
     def fingerprint(self) -> str:
         """See `Source`; it knows the list, `classes.txt`, and size, time and some bytes of up to `SAMPLE` images."""
-        return fingerprint_of([("", self.path), (CLASSES, self.root / CLASSES), *self._sampled()])
+        return fingerprint_of([("", self.path), (CLASSES, self.root / CLASSES), *self._sampled(self.listing.keys)])
 
 
 def json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:

@@ -159,9 +159,12 @@ def _renumbered(listing: Listing, keys: list[int | str] | None) -> NDArray[np.in
     assert listing.labels is not None
     if listing.classes is None:
         return listing.labels
-    own = class_keys(listing.classes)
+    numbers: list[Any] = [*class_keys(listing.classes)]
+    if keys is not None:
+        places = {key: place for place, key in enumerate(keys)}
+        numbers = [places[key] for key in numbers]
     # The last number is that of -1, which is no label.
-    return np.array([*(own if keys is None else map(keys.index, own)), -1], dtype=np.int64)[listing.labels]
+    return np.array([*numbers, -1], dtype=np.int64)[listing.labels]
 
 
 def _joined_sizes(sizes: Sequence[Sizes]) -> Sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def open_source(spec: str, part: str = "train") -> Source:
     Raises:
         SourceError: there is no such source, or no image in it.
     """
-    if " + " in spec and not Path(spec).expanduser().exists():
+    if " + " in spec and not _exists(spec):
         mixed = [_split_weight(one.strip()) for one in spec.split(" + ")]
         return MixedSource([open_source(place, part) for place, _ in mixed], [weight for _, weight in mixed], spec)
     if spec == "synthetic":
@@ -47,7 +48,7 @@ def open_source(spec: str, part: str = "train") -> Source:
     if is_remote(place):
         raise SourceError(f"{place} is a remote source. Run ijepa prepare {place} FOLDER, then use FOLDER.")
     path = Path(place).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # where `Path.is_dir` fails on a pattern that is too long for a path
         return _open_folder(path, place, spec, part, columns)
     files = existing_files(str(path), spec)
     if len(files) == 1 and files[0].suffix.lower() in LISTS:
@@ -122,10 +123,15 @@ def is_remote(spec: str) -> bool:
     return re.match(r"[a-z0-9]+://", spec) is not None and not spec.startswith("hf://")
 
 
+def _exists(spec: str) -> bool:
+    """Return whether `spec` is a path; patterns may be too long for one, which `Path.exists` fails on."""
+    return os.path.exists(os.path.expanduser(spec))
+
+
 def _split_weight(spec: str) -> tuple[str, float]:
     """What stands before the `@` of a weight, which the names of files may have too, and the weight, or 1."""
     weighted = re.fullmatch(r"(.+)@(\d+\.?\d*|\.\d+)", spec)
-    if weighted is None or Path(spec).expanduser().exists():
+    if weighted is None or _exists(spec):
         return spec, 1.0
     place, weight = weighted.groups()
     if not float(weight):
@@ -136,7 +142,7 @@ def _split_weight(spec: str) -> tuple[str, float]:
 def _split_columns(spec: str) -> tuple[str, Columns]:
     """What stands before and after the `#` of columns or a key, which the names of files may have too."""
     place, hash_sign, chosen = spec.partition("#")
-    if not hash_sign or Path(spec).expanduser().exists():
+    if not hash_sign or _exists(spec):
         return spec, {}
     columns = dict(column.partition("=")[::2] for column in chosen.split(","))
     allowed = {"image", "label"} | ({"config"} if place.startswith("hf://") else set())

@@ -1,4 +1,7 @@
-"""Names of files with {a,b}, {000..012}, *, ? and [ab]. A path that exists is never a pattern."""
+"""Names of files with {a,b}, {000..012}, *, ? and [ab]. A path that exists is never a pattern.
+
+Patterns may be longer than a path can be. `os.path` says that there is no such file, and `pathlib` fails.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ def existing_files(pattern: str, spec: str) -> list[Path]:
         SourceError: files are missing.
     """
     files = [Path(pattern)]
-    if not files[0].exists():
+    if not os.path.exists(files[0]):
         folder, rest = _split(files[0])
         files = [file for expanded in expand(rest) for file in _matches(folder / expanded)]
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [str(file) for file in files if not os.path.isfile(file)]
     if len(files) > 1 and missing:
         raise SourceError(
             f"{len(missing)} of the {len(files)} files of {spec} are missing, the first is {missing[0]}. "
@@ -48,13 +51,13 @@ def expand(pattern: str) -> list[str]:
 
 def _split(path: Path) -> tuple[Path, str]:
     """Return the longest part of a path that is a folder, and the rest: only this can be a pattern."""
-    folder = next((parent for parent in path.parents if parent.is_dir()), path.parents[-1])
+    folder = next((parent for parent in path.parents if os.path.isdir(parent)), path.parents[-1])
     return folder, str(path.relative_to(folder))
 
 
 def _matches(path: Path) -> list[Path]:
     """Return the files of a pattern without braces, or the path itself if it exists or matches nothing."""
-    if path.exists():
+    if os.path.exists(path):
         return [path]
     folder, rest = _split(path)
     return [Path(name) for name in sorted(glob(os.path.join(escape(str(folder)), rest)))] or [path]
