@@ -106,9 +106,8 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     """Open the source, plan its packs, and check that they fit into memory; errors as for `train`."""
     source = open_source(config.data.source)
     with ranks.one_first():  # one rank scans the images, and the others read its catalog
-        # Only a new run, and only that rank, tries images again that the disk or the network did not give: one more
-        # image is another plan.
-        catalog = open_catalog(source, retry=not resume and not ranks.local_rank)
+        # One more readable image is another plan. So a resumed run keeps its images, and only rank 0 tries for more.
+        catalog = open_catalog(source, retry=not resume and ranks.main)
     unreadable = Unreadable(catalog, config.data.max_unreadable)
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
     own_packs = plan.share(ranks.world)
