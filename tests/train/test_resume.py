@@ -22,6 +22,7 @@ from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.meter import Meter
 from ijepa_enhanced.train.saved import load_config
+from ijepa_enhanced.train.signals import StopSignals
 
 RATES = ("views_per_second", "tokens_per_second", "data_wait", "monitor_seconds", "monitor_share")
 """What a log holds about the machine, not about the run."""
@@ -93,6 +94,24 @@ def test_stopping_at_any_step_and_resuming_changes_nothing(
         assert resumed.finished
         assert same_encoder(run, tmp_path / "whole")
         assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_only_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        with StopSignals() as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.requested
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert ended == []
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_stopping_before_the_first_step_changes_nothing(

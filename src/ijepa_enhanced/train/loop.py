@@ -240,6 +240,7 @@ class Run:
                 grad_norm = self.step(state, batches, shares)
                 due = monitor is not None and monitor.due(state.step)
                 if state.step % config.log_every == 0 or state.step == total or due:
+                    logger.warning("Received a signal to stop. Saving the run.")
                     self.log_step(state, grad_norm, log, bar, monitor if due else None)
                 if state.step % config.checkpoint_every == 0 or state.step == total:
                     self.save(state, grad_norm, log)
