@@ -27,7 +27,7 @@ class RunLog:
 
     Args:
         folder: of the run.
-        step: the step that the run continues from. TensorBoard hides the values that it has from there on.
+        step: the step that the run continues from. TensorBoard hides the values that it has of later steps.
         offset: length of `log.jsonl`, in bytes, when the checkpoint was saved. The rest is cut off, because those steps
             run again.
     """
@@ -35,7 +35,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, offset: int) -> None:
         self.file = (folder / "log.jsonl").open("ab")
         self.file.truncate(offset)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step) if SummaryWriter else None  # type: ignore[truthy-function]
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1) if SummaryWriter else None  # type: ignore[truthy-function]
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one line: the step and its values."""
@@ -62,8 +62,10 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `log.jsonl`."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """Return the lines of a run's `log.jsonl`, if there is one, without a last line that was cut off."""
+    path = folder / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class ProgressBar:

@@ -19,6 +19,7 @@ from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.masks import MaskConfig
+from ijepa_enhanced.train.logging import read_log
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def read_run(folder: Path, name: str) -> Run:
     evaluation: tuple[dict[str, dict[str, float]], dict[str, Any]] = {}, {}
     images = encoder = None
     with _noting(missing, "The log cannot be read"):
-        log = _read_log(folder / "log.jsonl")
+        log = read_log(folder)
         if not log:
             missing.append("There is no log: the run ended before it wrote one.")
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
@@ -128,12 +129,6 @@ def _noting(missing: list[str], sentence: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         missing.append(f"{sentence}: {str(error).rstrip('.')}.")
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the log, without a last line that was cut off."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _read_evaluation(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
