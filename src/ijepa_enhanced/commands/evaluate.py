@@ -52,8 +52,8 @@ DETAILS = ("_top5", "_mean_per_class", "_low", "_high", "images_per_second")
 """Ends of the names of scores that have no row in the table."""
 
 Scores = dict[str, float]
-Setting = tuple[int | None, float]
-"""A resolution in pixels, None for native size, and a merge rate."""
+Combination = tuple[int | None, float]
+"""One point of a sweep: a resolution in pixels, None for native size, and a merge rate."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,22 @@ def evaluate(work: Work) -> int:
         return 0
     show(evaluation)
     if Path(options.run, "config.yaml").is_file():
+    if Path(options.run, "config.yaml").is_file():
+        path = Path(options.run, "evaluation.json")
+        with only_printed(path):
+            save(evaluation, settings_record(work), path)
         save(evaluation, settings_record(work), Path(options.run, "evaluation.json"))
     print_json(options, evaluation["random start" if options.random_init else "trained"])
     return 0
+@contextmanager
+def only_printed(path: Path) -> Iterator[None]:
+    """Warn if scores cannot be written to `path`, and go on: hours of scoring must not end without a result."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("The scores are only printed, because %s cannot be written: %s.", path, error.strerror or error)
+
+
 
 
 def scores_of(work: Work, encoder: Encoder | None) -> Scores:
@@ -283,14 +296,14 @@ def sweep_settings(options: EvaluateOptions) -> dict[str, list[Any]]:
     return found
 
 
-def settings_of(swept: dict[str, list[Any]], config: InferenceConfig) -> list[Setting]:
+def settings_of(swept: dict[str, list[Any]], config: InferenceConfig) -> list[Combination]:
     """Return each combination once; what a sweep does not name has the value of its own option."""
     resolutions = swept.get("resolution", [config.resolution])
     rates = swept.get("merge_rate", [config.merge_rate])
     return list(dict.fromkeys(itertools.product(resolutions, rates)))
 
 
-def sweep(work: Work, settings: list[Setting]) -> int:
+def sweep(work: Work, settings: list[Combination]) -> int:
     """Score one encoder at several settings, and print and write which one to choose."""
     options, config = work.options, work.config
     name, encoder = "trained", work.encoder
@@ -339,10 +352,11 @@ def show_sweep(points: list[Point], folder: Path) -> None:
     )
     print_table(table)
     print(advice(points))
-    write_points(points, folder / "sweep.csv")
-    print(folder / "sweep.csv")
-    if draw_frontier(points, folder / "sweep.png"):
-        print(folder / "sweep.png")
+    with only_printed(folder / "sweep.csv"):
+        write_points(points, folder / "sweep.csv")
+        print(folder / "sweep.csv")
+        if draw_frontier(points, folder / "sweep.png"):
+            print(folder / "sweep.png")
 
 
 @contextmanager

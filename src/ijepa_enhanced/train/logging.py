@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -95,7 +96,8 @@ class ProgressBar:
         if self.plain and (now - self.last_line >= PLAIN_SECONDS or done == self.total):
             # Seconds per step of this process, not counting the steps before it resumed.
             left = (now - self.started) / max(1, done - self.start) * (self.total - done)
-            print(f"{done}/{self.total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # a run does not need its stderr, which may be a full disk or closed
+                print(f"{done}/{self.total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
             self.last_line = now
 
     def __enter__(self) -> Self:
@@ -105,4 +107,5 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         if not self.plain:
-            self.bar.stop()
+            with suppress(OSError, ValueError):
+                self.bar.stop()
