@@ -19,7 +19,7 @@ from ijepa_enhanced.commands.options import DEFAULT_PROTOCOLS, EvaluateOptions, 
 from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_json, print_table, share_cores
 from ijepa_enhanced.config import build
 from ijepa_enhanced.devices import autocast_dtype, default_workers
-from ijepa_enhanced.distributed import Ranks, ranks_of_run
+from ijepa_enhanced.distributed import WORK_TIMEOUT, Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate import labelled
@@ -89,7 +89,7 @@ def run(options: EvaluateOptions) -> int:
     finetune = build(FinetuneConfig, options.finetune)
     workers = default_workers() if options.workers is None else options.workers
     share_cores(workers)
-    with ranks_of_run() as ranks:
+    with ranks_of_run(WORK_TIMEOUT) as ranks:  # rank 0 scores alone
         encoder = Encoder.from_pretrained(options.run).to(ranks.device)
         dtype = autocast_dtype("auto", ranks.device)
         config = InferenceConfig(encoder.pixels(options.resolution), dtype, options.merge_rate, workers, ranks=ranks)
@@ -148,14 +148,14 @@ def evaluate(work: Work) -> int:
     if not work.config.ranks.main:
         return 0
     show(evaluation)
-    if Path(options.run, "config.yaml").is_file():
+    print_json(options, evaluation["random start" if options.random_init else "trained"])
     if Path(options.run, "config.yaml").is_file():
         path = Path(options.run, "evaluation.json")
         with only_printed(path):
             save(evaluation, settings_record(work), path)
-        save(evaluation, settings_record(work), Path(options.run, "evaluation.json"))
-    print_json(options, evaluation["random start" if options.random_init else "trained"])
     return 0
+
+
 @contextmanager
 def only_printed(path: Path) -> Iterator[None]:
     """Warn if scores cannot be written to `path`, and go on: hours of scoring must not end without a result."""
@@ -163,8 +163,6 @@ def only_printed(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         logger.warning("The scores are only printed, because %s cannot be written: %s.", path, error.strerror or error)
-
-
 
 
 def scores_of(work: Work, encoder: Encoder | None) -> Scores:

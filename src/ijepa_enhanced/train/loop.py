@@ -114,7 +114,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     first_epoch = plan.epoch(0)
     log_left_out(first_epoch, config)
     free = free_memory()
-    ranks.gather(None)  # a barrier: every rank measures before the first one allocates
+    ranks.wait()  # every rank measures before the first one allocates
     # A rank holds the packs of this step and of the last one. For a GPU they are pinned, which is not shared memory.
     held = 0 if ranks.device.type == "cuda" else 2 * own_packs
     check_shared_memory(
@@ -130,6 +130,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     return TrainingImages(source, catalog, unreadable, plan, first_epoch)
 
 
+        ranks.wait()  # one machine may read its images much faster than another
 def write_config(config: TrainConfig, folder: Path) -> None:
     """Create the run's folder and write its configuration.
 
