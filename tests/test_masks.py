@@ -274,6 +274,10 @@ def test_what_gives_way_when_nothing_is_left_for_the_context(
             "masks.min_target_aspect and masks.max_target_aspect must satisfy 0 < min <= max, not 0 and 1.5.",
         ),
         (
+            {"max_target_aspect": math.inf},
+            "masks.min_target_aspect and masks.max_target_aspect must satisfy 0 < min <= max, not 0.75 and inf.",
+        ),
+        (
             {"min_context_area": -0.5},
             "masks.min_context_area and masks.max_context_area must satisfy 0 < min <= max <= 1, not -0.5 and 1.",
         ),

@@ -266,11 +266,12 @@ class Run:
         losses, grad_norm = train_step(
             self.model, self.optimizer, filled, size, settings, self.config.optim.clip, self.autocast, self.ranks
         )
-        state.meter.add_step(losses, filled)
         views = sum(share.views for share in shares)
         state.advance(views // self.config.data.masked_views, [share.last for share in shares])
         return grad_norm
 
+        if views:  # a step in which no rank could read an image has no loss
+            state.meter.add_step(losses, filled)
     def log_step(
         self,
         state: TrainState,
