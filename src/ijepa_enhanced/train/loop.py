@@ -28,7 +28,7 @@ from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.errors import RunError
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.files import remove_partials, replacing
 from ijepa_enhanced.jepa import JEPA, StepSize
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.train.config import TrainConfig
@@ -88,6 +88,8 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         if resume and not state.load(run.checkpoints, run.model, run.optimizer, ranks):
             logger.warning("%s has no checkpoint yet. Training starts from the first step.", folder)
         run.introduce(state)
+        if resume:
+            state.history.load_best(folder / "best", state.step)
         return run.loop(state)
 
 
@@ -200,7 +202,7 @@ class Run:
         if state.step == self.total:
             logger.warning("%s is finished: all %d steps are done.", self.folder, self.total)
             if self.ranks.main:  # the run may have stopped after its last checkpoint and before it wrote the encoder
-                self.encoder.save_pretrained(self.folder / "encoder")
+                self.save_encoder("encoder")
         else:
             data = self.config.data
             logger.info(
@@ -298,7 +300,8 @@ class Run:
         if monitor:
             values |= monitor.probe(state.step, self.encoder, self.autocast, self.ranks)
             if self.ranks.main and state.history.best_step == state.step:
-                self.encoder.save_pretrained(self.folder / "best")
+                self.save_encoder("best")
+                state.history.save_best(self.folder / "best")
             state.meter.restart_clock()  # the time of the probe is not training time
         if log:
             log.write(state.step, values)
@@ -317,7 +320,12 @@ class Run:
         facts = {"config": dataclasses.asdict(self.config), "log_bytes": log.sync() if log else 0}
         state.save(self.checkpoints, self.model, self.optimizer, self.ranks, facts)
         if self.ranks.main:
-            self.encoder.save_pretrained(self.folder / "encoder")
+            self.save_encoder("encoder")
+
+    def save_encoder(self, name: str) -> None:
+        """Write the teacher into the folder `name` of the run. Only rank 0 calls this."""
+        remove_partials(self.folder / name)
+        self.encoder.save_pretrained(self.folder / name)
 
 
 class Share(NamedTuple):
