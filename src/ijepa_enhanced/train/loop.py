@@ -73,10 +73,11 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         SourceError: the images cannot be found, or there is too little memory for `data.cache` or `data.workers`.
         PlanError: too few images are large enough to train on, or the ranks cannot share the packs of a step evenly.
         FileExistsError: `folder` exists and `resume` is not set.
-        ResumeError: the checkpoint is of another plan or architecture.
+        ResumeError: the checkpoint is of another plan.
         RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
         RankError: a rank is gone, has no GPU, or differs from the others.
-        CheckpointError: a checkpoint cannot be written.
+        CheckpointError: a checkpoint cannot be written, or the newest one cannot be read or is of another architecture.
+        OSError: the configuration, the log or an encoder cannot be written.
     """
     with ranks_of_run() as ranks:
         # Opened first, so that a wrong source leaves no folder behind.
@@ -87,9 +88,9 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         state = TrainState(images.plan.hash, images.unreadable)
         if resume and not state.load(run.checkpoints, run.model, run.optimizer, ranks):
             logger.warning("%s has no checkpoint yet. Training starts from the first step.", folder)
-        run.introduce(state)
         if resume:
             state.history.load_best(folder / "best", state.step)
+        run.introduce(state)
         return run.loop(state)
 
 
@@ -129,10 +130,10 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     )
     if config.data.cache == "memory":
         source = InMemory(source, free, ranks.local_world_size)
+        ranks.wait()  # one machine may read its images much faster than another
     return TrainingImages(source, catalog, unreadable, plan, first_epoch)
 
 
-        ranks.wait()  # one machine may read its images much faster than another
 def write_config(config: TrainConfig, folder: Path) -> None:
     """Create the run's folder and write its configuration.
 
@@ -239,11 +240,11 @@ class Run:
                 # Every rank learns the size of the whole step, and all stop at the same step.
                 shares = ranks.gather(Share.of(batches, stop.requested))
                 if any(share.stop for share in shares):
+                    logger.warning("Received a signal to stop. Saving the run.")
                     break
                 grad_norm = self.step(state, batches, shares)
                 due = monitor is not None and monitor.due(state.step)
                 if state.step % config.log_every == 0 or state.step == total or due:
-                    logger.warning("Received a signal to stop. Saving the run.")
                     self.log_step(state, grad_norm, log, bar, monitor if due else None)
                 if state.step % config.checkpoint_every == 0 or state.step == total:
                     self.save(state, grad_norm, log)
@@ -269,11 +270,11 @@ class Run:
             self.model, self.optimizer, filled, size, settings, self.config.optim.clip, self.autocast, self.ranks
         )
         views = sum(share.views for share in shares)
+        if views:  # a step in which no rank could read an image has no loss
+            state.meter.add_step(losses, filled)
         state.advance(views // self.config.data.masked_views, [share.last for share in shares])
         return grad_norm
 
-        if views:  # a step in which no rank could read an image has no loss
-            state.meter.add_step(losses, filled)
     def log_step(
         self,
         state: TrainState,

@@ -46,8 +46,8 @@ class Run:
     evaluated_with: dict[str, Any]
     """The settings of that evaluation."""
     images: TrainedOn | None
-    encoder: Encoder | None
-    """The last teacher."""
+    encoder: Path | None
+    """Where the last teacher is, if it can be read."""
     missing: tuple[str, ...]
     """A sentence for everything that is missing."""
 
@@ -106,7 +106,8 @@ def read_run(folder: Path, name: str) -> Run:
         missing.append("There is no checkpoint: the run ended before it saved one.")
     if (folder / "encoder").exists():
         with _noting(missing, "The encoder cannot be read"):
-            encoder = Encoder.from_pretrained(folder)
+            Encoder.from_pretrained(folder)  # not kept: several runs may not fit into memory together
+            encoder = folder
     else:
         missing.append(
             "There is no encoder, which is saved with the first checkpoint: feature maps and neighbours are not shown."
