@@ -188,7 +188,8 @@ def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, 
     start = scores(evaluate(tmp_path / "run", pictures, pictures, "--random-init"))
     assert start == untrained
     assert start != scores(evaluate(run.folder, pictures, pictures, "--random-init")), "the seed is the run's"
-    assert start == scores(evaluate(tmp_path / "run" / "encoder", pictures, pictures, "--random-init"))
+    with contextlib.chdir(tmp_path / "run" / "encoder"):
+        assert start == scores(evaluate(Path(), pictures, pictures, "--random-init"))
 
 
 def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> None:
@@ -212,6 +213,22 @@ def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
     # Programs get the scores of what was asked about.
     assert scores(answer) == trained
     assert scores(evaluate(run.folder, pictures, pictures, "--baselines", "--random-init")) == start
+
+
+@pytest.mark.parametrize("more", [[], ["--sweep", "merge_rate=0,0.5"]])
+def test_scores_that_cannot_be_saved_are_printed(
+    more: list[str], run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for module in ("commands.evaluate", "evaluate.sweep"):
+        monkeypatch.setattr(f"ijepa_enhanced.{module}.replacing", read_only)
+    answer = evaluate(run.folder, pictures, pictures, *more)
+    path = run.folder / ("sweep.csv" if more else "evaluation.json")
+    said = f"The scores are only printed, because {path} cannot be written: Read-only file system."
+    assert (answer.code, answer.err[-1]) == (0, said)
+    assert answer.json["linear"] == 1.0
 
 
 def test_class_numbers_may_be_any(run: Run, pictures: Path, tmp_path: Path) -> None:
@@ -559,6 +576,20 @@ def test_a_run_whose_pictures_fail_is_a_finished_run(
     assert (answer.code, answer.json["steps"], answer.out[:-1]) == (0, 4, [str(tmp_path / "run")])
     said = f"Some pictures could not be drawn. `ijepa report {tmp_path / 'run'}` tries again. The reason: "
     assert answer.err[-1] == f"{said}[Errno {errno.ENOSPC}] No space left on device"
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_does_not_need_its_stderr(pictures: Path, tmp_path: Path) -> None:
+    with contextlib.redirect_stderr(Full()), contextlib.redirect_stdout(io.StringIO()):
+        flags = [f"--{key}={value}" for key, value in TINY.items()]
+        assert cli.main(["train", str(pictures), "--run", str(tmp_path / "run"), *flags]) == 0
+        assert cli.main(["train", "--run", str(tmp_path / "run")]) == 2
 
 
 @pytest.mark.parametrize("damage", ["weights", "configuration"])

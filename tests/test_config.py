@@ -277,6 +277,7 @@ def test_resuming_allows_what_does_not_touch_the_result() -> None:
         ({"steps": 0}, "steps must be at least 1, not 0."),
         ({"epochs": 0.0}, "epochs must be above 0, not 0.0."),
         ({"epochs": float("nan")}, "epochs must be above 0, not nan."),
+        ({"epochs": float("inf")}, "epochs must be finite, not inf."),
         ({"seed": -1}, "seed must be at least 0 and below 2**63, not -1."),
         ({"log_every": 0}, "log_every must be at least 1, not 0."),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0."),

@@ -1,10 +1,12 @@
 """How many cores decode and compute."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from ijepa_enhanced import devices
 from ijepa_enhanced.devices import all_cores, default_workers, threads
 from ijepa_enhanced.evaluate import protocol
 from ijepa_enhanced.evaluate.features import Features
@@ -14,6 +16,7 @@ from ijepa_enhanced.evaluate.tokens import InferenceConfig
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(devices, "CPU_LIMIT", Path(os.devnull))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
@@ -26,6 +29,18 @@ def test_all_cores_decode_and_the_ranks_of_a_machine_share_them(monkeypatch: pyt
     assert default_workers() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
     assert default_workers() == 1
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize(
+    ("limit", "workers"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)]
+)
+def test_a_container_has_the_cores_of_its_limit(
+    limit: str, workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(devices, "CPU_LIMIT", tmp_path / "cpu.max")
+    assert default_workers() == workers
 
 
 @pytest.mark.usefixtures("eight_cores")

@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -89,6 +90,34 @@ def test_an_error_leaves_the_older_file_and_no_rest(tmp_path: Path, failure: typ
 def test_an_error_before_anything_is_written_is_the_one_that_is_seen(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "log"):
         raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("unable", [None, errno.EINVAL])
+def test_file_and_folder_are_on_disk_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unable: int | None
+) -> None:
+    """The file before it has its name, and the folder after that."""
+    flushed = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, (tmp_path / "log").exists()))
+        if unable:
+            raise OSError(unable, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replacing(tmp_path / "log") as temporary:
+        temporary.write_text("whole")
+    assert flushed == [((tmp_path / "log").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"), replacing(tmp_path / "log") as temporary:
+        temporary.write_text("whole")
     assert names(tmp_path) == []
 
 

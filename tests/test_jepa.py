@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -467,9 +468,10 @@ def test_a_student_that_merges_learns_through_its_means(make_batch: MakeBatch) -
     assert (around[0] - around[1]) / (2 * step) == pytest.approx(slope, rel=0.01)
 
 
-def test_a_negative_weight_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"^objective\.vicreg_weight must be at least 0, not -0\.1\.$"):
-        ObjectiveConfig(vicreg_weight=-0.1)
+@pytest.mark.parametrize(("weight", "rule"), [(-0.1, "at least 0"), (math.nan, "at least 0"), (math.inf, "finite")])
+def test_a_weight_that_is_negative_or_not_finite_is_an_error(weight: float, rule: str) -> None:
+    with pytest.raises(ValueError, match=rf"^objective\.vicreg_weight must be {rule}, not {weight}\.$"):
+        ObjectiveConfig(vicreg_weight=weight)
 
 
 def test_an_objective_without_any_term_is_an_error() -> None:

@@ -276,6 +276,10 @@ def test_what_gives_way_when_nothing_is_left_for_the_context(
             "masks.min_target_aspect (0) and masks.max_target_aspect (1.5) must be in ascending order, above 0.",
         ),
         (
+            {"max_target_aspect": math.inf},
+            "masks.min_target_aspect and masks.max_target_aspect must satisfy 0 < min <= max, not 0.75 and inf.",
+        ),
+        (
             {"min_context_area": -0.5},
             "masks.min_context_area (-0.5) and masks.max_context_area (1) must be in ascending order, above 0 "
             "and at most 1.",

@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ijepa_enhanced.commands.flags import parse
 from ijepa_enhanced.errors import RequestError, RunError, UserError
@@ -14,12 +15,18 @@ from ijepa_enhanced.errors import RequestError, RunError, UserError
 logger = logging.getLogger("ijepa_enhanced")
 
 
+def print_to_stderr(text: str) -> None:
+    """Print a line if stderr can be written to: a full disk or a closed pipe behind it must not stop a run."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 class StderrHandler(logging.Handler):
     """Writes to what is stderr at that moment: a progress bar replaces it to stay below the messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
-        print(self.format(record), file=sys.stderr)
+        print_to_stderr(self.format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,5 +90,5 @@ def failure(error: BaseException, message: str, code: int, debug: bool) -> int:
     """Print what went wrong, with a traceback only when asked for, and return the exit code."""
     if debug:
         traceback.print_exception(error)
-    print(f"ijepa: {message}", file=sys.stderr)
+    print_to_stderr(f"ijepa: {message}")
     return code

@@ -4,11 +4,15 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of computing in each period, and the period: how Docker and Kubernetes limit the CPU of a container."""
 
 
 def best_device() -> torch.device:
@@ -56,6 +60,9 @@ def default_workers() -> int:
     """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
     # A container or scheduler may allow fewer cores than the machine has; macOS and Windows cannot tell.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
+        quota, period = CPU_LIMIT.read_text().split()
+        cores = min(cores, int(quota) // int(period))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
 
-PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one that is busy, say scanning a large source. If it has ended, they notice at once."""
+STEP_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other in training. Meanwhile, rank 0 may write a checkpoint to slow storage. If a rank
+has ended, the others notice at once."""
+WORK_TIMEOUT = timedelta(hours=12)
+"""How long ranks wait for one that works alone: it scans a large source, loads its images into memory or scores."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Ranks:
     """Number of ranks on this machine."""
     local_rank: int = 0
     """Number of this rank among those of its machine."""
+    patient: dist.ProcessGroup | None = None
+    """All ranks, with `WORK_TIMEOUT`; None if this rank is the only one."""
 
     @property
     def main(self) -> bool:
@@ -130,6 +135,16 @@ class Ranks:
         for parameter, total in zip(with_grad, flat.split([each.numel() for each in with_grad]), strict=True):
             parameter.grad = total.view_as(parameter)
 
+    def wait(self) -> None:
+        """Wait until all ranks are here, which may take one of them up to `WORK_TIMEOUT`.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        if self.world > 1:
+            with _rank_errors():
+                dist.barrier(self.patient)
+
     @contextmanager
     def one_first(self) -> Iterator[None]:
         """Run the body on rank 0, then on the first rank of each other machine, then on all other ranks.
@@ -139,15 +154,20 @@ class Ranks:
         # Three turns with a barrier between them: a rank passes `turn` barriers before its body and the rest after it.
         turn = 0 if self.main else 1 if not self.local_rank else 2
         for _ in range(turn):
-            self.gather(None)
+            self.wait()
         yield
         for _ in range(2 - turn):
-            self.gather(None)
+            self.wait()
 
 
 def is_one_of_many() -> bool:
     """Return whether `torchrun` started this process together with others."""
     return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
+
+
+def is_restarted() -> bool:
+    """Return whether `torchrun --max-restarts` started this process again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def is_main() -> bool:
@@ -156,8 +176,11 @@ def is_main() -> bool:
 
 
 @contextmanager
-def ranks_of_run() -> Iterator[Ranks]:
+def ranks_of_run(timeout: timedelta = STEP_TIMEOUT) -> Iterator[Ranks]:
     """Join the process group if `torchrun` started this process, and leave it at the end.
+
+    Args:
+        timeout: how long ranks wait for each other, other than in `Ranks.wait`.
 
     Raises:
         RankError: this machine has more ranks than GPUs.
@@ -176,8 +199,9 @@ def ranks_of_run() -> Iterator[Ranks]:
     if gpus:
         torch.cuda.set_device(device)
     # Two backends: objects travel between the hosts by gloo, gradients between the GPUs by NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-    yield Ranks(device, dist.get_rank(), dist.get_world_size(), local_world_size, local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+    yield Ranks(device, dist.get_rank(), dist.get_world_size(), local_world_size, local_rank, patient)
     # Not in a `finally`: after an error the other ranks may wait for this one, and only the end of its process frees
     # them, because torchrun then stops them.
     dist.destroy_process_group()

@@ -109,7 +109,7 @@ class Encoder(nn.Module):
     def random(cls, config: EncoderConfig, preprocessing: Preprocessing, seed: int) -> Encoder:
         """Return an untrained encoder in evaluation mode on the CPU: the one that a run with this seed starts from."""
         with torch.random.fork_rng(devices=[]):  # leaves the caller's random generator as it is
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
             return cls(VisionTransformer(config), preprocessing).eval()
 
     @property

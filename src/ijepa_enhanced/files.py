@@ -1,6 +1,8 @@
 """Files that are whole or not there, and the folders for them."""
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to, and rename it to `path` at the end, or remove it on an error.
 
     No other process has the same temporary path, not even one in another container that shares the folder. The file
-    gets the mode that the umask gives to new files.
+    gets the mode that the umask gives to new files. It is on disk when the context ends.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
@@ -43,6 +45,36 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink()
         yield temporary
         temporary.chmod(mode)  # safetensors writes a file that only its owner can read
+        flush(temporary)  # first: after a power cut, a renamed file must have its contents
         temporary.replace(path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the files and folders in `folder` that killed processes have left half-written.
+
+    No other process may be writing to `folder`.
+    """
+    for partial in folder.glob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)

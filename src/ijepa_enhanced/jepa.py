@@ -95,7 +95,7 @@ class JEPA(nn.Module):
         return features
 
     def predict(self, features: Tensor, batch: MaskedBatch) -> Tensor | None:
-        """Return the prediction [Tq, D] of `targets` from the student's `features`, or None if there are no targets."""
+        """Return the prediction [Tq, D] of `targets` from the student's `features`; None if the loss has weight 0."""
         if self.predictor is None:
             return None
         context, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -24,6 +25,8 @@ class ObjectiveConfig:
         for name in names:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must be at least 0, not {getattr(self, name)}.")
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"objective.{name} must be finite, not {getattr(self, name)}.")
         if not any(getattr(self, name) for name in names):
             raise ValueError(
                 f"No loss is enabled. Set one of {', '.join(f'objective.{name}' for name in names)} above 0."

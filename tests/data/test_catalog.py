@@ -159,7 +159,7 @@ def test_a_file_replaced_by_one_of_the_same_length_is_scanned_again(folder, cach
     assert (before.heights[0], after.heights[0]) == (10, 11)
 
 
-def test_what_the_disk_did_not_give_is_tried_again_each_time(folder, cache, scanned, monkeypatch):
+def test_what_the_disk_did_not_give_is_tried_again_on_request(folder, cache, scanned, monkeypatch, caplog):
     whole = open_catalog(FolderSource(folder), cache=False)
     size = FolderSource.size
 
@@ -173,14 +173,21 @@ def test_what_the_disk_did_not_give_is_tried_again_each_time(folder, cache, scan
         failing.setattr(FolderSource, "size", fail)
         for _ in range(2):
             scanned.clear()
-            assert ("ant/c.png", "cannot be read: Input/output error") in open_catalog(FolderSource(folder)).unreadable
+            catalog = open_catalog(FolderSource(folder), retry=True)
+            assert ("ant/c.png", "cannot be read: Input/output error") in catalog.unreadable
         assert scanned == [2], "only what the disk did not give is tried again"
-    kept = open_catalog(FolderSource(folder), retry=False)
-    assert "ant/c.png" in dict(kept.unreadable), "a run that is resumed keeps its images"
-    for _ in range(2):
+    report_unreadable(catalog)
+    advice = "Images that cannot be read because of the disk or network: `ijepa scan SOURCE` tries again."
+    assert caplog.messages[-1] == advice
+    assert "ant/c.png" in dict(open_catalog(FolderSource(folder)).unreadable), "only a new run changes the images"
+    for retry in (True, False):
         scanned.clear()
-        assert_same(open_catalog(FolderSource(folder)), whole)
+        catalog = open_catalog(FolderSource(folder), retry=retry)
+        assert_same(catalog, whole)
     assert scanned == [], "what it gave is kept"
+    caplog.clear()
+    report_unreadable(catalog)
+    assert advice not in caplog.messages
 
 
 def test_the_hash_does_not_know_where_the_images_lie(folder, tmp_path, cache):

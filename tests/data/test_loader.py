@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from ijepa_enhanced.data.augment import augment
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.decode import patchify, unpatchify
-from ijepa_enhanced.data.loader import SHARED_BYTES, PackDataset, make_loader, masked
+from ijepa_enhanced.data.loader import PREFETCH, SHARED_BYTES, PackDataset, make_loader, masked
 from ijepa_enhanced.data.plan import Cursor, Pack, Plan
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.masks import MaskConfig, draw_masks
@@ -438,3 +440,17 @@ def test_what_is_sent_to_the_trainers_group_does_not_reach_its_workers(scene: Sc
     ((process, group),) = make_loader(_Process(scene.source, scene.catalog, PATCH), scene.packs[:1], workers=1)
     assert process != os.getpid()
     assert group != os.getpgrp()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has control groups")
+def test_what_is_sent_to_all_processes_of_a_job_ends_no_worker_and_the_trainer_does(scene: Scene) -> None:
+    packs = scene.plan.packs(Cursor(0, 0))
+    batches: Any = iter(make_loader(_Process(scene.source, scene.catalog, PATCH), packs, workers=1))
+    process, _ = next(batches)
+    for name in ("TERM", "INT"):
+        subprocess.run(["sh", "-c", f"kill -{name} {process}"], check=True)
+    assert [next(batches)[0] for _ in range(2 * PREFETCH)] == [process] * 2 * PREFETCH
+    (worker,) = batches._workers
+    worker.terminate()  # as PyTorch and Python do at the end with a worker that is busy
+    worker.join(timeout=10)
+    assert worker.exitcode == 0

@@ -575,6 +575,11 @@ def test_the_hash_does_not_know_where_the_images_lie_or_who_reads_them(name: str
     assert every(changed.epoch(0)) == every(make_plan().epoch(0))
 
 
+def test_the_hash_does_not_know_whether_a_number_was_written_with_a_point() -> None:
+    hashes = {make_plan(dataclasses.replace(SMALL, max_crop=one)).hash for one in (1, 1.0)}
+    assert len(hashes) == 1
+
+
 def test_every_setting_is_known_to_change_the_plan_or_not() -> None:
     assert {field.name for field in dataclasses.fields(DataConfig)} == {*CHANGES, *FREE}
 

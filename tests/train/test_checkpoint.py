@@ -75,10 +75,13 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint(tmp_path: Path) ->
     partial = tmp_path / ".step-00000004.partial"
     partial.mkdir()
     (partial / "progress.json").write_text(json.dumps({"step": 4}))
+    other = tmp_path / ".step-00000003.partial"
+    other.mkdir()
     assert latest_checkpoint(tmp_path) is None
     checkpoint = save_checkpoint(tmp_path, 4, model, optimizer, {"step": 4})
     assert latest_checkpoint(tmp_path) == checkpoint
     assert not partial.exists()
+    assert not other.exists()
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(

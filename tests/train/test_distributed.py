@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import yaml
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.data.in_memory import InMemory
 from ijepa_enhanced.data.sources.folder import FolderSource
-from ijepa_enhanced.distributed import Ranks, is_main, ranks_of_run
+from ijepa_enhanced.distributed import STEP_TIMEOUT, WORK_TIMEOUT, Ranks, is_main, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RankError, SourceError
 from ijepa_enhanced.train.config import TrainConfig
@@ -189,6 +190,45 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     for name, value in {"TORCHELASTIC_RUN_ID": "run", **dict(zip(names, "1144", strict=True))}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun sets it, of one process."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    values = {"TORCHELASTIC_RUN_ID": "run", "MASTER_ADDR": "localhost", **dict(zip(names, "00110", strict=True))}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("single")
+def test_ranks_are_patient_only_where_one_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ranks_of_run() as ranks:
+        groups: Any = (torch.distributed.group.WORLD, ranks.patient)
+        timeouts = [group._get_backend(ranks.device).options._timeout for group in groups]
+    assert timeouts == [STEP_TIMEOUT, WORK_TIMEOUT]
+    waited: list[object] = []
+    monkeypatch.setattr(torch.distributed, "barrier", waited.append)
+    with dataclasses.replace(ranks, world=2).one_first():
+        pass
+    assert waited == [ranks.patient] * 2
+
+
+@pytest.mark.usefixtures("single")
+def test_a_new_run_that_torchrun_starts_again_resumes(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = tmp_path / "run.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(tiny, steps=3))))
+    command = ["train", "--config", str(file), "--run", str(run)]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert f"ijepa: {run} already exists." in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*command, "--seed", "1"]) == 2
+    assert f"ijepa: {run} was started with seed = 0, so it cannot continue with 1." in capsys.readouterr().err
+    assert main(command) == 0
+    assert f"{run} is finished: all 3 steps are done." in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.usefixtures("launched")

@@ -172,6 +172,22 @@ def test_a_resumed_run_remembers_what_was_seen(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_best_that_a_killed_run_saved_after_its_last_checkpoint_stays_the_best(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, monitor=MonitorConfig(2, 24), checkpoint_every=4)
+    # The probes are at steps 0, 2, 4 and 6; the one of step 8 ends the run, whose last checkpoint is of step 4.
+    found = iter([0.1, 0.1, 0.1, 0.9])
+    monkeypatch.setattr("ijepa_enhanced.train.probe.knn_of_halves", lambda *_: {"knn": next(found)})
+    with pytest.raises(StopIteration):
+        train(config, tmp_path / "run")
+    best = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    found = iter([0.2, 0.2, 0.2, 0.2])  # as on a GPU, where a run does not repeat itself
+    train(config, tmp_path / "run", resume=True)
+    assert [line["best"] for line in read_log(tmp_path / "run")] == [2, 4, 6, 6, 6, 6]
+    assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == best
+
+
 def encoder_of(config: TrainConfig) -> Encoder:
     return Encoder.random(config.encoder, Preprocessing(), seed=0)
 

@@ -71,6 +71,8 @@ def test_decay_is_decoupled_from_the_gradient() -> None:
         ({"final_lr": -1e-3}, "optim.final_lr must be at least 0, not -0.001."),
         ({"warmup": 1.5}, "optim.warmup must be between 0 and 1, not 1.5."),
         ({"lr": float("nan")}, "optim.lr must be above 0, not nan."),
+        ({"lr": float("inf")}, "optim.lr must be finite, not inf."),
+        ({"final_weight_decay": float("inf")}, "optim.final_weight_decay must be finite, not inf."),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:

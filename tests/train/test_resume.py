@@ -18,10 +18,11 @@ from ijepa_enhanced.errors import ResumeError, RunError
 from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.checkpoint import latest_checkpoint
 from ijepa_enhanced.train.config import TrainConfig
-from ijepa_enhanced.train.logging import read_log
+from ijepa_enhanced.train.logging import RunLog, read_log
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.meter import Meter
 from ijepa_enhanced.train.saved import load_config
+from ijepa_enhanced.train.signals import StopSignals
 
 RATES = ("views_per_second", "tokens_per_second", "data_wait", "monitor_seconds", "monitor_share")
 """What a log holds about the machine, not about the run."""
@@ -93,6 +94,24 @@ def test_stopping_at_any_step_and_resuming_changes_nothing(
         assert resumed.finished
         assert same_encoder(run, tmp_path / "whole")
         assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_only_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        with StopSignals() as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.requested
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert ended == []
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_stopping_before_the_first_step_changes_nothing(
@@ -179,6 +198,42 @@ def test_what_diverged_is_not_saved(tiny: TrainConfig, tmp_path: Path, monkeypat
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name == "step-00000003"
     assert all(value.isfinite().all() for value in Encoder.from_pretrained(tmp_path / "run").state_dict().values())
+
+
+def test_a_step_without_readable_images_does_not_count_in_the_mean_loss(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, steps=1, log_every=1, monitor=dataclasses.replace(tiny.monitor, every=0))
+    train(config, tmp_path / "one")
+    original = loop.with_images
+    # The cursor of the second step's first pack is (0, 2).
+    monkeypatch.setattr(loop, "with_images", lambda batches: [] if batches[0].cursor == (0, 2) else original(batches))
+    train(dataclasses.replace(config, steps=2, log_every=2), tmp_path / "two")
+    ((one,), (two,)) = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert (two["step"], two["loss"]) == (2, one["loss"])
+
+
+def test_what_killed_runs_left_half_written_is_removed(tiny: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(dataclasses.replace(tiny, steps=4), run)
+    for name in ("encoder", "best"):
+        (run / name / ".model.safetensors.abc.partial").write_bytes(b"half")
+    (run / "checkpoints" / ".step-00000002.partial").mkdir()
+    train(tiny, run, resume=True)
+    assert not [*run.rglob("*.partial")]
+
+
+def test_tensorboard_keeps_the_values_of_the_step_that_a_run_continues_from(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with RunLog(tmp_path, 0, 0) as log:
+        log.write(2, {"loss": 1.0})
+        offset = log.sync()
+        log.write(4, {"loss": 2.0})  # after the checkpoint, so this step runs again
+    with RunLog(tmp_path, 2, offset) as log:
+        log.write(4, {"loss": 3.0})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.0), (4, 3.0)]
+    assert [(line["step"], line["loss"]) for line in read_log(tmp_path)] == [(2, 1.0), (4, 3.0)]
 
 
 def test_the_run_keeps_the_configuration_it_was_started_with(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ijepa_enhanced.train.config import OptimConfig, TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.visualize.chart import MOST_POINTS, Line, chart, thinned, ticks
+from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.logged import CURVES, NOT_CURVES
 from ijepa_enhanced.visualize.report import write_report
 from ijepa_enhanced.visualize.run import may_download
@@ -337,6 +338,21 @@ def test_beside_others_too_a_term_that_a_run_does_without_has_no_line(trained: P
     charts = report(tmp_path / "report.html", trained, run).charts
     assert [line["name"] for line in charts["VICReg loss"]["lines"]] == ["first"]
     assert [line["name"] for line in charts["Loss"]["lines"]] == ["first", "run"]
+
+
+def test_a_line_without_losses_has_no_point_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe was due, but no image could be read since the line before."""
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, plot = {}, axes.plot
+
+    def spy(self: Any, steps: Any, values: Any, label: str) -> Any:
+        drawn[label] = [*zip(steps, values, strict=True)]
+        return plot(self, steps, values, label=label)
+
+    monkeypatch.setattr(axes, "plot", spy)
+    log = [{"step": 2, "loss": 0.5, "lr": 1.0}, {"step": 3, "lr": 2.0}, {"step": 4, "loss": 0.25, "lr": 3.0}]
+    assert draw_curves(log, tmp_path / "curves.png")
+    assert drawn == {"loss": [(2, 0.5), (4, 0.25)], "lr": [(2, 1.0), (3, 2.0), (4, 3.0)]}
 
 
 def test_a_chart_of_full_packs_is_not_called_budget_use(page: Page, trained: Path) -> None:

@@ -19,7 +19,7 @@ from ijepa_enhanced.commands.options import DEFAULT_PROTOCOLS, EvaluateOptions, 
 from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_json, print_table, share_cores
 from ijepa_enhanced.config import as_options, build
 from ijepa_enhanced.devices import autocast_dtype, default_workers
-from ijepa_enhanced.distributed import Ranks, ranks_of_run
+from ijepa_enhanced.distributed import WORK_TIMEOUT, Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate import labelled
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 Scores = dict[str, float | None]
 """None: a speed that is not known, because the cache has features of another machine or number of workers."""
-Setting = tuple[int | None, float]
-"""A resolution in pixels, None for native size, and a merge rate."""
+Combination = tuple[int | None, float]
+"""One point of a sweep: a resolution in pixels, None for native size, and a merge rate."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def run(options: EvaluateOptions) -> int:
         raise RequestError(as_options(str(error), keys)) from error
     workers = default_workers() if options.workers is None else options.workers
     share_cores(workers)
-    with ranks_of_run() as ranks:
+    with ranks_of_run(WORK_TIMEOUT) as ranks:  # rank 0 scores alone
         encoder = Encoder.from_pretrained(options.run).to(ranks.device)
         dtype = autocast_dtype("auto", ranks.device)
         config = InferenceConfig(encoder.pixels(options.resolution), dtype, options.merge_rate, workers, ranks=ranks)
@@ -149,10 +149,21 @@ def evaluate(work: Work) -> int:
     if not work.config.ranks.main:
         return 0
     show(evaluation)
-    if Path(options.run, "config.yaml").is_file():
-        save(evaluation, settings_record(work), Path(options.run, "evaluation.json"))
     print_json(options, evaluation["random start" if options.random_init else "trained"])
+    if Path(options.run, "config.yaml").is_file():
+        path = Path(options.run, "evaluation.json")
+        with only_printed(path):
+            save(evaluation, settings_record(work), path)
     return 0
+
+
+@contextmanager
+def only_printed(path: Path) -> Iterator[None]:
+    """Warn if scores cannot be written to `path`, and go on: hours of scoring must not end without a result."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("The scores are only printed, because %s cannot be written: %s.", path, error.strerror or error)
 
 
 def scores_of(work: Work, encoder: Encoder | None) -> Scores:
@@ -287,14 +298,14 @@ def sweep_settings(options: EvaluateOptions) -> dict[str, list[Any]]:
     return found
 
 
-def settings_of(swept: dict[str, list[Any]], config: InferenceConfig) -> list[Setting]:
+def settings_of(swept: dict[str, list[Any]], config: InferenceConfig) -> list[Combination]:
     """Return each combination once; what a sweep does not name has the value of its own option."""
     resolutions = swept.get("resolution", [config.resolution])
     rates = swept.get("merge_rate", [config.merge_rate])
     return list(dict.fromkeys(itertools.product(resolutions, rates)))
 
 
-def sweep(work: Work, settings: list[Setting]) -> int:
+def sweep(work: Work, settings: list[Combination]) -> int:
     """Score one encoder at several settings, and print and write which one to choose."""
     options, config = work.options, work.config
     name, encoder = "trained", work.encoder
@@ -344,10 +355,11 @@ def show_sweep(points: list[Point], folder: Path) -> None:
     )
     print_table(table)
     print(advice(points))
-    write_points(points, folder / "sweep.csv")
-    print(folder / "sweep.csv")
-    if draw_frontier(points, folder / "sweep.png"):
-        print(folder / "sweep.png")
+    with only_printed(folder / "sweep.csv"):
+        write_points(points, folder / "sweep.csv")
+        print(folder / "sweep.csv")
+        if draw_frontier(points, folder / "sweep.png"):
+            print(folder / "sweep.png")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.distributed import is_main
+from ijepa_enhanced.distributed import is_main, is_restarted
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
@@ -38,9 +38,9 @@ def run(options: TrainOptions) -> int:
     if options.print_config:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         return 0
-    folder = folder_of(options, config)
+    folder, resume = folder_of(options, config)
     share_cores(config.data.workers)
-    outcome = train(config, folder, resume=options.resume is not None)
+    outcome = train(config, folder, resume)
     if not is_main():
         return 0
     if not outcome.finished:
@@ -55,23 +55,24 @@ def run(options: TrainOptions) -> int:
     return 0 if outcome.finished else 1
 
 
-def folder_of(options: TrainOptions, config: TrainConfig) -> Path:
-    """Return the folder of a new run, which does not exist yet, or of the run that is resumed.
+def folder_of(options: TrainOptions, config: TrainConfig) -> tuple[Path, bool]:
+    """Return the folder of a new run, which does not exist yet, or of the run to resume, and whether it resumes.
+
+    A run that torchrun starts again after a failure resumes, although its command is that of a new run.
 
     Raises:
         RequestError: a new run's folder exists, or the run to resume was started with another configuration.
     """
-    if options.resume is not None:
-        if options.run is not None:
-            raise RequestError("--resume continues in the folder of the run. Remove --run.")
-        folder = Path(options.resume)
-        check_resumable(load_config(folder), config, folder)
-        check_unchanged(folder)
-        return folder
-    named = options.run
+    if options.resume is not None and options.run is not None:
+        raise RequestError("--resume continues in the folder of the run. Remove --run.")
+    named = options.resume or options.run
     if named is None and options.config is not None:
         named = read_train_config(find_config(options.config)).get("run")
     folder = Path(named or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if options.resume is not None or (is_restarted() and (folder / "config.yaml").is_file()):
+        check_resumable(load_config(folder), config, folder)
+        check_unchanged(folder)
+        return folder, True
     if is_main() and folder.is_dir():
         raise RequestError(
             f"{folder} already exists. To resume it, use --resume {folder}. Otherwise, choose another folder with "
@@ -79,7 +80,7 @@ def folder_of(options: TrainOptions, config: TrainConfig) -> Path:
         )
     if is_main() and folder.exists():
         raise RequestError(f"{folder} is a file. Choose another folder with --run.")
-    return folder
+    return folder, False
 
 
 def draw(config: TrainConfig, folder: Path) -> list[Path]:

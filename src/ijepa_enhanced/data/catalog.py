@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ijepa_enhanced.data.headers import Unfinished, list_and_scan, scan_again
 from ijepa_enhanced.data.listing import Listing, map_listing, save_listing
-from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.base import UNREAD, Source
 from ijepa_enhanced.data.sources.mixed import MixedSource
 from ijepa_enhanced.data.sources.names import listed
 
@@ -115,7 +115,7 @@ class Unreadable:
             yield self.source.key(row), self.source.listing.sizes.reasons[row]
 
 
-def open_catalog(source: Source, cache: bool = True, retry: bool = True) -> Catalog:
+def open_catalog(source: Source, cache: bool = True, retry: bool = False) -> Catalog:
     """Map the catalog of a source, or make it: list the images and read their headers.
 
     If several processes ask for a catalog that is not there, one of them makes it and the others wait. A scan that was
@@ -125,7 +125,8 @@ def open_catalog(source: Source, cache: bool = True, retry: bool = True) -> Cata
     Args:
         source: the images. It reads them by means of the catalog from now on.
         cache: keep the catalog in `cache_folder`. If that cannot be written to, a warning says so.
-        retry: read the headers again that the disk or the network did not give at the last scan.
+        retry: read the headers again that the disk or the network did not give at the last scan. One more readable
+            image is another catalog hash, so that runs on these images cannot resume.
 
     Raises:
         SourceError: the source cannot be listed, or holds no image.
@@ -178,6 +179,8 @@ def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:
         logger.warning("%s: %s: %s", heading, key, reason)
     if len(catalog.unreadable) > LISTED:
         logger.warning("%s: %d more. Run `ijepa scan` to list them.", heading, len(catalog.unreadable) - LISTED)
+    if any(reason.startswith(UNREAD) for _, reason in catalog.unreadable):
+        logger.warning("Images that cannot be read because of the disk or network: `ijepa scan SOURCE` tries again.")
 
 
 def summary(catalog: Catalog) -> dict[str, Any]:
@@ -235,7 +238,7 @@ def _catalog_of(source: Source) -> Catalog:
     return Catalog(heights, widths, rows, labels, listing.classes, listing.hash, shares, source)
 
 
-def _listing_of(source: Source, cache: bool = True, retry: bool = True, again: bool = False) -> Listing:
+def _listing_of(source: Source, cache: bool = True, retry: bool = False, again: bool = False) -> Listing:
     """Return the listing of a source with sizes, mapped from its catalog if that can be kept."""
     if not cache:
         return list_and_scan(source, Unfinished(None))

@@ -7,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -239,9 +240,22 @@ def serve_the_parent(worker: int) -> None:
     tensors over, when a parent that was interrupted no longer takes them.
     """
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
     ForkingPickler.register(Tensor, _handed_over)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in all threads that start from here on
+        threading.Thread(target=_end_by_the_parent, daemon=True).start()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_by_the_parent() -> None:
+    """End at a SIGTERM of the parent. Ignore that of a scheduler, which goes to all processes of a control group."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
 
 
 def _end_with_the_parent() -> None:

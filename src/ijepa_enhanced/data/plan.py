@@ -139,7 +139,10 @@ class Plan:
     @property
     def hash(self) -> str:
         """What the sequence of packs depends on, as a SHA-256: equal hashes, equal plans."""
+        # A float may be given as an integer, which JSON writes in another way.
+        floats = [field.name for field in dataclasses.fields(self.config) if field.type == "float"]
         settings = dataclasses.asdict(self.config)
+        settings |= {name: float(settings[name]) for name in floats}
         for free in ("source", "max_unreadable", "workers", "cache"):
             del settings[free]
         settings |= {"patch_size": self.patch_size, "seed": self.seed, "catalog": self.catalog.hash}

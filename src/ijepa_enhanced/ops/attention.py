@@ -211,7 +211,9 @@ def _length_groups(cu_seqlens: Tensor, cu_keys: Tensor) -> list[tuple[_Group, _G
     return _cached_length_groups(tuple(cu_seqlens.tolist()), tuple(cu_keys.tolist()))
 
 
-@functools.lru_cache(maxsize=16)  # every layer of a network needs the same groups
+# All layers of a network need the same groups. With merging, each of up to 40 (ViT-g) has its own, and needs them again
+# in the backward pass.
+@functools.lru_cache(maxsize=64)
 def _cached_length_groups(*edges: tuple[int, ...]) -> list[tuple[_Group, _Group]]:
     starts = np.array(edges, np.int64)[:, :-1]
     queries, keys = np.diff(edges)

@@ -6,7 +6,6 @@ Safetensors files hold numbers only, so loading a checkpoint never executes code
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from ijepa_enhanced.errors import CheckpointError
+from ijepa_enhanced.files import flush, remove_partials
 
 KEPT = 2
 """How many of the newest checkpoints are kept: one more than needed, in case the last one is damaged on disk."""
@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     if final.exists():
         return final
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    remove_partials(folder)
     try:
         partial.mkdir(parents=True)
         with _single_process():
@@ -59,9 +59,9 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         (partial / "progress.json").write_text(json.dumps(progress))
         # The files first, then the folder that names them: after a power cut, a renamed folder must have its contents.
         for written in (*partial.iterdir(), partial):
-            _flush(written)
+            flush(written)
         partial.rename(final)
-        _flush(folder)
+        flush(folder)
     except (OSError, CheckpointException, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # frees the disk
         kept = latest_checkpoint(folder)
@@ -166,15 +166,6 @@ def _single_process() -> Iterator[None]:
 def _checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step-*"))  # the step has leading zeros, so names sort by step
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unreadable(checkpoint: Path, reason: str) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +42,9 @@ class OptimConfig:
         for name in ("final_lr", "weight_decay", "final_weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optim.{name} must be at least 0, not {getattr(self, name)}.")
+        for name in ("lr", "final_lr", "weight_decay", "final_weight_decay"):  # clip may be inf: no clipping
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"optim.{name} must be finite, not {getattr(self, name)}.")
         for name in ("warmup", "ema", "final_ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name} must be between 0 and 1, not {getattr(self, name)}.")
@@ -117,5 +121,7 @@ class TrainConfig:
                 )
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
+        if math.isinf(self.epochs):
+            raise ValueError(f"epochs must be finite, not {self.epochs}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2**63, not {self.seed}.")

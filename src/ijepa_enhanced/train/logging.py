@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ class RunLog:
 
     Args:
         folder: of the run.
-        step: the step that the run continues from. TensorBoard hides the values that it has from there on.
+        step: the step that the run continues from. TensorBoard hides the values that it has of later steps.
         offset: length of `log.jsonl`, in bytes, when the checkpoint was saved. The rest is cut off, because those steps
             run again.
     """
@@ -35,7 +36,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, offset: int) -> None:
         self.file = (folder / "log.jsonl").open("ab")
         self.file.truncate(offset)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step) if SummaryWriter else None  # type: ignore[truthy-function]
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1) if SummaryWriter else None  # type: ignore[truthy-function]
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one line: the step and its values."""
@@ -62,8 +63,10 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `log.jsonl`."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """Return the lines of a run's `log.jsonl`, if there is one, without a last line that was cut off."""
+    path = folder / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class ProgressBar:
@@ -93,7 +96,8 @@ class ProgressBar:
         if self.plain and (now - self.last_line >= PLAIN_SECONDS or done == self.total):
             # Seconds per step of this process, not counting the steps before it resumed.
             left = (now - self.started) / max(1, done - self.start) * (self.total - done)
-            print(f"{done}/{self.total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # a run does not need its stderr, which may be a full disk or closed
+                print(f"{done}/{self.total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
             self.last_line = now
 
     def __enter__(self) -> Self:
@@ -103,4 +107,5 @@ class ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         if not self.plain:
-            self.bar.stop()
+            with suppress(OSError, ValueError):
+                self.bar.stop()

@@ -28,7 +28,7 @@ from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.errors import RunError
-from ijepa_enhanced.files import make_folder, replacing
+from ijepa_enhanced.files import make_folder, remove_partials, replacing
 from ijepa_enhanced.jepa import JEPA, StepSize
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.train.config import TrainConfig
@@ -73,10 +73,11 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         SourceError: the images cannot be found, or there is too little memory for `data.cache` or `data.workers`.
         PlanError: too few images are large enough to train on, or the ranks cannot share the packs of a step evenly.
         RequestError: `folder` exists and `resume` is not set, or it cannot be created.
-        ResumeError: the checkpoint is of another plan or architecture.
+        ResumeError: the checkpoint is of another plan.
         RunError: too many images are unreadable, the loss is not finite, or the GPU's memory is too small.
         RankError: a rank is gone, has no GPU, or differs from the others.
-        CheckpointError: a checkpoint cannot be written.
+        CheckpointError: a checkpoint cannot be written, or the newest one cannot be read or is of another architecture.
+        OSError: the configuration, the log or an encoder cannot be written.
     """
     with ranks_of_run() as ranks:
         # Opened first, so that a wrong source leaves no folder behind.
@@ -87,6 +88,8 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         state = TrainState(images.plan.hash, images.unreadable)
         if resume and not state.load(run.checkpoints, run.model, run.optimizer, ranks):
             logger.warning("%s has no checkpoint yet. Training starts from the first step.", folder)
+        if resume:
+            state.history.load_best(folder / "best", state.step)
         run.introduce(state)
         return run.loop(state)
 
@@ -106,16 +109,15 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     """Open the source, plan its packs, and check that they fit into memory; errors as for `train`."""
     source = open_source(config.data.source)
     with ranks.one_first():  # one rank scans the images, and the others read its catalog
-        # Only a new run, and only that rank, tries images again that the disk or the network did not give: one more
-        # image is another plan.
-        catalog = open_catalog(source, retry=not resume and not ranks.local_rank)
+        # One more readable image is another plan. So a resumed run keeps its images, and only rank 0 tries for more.
+        catalog = open_catalog(source, retry=not resume and ranks.main)
     unreadable = Unreadable(catalog, config.data.max_unreadable)
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
     own_packs = plan.share(ranks.world)
     first_epoch = plan.epoch(0)
     log_left_out(first_epoch, config)
     free = free_memory()
-    ranks.gather(None)  # a barrier: every rank measures before the first one allocates
+    ranks.wait()  # every rank measures before the first one allocates
     # A rank holds the packs of this step and of the last one. For a GPU they are pinned, which is not shared memory.
     held = 0 if ranks.device.type == "cuda" else 2 * own_packs
     check_shared_memory(
@@ -128,6 +130,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     )
     if config.data.cache == "memory":
         source = InMemory(source, free, ranks.local_world_size)
+        ranks.wait()  # one machine may read its images much faster than another
     return TrainingImages(source, catalog, unreadable, plan, first_epoch)
 
 
@@ -200,7 +203,7 @@ class Run:
         if state.step == self.total:
             logger.warning("%s is finished: all %d steps are done.", self.folder, self.total)
             if self.ranks.main:  # the run may have stopped after its last checkpoint and before it wrote the encoder
-                self.encoder.save_pretrained(self.folder / "encoder")
+                self.save_encoder("encoder")
         else:
             data = self.config.data
             logger.info(
@@ -237,6 +240,7 @@ class Run:
                 # Every rank learns the size of the whole step, and all stop at the same step.
                 shares = ranks.gather(Share.of(batches, stop.requested))
                 if any(share.stop for share in shares):
+                    logger.warning("Received a signal to stop. Saving the run.")
                     break
                 grad_norm = self.step(state, batches, shares)
                 due = monitor is not None and monitor.due(state.step)
@@ -265,8 +269,9 @@ class Run:
         losses, grad_norm = train_step(
             self.model, self.optimizer, filled, size, settings, self.config.optim.clip, self.autocast, self.ranks
         )
-        state.meter.add_step(losses, filled)
         views = sum(share.views for share in shares)
+        if views:  # a step in which no rank could read an image has no loss
+            state.meter.add_step(losses, filled)
         state.advance(views // self.config.data.masked_views, [share.last for share in shares])
         return grad_norm
 
@@ -296,7 +301,8 @@ class Run:
         if monitor:
             values |= monitor.probe(state.step, self.encoder, self.autocast, self.ranks)
             if self.ranks.main and state.history.best_step == state.step:
-                self.encoder.save_pretrained(self.folder / "best")
+                self.save_encoder("best")
+                state.history.save_best(self.folder / "best")
             state.meter.restart_clock()  # the time of the probe is not training time
         if log:
             log.write(state.step, values)
@@ -318,7 +324,12 @@ class Run:
         facts = {"config": dataclasses.asdict(self.config), "log_bytes": log.sync() if log else 0}
         state.save(self.checkpoints, self.model, self.optimizer, self.ranks, facts)
         if self.ranks.main:
-            self.encoder.save_pretrained(self.folder / "encoder")
+            self.save_encoder("encoder")
+
+    def save_encoder(self, name: str) -> None:
+        """Write the teacher into the folder `name` of the run. Only rank 0 calls this."""
+        remove_partials(self.folder / name)
+        self.encoder.save_pretrained(self.folder / name)
 
 
 class Share(NamedTuple):

@@ -6,10 +6,13 @@ warn of collapse and choose the encoder in `best/`. docs/evaluation.md explains 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import PlanError
+from ijepa_enhanced.files import replacing
 from ijepa_enhanced.train.config import MonitorConfig, TrainConfig
 from ijepa_enhanced.train.probe import ProbeSet
 
@@ -38,6 +42,8 @@ MOST_PROBES = 100
 FALL, FALLEN, PATIENCE = 1 / 4, 2, 2
 """The alarm: at `PATIENCE` probes in a row, at least `FALLEN` metrics are below `FALL` of their peak. The runs that it
 was tested on are in docs/measurements.md."""
+BEST = "monitor.json"
+"""File in `best/` with score and step of that teacher."""
 FEWEST, MOST, A_CLASS = 512, 4096, 20
 """Images of the probe set if `monitor.images` is null: at least, at most, and of each class."""
 
@@ -105,6 +111,21 @@ class History:
         if step and diversity and not self.low and score >= self.best:
             self.best, self.best_step = score, step
         return fallen
+
+    def save_best(self, folder: Path) -> None:
+        """Write score and step of the best teacher beside it."""
+        with replacing(folder / BEST) as temporary:
+            temporary.write_text(json.dumps({"best": self.best, "best_step": self.best_step}) + "\n")
+
+    def load_best(self, folder: Path, step: int) -> None:
+        """Adopt the teacher in `folder` as the best if it is of a step after the resumed `step`.
+
+        A run that was killed may have saved it after its last checkpoint, and the teacher before it is gone.
+        """
+        with suppress(FileNotFoundError):
+            saved = json.loads((folder / BEST).read_text())
+            if saved["best_step"] > step:
+                self.best, self.best_step = saved["best"], saved["best_step"]
 
     @property
     def alarm(self) -> bool:

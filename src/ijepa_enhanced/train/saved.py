@@ -117,7 +117,8 @@ def random_start(encoder: Encoder, run: Path) -> Encoder:
         encoder: the trained encoder, whose architecture and preprocessing are kept.
         run: folder of the run, or of an encoder in it. The seed is that of the run, or 0 if this is not a run.
     """
+    run = run.resolve()  # "." has no name
     # A run keeps its encoders in the folders `encoder` and `best`.
-    folder = run.resolve().parent if run.name in ("encoder", "best") else run
+    folder = run.parent if run.name in ("encoder", "best") else run
     seed = load_config(folder).seed if (folder / "config.yaml").is_file() else 0
     return Encoder.random(encoder.config, encoder.preprocessing, seed).to(encoder.device)

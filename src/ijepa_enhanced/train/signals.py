@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from types import FrameType
 from typing import Self
 
-logger = logging.getLogger(__name__)
-
 
 class StopSignals:
-    """A context in which the first SIGINT or SIGTERM only sets `requested`. A second signal acts as usual."""
+    """A context in which SIGINT and SIGTERM only set `requested`. A second SIGINT (Ctrl-C) acts as usual.
+
+    A second SIGTERM does not, because torchrun, Slurm and systemd can send several within milliseconds.
+    """
 
     def __enter__(self) -> Self:
         self.requested = False
@@ -20,10 +20,10 @@ class StopSignals:
         return self
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
+        # Nothing is logged here: a handler can interrupt a write, and Python refuses to write to that file again.
         self.requested = True
-        logger.warning("%s: finishing this step, then saving.", signal.Signals(number).name)
-        # If saving hangs, the same signal again stops the process.
-        signal.signal(number, self.before[signal.Signals(number)])
+        if number == signal.SIGINT:  # if saving hangs, the same key stops the process
+            signal.signal(number, self.before[signal.SIGINT])
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():

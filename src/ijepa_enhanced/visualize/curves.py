@@ -22,7 +22,9 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> bool:
         for axes, (title, names) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
             shown = [name for name in names if any(line.get(name) for line in log)]  # terms of weight 0 are logged as 0
             for name in shown:
-                axes.plot([line["step"] for line in log], [line[name] for line in log], label=name)
+                # A line has no losses and rates if no image could be read since the one before it.
+                steps, values = zip(*[(line["step"], line[name]) for line in log if name in line], strict=True)
+                axes.plot(steps, values, label=name)
             axes.set(title=title, xlabel="step")
             if len(shown) > 1:
                 axes.legend(frameon=False)

@@ -194,7 +194,7 @@ def _masks(run: Run) -> str:
 
 
 def _versions(runs: Sequence[Run]) -> str:
-    recorded = [name for name in ("device", "threads", "torch") if any(name in run.progress for run in runs)]
+    recorded = [name for name in ("threads", "torch") if any(name in run.progress for run in runs)]
     rows = [(f"trained with: {name}", *(str(run.progress.get(name, NOTHING)) for run in runs)) for name in recorded]
     processor = f"{platform.machine()}, {os.cpu_count()} cores"
     here = {

@@ -19,6 +19,7 @@ from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.masks import MaskConfig
+from ijepa_enhanced.train.logging import read_log
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Run:
     evaluated_with: dict[str, Any]
     """The settings of that evaluation."""
     images: TrainedOn | None
-    encoder: Encoder | None
-    """The last teacher."""
+    encoder: Path | None
+    """Where the last teacher is, if it can be read."""
     missing: tuple[str, ...]
     """A sentence for everything that is missing."""
 
@@ -94,7 +95,7 @@ def read_run(folder: Path, name: str) -> Run:
     evaluation: tuple[dict[str, dict[str, float | None]], dict[str, Any]] = {}, {}
     images = encoder = None
     with _noting(missing, "The log cannot be read"):
-        log = _read_log(folder / "log.jsonl")
+        log = read_log(folder)
         if not log:
             missing.append("There is no log: the run ended before it wrote one.")
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
@@ -105,7 +106,8 @@ def read_run(folder: Path, name: str) -> Run:
         missing.append("There is no checkpoint: the run ended before it saved one.")
     if (folder / "encoder").exists():
         with _noting(missing, "The encoder cannot be read"):
-            encoder = Encoder.from_pretrained(folder)
+            Encoder.from_pretrained(folder)  # not kept: several runs may not fit into memory together
+            encoder = folder
     else:
         missing.append(
             "There is no encoder, which is saved with the first checkpoint: feature maps and neighbours are not shown."
@@ -128,12 +130,6 @@ def _noting(missing: list[str], sentence: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         missing.append(f"{sentence}: {str(error).rstrip('.')}.")
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the log, without a last line that was cut off."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _read_evaluation(path: Path) -> tuple[dict[str, dict[str, float | None]], dict[str, Any]]:

@@ -17,6 +17,7 @@ from PIL import Image
 from ijepa_enhanced.data.decode import decode_views, upright_size
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import autocast_dtype, best_device
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.features import Features, extract
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
@@ -62,8 +63,8 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
     maps: list[list[NDArray[np.uint8]]] = []
     neighbours: list[Neighbours] = []
     try:
-        for _, run, encoder in trained:
-            encoder.to(device)
+        for _, run, folder in trained:
+            encoder = Encoder.from_pretrained(folder).to(device)
             resolution, workers = encoder.preprocessing.resolution, run.config["data"]["workers"]
             config = InferenceConfig(resolution, autocast_dtype("auto", device), workers=workers)
             features = extract(encoder, gallery, config)
