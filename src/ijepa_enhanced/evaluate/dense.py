@@ -68,8 +68,8 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
     root = Path(spec).expanduser()
     if not ((root / "images").is_dir() and (root / "labels").is_dir()):
         raise SourceError(
-            f"{spec} has no label maps. The protocol dense needs 'synthetic', or a folder with images in 'images' and "
-            "a PNG of the same name for each image in 'labels'."
+            f"{spec} has no label maps. For the protocol dense, put the images into {root / 'images'} and a PNG of the "
+            f"same name for each image into {root / 'labels'}, or use 'synthetic'."
         )
     source = open_source(str(root / "images"), part)
     paths = [(root / "labels" / key).with_suffix(".png") for key in source.listing.keys]
@@ -84,7 +84,9 @@ def _read_map(path: Path) -> NDArray[np.uint8]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreadableImage(f"The label map {path} cannot be read: {reason}.") from error
     if image.mode not in ("L", "P"):
-        raise UnreadableImage(f"{path} is no label map: it has the mode {image.mode}, not L or P.")
+        raise UnreadableImage(
+            f"{path} is not a label map: its image mode must be L (one channel) or P (palette), not {image.mode}."
+        )
     return labels
 
 
@@ -98,8 +100,8 @@ def dense(
 ) -> Iterator[tuple[str, float]]:
     """Yield `dense_miou`: the mean over classes of intersection over union, over all pixels of the label maps of `val`.
 
-    The probe is softmax regression on standardised tokens, trained with the cross-entropy of all pixels of a patch. Its
-    strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labelled training images;
+    The probe is softmax regression on standardized tokens, trained with the cross-entropy of all pixels of a patch. Its
+    strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labeled training images;
     the layer is then trained on all of them.
 
     Args:
@@ -137,7 +139,7 @@ def dense(
 
 
 class _Probe(NamedTuple):
-    """A linear layer on standardised tokens, on the encoder's device."""
+    """A linear layer on standardized tokens, on the encoder's device."""
 
     classes: NDArray[np.uint8]
     """[C] labels, ascending."""
@@ -194,8 +196,9 @@ def _confusion(probe: _Probe, tokens: Tokens, train: LabelledMaps, val: Labelled
         unknown = np.setdiff1d(labels[counted], classes)
         if len(unknown):
             raise SourceError(
-                f"The label map of {val.source.key(row)} of {val.source.name} has the label {unknown[0]}, which "
-                f"none of {train.source.name} has."
+                f"The label map of {val.source.key(row)} in {val.source.name} contains the label {unknown[0]}, which "
+                f"does not occur in {train.source.name}. Add images with that label, or set its pixels to {IGNORED} to "
+                "ignore them."
             )
         places = np.searchsorted(classes, labels[counted]) * len(classes) + predicted.cpu().numpy()[counted]
         confusion += np.bincount(places, minlength=confusion.size).reshape(confusion.shape)
@@ -204,7 +207,9 @@ def _confusion(probe: _Probe, tokens: Tokens, train: LabelledMaps, val: Labelled
 
 def _need_labels(labels: int, maps: LabelledMaps) -> None:
     if not labels:
-        raise SourceError(f"The label maps of {maps.source.name} label nothing: every pixel is {IGNORED}.")
+        raise SourceError(
+            f"The label maps of {maps.source.name} have no labels: every pixel is {IGNORED}, which is ignored."
+        )
 
 
 def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
@@ -213,8 +218,8 @@ def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
     size = int(maps.catalog.heights[image]), int(maps.catalog.widths[image])
     if labels.shape != size:
         raise UnreadableImage(
-            f"The label map of {maps.source.key(row)} of {maps.source.name} has {labels.shape[0]} x {labels.shape[1]} "
-            f"px, but the image {size[0]} x {size[1]}."
+            f"The label map of {maps.source.key(row)} in {maps.source.name} is {labels.shape[0]} x {labels.shape[1]} "
+            f"px, but its image is {size[0]} x {size[1]} px."
         )
     return labels
 
@@ -222,7 +227,7 @@ def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
 def patch_labels(labels: NDArray[np.uint8], grid: tuple[int, int], classes: NDArray[np.uint8]) -> Tensor:
     """Count the pixels of each class in each patch: float32 [rows * columns, C].
 
-    A pixel belongs to the patch that its centre lies in.
+    A pixel belongs to the patch that its center lies in.
 
     Args:
         labels: [h, w]; only those in `classes` [C], ascending, count.

@@ -93,16 +93,16 @@ def _verdict(arm: str, runs: dict[str, list[Row]], corrected: dict[tuple[str, st
     """Say in words how an arm compares with the first one."""
     first = next(iter(runs))
     if arm == first:
-        return "the others are compared with this arm"
+        return "baseline: all other arms are compared with it"
     if min(len(_values(runs[name], "linear")) for name in (first, arm)) < 2:
         seeds = {row.seed for name in (first, arm) for row in runs[name]}
-        return "one seed: not tested" if len(seeds) == 1 else "not tested: fewer than two scored runs"
+        return "not tested: only one seed" if len(seeds) == 1 else "not tested: fewer than two scored runs"
     said = []
     for score, title in TESTED.items():
         p = corrected.get((arm, score))
         own, other = (statistics.mean(_values(runs[name], score)) for name in (arm, first))
         if p is None:
-            said.append(f"{title} not tested (no spread)")
+            said.append(f"{title} not tested (all scores equal)")
         else:
             found = "not different" if p >= LEVEL else "higher" if own > other else "lower"
             said.append(f"{title} {found} ({'p < 0.001' if p < 0.001 else f'p = {p:.2g}'})")
