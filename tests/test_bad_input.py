@@ -333,7 +333,7 @@ WRONG_REQUESTS = {
     "an empty name": (
         nothing,
         "train --run new --data.source=",
-        "The source name is empty. Give a folder, tar shards, or 'synthetic'.",
+        "The source of the images is empty. Set it to a folder, tar shards or 'synthetic'.",
     ),
     "evaluate no run": (
         nothing,
@@ -372,7 +372,7 @@ WRONG_REQUESTS = {
     "a label out of range": (
         label_out_of_range,
         "evaluate run --train images.tar --val photos",
-        "images.tar has the label '5', which is not one of the 2 classes in classes.txt.",
+        "images.tar has the label '5', which is not in classes.txt. That file lists 2 classes, numbered from 0.",
     ),
     "an unknown protocol": (
         nothing,
@@ -387,8 +387,9 @@ WRONG_REQUESTS = {
     "no label maps": (
         nothing,
         "evaluate run --train photos --val photos --protocols dense",
-        "photos has no label maps. The protocol dense needs 'synthetic', or a folder with images in 'images' and "
-        "a PNG of the same name for each image in 'labels'.",
+        "photos has no label maps. For the protocol dense, put the images into photos/images and a PNG of the same "
+        "name "
+        "for each image into photos/labels, or use 'synthetic'.",
     ),
     "fine-tuning for no epoch": (
         nothing,
@@ -920,7 +921,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "nothing to inspect": (
         no_bodies,
         "inspect packing photos --out new",
-        ["ijepa: None of the 10 images of the first pack can be decoded."],
+        ["ijepa: None of the 10 images of the first training batch can be decoded. The lines above say why."],
         set(),
     ),
     "a loss that is not finite": (
@@ -973,44 +974,44 @@ def test_a_failed_run_says_why(
     assert {name for name in after if not name.startswith("new/tensorboard")} == leaves
 
 
-LEFT_OUT = [f"Left out: {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
+SKIPPED = [f"Skipped {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
 SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] = {
     "train on what is readable": (
         damaged_headers_and_body,
         f"{TRAIN} --data.max_unreadable 0.4 --json",
-        LEFT_OUT,
+        SKIPPED,
         {"images_seen": 4 * 6},
     ),
     "train on what a cut shard holds": (
         cut_shard,
         "train --data.source images.tar --run new --data.max_unreadable 0.2 --json",
-        [CUT, f"Left out: {CUT_IMAGE}"],
+        [CUT, f"Skipped {CUT_IMAGE}"],
         {"images_seen": 4 * 7},
     ),
     "evaluate what is readable": (
         damaged_headers_and_body,
         f"{EVALUATE} --baselines --json",
-        [f"Left out of photos: {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
+        [line.replace(":", " of photos:", 1) for line in SKIPPED]
         + ["Scoring: random start", "Scoring: raw 16x16 pixels", "Scoring: trained", FEW.format(6), SAME],
         {},
     ),
     "evaluate beside many that are not readable": (
         many_damaged_headers,
         f"{EVALUATE} --json",
-        [f"Left out of photos: dark/x{number:02}.png: empty file" for number in range(20)]
-        + ["Left out of photos: 5 more. Run `ijepa scan` to list them.", "Scoring: trained", FEW.format(10), SAME],
+        [f"Skipped dark/x{number:02}.png of photos: empty file" for number in range(20)]
+        + ["Skipped 5 more images of photos. Run `ijepa scan` to list them.", "Scoring: trained", FEW.format(10), SAME],
         {},
     ),
     "evaluate what a cut shard holds": (
         cut_shard,
         "evaluate run --train photos --val images.tar --resolution 32 --workers 0 --json",
-        [CUT, f"Left out of images.tar: {CUT_IMAGE}", "Scoring: trained", FEW.format(10)],
+        [CUT, f"Skipped {CUT_IMAGE}".replace(": ", " of images.tar: ", 1), "Scoring: trained", FEW.format(10)],
         {},
     ),
     "inspect what is readable": (
         damaged_headers_and_body,
         "inspect packing photos --out new --json",
-        LEFT_OUT,
+        SKIPPED,
         {},
     ),
     "scan what is readable": (
@@ -1030,7 +1031,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     "leave out what is smaller than a patch": (
         smaller_than_a_patch,
         f"{TRAIN} --data.min_resolution null --data.max_resolution null --json",
-        ["Left out: 3 images that are too small. Their views have fewer than 4 patches."],
+        ["Skipped 3 images that are too small (views with fewer than 4 patches)."],
         {"images_seen": 4 * 10},
     ),
     "evaluate what is smaller than a patch": (
@@ -1057,7 +1058,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
 
 
 @pytest.mark.parametrize(("prepare", "command", "said", "found"), SURVIVED.values(), ids=SURVIVED)
-def test_bad_images_among_good_ones_are_reported_and_left_out(
+def test_bad_images_among_good_ones_are_reported_and_skipped(
     prepare: Callable[[], None], command: str, said: list[str], found: dict[str, int], place: Path
 ) -> None:
     prepare()
@@ -1081,7 +1082,7 @@ def test_a_line_of_pixels_has_as_many_patches_as_any_image(place: Path) -> None:
 
 def test_scan_lists_what_it_cannot_read(place: Path) -> None:
     damaged_headers()
-    assert ijepa("scan photos").out[-3:] == [f"  unreadable  {reason}" for reason in (EMPTY, WORDS, BOMB)]
+    assert ijepa("scan photos").out[-3:] == [f"unreadable  {reason}" for reason in (EMPTY, WORDS, BOMB)]
 
 
 def test_a_run_counts_what_it_leaves_out(place: Path) -> None:

@@ -203,13 +203,15 @@ def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> N
 def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
     answer = evaluate(run.folder, pictures, pictures, "--baselines")
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in answer.out if line.startswith("│")]
-    assert [row[0] for row in rows] == ["kNN-1", "kNN-5", "kNN-20", "linear", "RankMe"]
+    assert [row[0] for row in rows] == ["kNN-1", "kNN-5", "kNN-20", "linear", "", "RankMe"]
     (head,) = [line for line in answer.out if line.startswith("┃")]
     assert [cell.strip() for cell in head.split("┃")[2:5]] == ["random start", "raw 16x16 pixels", "trained"]
     start, trained = (scores(evaluate(run.folder, pictures, pictures, *more)) for more in (["--random-init"], []))
     for place, expected in ((1, start), (3, trained)):
-        cells = ["100.0% (100.0%)", "100.0% (100.0%)", f"{expected['rankme']:.1f}"]
+        # Wilson's interval of 10 of 10 has a line of its own.
+        cells = ["100.0% (100.0%)", "100.0% (100.0%)", "[72.2%, 100.0%]", f"{expected['rankme']:.4g}"]
         assert [row[place] for row in rows[2:]] == cells
+    assert answer.out[-2] == "Images: 10 for training, 10 for validation."
     # Programs get the scores of what was asked about.
     assert scores(answer) == trained
     assert scores(evaluate(run.folder, pictures, pictures, "--baselines", "--random-init")) == start
@@ -261,7 +263,12 @@ def test_every_protocol_scores(run: Run, pictures: Path, monkeypatch: pytest.Mon
     assert found["linear_high"] == found["linear_top5"] == 1.0
     # Wilson's interval of 10 of 10: n / (n + z^2).
     assert found["linear_low"] == pytest.approx(10 / (10 + 1.96**2), abs=1e-4)
-    assert sum(line.startswith("│") for line in answer.out) == 11
+    named = [line.strip("│").split("│")[0].strip() for line in answer.out if line.startswith("│")]
+    assert [name for name in named if name] == [
+        *("kNN-1", "kNN-5", "kNN-20", "linear", "linear, last 4 layers (average)"),
+        *("linear, last 4 layers (concatenated)", "low-shot 1%", "low-shot 10%", "RankMe"),
+        *("attentive probe", "fine-tuned"),
+    ]
     kept = json.loads((run.folder / "evaluation.json").read_text())
     assert kept["scores"]["trained"]["finetune"] == 1.0
 
@@ -321,7 +328,7 @@ def test_a_sweep_says_what_to_take_and_where_its_results_are(swept: tuple[Path, 
     assert answer.out[-3:-1] == [str(folder / "sweep.csv"), str(folder / "sweep.png")]
     (chosen,) = [line for line in answer.out if "<-" in line and line.startswith("│")]
     cells = chosen.split("│")
-    taken = f"Use resolution {answer.json['resolution']}, merge rate {answer.json['merge_rate']:g}:"
+    taken = f"Recommended: resolution {answer.json['resolution']}, merge rate {answer.json['merge_rate']:g}. "
     assert answer.out[-4].startswith(taken)
     assert [cell.strip() for cell in cells[1:3]] == [str(answer.json["resolution"]), f"{answer.json['merge_rate']:g}"]
     # Programs find the scores of what to take where those of one encoder are.
@@ -393,12 +400,12 @@ def test_a_folder_of_shards_has_its_own_part_for_each_purpose(run: Run, pictures
     empty.touch()
     shard(tmp_path / "val-0.tar", [*files, empty], lambda file: "dark")
     answer = evaluate(run.folder, tmp_path, tmp_path)
-    left_out = f"Left out of {tmp_path}: val-0.tar:10.png: empty file"
+    left_out = f"Skipped val-0.tar:10.png of {tmp_path}: empty file"
     assert answer.err == [left_out, "Scoring: trained", FEW.format(tmp_path)]
     assert scores(answer)["knn20"] == 0.5
 
 
-def test_commands_say_what_they_read_and_what_they_passed_over(run: Run, pictures: Path, tmp_path: Path) -> None:
+def test_commands_say_what_they_read_and_what_they_ignored(run: Run, pictures: Path, tmp_path: Path) -> None:
     """Imagenette's own archive has a list beside its folders."""
     data = tmp_path / "data"
     for split in ("train", "val"):
@@ -406,8 +413,7 @@ def test_commands_say_what_they_read_and_what_they_passed_over(run: Run, picture
     (data / "noisy_imagenette.csv").touch()
     (data / "val" / "notes.txt").touch()
     train, val = (
-        f"Images: {data}/{split}: files in a folder, split {split} (others: {other}), 10 images, 2 classes; "
-        f"passed over: 1 .csv{more}"
+        f"Images: {data}/{split}: folder, split {split} (others: {other}), 10 images, 2 classes; ignored: 1 .csv{more}"
         for split, other, more in (("train", "val", ""), ("val", "train", ", 1 .txt"))
     )
     flags = [f"--{key}={value}" for key, value in TINY.items()]
@@ -427,11 +433,11 @@ def test_scanning_counts(pictures: Path) -> None:
         "unreadable": 0,
         "labels": 2,
     }
-    assert [line.split()[:2] for line in answer.out[:4]] == [
+    assert [re.split(r"  +", line)[:2] for line in answer.out[:4]] == [
         ["images", "10"],
         ["unreadable", "0"],
-        ["labels", "2"],
-        ["resolution", "5%"],
+        ["classes", "2"],
+        ["resolution (px, percentiles)", f"5%: {answer.json['resolution']['5%']:g}"],
     ]
     assert answer.err == []
 
@@ -574,8 +580,9 @@ def test_a_run_whose_pictures_fail_is_a_finished_run(
     monkeypatch.setattr("ijepa_enhanced.commands.train.draw_curves", no_room)
     answer = train(pictures, tmp_path / "run", "--json")
     assert (answer.code, answer.json["steps"], answer.out[:-1]) == (0, 4, [str(tmp_path / "run")])
-    said = f"Some pictures could not be drawn. `ijepa report {tmp_path / 'run'}` tries again. The reason: "
-    assert answer.err[-1] == f"{said}[Errno {errno.ENOSPC}] No space left on device"
+    reason = f"[Errno {errno.ENOSPC}] No space left on device"
+    again = f"Run `ijepa report {tmp_path / 'run'}` to try again."
+    assert answer.err[-1] == f"The report could not be written ({reason}). {again}"
 
 
 class Full(io.StringIO):
@@ -841,7 +848,7 @@ def test_each_worker_has_a_core_and_torch_has_half_of_them(
     assert caplog.messages == []
     share_cores(9)
     assert given[-1] == 4
-    assert caplog.messages == ["9 workers share 8 cores, which is slower than 8 workers."]
+    assert caplog.messages == ["9 workers share 8 CPU cores. Set the number of workers to 8."]
 
 
 def test_a_resolution_far_from_the_trained_one_is_pointed_out_once(run: Run, pictures: Path) -> None:
@@ -880,7 +887,8 @@ def test_training_on_photos_picks_a_recipe_by_the_machine(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     answer = ijepa("train", pictures, "--steps", "7", "--print-config")
-    said = f"Recipe: {recipe}, because this machine has {'a' if gpu else 'no'} GPU. --config NAME chooses another."
+    why = "this machine has a GPU" if gpu else "no GPU was found"
+    said = f"Using the recipe {recipe}, because {why}. Use --config NAME for another one."
     assert (answer.code, answer.err) == (0, [said])
     assert yaml.safe_load("\n".join(answer.out)) == printed("--config", recipe, "--steps", "7") | {
         "data": printed("--config", recipe)["data"] | {"source": str(pictures)}
@@ -937,7 +945,7 @@ def test_a_warning_is_shown_once_for_each_event(pictures: Path, run: Run, tmp_pa
     shutil.copytree(pictures, tmp_path / "photos")
     damaged = tmp_path / "photos" / "light" / "2.png"
     damaged.write_bytes(damaged.read_bytes()[:-2000])
-    said = "Left out of {}: light/2.png: cannot be decoded: image file is truncated"
+    said = "Skipped light/2.png of {}: cannot be decoded: image file is truncated"
     for _ in range(2):
         answer = evaluate(run.folder, tmp_path / "photos", pictures, "--baselines")
         assert answer.err.count(said.format(tmp_path / "photos")) == 1

@@ -34,18 +34,18 @@ def ijepa(capsys, command):
     return code, said.out.splitlines(), [line for line in said.err.splitlines() if not line.startswith("Images: ")]
 
 
-def test_counts_and_what_is_dropped(place, capsys):
+def test_counts_and_what_is_skipped(place, capsys):
     Path("photos/dark/0.png").write_bytes(b"")
     path = Path("photos/light/2.png")
     path.write_bytes(path.read_bytes()[:-2000])
     code, out, err = ijepa(capsys, "prepare photos new --max-resolution 32 --workers 1 --json")
     size = Path("new/images-000000.tar").stat().st_size
-    assert (code, out[:-1]) == (0, ["      images  8", "     dropped  2", "      shards  1", f"       bytes  {size}"])
+    assert (code, out[:-1]) == (0, ["images   8", "skipped  2", "shards   1", f"bytes    {size}"])
     assert json.loads(out[-1]) == {"images": 8, "dropped": 2, "shards": 1, "bytes": size}
     assert err == [
         "photos has changed since the last scan. Scanning again.",
-        "Dropped: dark/0.png: empty file",
-        "Dropped: light/2.png: cannot be decoded: image file is truncated",
+        "Skipped dark/0.png: empty file",
+        "Skipped light/2.png: cannot be decoded: image file is truncated",
     ]
     code, out, _ = ijepa(capsys, "scan new --json")
     assert json.loads(out[-1])["images"] == 8
@@ -65,7 +65,7 @@ def test_check(place, capsys):
         1,
         [],
         [
-            "ijepa: done is damaged:",
+            "ijepa: done has problems:",
             "  images-000000.tar does not match its checksum.",
             "  classes.txt cannot be read: No such file or directory.",
         ],
@@ -76,11 +76,14 @@ REFUSED = {
     "prepare photos": "OUT is missing. Give the output folder: ijepa prepare SOURCE OUT.",
     "prepare": "The following arguments are required: SOURCE. See `ijepa prepare --help`.",
     "prepare done new --check": "--check takes only one folder, the prepared one. Remove OUT.",
-    "prepare photos --check": "photos was not made by ijepa prepare: it has no manifest.json.",
-    "prepare nope --check": "nope was not made by ijepa prepare: it has no manifest.json.",
-    "prepare photos photos": "photos holds {}, and no manifest.json. Name an empty folder, or a new one.",
+    "prepare photos --check": "photos was not made by `ijepa prepare`: it has no manifest.json.",
+    "prepare nope --check": "nope was not made by `ijepa prepare`: it has no manifest.json.",
+    "prepare photos photos": (
+        "photos is not empty (it contains {}) and was not made by `ijepa prepare`. Use an empty or a new output folder."
+    ),
     "prepare photos done --quality 80": (
-        "done was prepared with quality 90, not 80. Name another folder, or delete this one."
+        "done already contains shards that were prepared with quality = 90, not 80. Use another output folder, or "
+        "delete this one."
     ),
     "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
     "prepare photos new --max-resolution 0": "--max-resolution must be at least 1, not 0.",
@@ -101,7 +104,8 @@ def test_nothing_that_can_be_decoded(place, capsys):
     for path in Path("photos").rglob("*.*"):
         path.write_bytes(path.read_bytes()[:-900])
     code, out, err = ijepa(capsys, "prepare photos new")
-    assert (code, out, err[-1]) == (1, [], "ijepa: None of the 10 images of photos can be decoded.")
+    said = "ijepa: None of the 10 images of photos can be decoded. The lines above say why."
+    assert (code, out, err[-1]) == (1, [], said)
 
 
 def test_remote_images_give_the_same(place, capsys):

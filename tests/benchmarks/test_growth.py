@@ -31,7 +31,7 @@ def measured(tokens: int) -> dict[str, Any]:
 def test_growth_ends_where_memory_does(capsys: pytest.CaptureFixture[str]) -> None:
     rows = grow("stream", [16, 32, 64, 128], measured)
     assert [row["tokens"] for row in rows] == [16, 32]
-    assert capsys.readouterr().out == "A stream of 64 tokens does not fit.\n"
+    assert capsys.readouterr().out == "A stream of 64 tokens does not fit in memory.\n"
 
 
 def test_if_nothing_fits_there_is_no_growth() -> None:

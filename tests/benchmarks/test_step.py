@@ -103,7 +103,7 @@ def test_growth_ends_where_memory_does(
 
     monkeypatch.setattr(step, "grown", too_large)
     step.run(tokens=256)
-    assert "A pack of 512 tokens does not fit." in capsys.readouterr().out
+    assert "A pack of 512 tokens does not fit in memory." in capsys.readouterr().out
     assert len(tables[3]) == 1
 
 
@@ -121,7 +121,8 @@ def test_the_originals_memory_takes_no_figures_of_ours_away(
     monkeypatch.setattr(Original, "features", too_large)
     found = step.run(tokens=256)
     assert (
-        "The original's method does not fit in memory for ViT-Ti with packs of 256 tokens." in capsys.readouterr().out
+        "The original I-JEPA method does not fit in memory for ViT-Ti with packs of 256 tokens."
+        in capsys.readouterr().out
     )
     assert [row["method"] for row in tables[2]] == ["ours"]
     assert found["images_per_second"] == tables[2][0]["images_per_second"]

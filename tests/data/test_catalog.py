@@ -258,7 +258,7 @@ def test_a_catalog_that_is_damaged_or_old_is_made_again_and_that_is_said_once(fo
     again = open_catalog(FolderSource(folder))
     assert (again.hash, names(again), sorted(scanned)) == (first.hash, expected, [0, 1, 2, 3, 4])
     (message,) = caplog.messages
-    assert message.startswith(f"The catalog {file} of {folder} cannot be used and is made again: ")
+    assert message.startswith(f"Rebuilding the catalog of {folder}: {file} cannot be used (")
     scanned.clear()
     caplog.clear()
     open_catalog(FolderSource(folder))
@@ -292,7 +292,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning(folder, cache, caplog):
     source = FolderSource(folder)
     assert names(open_catalog(source)) == ["ant/a.png", "ant/c.png", "bee/a.png"]
     (message,) = caplog.messages
-    assert message.startswith(f"The catalog of {folder} cannot be saved, so every command scans again: ")
+    assert message.startswith(f"The catalog of {folder} cannot be saved (")
     assert pickle.loads(pickle.dumps(source)).size(0) == (10, 40), "workers can use it all the same"
 
 
@@ -399,7 +399,7 @@ def test_what_is_missing_is_reported_each_time_it_is_asked_for(tmp_path, cache, 
         assert not caplog.messages, "opening says nothing, since a command opens its images more than once"
         report_unreadable(catalog)
         said = f"Images: {shard}: tar shards, 2 images, no labels"
-        assert caplog.messages == [said, note, f"Left out: a.tar:b.png: {reason}"]
+        assert caplog.messages == [said, note, f"Skipped a.tar:b.png: {reason}"]
         caplog.clear()
 
 
@@ -470,5 +470,5 @@ def test_a_worker_that_finds_another_catalog_stops(folder, cache):
     (folder / "ant" / "b.png").write_bytes(png(5, 5))
     open_catalog(FolderSource(folder))
     assert len(source) == 5, "this process keeps the one that it has mapped"
-    with pytest.raises(RunError, match=r"changed while it was in use: the images were scanned again\. Start again\.$"):
+    with pytest.raises(RunError, match=r"^Another process scanned the images again, .*\. Run the command again\.$"):
         pickle.loads(sent)

@@ -227,7 +227,7 @@ def test_check(copy):
     manifest["complete"] = False
     (copy / MANIFEST).write_text(json.dumps(manifest))
     assert check(copy) == [
-        "It is not complete. Run ijepa prepare again.",
+        "The folder is incomplete. Run `ijepa prepare` with the same arguments to continue.",
         "images-000001.tar does not match its checksum.",
         "images-000002.tar cannot be read: No such file or directory.",
         "classes.txt does not match its checksum.",
@@ -262,16 +262,17 @@ def nothing(folder):
     pass
 
 
-OTHERWISE = "{} was prepared with {}. Name another folder, or delete this one."
+OTHERWISE = "{} already contains shards that were prepared {}. Use another output folder, or delete this one."
 REFUSED = {
-    "other images": (nothing, {}, "{} was prepared from other images. Name another folder, or delete this one."),
-    "another side": (nothing, {"max_resolution": 100}, OTHERWISE.format("{}", "max_resolution 240, not 100")),
-    "another quality": (nothing, {"quality": 80}, OTHERWISE.format("{}", "quality 90, not 80")),
-    "another size of shards": (nothing, {"shard_size": 2}, OTHERWISE.format("{}", "shard_size 1, not 2")),
+    "other images": (nothing, {}, OTHERWISE.format("{}", "from other images")),
+    "another side": (nothing, {"max_resolution": 100}, OTHERWISE.format("{}", "with max_resolution = 240, not 100")),
+    "another quality": (nothing, {"quality": 80}, OTHERWISE.format("{}", "with quality = 90, not 80")),
+    "another size of shards": (nothing, {"shard_size": 2}, OTHERWISE.format("{}", "with shard_size = 1, not 2")),
     "something else": (
         no_manifest,
         {},
-        "{} holds classes.txt, and no manifest.json. Name an empty folder, or a new one.",
+        "{} is not empty (it contains classes.txt) and was not made by `ijepa prepare`. Use an empty or a new output "
+        "folder.",
     ),
     "a damaged manifest": (damage, {}, "{0}/manifest.json is damaged. Delete {0} and prepare the images again."),
     "a manifest that lacks a key": (
@@ -287,7 +288,7 @@ REFUSED = {
     "another version": (
         another_version,
         {},
-        "{} was prepared by another version. Delete it and prepare the images again.",
+        "{} was prepared by an incompatible version of ijepa-enhanced. Delete it and prepare the images again.",
     ),
 }
 
@@ -315,7 +316,7 @@ def test_no_image_that_can_be_read(tmp_path):
 def test_a_folder_that_was_not_prepared(tmp_path):
     with pytest.raises(SourceError) as error:
         check(tmp_path)
-    assert str(error.value) == f"{tmp_path} was not made by ijepa prepare: it has no manifest.json."
+    assert str(error.value) == f"{tmp_path} was not made by `ijepa prepare`: it has no manifest.json."
 
 
 @pytest.mark.parametrize("labels", [["ant", "", "bee", ""], ["0", "", "1", ""]])

@@ -146,8 +146,8 @@ def test_a_shard_that_a_pattern_could_not_name_is_refused(tmp_path, name):
     with pytest.raises(SourceError) as error:
         fetch(f"file://{tmp_path}/*.tar", tmp_path / "here")
     assert str(error.value) == (
-        f"file://{tmp_path}/*.tar names {tmp_path}/{name}: the name of a source cannot contain {{ , }} # * ? [ or "
-        "' + '. Rename it, or name its folder."
+        f"{tmp_path}/{name} cannot be read as a shard, because its name contains one of {{ , }} # * ? [ or ' + '. "
+        "Rename it, or use its folder as the source."
     )
     assert not (tmp_path / "here").exists()
 
@@ -162,7 +162,7 @@ def test_nothing_is_written_outside_of_the_folder(tmp_path, monkeypatch, name):
     with pytest.raises(SourceError) as error:
         fetch("https://evil.org/d", tmp_path)
     assert str(error.value) == (
-        f"https://evil.org/d names https://evil.org/d/{name}, which is not in it. Nothing was copied."
+        f"https://evil.org/d lists https://evil.org/d/{name}, which is outside of it. Nothing was copied."
     )
     assert not list(tmp_path.iterdir())
 
@@ -204,7 +204,7 @@ def test_what_always_breaks_off_is_named_and_gone_on_with(server, tmp_path):
     with pytest.raises(SourceError) as error:
         fetch(f"{address}/{{train-0,train-1,val-0}}.tar", tmp_path)
     said = str(error.value)
-    assert said.startswith(f"{address}/train-1.tar could not be copied in 4 tries: ClientPayloadError: ")
+    assert said.startswith(f"{address}/train-1.tar could not be copied after 4 attempts: ClientPayloadError: ")
     assert said.endswith(
         f" 2 of the 3 files of {address}/{{train-0,train-1,val-0}}.tar are missing. "
         "Run the same command again to continue."
@@ -220,7 +220,7 @@ def test_a_file_that_is_not_there(server, tmp_path):
     with pytest.raises(SourceError) as error:
         fetch(f"{address}/nope.tar", tmp_path)
     assert str(error.value) == (
-        f"{address}/nope.tar could not be copied in 4 tries: not found. "
+        f"{address}/nope.tar could not be copied after 4 attempts: not found. "
         f"1 of the 1 files of {address}/nope.tar are missing. Run the same command again to continue."
     )
 
@@ -231,8 +231,8 @@ def test_a_file_that_is_not_there(server, tmp_path):
         ("memory://empty", "No images in memory://empty. It must be a folder of images, or tar or Parquet files."),
         (
             "nope://x/a.tar",
-            "nope://x/a.tar cannot be reached: Protocol not known: nope. For https, "
-            "pip install 'ijepa_enhanced[data]'; for others, the package that it names.",
+            "nope://x/a.tar cannot be opened: Protocol not known: nope. For https, install 'ijepa-enhanced[data]'. For "
+            "other protocols, install the package that the error names.",
         ),
     ],
 )

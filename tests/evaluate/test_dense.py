@@ -98,10 +98,12 @@ def test_the_synthetic_images_have_label_maps(encoder: Encoder) -> None:
 
 
 def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: Path) -> None:
-    with pytest.raises(
-        SourceError, match=r"has no label maps\. The protocol dense needs 'synthetic', or a folder with"
-    ):
+    with pytest.raises(SourceError) as error:
         open_maps(str(pictures), "train")
+    assert str(error.value) == (
+        f"{pictures} has no label maps. For the protocol dense, put the images into {pictures}/images and a PNG of the "
+        f"same name for each image into {pictures}/labels, or use 'synthetic'."
+    )
     known = open_maps(str(halves), "train")
     path = halves / "labels" / "2.png"
 
@@ -114,10 +116,11 @@ def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: P
     Image.fromarray(labels[:40]).save(path)
     fails(
         UnreadableImage,
-        f"The label map of 2.jpg of {halves}/images has 40 x 64 px, but the image 48 x 64.",
+        f"The label map of 2.jpg in {halves}/images is 40 x 64 px, but its image is 48 x 64 px.",
     )
     Image.fromarray(labels).convert("RGB").save(path)
-    fails(UnreadableImage, f"{path} is no label map: it has the mode RGB, not L or P.")
+    modes = "its image mode must be L (one channel) or P (palette), not RGB"
+    fails(UnreadableImage, f"{path} is not a label map: {modes}.")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UnreadableImage, match=f"^The label map {path} cannot be read: "):
@@ -141,7 +144,9 @@ def test_maps_that_label_nothing_are_an_error(encoder: Encoder, halves: Path, tm
     for train, val in ((some, none), (none, some)):
         with pytest.raises(SourceError) as caught:
             list(dense(encoder, train, val, SETTING))
-        assert str(caught.value) == f"The label maps of {other}/images label nothing: every pixel is 255."
+        assert str(caught.value) == (
+            f"The label maps of {other}/images have no labels: every pixel is 255, which is ignored."
+        )
 
 
 def test_the_strength_is_chosen_by_one_image_of_two(
@@ -214,5 +219,6 @@ def test_a_label_that_training_lacks_is_an_error(encoder: Encoder, halves: Path,
     with pytest.raises(SourceError) as caught:
         list(dense(encoder, open_maps(str(halves), "train"), open_maps(str(other), "val"), SETTING))
     assert str(caught.value) == (
-        f"The label map of 0.jpg of {other}/images has the label 9, which none of {halves}/images has."
+        f"The label map of 0.jpg in {other}/images contains the label 9, which does not occur in {halves}/images. Add "
+        "images with that label, or set its pixels to 255 to ignore them."
     )

@@ -38,7 +38,7 @@ def test_images_without_a_label_are_left_out_and_counted(
     found = labelled(str(pictures), "train")
     assert found.catalog.rows.tolist() == [0, 2, 3, 5, 7, 8]
     assert labels_of(found.catalog).tolist() == [1, 0, 0, 1, 0, 0]
-    assert caplog.messages[-1:] == [f"Left out of {pictures}: 4 of 10 images, which have no label."]
+    assert caplog.messages[-1:] == [f"Skipped 4 of 10 images of {pictures}, which have no label."]
     for each in labelled_pair(str(pictures), str(pictures)):
         assert labels_of(each.catalog).min() == 0
 

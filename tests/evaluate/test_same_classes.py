@@ -179,8 +179,8 @@ def test_numbers_are_not_matched_with_names(tmp_path: Path, way: Callable[[Path,
     for pair in ((named, numbered), (numbered, named)):
         with pytest.raises(RequestError) as error:
             labelled_pair(*pair)
-        assert str(error.value).startswith(f"{numbered} numbers its classes (0, 1, 2, ...) and {named} names them (")
-        assert "Write names in both" in str(error.value)
+        assert str(error.value).startswith(f"{numbered} has class numbers (0, 1, 2, ...) and {named} has class names (")
+        assert "Use names in both" in str(error.value)
 
 
 @pytest.mark.parametrize("none", ["-1", "", "nan", "NaN", "null", "-1.0", "-7"])
@@ -224,7 +224,7 @@ def test_a_name_that_a_list_has_twice(tmp_path: Path) -> None:
             labelled_pair(*pair)
     # Where nobody asks about them, they do no harm.
     assert classes_of(train, write_classes(tmp_path / "d", ["fox"], ["0"]))[1] == {0: 1}
-    with pytest.raises(SourceError, match=r"has the label 'crane', and classes\.txt lists that name more than once"):
+    with pytest.raises(SourceError, match=r"has the label 'crane', but classes\.txt contains that name more than once"):
         _ = open_source(write_classes(tmp_path / "e", twice, ["crane", "fox"])).listing
 
 
@@ -236,5 +236,5 @@ def test_a_mixture_of_numbers_and_of_folders_that_are_named_after_numbers(tmp_pa
     source = open_source(f"{names} + {specs[1]}")
     assert source.labels is None
     assert [*source.listing.notes] == [
-        f"{source.name} has no labels: some of its sources name their classes, and others number them."
+        f"{source.name} has no labels: some of its sources have class names, and others have class numbers."
     ]

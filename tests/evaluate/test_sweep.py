@@ -58,20 +58,21 @@ def test_the_fastest_of_those_within_half_a_point_is_chosen() -> None:
     assert choose([best, edge, beyond]) is edge
     assert choose([best, beyond]) is best
     assert advice([best, edge, beyond]) == (
-        "Use resolution 160, merge rate 0.05: linear 69.5% at 2.3 times the speed of the best, "
-        "resolution 224, merge rate 0, with 70.0%. One half of the validation images made this choice; on the other "
-        "half its linear accuracy is 40.0%."
+        "Recommended: resolution 160, merge rate 0.05. Linear accuracy 69.5%, 2.3x as fast as the most accurate "
+        "setting (resolution 224, merge rate 0: 70.0%). This choice used one half of the validation images; on the "
+        "other half, the linear accuracy is 40.0%."
     )
     assert advice([beyond, dataclasses.replace(best, resolution=None)]) == (
-        "Use resolution native, merge rate 0: nothing faster comes within 0.5 points of its linear 70.0%. One half of "
-        "the validation images made this choice; on the other half its linear accuracy is 40.0%."
+        "Recommended: resolution native, merge rate 0. Linear accuracy 70.0%; no faster setting comes within 0.5 "
+        "points of it. This choice used one half of the validation images; on the other half, the linear accuracy is "
+        "40.0%."
     )
 
 
 def test_of_equally_accurate_settings_the_fastest_is_the_best() -> None:
     slow, fast = point(0.7, 100, rate=0.0), point(0.7, 200, rate=0.1)
     assert choose([slow, fast]) is fast
-    assert advice([slow, fast]).startswith("Use resolution 224, merge rate 0.1: nothing faster comes within")
+    assert advice([slow, fast]).startswith("Recommended: resolution 224, merge rate 0.1. Linear accuracy 70.0%; no")
 
 
 def test_a_csv_has_every_point_and_says_which_are_on_the_frontier(tmp_path: Path) -> None:

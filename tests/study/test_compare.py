@@ -58,7 +58,7 @@ def test_a_verdict_says_which_score_is_higher_or_lower_and_how_surely(tmp_path: 
         better=[(knn - 0.1, linear + 0.1) for knn, linear in BASE],
     )
     found = verdicts(rows)
-    assert found["base"] == "the others are compared with this arm"
+    assert found["base"] == "baseline: all other arms are compared with it"
     assert found["same"].startswith("kNN-20 not different (p = ")
     assert ", linear not different (p = " in found["same"]
     # t is 0.1 / sqrt(2 / 3) / 0.005 = 24.5 at 4 degrees of freedom: p = 1.648e-5, the smallest of four tests.
@@ -72,7 +72,7 @@ def test_a_verdict_says_which_score_is_higher_or_lower_and_how_surely(tmp_path: 
 
 def test_what_cannot_be_tested_is_not_called_different() -> None:
     one = study(base=BASE[:1], other=[(0.9, 0.9)])
-    assert verdicts(one)["other"] == "one seed: not tested"
+    assert verdicts(one)["other"] == "not tested: only one seed"
     failed = Row("failed", 3, "The loss is not finite.", 0, 1.0)
     better = [(knn + 0.1, linear + 0.1) for knn, linear in BASE]
     for rows in (study(base=BASE, failed=better), study(failed=better, base=BASE)):
@@ -80,7 +80,7 @@ def test_what_cannot_be_tested_is_not_called_different() -> None:
         line = summary([*rows, failed])[1]
         assert (line["verdict"], line["linear_p"]) == ("not tested: failed runs of failed", None)
     frozen = study(base=[(0.5, 0.4), (0.5, 0.41)], other=[(0.6, 0.4), (0.6, 0.41)])
-    assert verdicts(frozen)["other"] == "kNN-20 not tested (no spread), linear not different (p = 1)"
+    assert verdicts(frozen)["other"] == "kNN-20 not tested (all scores equal), linear not different (p = 1)"
 
 
 @pytest.mark.parametrize("arms", [2, 4])

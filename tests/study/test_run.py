@@ -241,8 +241,11 @@ def test_the_command_prints_a_table_and_writes_a_page(
         assert arm in out
         assert f"{arm}-0" in page
     section = page.partition('<section id="study">')[2].partition("</section>")[0]
-    assert f"Scored on {photos}, at 32 px; the probes learn from the training images of the first arm." in section
-    assert "one seed: not tested</td>" in section
+    assert (
+        f"Scored on {photos} at a resolution of 32 px. Probes were trained on the training images of the first arm."
+        in section
+    )
+    assert "not tested: only one seed</td>" in section
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["arm"] for row in rows] == ["jepa", "plain"]
     for name in ("study.csv", "summary.csv", "report.html"):

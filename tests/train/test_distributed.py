@@ -87,7 +87,7 @@ def test_two_ranks_are_as_one_and_each_goes_on_as_the_other(whole: TrainConfig, 
     assert len(read_log(tmp_path / "one")) == 3
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert stdout.splitlines().count(str(tmp_path / "two")) == 1, "one of them speaks"
-    assert stderr.count("Monitoring every") == 1
+    assert stderr.count("The monitor checks the teacher every") == 1
     assert (tmp_path / "two" / "report.html").is_file()
 
     (tmp_path / "one").rename(tmp_path / "first")
@@ -116,7 +116,7 @@ def test_what_cannot_be_read_is_counted_and_named_as_by_one(whole: TrainConfig, 
     assert_same_run(tmp_path / "two", tmp_path / "one")
     counts = [read_log(tmp_path / run)[-1]["unreadable"] for run in ("one", "two")]
     assert counts == [14, 14]
-    assert stderr.count("Left out: ") == 14
+    assert stderr.count("Skipped ") == 14
     code, _, stderr = finish(torchrun(whole, tmp_path / "strict"))
     assert code == 1
     assert "images cannot be read, but data.max_unreadable = 0.01 allows only 1%:" in stderr

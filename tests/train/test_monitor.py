@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -76,11 +77,18 @@ def test_the_alarm_fires_when_a_run_collapses(
     alarms = [line["step"] for line in log if line["alarm"]]
     assert alarms[0] <= 25
     assert alarms == list(range(alarms[0], 31, 5))
+    first, second, *_ = [message for message in caplog.messages if message.startswith("Monitor at step ")]
+    names = ("RankMe", "LiDAR", "spread", "cosine", "kNN accuracy")
+    assert re.sub(r" -?\d\S*?(%?)(?=,|$)", r"\1", first) == f"Monitor at step 0: {', '.join(names)}%"
+    assert second.endswith("% (best so far)")
     (words,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert words.startswith("The run collapses: at the last 2 probes ")
-    assert "spread and 1 - cosine were below a quarter of their peak." in words
-    assert words.endswith(f"Step {log[-1]['best']} is kept in best/. Raise objective.vicreg_weight or lower optim.lr.")
-    # Nothing from within the collapse, whatever its nearest neighbours say.
+    assert words.startswith("The run is collapsing: in the last 2 checks, ")
+    assert "spread and 1 - cosine were below a quarter of their maximum, so the features of different images" in words
+    assert words.endswith(
+        f"The best encoder (step {log[-1]['best']}) is in best/. In a new run, raise objective.vicreg_weight or lower "
+        "optim.lr."
+    )
+    # Nothing from within the collapse, whatever its nearest neighbors say.
     assert log[-1]["best"] < alarms[0] - 5
 
 
@@ -342,7 +350,7 @@ def test_a_run_too_short_for_it_says_so(tiny: TrainConfig, tmp_path: Path, caplo
     with caplog.at_level(logging.DEBUG, logger="ijepa_enhanced"):
         train(dataclasses.replace(tiny, monitor=MonitorConfig(), steps=2), tmp_path / "run")
     assert (
-        "The run is not monitored: it is so short that monitoring would cost more than 3% of it. "
+        "Monitoring is off: the run is so short that checks would cost more than 3% of it. "
         "Set monitor.every to monitor it anyway." in caplog.messages
     )
     assert not (tmp_path / "run" / "best").exists()

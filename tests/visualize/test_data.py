@@ -32,7 +32,7 @@ def photos(tmp_path):
     picture(1).save(folder / "bee" / "a copy.png", compress_level=1)
     picture(1).convert("RGBA").save(folder / "bee" / "one more.png")
     picture(2).save(folder / "bee" / "compressed.jpg", quality=30)
-    picture(2).convert("L").save(folder / "bee" / "grey.png")
+    picture(2).convert("L").save(folder / "bee" / "gray.png")
     picture(2).resize((100, 75)).save(folder / "bee" / "small.png")
     picture(2).point(lambda value: value * 0.7 + 20).save(folder / "bee" / "pale.png")
     picture(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "bee" / "mirrored.png")
@@ -48,9 +48,9 @@ def test_duplicates(photos):
     seen = survey(source, open_catalog(source))
     assert seen.rows == list(range(27))
     assert named(source, seen.identical) == {("a copy.png", "01.png"), ("one more.png", "01.png")}
-    assert {name for name, _ in named(source, seen.near)} == {"compressed.jpg", "grey.png", "small.png", "pale.png"}
+    assert {name for name, _ in named(source, seen.near)} == {"compressed.jpg", "gray.png", "small.png", "pale.png"}
     assert all(
-        source.key(other).endswith(("02.png", "compressed.jpg", "grey.png", "pale.png")) for _, other in seen.near
+        source.key(other).endswith(("02.png", "compressed.jpg", "gray.png", "pale.png")) for _, other in seen.near
     )
 
 
@@ -102,8 +102,8 @@ def test_the_command(photos, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     (photos / "ant" / "empty.png").write_bytes(b"")
     code, out, err = ijepa(capsys, "inspect", "data", photos, "--out", tmp_path / "out", "--json")
-    said = f"Images: {photos}: files in a folder, 28 images, 2 classes"
-    assert (code, err) == (0, [said, "Left out: ant/empty.png: empty file"])
+    said = f"Images: {photos}: folder, 28 images, 2 classes"
+    assert (code, err) == (0, [said, "Skipped ant/empty.png: empty file"])
     said = json.loads(out[-1])
     assert {name: said[name] for name in ("images", "unreadable", "labels", "looked_at", "identical", "near")} == {
         "images": 27,
@@ -114,7 +114,11 @@ def test_the_command(photos, tmp_path, capsys):
         "near": 4,
     }
     assert said["classes"] == {"bee": 22, "ant": 5}
-    assert "       class  bee: 22" in out
+    assert [line.split(maxsplit=1) for line in out if line.startswith(("classes", "images decoded", "class bee"))] == [
+        ["classes", "2"],
+        ["images", "decoded                27"],
+        ["class", "bee                     22"],
+    ]
     assert [Path(path).name for path in said["pictures"]] == ["images.png", "duplicates.png", "sizes.png"]
     for path in said["pictures"]:
         assert np.asarray(Image.open(path).convert("L")).std() > 5, "something is drawn"
@@ -132,9 +136,10 @@ def test_images_keep_their_aspect_on_the_sheet(tmp_path, capsys):
 def test_nothing_to_look_at(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(b"")
     code, out, err = ijepa(capsys, "inspect", "data", tmp_path, "--out", tmp_path / "out")
-    assert (code, out, err[-1]) == (1, [], f"ijepa: None of the 1 images of {tmp_path} can be read.")
+    said = f"ijepa: None of the 1 images of {tmp_path} can be {{}}. The lines above say why."
+    assert (code, out, err[-1]) == (1, [], said.format("read"))
     picture(0).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-2000])
     code, out, err = ijepa(capsys, "inspect", "data", tmp_path, "--out", tmp_path / "out")
-    assert (code, out, err[-1]) == (1, [], f"ijepa: None of the 1 images of {tmp_path} can be decoded.")
+    assert (code, out, err[-1]) == (1, [], said.format("decoded"))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Colours are principal components, similarities are cosines, and the picture shows both in their places."""
+"""Colors are principal components, similarities are cosines, and the picture shows both in their places."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def images() -> list[NDArray[np.uint8]]:
     return [rng.integers(60, 200, shape, dtype=np.uint8) for shape in ((64, 64, 3), (32, 128, 3))]
 
 
-def test_colours_are_the_principal_components_of_all_patches() -> None:
+def test_colors_are_the_principal_components_of_all_patches() -> None:
     """Against scikit-learn's, whose signs are other ones."""
     pca = pytest.importorskip("sklearn.decomposition").PCA(3)
     maps = correlated()
@@ -45,7 +45,7 @@ def test_colours_are_the_principal_components_of_all_patches() -> None:
     signs = np.sign(pca.components_[np.arange(3), np.abs(pca.components_).argmax(axis=1)])
     low, high = np.percentile(scores * signs, (2, 98), axis=0)
     expected = 255 * ((scores * signs - low) / (high - low)).clip(0, 1)
-    found = np.concatenate([colours.reshape(-1, 3) for colours in pca_maps(maps)])
+    found = np.concatenate([colors.reshape(-1, 3) for colors in pca_maps(maps)])
     assert found.dtype == np.uint8
     np.testing.assert_allclose(found, expected, atol=0.51)
 
@@ -57,28 +57,28 @@ def test_red_green_and_blue_are_the_components_in_the_order_of_their_variance() 
     for dimension, scale in ((1, 3.0), (3, 2.0), (0, 1.0)):
         order = torch.randperm(400, generator=torch.Generator().manual_seed(dimension))
         features[..., dimension] = scale * values[order].view(20, 20)
-    (colours,) = pca_maps([features])
+    (colors,) = pca_maps([features])
     for channel, dimension in enumerate((1, 3, 0)):
-        correlation = np.corrcoef(colours[..., channel].ravel(), features[..., dimension].numpy().ravel())[0, 1]
+        correlation = np.corrcoef(colors[..., channel].ravel(), features[..., dimension].numpy().ravel())[0, 1]
         assert correlation > 0.98, channel
 
 
 def test_maps_keep_their_shapes_and_do_not_depend_on_their_order() -> None:
     maps = correlated()
-    colours = pca_maps(maps)
-    assert [colour.shape for colour in colours] == [(*shape, 3) for shape in SHAPES]
-    for one, other in zip(colours, pca_maps(maps[::-1])[::-1], strict=True):
+    colors = pca_maps(maps)
+    assert [color.shape for color in colors] == [(*shape, 3) for shape in SHAPES]
+    for one, other in zip(colors, pca_maps(maps[::-1])[::-1], strict=True):
         assert np.abs(one.astype(int) - other).max() <= 1
 
 
-def test_equal_features_have_equal_colours_in_all_images() -> None:
+def test_equal_features_have_equal_colors_in_all_images() -> None:
     maps = correlated()
     maps[1][4, 2] = maps[0][3, 7]
-    colours = pca_maps(maps)
-    assert (colours[1][4, 2] == colours[0][3, 7]).all()
+    colors = pca_maps(maps)
+    assert (colors[1][4, 2] == colors[0][3, 7]).all()
 
 
-def test_the_colours_are_the_same_every_time() -> None:
+def test_the_colors_are_the_same_every_time() -> None:
     for one, other in zip(pca_maps(correlated()), pca_maps(correlated()), strict=True):
         assert (one == other).all()
 
@@ -86,27 +86,27 @@ def test_the_colours_are_the_same_every_time() -> None:
 def test_one_odd_patch_does_not_darken_all_others() -> None:
     maps = correlated()
     maps[0][0, 0] = 1000.0
-    rest = np.concatenate([colours.reshape(-1, 3) for colours in pca_maps(maps)])[1:]
+    rest = np.concatenate([colors.reshape(-1, 3) for colors in pca_maps(maps)])[1:]
     assert np.ptp(rest[:, 0]) == 255
 
 
 def test_a_component_that_few_patches_have_is_shown() -> None:
     features = torch.zeros(10, 20, 4)
     features[3, 4, 2] = 1.0
-    (colours,) = pca_maps([features])
-    assert colours[3, 4, 0] == 255
-    assert colours[..., 0].sum() == 255
+    (colors,) = pca_maps([features])
+    assert colors[3, 4, 0] == 255
+    assert colors[..., 0].sum() == 255
 
 
-def test_what_does_not_vary_is_grey() -> None:
+def test_what_does_not_vary_is_gray() -> None:
     line = torch.linspace(0, 1, 12).view(3, 4, 1) * torch.ones(5) + 2
-    (colours,) = pca_maps([line])
-    assert np.ptp(colours[..., 0]) == 255
-    assert (colours[..., 1:] == 128).all()
-    (colours,) = pca_maps([torch.full((3, 4, 5), 0.1)])
-    assert (colours == 128).all()
-    (colours,) = pca_maps([torch.linspace(0, 1, 12).view(3, 4, 1)])
-    assert (colours[..., 1:] == 128).all()
+    (colors,) = pca_maps([line])
+    assert np.ptp(colors[..., 0]) == 255
+    assert (colors[..., 1:] == 128).all()
+    (colors,) = pca_maps([torch.full((3, 4, 5), 0.1)])
+    assert (colors == 128).all()
+    (colors,) = pca_maps([torch.linspace(0, 1, 12).view(3, 4, 1)])
+    assert (colors[..., 1:] == 128).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -154,17 +154,17 @@ def test_the_picture_shows_image_components_and_similarity(
     sheet = read(path)
     maps = encoder.feature_maps(images, 64)
     top, cell = MARGIN, RESOLUTION // 8
-    for colours, features in zip(pca_maps(maps), maps, strict=True):
-        rows, cols = colours.shape[:2]
+    for colors, features in zip(pca_maps(maps), maps, strict=True):
+        rows, cols = colors.shape[:2]
         width = cols * cell + MARGIN // 2
         parts = [sheet[top : top + rows * cell, MARGIN + n * width :][:, : cols * cell] for n in range(3)]
-        assert (parts[1] == colours.repeat(cell, axis=0).repeat(cell, axis=1)).all()
+        assert (parts[1] == colors.repeat(cell, axis=0).repeat(cell, axis=1)).all()
         middle = slice(cell // 2, None, cell)
-        centres = parts[2][middle, middle].astype(int)
-        brightness = centres.sum(axis=2)
+        centers = parts[2][middle, middle].astype(int)
+        brightness = centers.sum(axis=2)
         similarity = similarity_map(features, 3, 5).numpy()
-        assert (centres[3, 5] == RAMP[-1]).all()
-        assert (centres[np.unravel_index(similarity.argmin(), similarity.shape)] == RAMP[0]).all()
+        assert (centers[3, 5] == RAMP[-1]).all()
+        assert (centers[np.unravel_index(similarity.argmin(), similarity.shape)] == RAMP[0]).all()
         assert np.corrcoef(brightness.ravel(), similarity.ravel())[0, 1] > 0.9
         for part, marked in zip(parts, (True, False, True), strict=True):
             edges = np.argwhere((part == MARK).all(axis=2))
@@ -176,7 +176,7 @@ def test_the_picture_shows_image_components_and_similarity(
 
 
 def test_the_image_is_what_the_encoder_sees(encoder: Encoder, tmp_path: Path) -> None:
-    """Four colours, one a quarter, stay in their quarters."""
+    """Four colors, one a quarter, stay in their quarters."""
     quarters = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [250, 250, 0]]], np.uint8)
     draw_features(encoder, [quarters.repeat(32, axis=0).repeat(32, axis=1)], tmp_path / "features.png", resolution=64)
     size = RESOLUTION // 8 * 8
@@ -193,6 +193,7 @@ def test_without_a_patch_there_is_no_similarity(
     size = RESOLUTION // 8 * 8
     right = MARGIN + 2 * size + MARGIN // 2
     assert (sheet[:, right:] == 255).all()
+    assert sheet.shape[1] == right + MARGIN, "no space at the right"
     assert not (sheet[MARGIN : MARGIN + size, right - 1] == 255).all()
 
 

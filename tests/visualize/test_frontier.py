@@ -69,5 +69,6 @@ def test_without_matplotlib_there_is_no_plot_but_a_word_about_it(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert not draw_frontier(POINTS, tmp_path / "sweep.png")
-    assert caplog.messages == ["sweep.png is not drawn: it needs matplotlib (pip install 'ijepa-enhanced[plots]')."]
+    (message,) = caplog.messages
+    assert message == "sweep.png was not written. Install matplotlib with: pip install 'ijepa-enhanced[plots]'"
     assert not (tmp_path / "sweep.png").exists()

@@ -70,7 +70,7 @@ def stage_of(sheet: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
     return picture.reshape(ROWS, CELL, COLS, CELL, 3).swapaxes(1, 2)
 
 
-def test_a_region_has_its_mean_colour_and_one_outline(encoder: Encoder, image: NDArray[np.uint8]) -> None:
+def test_a_region_has_its_mean_color_and_one_outline(encoder: Encoder, image: NDArray[np.uint8]) -> None:
     sheet = np.asarray(draw_merges(encoder, image, "native", 0.3))
     _, stages = regions(encoder, image, "native", 0.3)
     patches = patchify(image, PATCH).reshape(ROWS, COLS, -1, 3)

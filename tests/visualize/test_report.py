@@ -29,7 +29,7 @@ from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.logged import CURVES, NOT_CURVES
 from ijepa_enhanced.visualize.report import write_report
 from ijepa_enhanced.visualize.run import may_download
-from ijepa_enhanced.visualize.samples import NEIGHBOURS, SAMPLES, nearest
+from ijepa_enhanced.visualize.samples import NEIGHBORS, SAMPLES, nearest
 
 DEFAULTS = dataclasses.asdict(TrainConfig())
 VOID = {"meta", "link", "img"}
@@ -169,7 +169,7 @@ def test_every_link_of_the_menu_leads_somewhere(page: Page) -> None:
     assert anchors == [f"#{values['id']}" for tag, values in page.tags if tag == "section"]
     assert anchors == [
         f"#{name}"
-        for name in ("curves", "feature-maps", "nearest-neighbours", "masks", "data", "configuration", "versions")
+        for name in ("curves", "feature-maps", "nearest-neighbors", "masks", "data", "configuration", "versions")
     ]
 
 
@@ -221,13 +221,13 @@ def test_the_images_are_summed_up_and_the_unreadable_ones_named(page: Page) -> N
     assert "cannot be decoded" in facts["left/99.jpg"][0]
 
 
-def test_feature_maps_and_neighbours_are_of_images_that_can_be_read(page: Page) -> None:
+def test_feature_maps_and_neighbors_are_of_images_that_can_be_read(page: Page) -> None:
     html = page.text.partition('<section id="feature-maps">')[2].partition("</section>")[0]
     assert html.count("data:image/jpeg") == html.count("data:image/png") == SAMPLES
     assert "99.jpg" not in html
-    html = page.text.partition('<section id="nearest-neighbours">')[2].partition("</section>")[0]
+    html = page.text.partition('<section id="nearest-neighbors">')[2].partition("</section>")[0]
     assert html.count('class="near"') == SAMPLES
-    assert html.count("<img") == SAMPLES * (NEIGHBOURS + 1)
+    assert html.count("<img") == SAMPLES * (NEIGHBORS + 1)
     for line in html.split('<div class="near">')[1:]:
         own, *others = re.findall(r"(left|right)(?: -?\d\.\d\d)?</figcaption>", line)
         green = re.findall(r'class="same">(left|right)', line)
@@ -243,12 +243,12 @@ def test_a_map_is_beside_its_image_at_its_aspect_ratio(page: Page) -> None:
         assert int(width) * int(height) == pytest.approx(150**2, rel=0.02)
 
 
-def test_neighbours_are_those_a_loop_finds() -> None:
+def test_neighbors_are_those_a_loop_finds() -> None:
     values = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(30) * 3 + 1
     found = nearest(Features(values, None, rows, {}, 0.0), [1, 49, 88], 4)
     assert list(found) == [1, 49, 88]
-    for row, neighbours in found.items():
+    for row, neighbors in found.items():
         own = values[(row - 1) // 3].numpy()
         cosines = {
             int(rows[place]): float(own @ one / np.linalg.norm(own) / np.linalg.norm(one))
@@ -256,11 +256,11 @@ def test_neighbours_are_those_a_loop_finds() -> None:
             if rows[place] != row
         }
         expected = sorted(cosines, key=lambda other: -cosines[other])[:4]
-        assert [other for other, _ in neighbours] == expected
-        assert [cosine for _, cosine in neighbours] == pytest.approx([cosines[other] for other in expected])
+        assert [other for other, _ in neighbors] == expected
+        assert [cosine for _, cosine in neighbors] == pytest.approx([cosines[other] for other in expected])
 
 
-def test_fewer_images_than_neighbours_are_all_neighbours() -> None:
+def test_fewer_images_than_neighbors_are_all_neighbors() -> None:
     features = Features(torch.eye(3), None, torch.tensor([2, 5, 9]), {}, 0.0)
     assert [row for row, _ in nearest(features, [5], 8)[5]] in ([2, 9], [9, 2])
 
@@ -276,9 +276,9 @@ def test_images_without_labels_and_of_native_size_are_shown_too(run: Path, photo
     (run / "encoder/config.json").write_text(json.dumps(encoder))
     page = report(tmp_path / "report.html", run)
     assert {name: rest for name, *rest in page.rows("data")}["classes"] == ["none"]
-    html = page.text.partition('<section id="nearest-neighbours">')[2].partition("</section>")[0]
-    assert html.count("<img") == SAMPLES * (NEIGHBOURS + 1)
-    assert len(re.findall(r"<figcaption>-?[01]\.\d\d</figcaption>", html)) == SAMPLES * NEIGHBOURS
+    html = page.text.partition('<section id="nearest-neighbors">')[2].partition("</section>")[0]
+    assert html.count("<img") == SAMPLES * (NEIGHBORS + 1)
+    assert len(re.findall(r"<figcaption>-?[01]\.\d\d</figcaption>", html)) == SAMPLES * NEIGHBORS
     assert "Green" not in html
     grids = re.findall(r"feature map of [^\"]*, (\d+) x (\d+) patches", page.text)
     assert max(int(rows) * int(cols) for rows, cols in grids) > (48 / 8) ** 2 * 1.5
@@ -286,7 +286,7 @@ def test_images_without_labels_and_of_native_size_are_shown_too(run: Path, photo
 
 def test_the_page_is_the_same_every_time(page: Page, trained: Path, tmp_path: Path) -> None:
     again = report(tmp_path / "report.html", trained)
-    times = r"Report of [\d: -]+"
+    times = r"Written on [\d: -]+"
     assert re.sub(times, "", again.text) == re.sub(times, "", page.text)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -307,8 +307,8 @@ def test_what_is_logged_now_and_then_is_drawn_where_it_is(run: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("alarms", "said"),
     [
-        ([0.0, 1.0, 1.0], "alarm at step 4, and it was still on at the last probe."),
-        ([1.0, 1.0, 0.0], "alarm at step 2, for the last time at step 4."),
+        ([0.0, 1.0, 1.0], "the monitor first warned at step 4 and was still warning at the end."),
+        ([1.0, 1.0, 0.0], "the monitor first warned at step 2 and last at step 4."),
         ([0.0, 0.0, 0.0], None),
     ],
 )
@@ -320,8 +320,8 @@ def test_a_collapse_is_said_first(run: Path, tmp_path: Path, alarms: list[float]
     page = report(tmp_path / "report.html", run)
     assert ("The run collapsed" in page.said()) == (said is not None)
     assert (said or "") in page.said()
-    assert "Best encoder step 2" in page.said()
-    assert page.points("Time of a probe") == [(2, 0.5), (4, 0.5), (6, 0.5)]
+    assert "Best encoder (by the monitor) step 2" in page.said()
+    assert page.points("Monitor check") == [(2, 0.5), (4, 0.5), (6, 0.5)]
     assert not {"alarm", "best"} & set(page.charts)
 
 
@@ -361,8 +361,8 @@ def test_a_chart_of_full_packs_is_not_called_budget_use(page: Page, trained: Pat
     facts = {name: rest for name, *rest in page.rows("data")}
     config = DataConfig(**yaml.safe_load((trained / "config.yaml").read_text())["data"])
     plan = Plan(open_catalog(open_source(config.source)), config, 8, 0).epoch(0)
-    assert facts["budget use"] == [f"{plan.budget_use:.2%} (average / largest number of tokens in a pack)"]
-    assert f"{plan.fill:.2%} of data.tokens_per_pack" in facts["tokens in a pack"][0]
+    assert facts["pack balance"] == [f"{plan.budget_use:.2%} (mean / largest number of tokens per pack)"]
+    assert f"{plan.fill:.2%} of data.tokens_per_pack" in facts["tokens per pack"][0]
     assert f"{plan.fill:.2%}" != f"{plan.budget_use:.2%}", "or this test shows nothing"
 
 
@@ -374,26 +374,24 @@ def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps({"settings": settings, "scores": scores}))
     page = report(tmp_path / "report.html", run)
     assert page.rows("evaluation") == [
-        ["", "kNN-20", "images/s", "linear", "RankMe", "lowshot1"],
+        ["", "kNN-20", "images/s", "linear", "RankMe", "low-shot 1%"],
         ["random start", "10.9%", "–", "–", "–", "–"],  # noqa: RUF001
         ["trained", "16.9% (16.2%)", "–", "21.0% (20.0%) [19.0%, 22.3%]", "51.23", "50.0%"],  # noqa: RUF001
     ]
-    assert (
-        "Scored on the images of photos/b, at a resolution of 64 px, with seed 0. The probes learned from photos/<a>."
-        in page.said("evaluation")
-    )
-    assert "mIoU" not in page.said("evaluation")
+    said = page.said("evaluation")
+    assert "Scored on photos/b at a resolution of 64 px, with seed 0. Probes were trained on photos/<a>." in said
+    assert "mIoU" not in said
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"resolution": None}, "Scored on the images of b, at their native size. The"),
-        ({"resolution": "native"}, "Scored on the images of b, at their native size. The"),
-        ({"resolution": 96, "merge_rate": 0.1}, "of b, at a resolution of 96 px, at a merge rate of 0.1. The"),
+        ({"resolution": None}, "Scored on b at native resolution. Probes"),
+        ({"resolution": "native"}, "Scored on b at native resolution. Probes"),
+        ({"resolution": 96, "merge_rate": 0.1}, "on b at a resolution of 96 px, with a merge rate of 0.1. Probes"),
         (
             {"data": "c", "resolution": 96, "seed": 1},
-            "Scored on a fifth of the images of c, at a resolution of 96 px, with seed 1. The probes learned from the",
+            "Scored on 20% of c at a resolution of 96 px, with seed 1. Probes were trained on the other 80%.",
         ),
     ],
 )
@@ -426,12 +424,12 @@ def test_scores_that_do_not_compare_are_said_to(
         (folder / "evaluation.json").write_text(json.dumps(saved))
     said = report(tmp_path / "report.html", run, again).said("evaluation")
     assert said.count("at a resolution of 64 px") == 1
-    assert "do not compare" not in said
+    assert "not comparable" not in said
     (again / "evaluation.json").write_text(json.dumps(saved | {"settings": settings | change}))
     said = report(tmp_path / "report.html", run, again).said("evaluation")
-    assert "These scores do not compare" in said
-    assert "run: Scored on the images of b, at a resolution of 64 px, with seed 0." in said
-    assert f"again: Scored on the images of b, at a resolution of {change.get('resolution', 64)} px, with seed" in said
+    assert "These scores are not comparable" in said
+    assert "run: Scored on b at a resolution of 64 px, with seed 0." in said
+    assert f"again: Scored on b at a resolution of {change.get('resolution', 64)} px, with seed" in said
 
 
 def test_a_run_that_died_at_once_still_renders(run: Path, tmp_path: Path) -> None:
@@ -442,9 +440,9 @@ def test_a_run_that_died_at_once_still_renders(run: Path, tmp_path: Path) -> Non
     said = page.said()
     assert "unfinished" in said
     assert "Steps 0 of 8" in said
-    assert "There is no log: the run ended before it wrote one." in said
-    assert "There is no checkpoint: the run ended before it saved one." in said
-    assert "There is no encoder" in said
+    assert "No log: the run ended before it wrote one." in said
+    assert "No checkpoint: the run ended before it saved one." in said
+    assert "No encoder: it is saved with the first checkpoint." in said
     assert not page.charts
     assert list(page.sections) == ["", "masks", "data", "configuration", "versions"]
 
@@ -498,10 +496,7 @@ def test_without_its_images_a_page_says_so_and_leaves_them_out(run: Path, tmp_pa
     reconfigure(run, "data", source="/nowhere/photos")
     reconfigure(run, "", steps=None)
     page = report(tmp_path / "report.html", run)
-    assert (
-        "The images are not shown, because they cannot be opened: No such file or folder: /nowhere/photos."
-        in page.said()
-    )
+    assert "The images are not shown: No such file or folder: /nowhere/photos." in page.said()
     assert "Steps 8 Training" in page.said()
     assert list(page.sections) == ["", "curves", "data", "configuration", "versions"]
     assert {name: rest for name, *rest in page.rows("data")}["unreadable"] == ["2"]
@@ -512,16 +507,14 @@ def test_images_that_changed_are_not_taken_for_those_of_the_run(run: Path, photo
     (tmp_path / "photos" / "left" / "00.jpg").unlink()
     reconfigure(run, "data", source=str(tmp_path / "photos"))
     page = report(tmp_path / "report.html", run)
-    assert (
-        "The images are not shown, because they cannot be opened: they have changed since the training." in page.said()
-    )
+    assert "The images are not shown: they, or the data settings, have changed since training." in page.said()
     assert "masks" not in page.sections
 
 
 def test_the_length_of_a_run_of_epochs_is_known_from_its_images(run: Path, tmp_path: Path) -> None:
     reconfigure(run, "", steps=None, epochs=20.0)
     page = report(tmp_path / "report.html", run)
-    packs = int({name: rest for name, *rest in page.rows("data")}["packs in an epoch"][0])
+    packs = int({name: rest for name, *rest in page.rows("data")}["packs per epoch"][0])
     assert f"Steps 8 of {round(20 * packs / 2)}" in page.said()
     assert "unfinished" in page.said()
 
@@ -535,7 +528,7 @@ def test_remote_images_are_not_fetched_again(
     monkeypatch.setattr("ijepa_enhanced.visualize.run.open_source", lambda *_: pytest.fail("opened"))
     reconfigure(run, "data", source=source)
     page = report(tmp_path / "report.html", run)
-    assert f"The images are not shown, because they are remote: {source}." in page.said()
+    assert f"The images are not shown: {source} is remote." in page.said()
     assert list(page.sections) == ["", "curves", "data", "configuration", "versions"]
 
 
@@ -551,7 +544,7 @@ def test_a_local_path_is_not_remote_whatever_its_name(tmp_path: Path, monkeypatc
     ("factor", "section", "said"),
     [
         (torch.nan, "", "The encoder cannot be read: The weights "),
-        (1e30, "feature-maps", "There are no feature maps and no neighbours: The features of left/00.jpg"),
+        (1e30, "feature-maps", "Feature maps and nearest neighbors cannot be shown: The features of left/00.jpg"),
     ],
 )
 def test_weights_and_features_that_are_not_finite_are_said(
@@ -563,7 +556,7 @@ def test_weights_and_features_that_are_not_finite_are_said(
     save_file({name: value * factor for name, value in weights.items()}, run / "encoder/model.safetensors")
     page = report(tmp_path / "report.html", run)
     assert said in page.said(section)
-    assert "nearest-neighbours" not in page.sections
+    assert "nearest-neighbors" not in page.sections
 
 
 ODD = "<b>[red]&amp;'\""
@@ -589,7 +582,7 @@ def test_names_are_text_and_not_html(run: Path, photos: Path, tmp_path: Path) ->
         assert not [tag for tag, _ in page.tags if tag == "b"]
         assert not [values for _, values in page.tags if any(name.startswith("[") for name in values)]
         assert ODD in page.charts
-        for section in ("", "evaluation", "data", "feature-maps", "nearest-neighbours", "configuration"):
+        for section in ("", "evaluation", "data", "feature-maps", "nearest-neighbors", "configuration"):
             if section != "configuration" or len(runs) == 1:
                 assert ODD in page.said(section), section
         assert ODD in page.said("curves")
@@ -605,11 +598,11 @@ def test_several_runs_are_overlaid(trained: Path, other: Path, tmp_path: Path) -
         expected = [(line["step"], line["loss"]) for line in read_log(folder)]
         assert page.points("Loss", place) == expected
         assert page.charts["Loss"]["lines"][place]["name"] == folder.name
-    colours = [line["colour"] for line in page.charts["Loss"]["lines"]]
-    assert len(set(colours)) == 2
+    colors = [line["color"] for line in page.charts["Loss"]["lines"]]
+    assert len(set(colors)) == 2
     legend = page.text.partition('<ul class="legend">')[2].partition("</ul>")[0]
-    for folder, colour in zip((trained, other), colours, strict=True):
-        assert f'style="border-color: {colour}"></span>{folder.name}</li>' in legend
+    for folder, color in zip((trained, other), colors, strict=True):
+        assert f'style="border-color: {color}"></span>{folder.name}</li>' in legend
 
 
 def test_of_several_runs_only_what_differs_is_listed(trained: Path, other: Path, tmp_path: Path) -> None:
@@ -623,7 +616,7 @@ def test_several_runs_show_the_same_images(trained: Path, other: Path, tmp_path:
     page = report(tmp_path / "report.html", trained, other)
     html = page.text.partition('<section id="feature-maps">')[2].partition("</section>")[0]
     assert (html.count("data:image/jpeg"), html.count("data:image/png")) == (SAMPLES, 2 * SAMPLES)
-    html = page.text.partition('<section id="nearest-neighbours">')[2].partition("</section>")[0]
+    html = page.text.partition('<section id="nearest-neighbors">')[2].partition("</section>")[0]
     assert html.count('class="near"') == 2 * SAMPLES
 
 
@@ -638,7 +631,7 @@ def test_a_dead_run_beside_a_whole_one(trained: Path, run: Path, tmp_path: Path)
     for name in ("log.jsonl", "encoder", "checkpoints"):
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     page = report(tmp_path / "report.html", run, trained)
-    assert "run: There is no log" in page.said()
+    assert "run: No log" in page.said()
     assert [line["name"] for line in page.charts["Loss"]["lines"]] == ["first"]
     html = page.text.partition('<section id="feature-maps">')[2].partition("</section>")[0]
     assert html.count("data:image/png") == SAMPLES

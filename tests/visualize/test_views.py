@@ -1,4 +1,4 @@
-"""The pictures show what the batch holds: context as it is, every target hatched in its colour."""
+"""The pictures show what the batch holds: context as it is, every target hatched in its color."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ijepa_enhanced.masks import MaskConfig, ViewMasks
 from ijepa_enhanced.packed import Packed
 from ijepa_enhanced.visualize.curves import draw_curves
 from ijepa_enhanced.visualize.views import (
-    COLOURS,
+    COLORS,
     MARGIN,
     SHEET_WIDTH,
     VIEW_RESOLUTION,
@@ -53,7 +53,7 @@ CONTEXT = np.array([token for token in range(ROWS * COLS - 3) if token not in HI
 
 @pytest.fixture
 def masked_views() -> tuple[Batch, list[ViewMasks]]:
-    """One view of one grey, and a second, smaller one, so that rows of the stream and tokens of a view differ."""
+    """One view of one gray, and a second, smaller one, so that rows of the stream and tokens of a view differ."""
     packed = Packed.of_grids(np.full((4 + ROWS * COLS, PATCH * PATCH * 3), GREY, np.uint8), np.array([[2, 2], [6, 8]]))
     masks = [ViewMasks(np.array([0, 3]), (np.array([1]), np.array([2]))), ViewMasks(CONTEXT, TARGETS)]
     return Batch(packed, torch.arange(2), None, (0, 0), ()), masks
@@ -64,7 +64,6 @@ def cells(masked_views: tuple[Batch, list[ViewMasks]], tmp_path: Path) -> NDArra
     """The masked picture of the large view, cell by cell: [rows, cols, CELL, CELL, 3]."""
     draw_masked_views(*masked_views, PATCH, tmp_path / "masks.png")
     sheet = picture(tmp_path / "masks.png")
-    assert sheet.shape[1] == SHEET_WIDTH
     small = 2 * round(VIEW_RESOLUTION / 2)
     # The small view and its masked self, then the large one, then what is masked of it.
     left = MARGIN + 2 * small + MARGIN // 2 + 2 * MARGIN + COLS * CELL + MARGIN // 2
@@ -83,12 +82,12 @@ def test_what_is_neither_context_nor_target_is_white(cells: NDArray[np.uint8]) -
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_every_cell_of_every_target_is_hatched_in_its_colour(cells: NDArray[np.uint8], number: int) -> None:
-    """Also where two targets overlap: there both colours show."""
+def test_every_cell_of_every_target_is_hatched_in_its_color(cells: NDArray[np.uint8], number: int) -> None:
+    """Also where two targets overlap: there both colors show."""
     inside = {divmod(int(token), COLS) for token in TARGETS[number]}
     for row in range(ROWS):
         for col in range(COLS):
-            shown = (cells[row, col] == COLOURS[number]).all(axis=2)
+            shown = (cells[row, col] == COLORS[number]).all(axis=2)
             if (row, col) in inside:
                 # A line and its gap are 2 * HATCH pixels: a twelfth of a cell's pixels; less a crossing line's.
                 assert shown.mean() > 1 / 24, (row, col)
@@ -101,9 +100,9 @@ def test_a_target_is_white_between_its_lines(cells: NDArray[np.uint8]) -> None:
     """What the student does not see is not shown."""
     for token in HIDDEN:
         cell = cells[divmod(token, COLS)].reshape(-1, 3)
-        colours = {tuple(colour) for colour in cell.tolist()}
-        assert colours <= {(255, 255, 255), *(tuple(colour) for colour in COLOURS[:4].tolist())}
-        assert (255, 255, 255) in colours
+        colors = {tuple(color) for color in cell.tolist()}
+        assert colors <= {(255, 255, 255), *(tuple(color) for color in COLORS[:4].tolist())}
+        assert (255, 255, 255) in colors
 
 
 def test_a_target_is_outlined(cells: NDArray[np.uint8]) -> None:
@@ -115,7 +114,7 @@ def test_a_target_is_outlined(cells: NDArray[np.uint8]) -> None:
         whole[top : top + height, left],
         whole[top : top + height, left + width - 1],
     ):
-        assert (edge == COLOURS[3]).all()
+        assert (edge == COLORS[3]).all()
 
 
 def test_beside_it_the_view_is_whole(make_batch: Callable[..., MaskedBatch], tmp_path: Path) -> None:
@@ -147,7 +146,7 @@ def test_a_line_of_patches_can_be_drawn(
     assert width >= 2 * grid[1] * cell + 2 * MARGIN
 
 
-def test_a_pack_shows_every_patch_framed_in_its_views_colour(
+def test_a_pack_shows_every_patch_framed_in_its_views_color(
     make_batch: Callable[..., MaskedBatch], tmp_path: Path
 ) -> None:
     grids = [(9, 9), (8, 9), (3, 2)]
@@ -165,8 +164,8 @@ def test_a_pack_shows_every_patch_framed_in_its_views_colour(
         cell = sheet[top : top + box, left : left + box]
         # The bar of a view's first patch covers the frame and one column of pixels.
         assert (cell[1:-1, 2:-1] == patches[token][:, 1:]).all(), token
-        assert (cell[[0, -1], 2:] == COLOURS[view_of[token]]).all(), token
-        assert (cell[:, -1] == COLOURS[view_of[token]]).all(), token
+        assert (cell[[0, -1], 2:] == COLORS[view_of[token]]).all(), token
+        assert (cell[:, -1] == COLORS[view_of[token]]).all(), token
         bar = (cell[:, :2] == 0).all()
         assert bar == (token in first), token
     assert (sheet[-1, (total % across) * box :] == 255).all()
@@ -216,5 +215,6 @@ def test_without_matplotlib_there_are_no_curves_but_a_word_about_it(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert not draw_curves(LOG, tmp_path / "curves.png")
-    assert caplog.messages == ["curves.png is not drawn: it needs matplotlib (pip install 'ijepa-enhanced[plots]')."]
+    (message,) = caplog.messages
+    assert message == "curves.png was not written. Install matplotlib with: pip install 'ijepa-enhanced[plots]'"
     assert not (tmp_path / "curves.png").exists()

@@ -56,10 +56,12 @@ def run(csv: bool = False, tokens: int | None = None) -> dict[str, Any]:
     for case in CASES:
         torch.compiler.reset()  # or FlexAttention would run uncompiled after a few shapes
         costs += [row for views, lengths in streams.items() for row in compare(case, views, lengths, device)]
-    print(f"{HEADS} heads of {HEAD_WIDTH}, {tokens:,} tokens a stream, milliseconds and MB of {device.type}")
+    print(f"Time and memory of attention on {device.type}: {tokens:,} tokens, {HEADS} heads of width {HEAD_WIDTH}")
     print_table(costs)
     growth = grow("stream", counts, partial(grown, device=device))
-    exponents = print_growth(f"Views of {GROWTH_VIEW} tokens, forward and backward", growth)
+    exponents = print_growth(
+        f"Attention on views of {GROWTH_VIEW} tokens, forward and backward, by tokens in all", growth
+    )
     if csv:
         print(write_csv("attention-kernels", costs))
         print(write_csv("attention-growth", growth))
@@ -137,7 +139,7 @@ def kernels(queries: Segments, keys: Segments, sizes: Tensor | None) -> dict[str
             backwards(compiled, inputs(queries, keys))
             named["FlexAttention"] = compiled
         except RuntimeError as error:  # there is no compiler, or no kernel for this GPU
-            print(f"FlexAttention is left out: {str(error).partition(chr(10))[0]}")
+            print(f"FlexAttention is skipped: {str(error).partition(chr(10))[0]}")
     return named
 
 

@@ -68,7 +68,7 @@ def run(
         taken = dict(zip(methods, seconds[number * len(methods) :], strict=False))
         peak = operations[number] / seconds[len(calls) + number]
         rows += speed_rows(str(dtype).removeprefix("torch."), config, lengths, taken, absent, peak)
-    print(f"ViT-{variant}/{patch}, {len(images)} images of {source}, {np.mean(lengths):.0f} patches on average")
+    print(f"Embedding {len(images)} images of {source} with ViT-{variant}/{patch}, {np.mean(lengths):.0f} patches each")
     print_table(rows)
     if csv:
         print(write_csv(f"embed-{variant}{patch}", rows))

@@ -43,7 +43,7 @@ def grow(what: str, counts: Iterable[int], measure: Callable[[int], dict[str, An
         except torch.OutOfMemoryError:
             if not rows:
                 raise
-            print(f"A {what} of {count:,} tokens does not fit.")
+            print(f"A {what} of {count:,} tokens does not fit in memory.")
             break
     return rows
 

@@ -90,7 +90,8 @@ def _run(source: str, name: str, csv: bool) -> dict[str, Any]:
     ]
     print_table(rows)
     print(
-        f"The loader keeps {ratio:.1%} of the bare loop's rate, {with_masks:.1%} with masks (median of {TURNS} turns)."
+        f"The loader reaches {ratio:.1%} of the speed of the bare Pillow loop, or {with_masks:.1%} with masks "
+        f"(median of {TURNS} runs)."
     )
     if csv:
         print(write_csv("loader", rows))

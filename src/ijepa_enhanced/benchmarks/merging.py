@@ -39,13 +39,13 @@ def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
     dtype = autocast_dtype("auto", device) if device.type == "cuda" else torch.float32
     with torch.inference_mode(), autocast(device, dtype):
         costs = [cost(view, width, device) for view in VIEWS for width in WIDTHS]
-        print(f"One block of {COST_TOKENS:,} tokens with the merge computed but not applied, milliseconds")
+        print(f"Time of one block with {COST_TOKENS:,} tokens, with merging computed but not applied (ms)")
         print_table(costs)
         speeds = speed(source, device)
-        print(f"ViT-{VARIANT}/16 at a resolution of {RESOLUTION} px, {IMAGES} images of {source}, the network alone")
+        print(f"Speed of ViT-{VARIANT}/16 alone on {IMAGES} images of {source}, at a resolution of {RESOLUTION} px")
         print_table(speeds)
         memory = [memory_of(views, device) for views in ("256 each", "one of 4,096, else 64")]
-        print(f"Matching {MEMORY_TOKENS:,} tokens by keys of 64 numbers")
+        print(f"Peak memory of matching {MEMORY_TOKENS:,} tokens with keys of dimension 64")
         print_table(memory)
     if csv:
         for theme, rows in (("merging-cost", costs), ("merging-speed", speeds), ("merging-memory", memory)):

@@ -90,15 +90,15 @@ def run(
     # Not cached: a bare GPU image has nothing to read or write the cache with.
     images = LabelledSource(opened, open_catalog(opened, cache=False))
     parts, kernels, methods = measure_all(configs, images, tokens or TOKENS[device.type], device, compiled)
-    print("Parts of a step, each after waiting for the device; one process decodes, before the step")
+    print("Time of each part of a training step, after waiting for the device. Images are decoded before the step.")
     print_table([row | {"": bar(row["over_step"])} for row in parts])
-    print("What the device computes in a step, in order of time, as PyTorch's profiler finds it")
+    print("Kernels of one training step, sorted by their time on the device (PyTorch profiler)")
     print_table(kernels)
-    print(f"Whole steps on packs of {source}, measured in turns")
+    print(f"Time of whole training steps on packs of {source}. The methods run in turns.")
     print_table(methods)
     ours = our_training(configs[0], device, compiled)
     growth = grow("pack", growth_tokens(GROWTH_TOKENS, tokens), partial(grown, ours, configs[0], images))
-    title = f"A step of ViT-{configs[0].variant}/{configs[0].patch_size} on packs of more and more tokens"
+    title = f"A training step of ViT-{configs[0].variant}/{configs[0].patch_size}, by tokens per pack"
     exponents = print_growth(title, growth)
     if csv:
         theme = "step-compiled" if compiled else "step"
@@ -158,7 +158,10 @@ def measure(config: EncoderConfig, images: LabelledSource, tokens: int, device: 
     ours = Method("ours, compiled" if compiled else "ours", training, pinned(batches, device), 0.0)
     original = original_method(config, batches, device)
     if original is None:
-        print(f"The original's method does not fit in memory for ViT-{config.variant} with packs of {tokens:,} tokens.")
+        print(
+            f"The original I-JEPA method does not fit in memory for ViT-{config.variant} with packs of {tokens:,} "
+            "tokens."
+        )
     compared = [ours] if original is None else [ours, original]
     products, operations = matrix_products(device, training.dtype)
     turns = [in_turn(method.training, method.packs) for method in compared]

@@ -43,7 +43,7 @@ from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn
 from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.train.saved import random_start
 from ijepa_enhanced.visualize.frontier import draw_frontier
-from ijepa_enhanced.visualize.scores import DETAILS, TITLES
+from ijepa_enhanced.visualize.scores import DETAILS, TITLES, explained, shown_score
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def evaluate(work: Work) -> int:
         evaluation[name] = scores_of(work, encoder)
     if not work.config.ranks.main:
         return 0
-    show(evaluation)
+    show(evaluation, work)
     print_json(options, evaluation["random start" if options.random_init else "trained"])
     if Path(options.run, "config.yaml").is_file():
         path = Path(options.run, "evaluation.json")
@@ -194,7 +194,7 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
     if not config.ranks.main:
         return {}
     most = max(NEIGHBOURS)
-    if "knn" in protocols and len(train.values) < most and work.is_new("few neighbours"):
+    if "knn" in protocols and len(train.values) < most and work.is_new("few neighbors"):
         logger.warning(
             "%s has only %d images. kNN with %d neighbors (knn%d) uses all of them.",
             work.train.source.name,
@@ -222,23 +222,18 @@ def features_of(
     return found
 
 
-def show(evaluation: dict[str, Scores]) -> None:
-    """Print the scores of some encoders as a table, one column for each."""
+def show(evaluation: dict[str, Scores], work: Work) -> None:
+    """Print the scores of some encoders as a table, one column for each, and how many images they are of."""
     table = Table("", *evaluation)
     hidden = (*DETAILS, "images_per_second")
-    for name in dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(hidden)):
-        cells = []
-        for scores in evaluation.values():
-            value, per_class = scores.get(name), scores.get(f"{name}_mean_per_class")
-            if value is None:
-                cells.append("")
-            elif name == "rankme":
-                cells.append(f"{value:.1f}")
-            else:
-                cells.append(f"{value:.1%}" + (f" ({per_class:.1%})" if per_class is not None else ""))
+    names = dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(hidden))
+    for name in names:
+        # The interval has a line of its own, or narrow columns would be cut within it.
+        cells = (shown_score(name, scores).replace(" [", "\n[") for scores in evaluation.values())
         table.add_row(TITLES.get(name, name), *cells)
-    table.caption = "top-1 (mean per class)"
     print_table(table)
+    train, val = (len(images.catalog.rows) for images in (work.train, work.val))
+    print(*explained(names), f"Images: {train:,} for training, {val:,} for validation.", sep="\n")
 
 
 def settings_record(work: Work) -> dict[str, Any]:
@@ -349,11 +344,11 @@ def show_sweep(points: list[Point], folder: Path) -> None:
             "*" * (point in best) + " <-" * (point is chosen),
             style="bold" if point is chosen else None,
         )
-    table.caption = (
-        "images/s: the network alone. GFLOPs: of one image. peak MB: memory of one pack besides the weights.\n"
-        "*: no other setting is as accurate (linear) and as fast. <-: the one to choose."
-    )
     print_table(table)
+    print(
+        "images/s and peak MB measure the network alone, on one pack; peak MB excludes the weights. GFLOPs are per "
+        "image.\n* marks settings that no other beats in linear accuracy and speed. <- marks the recommended one."
+    )
     print(advice(points))
     with only_printed(folder / "sweep.csv"):
         write_points(points, folder / "sweep.csv")

@@ -33,11 +33,15 @@ def data(options: DataOptions) -> int:
     catalog = open_catalog(source)
     report_unreadable(catalog)
     if not len(catalog.rows):
-        raise RunError(f"None of the {len(catalog.unreadable)} images of {options.source} can be read.")
+        raise RunError(
+            f"None of the {len(catalog.unreadable)} images of {options.source} can be read. The lines above say why."
+        )
     seen = survey(source, catalog)
     report_undecodable(source, seen.unreadable)
     if not seen.rows:
-        raise RunError(f"None of the {len(seen.unreadable)} images of {options.source} can be decoded.")
+        raise RunError(
+            f"None of the {len(seen.unreadable)} images of {options.source} can be decoded. The lines above say why."
+        )
     pictures = draw_survey(source, catalog, seen, Path(options.out))
     sizes = class_sizes(catalog)
     counts = summary(catalog) | {
@@ -46,11 +50,9 @@ def data(options: DataOptions) -> int:
         "identical": len(seen.identical),
         "near": len(seen.near),
     }
-    print_counts(counts)
-    for name, size in list(sizes.items())[:LISTED]:
-        print(f"       class  {name}: {size}")
+    print_counts(counts | {f"class {name}": size for name, size in list(sizes.items())[:LISTED]})
     if len(sizes) > LISTED:
-        print(f"       class  {len(sizes) - LISTED} more, each of {min(sizes.values())} images or more")
+        print(f"and {len(sizes) - LISTED} more classes with at least {min(sizes.values())} images each")
     print(*pictures, sep="\n")
     print_json(options, counts | {"classes": sizes, "pictures": [str(path) for path in pictures]})
     return 0
@@ -90,14 +92,17 @@ def opened_pack(options: PackOptions) -> tuple[TrainConfig, Batch]:
     batch = first_batch(config, source, catalog)
     report_undecodable(source, batch.unreadable)
     if not len(batch.image_ids):
-        raise RunError(f"None of the {len(batch.unreadable)} images of the first pack can be decoded.")
+        raise RunError(
+            f"None of the {len(batch.unreadable)} images of the first training batch can be decoded. The lines above "
+            "say why."
+        )
     return config, batch
 
 
 def report_undecodable(source: Source, unreadable: Sequence[tuple[int, str]]) -> None:
     """Log row and reason of images whose header can be read and the rest cannot."""
     for row, reason in unreadable:
-        logger.warning("Left out: %s: %s", source.key(row), reason)
+        logger.warning("Skipped %s: %s", source.key(row), reason)
 
 
 def finish(options: PackOptions | FeatureOptions, picture: Path) -> int:

@@ -38,11 +38,14 @@ def _prepare(options: PrepareOptions) -> int:
         if copies.exists():
             shutil.rmtree(copies)
     for image in manifest["dropped"][:LISTED]:
-        logger.warning("Dropped: %s: %s", image["key"], image["reason"])
+        logger.warning("Skipped %s: %s", image["key"], image["reason"])
     if len(manifest["dropped"]) > LISTED:
-        logger.warning("Dropped: %d more, listed in %s.", len(manifest["dropped"]) - LISTED, folder / MANIFEST)
+        logger.warning("Skipped %d more images; see %s.", len(manifest["dropped"]) - LISTED, folder / MANIFEST)
     if not manifest["shards"]:
-        raise RunError(f"None of the {len(manifest['dropped'])} images of {options.source} can be decoded.")
+        raise RunError(
+            f"None of the {len(manifest['dropped'])} images of {options.source} can be decoded. The lines above say "
+            "why."
+        )
     open_catalog(open_source(str(folder)))
     counts = {
         "images": sum(shard["images"] for shard in manifest["shards"]),
@@ -79,7 +82,7 @@ def _encode(options: PrepareOptions, local: Source | None, folder: Path, copies:
 def _check(options: PrepareOptions) -> int:
     problems = check(Path(options.source))
     if problems:
-        raise RunError("\n  ".join([f"{options.source} is damaged:", *problems]))
+        raise RunError("\n  ".join([f"{options.source} has problems:", *problems]))
     print(f"{options.source}: all checksums match")
     print_json(options, {"problems": 0})
     return 0

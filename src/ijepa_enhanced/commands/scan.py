@@ -14,6 +14,6 @@ def run(options: SourceOptions) -> int:
     counts = scan(source)
     print_counts(counts)
     for key, reason in open_catalog(source).unreadable:
-        print(f"  unreadable  {key}: {reason}")
+        print(f"unreadable  {key}: {reason}")
     print_json(options, counts)
     return 0

@@ -24,6 +24,18 @@ from ijepa_enhanced.train.saved import config_of_run, read_train_config
 
 logger = logging.getLogger(__name__)
 
+TITLES = {
+    "labels": "classes",
+    "resolution": "resolution (px, percentiles)",
+    "aspect": "width / height (percentiles)",
+    "modes": "color modes",
+    "looked_at": "images decoded",
+    "identical": "identical pairs",
+    "near": "near duplicates",
+    "dropped": "skipped",
+}
+"""What users read instead of some keys of the JSON."""
+
 
 def train_config(options: TrainOptions) -> TrainConfig:
     """Return the configuration that `ijepa train` is asked for: a recipe or a run that is resumed, and flags on top.
@@ -39,8 +51,8 @@ def train_config(options: TrainOptions) -> TrainConfig:
     recipe = options.config
     if options.source is not None and options.config is None and options.resume is None:
         recipe = "own-images" if torch.cuda.is_available() else "own-images-cpu"
-        there = "a" if torch.cuda.is_available() else "no"
-        logger.info("Recipe: %s, because this machine has %s GPU. --config NAME chooses another.", recipe, there)
+        why = "this machine has a GPU" if torch.cuda.is_available() else "no GPU was found"
+        logger.info("Using the recipe %s, because %s. Use --config NAME for another one.", recipe, why)
     saved = read_train_config(config_of_run(Path(options.resume))) if options.resume is not None else {}
     return configuration(recipe, given, saved)
 
@@ -93,11 +105,13 @@ def hush_others() -> None:
         logging.getLogger("ijepa_enhanced").setLevel(logging.ERROR)
 
 
-def print_counts(counts: dict[str, Any]) -> None:
-    """Print names and numbers, one on each line; a dictionary of numbers is one line."""
+def print_counts(counts: Mapping[str, Any]) -> None:
+    """Print titles and numbers in two columns; a dictionary of numbers is one line."""
+    titles = {name: TITLES.get(name, name) for name in counts}
+    width = max(map(len, titles.values()))
     for name, value in counts.items():
-        shown = "  ".join(f"{part} {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
-        print(f"{name:>12}  {shown}")
+        shown = "  ".join(f"{part}: {number:g}" for part, number in value.items()) if isinstance(value, dict) else value
+        print(f"{titles[name]:<{width}}  {shown}")
 
 
 def share_cores(workers: int | None) -> None:
@@ -109,6 +123,6 @@ def share_cores(workers: int | None) -> None:
     cores = default_workers()
     workers = default_workers() if workers is None else workers
     if workers > cores:
-        logger.warning("%d workers share %d cores, which is slower than %d workers.", workers, cores, cores)
+        logger.warning("%d workers share %d CPU cores. Set the number of workers to %d.", workers, cores, cores)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), max(cores - workers, cores // 2))))

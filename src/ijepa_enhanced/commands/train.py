@@ -48,7 +48,7 @@ def run(options: TrainOptions) -> int:
     try:
         pictures = draw(config, folder)
     except (OSError, ValueError, RuntimeError) as error:  # the trained encoder is saved whatever becomes of pictures
-        logger.warning("Some pictures could not be drawn. `ijepa report %s` tries again. The reason: %s", folder, error)
+        logger.warning("The report could not be written (%s). Run `ijepa report %s` to try again.", error, folder)
         pictures = []
     print(folder, *pictures, sep="\n")
     print_json(options, {"run": str(folder), "steps": outcome.steps, "images_seen": outcome.images})

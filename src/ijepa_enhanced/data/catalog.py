@@ -151,7 +151,7 @@ def report_notes(source: Source) -> None:
 
 
 def taken(source: Source) -> str:
-    """Return what was read of a source: its kind, split, images and classes, and what was passed over."""
+    """Return what was read of a source: its kind, split, images and classes, and the files that were ignored."""
     listing = source.listing
     facts = [source.kind, *([source.split] if source.split else []), _counted(len(listing), "image")]
     if listing.labels is None:
@@ -160,27 +160,33 @@ def taken(source: Source) -> str:
         labelled = listing.labels[listing.labels >= 0]
         some = "" if len(labelled) == len(listing) else f" of {_counted(len(labelled), 'image')}"
         facts.append(_counted(len(np.unique(labelled)), "class", "es") + some)
-    passed_over = Counter(source.beside) + Counter(listing.passed_over)
-    return f"{source.name}: {', '.join(facts)}" + (f"; passed over: {listed(passed_over)}" if passed_over else "")
+    ignored = Counter(source.beside) + Counter(listing.passed_over)
+    return f"{source.name}: {', '.join(facts)}" + (f"; ignored: {listed(ignored)}" if ignored else "")
 
 
 def _counted(count: int, what: str, plural: str = "s") -> str:
     return f"{count:,} {what}{'' if count == 1 else plural}"
 
 
-def report_unreadable(catalog: Catalog, heading: str = "Left out") -> None:
+def report_unreadable(catalog: Catalog, source: str = "") -> None:
     """Log the notes of a source and the images whose header cannot be read, the first `LISTED` with the reason.
 
     Opening a catalog says nothing, since a command may open it several times: call this once for each command.
+
+    Args:
+        catalog: of the source.
+        source: what the user called it, for commands that read several.
     """
+    of = f" of {source}" if source else ""
     if catalog.source is not None:
         report_notes(catalog.source)
     for key, reason in itertools.islice(catalog.unreadable, LISTED):
-        logger.warning("%s: %s: %s", heading, key, reason)
+        logger.warning("Skipped %s%s: %s", key, of, reason)
     if len(catalog.unreadable) > LISTED:
-        logger.warning("%s: %d more. Run `ijepa scan` to list them.", heading, len(catalog.unreadable) - LISTED)
+        more = len(catalog.unreadable) - LISTED
+        logger.warning("Skipped %d more images%s. Run `ijepa scan` to list them.", more, of)
     if any(reason.startswith(UNREAD) for _, reason in catalog.unreadable):
-        logger.warning("Images that cannot be read because of the disk or network: `ijepa scan SOURCE` tries again.")
+        logger.warning("Some images could not be read from the disk or network. Run `ijepa scan SOURCE` to try again.")
 
 
 def summary(catalog: Catalog) -> dict[str, Any]:
@@ -266,7 +272,7 @@ def _find(source: Source, path: Path) -> tuple[Listing | None, str]:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None, ""
     except (OSError, ValueError) as error:
-        return None, f"The catalog {path} of {source.name} cannot be used and is made again: {error}"
+        return None, f"Rebuilding the catalog of {source.name}: {path} cannot be used ({error})."
     source.attach(lambda _: listing)
     if source.fingerprint() != listing.fingerprint:
         return None, f"{source.name} has changed since the last scan. Scanning again."
@@ -279,7 +285,7 @@ def _kept(listing: Listing, path: Path, name: str) -> Listing:
         save_listing(listing, path, name)
         return map_listing(path)
     except OSError as error:
-        logger.warning("The catalog of %s cannot be saved, so every command scans again: %s", name, error)
+        logger.warning("The catalog of %s cannot be saved (%s). Every command will scan the images again.", name, error)
         return listing
 
 

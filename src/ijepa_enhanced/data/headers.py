@@ -119,7 +119,7 @@ def _scan(source: Source, unfinished: Unfinished, parts: Iterable[Sizes]) -> Siz
         table.put_part(part, done)
         done += len(part.heights)
     if done:
-        logger.info("Scanning %s: going on after %d of %d images", source.name, done, count)
+        logger.info("Scanning %s: resuming after %d of %d images", source.name, done, count)
     kept, said = done, time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
         try:

@@ -169,7 +169,7 @@ def map_listing(path: Path) -> Listing:
     """
     columns, facts = _map(path)
     if facts["format"] != FORMAT:
-        raise ValueError("another version of this program wrote it")
+        raise ValueError("it was written by another version of ijepa-enhanced")
     location = columns.get("location")
     return Listing(
         _from_arrow(columns["key"]),
@@ -205,7 +205,9 @@ def _map_again(path: Path, expected: str) -> Listing:
     """Map a listing in another process; it must be the one that the first process mapped."""
     listing = map_listing(path)
     if listing.hash != expected:
-        raise RunError(f"The catalog {path} changed while it was in use: the images were scanned again. Start again.")
+        raise RunError(
+            f"Another process scanned the images again, which changed the catalog {path}. Run the command again."
+        )
     return listing
 
 
@@ -227,7 +229,7 @@ def _map(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         batch.validate()
         facts = json.loads(batch.schema.metadata[METADATA])
     except (LookupError, TypeError) as error:
-        raise ValueError("it is no catalog") from error
+        raise ValueError("it is not a catalog") from error
     return dict(zip(batch.schema.names, batch.columns, strict=True)), facts
 
 

@@ -72,7 +72,7 @@ def prepare(
     """Write a source's images as JPEG files into `images-000000.tar` and so on, or go on where that was stopped.
 
     A sample is `ROW.jpg`, `ROW.cls` with the label's number where there are labels, and `ROW.json` with the `key`,
-    `height` and `width` of the image it was made of. What cannot be read is left out and listed in the manifest.
+    `height` and `width` of the image it was made of. What cannot be read is skipped and listed in the manifest.
 
     Args:
         source: the images.
@@ -153,11 +153,17 @@ def begun(folder: Path, settings: dict[str, Any]) -> Manifest | None:
         for name, value in settings.items():
             before = manifest["settings"].get(name)
             if before != value:
-                how = "from other images" if name == "images" else f"with {name} {before}, not {value}"
-                raise SourceError(f"{folder} was prepared {how}. Name another folder, or delete this one.")
+                how = "from other images" if name == "images" else f"with {name} = {before}, not {value}"
+                raise SourceError(
+                    f"{folder} already contains shards that were prepared {how}. Use another output folder, or delete "
+                    "this one."
+                )
         return manifest
     if folder.exists() and (found := next((path for path in folder.iterdir() if not path.name.startswith(".")), None)):
-        raise SourceError(f"{folder} holds {found.name}, and no {MANIFEST}. Name an empty folder, or a new one.")
+        raise SourceError(
+            f"{folder} is not empty (it contains {found.name}) and was not made by `ijepa prepare`. Use an empty or a "
+            "new output folder."
+        )
     return None
 
 
@@ -190,7 +196,9 @@ def check(folder: Path) -> list[str]:
         SourceError: `prepare` did not make it.
     """
     manifest = _load(folder)
-    problems = [] if manifest["complete"] else ["It is not complete. Run ijepa prepare again."]
+    problems = []
+    if not manifest["complete"]:
+        problems.append("The folder is incomplete. Run `ijepa prepare` with the same arguments to continue.")
     hashes = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
     if manifest["classes"] is not None:
         hashes[CLASSES] = manifest["classes"]
@@ -278,10 +286,12 @@ def _load(folder: Path) -> Manifest:
                 raise LookupError(*missing)
             return manifest
     except FileNotFoundError as error:
-        raise SourceError(f"{folder} was not made by ijepa prepare: it has no {MANIFEST}.") from error
+        raise SourceError(f"{folder} was not made by `ijepa prepare`: it has no {MANIFEST}.") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SourceError(f"{folder / MANIFEST} is damaged. Delete {folder} and prepare the images again.") from error
-    raise SourceError(f"{folder} was prepared by another version. Delete it and prepare the images again.")
+    raise SourceError(
+        f"{folder} was prepared by an incompatible version of ijepa-enhanced. Delete it and prepare the images again."
+    )
 
 
 def _save(manifest: Manifest, folder: Path) -> None:

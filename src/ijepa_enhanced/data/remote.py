@@ -48,8 +48,8 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
         system, path = fsspec.url_to_fs(spec)
     except (ImportError, ValueError) as error:
         raise SourceError(
-            f"{spec} cannot be reached: {error}. For https, pip install 'ijepa_enhanced[data]'; for others, "
-            "the package that it names."
+            f"{spec} cannot be opened: {error}. For https, install 'ijepa-enhanced[data]'. For other protocols, "
+            "install the package that the error names."
         ) from error
     files = _tried(lambda: _list(system, path), spec)
     if not files:
@@ -64,11 +64,11 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
     for file, name in zip(files, names, strict=True):
         # What a server lists is not to be trusted: `..` would have the copy written anywhere.
         if not file.startswith(root) or name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise SourceError(f"{spec} names {file}, which is not in it. Nothing was copied.")
+            raise SourceError(f"{spec} lists {file}, which is outside of it. Nothing was copied.")
         if not _is_folder(path) and ({*name} & {*"{,}#*?["} or " + " in name):
             raise SourceError(
-                f"{spec} names {file}: the name of a source cannot contain {{ , }} # * ? [ or ' + '. Rename it, or "
-                "name its folder."
+                f"{file} cannot be read as a shard, because its name contains one of {{ , }} # * ? [ or ' + '. Rename "
+                "it, or use its folder as the source."
             )
     for number, (file, name) in enumerate(zip(files, names, strict=True)):
         try:
@@ -111,7 +111,7 @@ def _copy(system: Any, file: str, path: Path) -> None:
         with replacing(path) as partial:
             system.get_file(file, str(partial))
             if size not in (None, partial.stat().st_size):
-                raise OSError(f"{partial.stat().st_size:,} of its {size:,} bytes came")
+                raise OSError(f"received {partial.stat().st_size:,} of {size:,} bytes")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _tried(copied, file)
@@ -123,8 +123,8 @@ def _tried(action: Callable[[], _T], what: str, number: int = 1) -> _T:
     except Exception as error:  # each of fsspec's packages has its own
         reason = "not found" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         if number == TRIES:
-            raise SourceError(f"{what} could not be copied in {TRIES} tries: {reason}.") from error
+            raise SourceError(f"{what} could not be copied after {TRIES} attempts: {reason}.") from error
         wait = FIRST_WAIT * 2 ** (number - 1)
-        logger.warning("%s: %s; tried again in %g s.", what, reason, wait)
+        logger.warning("%s: %s. Retrying in %g s.", what, reason, wait)
         time.sleep(wait)
     return _tried(action, what, number + 1)

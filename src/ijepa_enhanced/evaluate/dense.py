@@ -72,8 +72,8 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
     root = Path(spec).expanduser()
     if not ((root / "images").is_dir() and (root / "labels").is_dir()):
         raise SourceError(
-            f"{spec} has no label maps. The protocol dense needs 'synthetic', or a folder with images in 'images' and "
-            "a PNG of the same name for each image in 'labels'."
+            f"{spec} has no label maps. For the protocol dense, put the images into {root / 'images'} and a PNG of the "
+            f"same name for each image into {root / 'labels'}, or use 'synthetic'."
         )
     source = open_source(str(root / "images"), part)
     catalog = open_catalog(source)
@@ -91,7 +91,9 @@ def _read_map(path: Path) -> NDArray[np.uint8]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreadableImage(f"The label map {path} cannot be read: {reason}.") from error
     if image.mode not in ("L", "P"):
-        raise UnreadableImage(f"{path} is no label map: it has the mode {image.mode}, not L or P.")
+        raise UnreadableImage(
+            f"{path} is not a label map: its image mode must be L (one channel) or P (palette), not {image.mode}."
+        )
     return labels
 
 
@@ -107,8 +109,8 @@ def dense(
 
     A class of `val` that none of the training images that are drawn has counts as one that the probe never finds.
 
-    The probe is softmax regression on standardised tokens, trained with the cross-entropy of all pixels of a patch. Its
-    strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labelled training images;
+    The probe is softmax regression on standardized tokens, trained with the cross-entropy of all pixels of a patch. Its
+    strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labeled training images;
     the layer is then trained on all of them.
 
     Args:
@@ -146,7 +148,7 @@ def dense(
 
 
 class _Probe(NamedTuple):
-    """A linear layer on standardised tokens, on the encoder's device."""
+    """A linear layer on standardized tokens, on the encoder's device."""
 
     classes: NDArray[np.uint8]
     """[C] labels, ascending."""
@@ -244,8 +246,9 @@ def _need_same_labels(train: LabelledMaps, val: LabelledMaps) -> None:
     _need_labels(len(found), train)
     for label in first.keys() - found:
         raise SourceError(
-            f"The label map of {val.source.key(first[label])} of {val.source.name} has the label {label}, which "
-            f"none of {train.source.name} has."
+            f"The label map of {val.source.key(first[label])} in {val.source.name} contains the label {label}, which "
+            f"does not occur in {train.source.name}. Add images with that label, or set its pixels to {IGNORED} to "
+            "ignore them."
         )
 
 
@@ -255,7 +258,9 @@ def _labels_in(maps: LabelledMaps, row: int) -> set[int]:
 
 def _need_labels(labels: int, maps: LabelledMaps) -> None:
     if not labels:
-        raise SourceError(f"The label maps of {maps.source.name} label nothing: every pixel is {IGNORED}.")
+        raise SourceError(
+            f"The label maps of {maps.source.name} have no labels: every pixel is {IGNORED}, which is ignored."
+        )
 
 
 def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
@@ -264,8 +269,8 @@ def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
     size = int(maps.catalog.heights[image]), int(maps.catalog.widths[image])
     if labels.shape != size:
         raise UnreadableImage(
-            f"The label map of {maps.source.key(row)} of {maps.source.name} has {labels.shape[0]} x {labels.shape[1]} "
-            f"px, but the image {size[0]} x {size[1]}."
+            f"The label map of {maps.source.key(row)} in {maps.source.name} is {labels.shape[0]} x {labels.shape[1]} "
+            f"px, but its image is {size[0]} x {size[1]} px."
         )
     return labels
 
@@ -273,7 +278,7 @@ def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
 def patch_labels(labels: NDArray[np.uint8], grid: tuple[int, int], classes: NDArray[np.uint8]) -> Tensor:
     """Count the pixels of each class in each patch: float32 [rows * columns, C].
 
-    A pixel belongs to the patch that its centre lies in.
+    A pixel belongs to the patch that its center lies in.
 
     Args:
         labels: [h, w]; only those in `classes` [C], ascending, count.

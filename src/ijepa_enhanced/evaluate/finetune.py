@@ -144,7 +144,7 @@ def _train(
     plan = Plan(catalog, views, encoder.config.patch_size, seed)
     first = plan.epoch(0)
     if first.too_small:
-        logger.warning("Too small to fine-tune on: %d images of %s.", first.too_small, source.name)
+        logger.warning("Skipped %d images of %s that are too small to fine-tune on.", first.too_small, source.name)
     steps = training.epochs * len(first)
     own = slice(ranks.rank, None, ranks.world)
     packs = (epoch[n].select(own) for epoch in map(plan.epoch, itertools.count()) for n in range(len(epoch)))

@@ -1,4 +1,4 @@
-"""Pairs of labelled sources: images to learn from and images to score on, with classes that mean the same."""
+"""Pairs of labeled sources: images to learn from and images to score on, with classes that mean the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VAL_PERCENT = 20
 
 
 def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> LabelledSource:
-    """Return a source and the catalog of its labelled images, and log which images are left out.
+    """Return a source and the catalog of its labeled images, and log which images are skipped.
 
     Args:
         spec: the source.
@@ -45,14 +45,14 @@ def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> La
         )
     new = reported is None or reported.source.fingerprint() != source.fingerprint()
     if new:
-        report_unreadable(catalog, f"Left out of {spec}")
+        report_unreadable(catalog, spec)
     if not len(catalog.rows):
         raise RunError(f"None of the {len(catalog.unreadable)} images of {spec} can be read.")
     known = np.flatnonzero(catalog.labels >= 0)
     if len(known) < len(catalog.rows):
         missing = len(catalog.rows) - len(known)
         if new:
-            logger.warning("Left out of %s: %d of %d images, which have no label.", spec, missing, len(catalog.rows))
+            logger.warning("Skipped %d of %d images of %s, which have no label.", missing, len(catalog.rows), spec)
         catalog = catalog.select(known)
     return LabelledSource(source, catalog)
 
@@ -75,7 +75,7 @@ def labelled_pair(train_spec: str, val_spec: str) -> list[LabelledSource]:
 
 
 def split_labelled(spec: str, seed: int) -> list[LabelledSource]:
-    """Split the labelled images of one source into training and validation: a fifth of each class is for validation.
+    """Split the labeled images of one source into training and validation: a fifth of each class is for validation.
 
     A class of fewer than five images gives one, and a class of a single image none: probes could not learn it.
 
@@ -171,10 +171,10 @@ def _are_numbered(train: LabelledSource, val: LabelledSource) -> bool:
     if numbered[0].catalog.classes is not None and {*class_keys(first)} & {*class_keys(second)}:
         return False  # names of both kinds
     raise RequestError(
-        f"{numbered[0].source.name} numbers its classes ({_some(first)}) and {named[0].source.name} names them "
-        f"({_some(second)}), so they cannot be matched. Write names in both: in the column 'label' of a list or "
-        "of Parquet, in the .cls members of shards or in classes.txt beside them (one name per line, for class 0, 1, "
-        "...), or as the names of folders."
+        f"{numbered[0].source.name} has class numbers ({_some(first)}) and {named[0].source.name} has class names "
+        f"({_some(second)}), so they cannot be matched. Use names in both: as names of folders, in the column 'label' "
+        "of a list or a Parquet file, in the .cls files of shards, or in classes.txt beside the shards (one name per "
+        "line, from class 0)."
     )
 
 
@@ -214,8 +214,8 @@ def _places(train: LabelledSource, val: LabelledSource, found: NDArray[np.int64]
             if class_key(name) in twice:
                 raise RequestError(
                     f"{images.source.name} has more than one class '{name}', and {train.source.name} and "
-                    f"{val.source.name} do not list the same names. Give every class a name of its own in classes.txt, "
-                    "or put the same list beside both."
+                    f"{val.source.name} do not list the same names. Give every class a unique name in classes.txt, or "
+                    "put the same list beside both."
                 )
     listed = _present(train) if train.catalog.classes is None else range(len(train.catalog.classes))
     places = {class_key(train.catalog.class_name(label)): label for label in listed}

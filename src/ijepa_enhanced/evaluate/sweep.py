@@ -38,7 +38,7 @@ class Point:
     merge_rate: float
     """Share of its tokens that each layer merges into others."""
     knn20: float
-    """Top-1 accuracy of 20 nearest neighbours, a fraction of 1, as all five. All but `choosing_linear` are of the half
+    """Top-1 accuracy of 20 nearest neighbors, a fraction of 1, as all five. All but `choosing_linear` are of the half
     of the validation images that has no part in the choice."""
     knn20_mean_per_class: float
     choosing_linear: float
@@ -91,18 +91,19 @@ def advice(points: Sequence[Point]) -> str:
     """Say which setting to use, with its accuracy on both halves of the validation images."""
     best = max(points, key=lambda p: (p.choosing_linear, p.network_images_per_second))
     chosen = choose(points)
-    use = f"Use {setting_name(chosen.resolution, chosen.merge_rate)}: "
     if chosen is best:
-        reason = f"nothing faster comes within {100 * CLOSE:g} points of its linear {best.choosing_linear:.1%}"
+        reason = (
+            f"Linear accuracy {best.choosing_linear:.1%}; no faster setting comes within {100 * CLOSE:g} points of it"
+        )
     else:
         faster = chosen.network_images_per_second / best.network_images_per_second
         reason = (
-            f"linear {chosen.choosing_linear:.1%} at {faster:.1f} times the speed of the best, "
-            f"{setting_name(best.resolution, best.merge_rate)}, with {best.choosing_linear:.1%}"
+            f"Linear accuracy {chosen.choosing_linear:.1%}, {faster:.1f}x as fast as the most accurate setting "
+            f"({setting_name(best.resolution, best.merge_rate)}: {best.choosing_linear:.1%})"
         )
     return (
-        f"{use}{reason}. One half of the validation images made this choice; on the other half its linear accuracy is "
-        f"{chosen.linear:.1%}."
+        f"Recommended: {setting_name(chosen.resolution, chosen.merge_rate)}. {reason}. This choice used one half of "
+        f"the validation images; on the other half, the linear accuracy is {chosen.linear:.1%}."
     )
 
 

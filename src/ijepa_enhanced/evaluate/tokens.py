@@ -234,7 +234,7 @@ def _tokens_of_packs(
 def warn_of_unreadable(source: Source, unreadable: Mapping[int, str]) -> None:
     """Log row and reason of each image that could not be decoded."""
     for row, reason in unreadable.items():
-        logger.warning("Left out of %s: %s: %s", source.name, source.key(row), reason)
+        logger.warning("Skipped %s of %s: %s", source.key(row), source.name, reason)
 
 
 def need_images(images: int, source: Source) -> None:

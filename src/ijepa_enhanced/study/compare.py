@@ -102,18 +102,18 @@ def _verdict(arm: str, runs: dict[str, list[Row]], corrected: dict[tuple[str, st
     """Say in words how an arm compares with the first one."""
     first = next(iter(runs))
     if arm == first:
-        return "the others are compared with this arm"
+        return "baseline: all other arms are compared with it"
     failed = [name for name in (first, arm) if _failed(runs[name])]
     if failed:
         return f"not tested: failed runs of {' and '.join(failed)}"
     if min(len(runs[name]) for name in (first, arm)) < 2:
-        return "one seed: not tested"
+        return "not tested: only one seed"
     said = []
     for score, title in TESTED.items():
         p = corrected.get((arm, score))
         own, other = (statistics.mean(_values(runs[name], score)) for name in (arm, first))
         if p is None:
-            said.append(f"{title} not tested (no spread)")
+            said.append(f"{title} not tested (all scores equal)")
         else:
             found = "not different" if p >= LEVEL else "higher" if own > other else "lower"
             said.append(f"{title} {found} ({'p < 0.001' if p < 0.001 else f'p = {p:.2g}'})")

@@ -14,15 +14,15 @@ from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.visualize.page import NOTHING, note, table
 from ijepa_enhanced.visualize.report import write_report
 
-HEAD = ("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "fall")
+HEAD = ("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "drop")
 """Columns of the table; the verdicts are long, so they are lines of their own on a terminal."""
 EXPLANATION = (
     "Scores are in percent: mean ± standard deviation over the seeds.",
-    "Gain: how much higher the score is than that of the random start.",
-    "Fall: how far the monitor's kNN score ended below its best.",
-    "Verdict: kNN-20 and linear score compared with those of the first arm by Welch's t-test over the seeds, p-values "
-    "corrected for the number of tests (Holm). If no arm differs from the first one, the chance of any 'higher' or "
-    "'lower' is at most 5%. This holds if the seeds were fixed in advance, not if some were added after a look at the "
+    "Gain: score minus the score of the untrained encoder (random start).",
+    "Drop: best kNN score of the monitor during training minus its last one.",
+    "Verdict: Welch's t-test over the seeds compares the kNN-20 and linear scores with those of the first arm. "
+    "p-values are corrected for multiple tests (Holm): if no arm truly differs, the chance of any 'higher' or 'lower' "
+    "verdict is at most 5%. This holds if you fix the seeds in advance, not if you add seeds after you have seen the "
     "verdicts. An arm with failed runs is not tested.",
 )
 
@@ -72,10 +72,10 @@ def write_page(study: StudyConfig, rows: Sequence[Row], folder: Path) -> Path | 
 def _scoring(study: StudyConfig) -> str:
     """Say how the runs of a study were scored."""
     if study.resolution is None:
-        size = "at the resolution that each encoder was trained at"
+        size = "at the resolution that each encoder was trained with"
     elif isinstance(study.resolution, int):
-        size = f"at {study.resolution} px"
+        size = f"at a resolution of {study.resolution} px"
     else:
-        size = "at their own size"
+        size = "at native resolution"
     learned = "the training images of the first arm" if study.train is None else study.train
-    return f"Scored on {study.val}, {size}; the probes learn from {learned}."
+    return f"Scored on {study.val} {size}. Probes were trained on {learned}."

@@ -398,13 +398,13 @@ def log_left_out(plan: EpochPlan, config: TrainConfig) -> None:
     """Log how many images are too small to train on, and how many views are scaled down."""
     if plan.too_small:
         logger.warning(
-            "Left out: %d images that are too small. Their views have fewer than %d patches.",
+            "Skipped %d images that are too small (views with fewer than %d patches).",
             plan.too_small,
             MIN_TOKENS,
         )
     if plan.limited:
         logger.warning(
-            "%d views of an epoch are scaled down to %d tokens (data.max_view_tokens).",
+            "%d views per epoch exceed data.max_view_tokens and are scaled down to %d tokens.",
             plan.limited,
             config.data.view_limit,
         )

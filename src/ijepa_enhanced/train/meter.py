@@ -110,5 +110,5 @@ def describe(values: dict[str, float]) -> str:
     return (
         f"loss {values['loss']:.4f}  {values['views_per_second']:.0f} views/s  "
         f"{values['tokens_per_second']:.0f} tokens/s  packs {values['fill']:.1%} full  "
-        f"waiting for data {values['data_wait']:.1%}"
+        f"waiting for data {values['data_wait']:.1%} of the time"
     )

@@ -46,6 +46,8 @@ BEST = "monitor.json"
 """File in `best/` with score and step of that teacher."""
 FEWEST, MOST, A_CLASS = 512, 4096, 20
 """Images of the probe set if `monitor.images` is null: at least, at most, and of each class."""
+TITLES = {"knn": "kNN accuracy", "rankme": "RankMe", "lidar": "LiDAR"}
+"""What users read instead of some names of metrics."""
 
 
 def steps_between_probes(
@@ -177,15 +179,22 @@ class Monitor:
             return {}
         fallen = self.history.add(step, metrics)
         history = self.history
-        found = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-        logger.info("Monitor, step %d: %s%s", step, found, "; the best so far" if history.best_step == step > 0 else "")
+        found = ", ".join(
+            f"{TITLES.get(name, name)} {value:.1%}" if name == "knn" else f"{TITLES.get(name, name)} {value:.3g}"
+            for name, value in metrics.items()
+        )
+        logger.info("Monitor at step %d: %s%s", step, found, " (best so far)" if history.best_step == step > 0 else "")
         if history.low == PATIENCE:  # once per collapse
             logger.warning(
-                "The run collapses: at the last %d probes %s were below a quarter of their peak. "
-                "The encoder no longer tells images apart. %s Raise objective.vicreg_weight or lower optim.lr.",
+                "The run is collapsing: in the last %d checks, %s were below a quarter of their maximum, so the "
+                "features of different images are almost the same. %s In a new run, raise objective.vicreg_weight or "
+                "lower "
+                "optim.lr.",
                 PATIENCE,
-                " and ".join(fallen),
-                f"Step {history.best_step} is kept in best/." if history.best_step else "No step was worth keeping.",
+                " and ".join(TITLES.get(name, name) for name in fallen),
+                f"The best encoder (step {history.best_step}) is in best/."
+                if history.best_step
+                else "No good encoder has been saved.",
             )
         now = time.perf_counter()
         self.seconds += now - start
@@ -215,16 +224,19 @@ def start_monitor(
         images = config.monitor.images or default_images(plan.catalog)
         probe_set = ProbeSet(source, plan, first_epoch.images, images, config.encoder, config.merging.teacher_rate)
     except PlanError:
-        logger.warning("The run is not monitored: too few images are large enough to crop.")
+        logger.warning(
+            "Monitoring is off: fewer than two images are large enough for its crops. Add larger images, or set "
+            "monitor.every to 0 to hide this message."
+        )
         return None
     step_tokens = float(first_epoch.pack_tokens.mean()) * plan.config.packs_per_step
     every = steps_between_probes(config.monitor, probe_set.tokens, steps, step_tokens, config.log_every)
     if not every:
         # Only a debug message, since it would appear in every short trial.
         logger.debug(
-            "The run is not monitored: it is so short that monitoring would cost more than 3% of it. "
+            "Monitoring is off: the run is so short that checks would cost more than 3% of it. "
             "Set monitor.every to monitor it anyway."
         )
         return None
-    logger.info("Monitoring every %d steps.", every)
+    logger.info("The monitor checks the teacher every %d steps.", every)
     return Monitor(probe_set, every, steps, history)

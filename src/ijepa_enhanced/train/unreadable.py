@@ -45,7 +45,7 @@ class Unreadable:
         for row, reason in unreadable:
             if row not in self.found:
                 self.found[row] = reason
-                logger.warning("Left out: %s: %s", self._key(row), reason)
+                logger.warning("Skipped %s: %s", self._key(row), reason)
                 self._check()
 
     def _key(self, row: int) -> str:

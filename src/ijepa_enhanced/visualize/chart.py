@@ -32,7 +32,7 @@ class Line:
     name: str
     """The run that it belongs to."""
     number: int
-    """Number of the run, which chooses the colour."""
+    """Number of the run, which chooses the color."""
     points: Sequence[tuple[float, float]]
     """Step and value, steps ascending. Values that are not finite are left out."""
 
@@ -67,23 +67,23 @@ class Frame:
 
     def line(self, number: int, points: Sequence[tuple[float, float]]) -> str:
         """Return the SVG of a line, with dots if its points are few."""
-        colour, dashes = ink(number)
+        color, dashes = ink(number)
         places = [f"{x:.1f} {y:.1f}" for x, y in (self.place(*point) for point in points)]
         path = f'<path class="line" stroke-dasharray="{dashes}" d="M{"L".join(places)}"/>'
         dots = f'<path class="dots" d="M{"h0M".join(places)}h0"/>' if len(points) <= DOTTED else ""
-        return f'<g stroke="{colour}">{path}{dots}</g>'
+        return f'<g stroke="{color}">{path}{dots}</g>'
 
 
 def ink(number: int) -> tuple[str, str]:
-    """Return colour and dashes of a line."""
+    """Return color and dashes of a line."""
     return INKS[number % len(INKS)], "4 2" if number // len(INKS) % 2 else ""
 
 
 def key(number: int, name: str) -> str:
     """Return the HTML of a name with a sample of its line."""
-    colour, dashes = ink(number)
+    color, dashes = ink(number)
     dashed = " dashed" if dashes else ""
-    return f'<span class="key{dashed}" style="border-color: {colour}"></span>{escape(name)}'
+    return f'<span class="key{dashed}" style="border-color: {color}"></span>{escape(name)}'
 
 
 def chart(title: str, unit: str, lines: Sequence[Line], percent: bool = False, from_zero: bool = False) -> str:
@@ -105,7 +105,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], percent: bool = False, f
     left = max(LEFT, 7 + math.ceil(CHARACTER * max(len(text) for _, text in labels)))
     frame = Frame(_widened(min(steps), max(steps)), (low, high), left)
     data = {
-        "lines": [{"name": line.name, "colour": ink(line.number)[0], "points": points} for line, points in drawn],
+        "lines": [{"name": line.name, "color": ink(line.number)[0], "points": points} for line, points in drawn],
         "x": frame.steps,
         "y": frame.values,
         "frame": [left, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM],
@@ -121,7 +121,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], percent: bool = False, f
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """Return at most `most` of the points: the lowest and the highest of each group of neighbours, and the last one.
+    """Return at most `most` of the points: the lowest and the highest of each group of neighbors, and the last one.
 
     `most` is even. No spike is lost, and nothing is averaged: every point that is drawn was logged.
     """

@@ -31,7 +31,7 @@ def configuration_section(runs: Sequence[Run], defaults: Mapping[str, Any]) -> s
             for name, (value, default) in zip(names, values, strict=True)
         ]
         groups.append(f"<div><h3>{escape(group or 'run')}</h3>{table([''], lines, marked)}</div>")
-    return note("Values in blue are not the default.") + f'<div class="groups">{"".join(groups)}</div>'
+    return note("Values in blue differ from the default.") + f'<div class="groups">{"".join(groups)}</div>'
 
 
 def _differences(runs: Sequence[Run]) -> str:

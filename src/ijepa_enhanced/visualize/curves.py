@@ -6,7 +6,7 @@ from typing import Any
 from ijepa_enhanced.visualize.plot import plot
 
 PANELS: dict[str, tuple[str, ...]] = {
-    "loss, and its terms unweighted": ("loss", "prediction", "vicreg", "contrastive"),
+    "loss and its unweighted terms": ("loss", "prediction", "vicreg", "contrastive"),
     "views per second": ("views_per_second",),
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),

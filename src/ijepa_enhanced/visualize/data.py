@@ -74,13 +74,13 @@ def survey(source: Source, catalog: Catalog) -> Survey:
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Return 128 bits, uint64 [2], that change little when an image is scaled, compressed or slightly recoloured.
+    """Return 128 bits, uint64 [2], that change little when an image is scaled, compressed or slightly recolored.
 
-    For each cell of an 8 x 8 grid of grey levels they say whether it is brighter than its left neighbour, and whether
+    For each cell of an 8 x 8 grid of gray levels they say whether it is brighter than its left neighbor, and whether
     it is brighter than its upper one: the "difference hash" (Krawetz, "Kind of like that", 2013) in both directions.
     """
-    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 9), Image.Resampling.BOX))
-    return np.packbits([grey[1:, 1:] > grey[1:, :-1], grey[1:, 1:] > grey[:-1, 1:]]).view(np.uint64)
+    gray = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 9), Image.Resampling.BOX))
+    return np.packbits([gray[1:, 1:] > gray[1:, :-1], gray[1:, 1:] > gray[:-1, 1:]]).view(np.uint64)
 
 
 def class_sizes(catalog: Catalog) -> dict[str, int]:
@@ -144,8 +144,8 @@ def _draw_sizes(catalog: Catalog, path: Path) -> bool:
             return False
         panels = figure.subplots(1, 3 if sizes else 2)
         for axes, values, title in (
-            (panels[0], np.sqrt(heights * widths), "resolution: sqrt(height * width), pixels"),
-            (panels[1], widths / heights, "width / height"),
+            (panels[0], np.sqrt(heights * widths), "resolution in px: sqrt(height * width)"),
+            (panels[1], widths / heights, "aspect ratio: width / height"),
         ):
             low, high = values.min(), values.max()
             axes.hist(values, bins=np.geomspace(low / 1.02, high * 1.02, 41))
@@ -155,5 +155,5 @@ def _draw_sizes(catalog: Catalog, path: Path) -> bool:
             axes.minorticks_off()
         if sizes:
             panels[2].bar(range(1, len(sizes) + 1), sizes, width=1)
-            panels[2].set(xlabel="classes, the largest first", ylabel="images")
+            panels[2].set(xlabel="classes, sorted by size", ylabel="images")
     return True

@@ -1,4 +1,4 @@
-"""Pictures of features: their principal components as colours, and how similar patches are."""
+"""Pictures of features: their principal components as colors, and how similar patches are."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,18 +22,18 @@ COMPONENTS = 3
 TAIL = 2.0
 """Percent of patches at each end of a component that are drawn at the darkest or the brightest level."""
 RAMP = np.array([[0, 0, 20], [85, 15, 110], [185, 55, 85], [250, 140, 10], [252, 255, 165]])
-"""Colours from the least similar patch to the chosen one: dark to bright, which colour-blind people can read too."""
+"""Colors from the least similar patch to the chosen one: dark to bright, which color-blind people can read too."""
 MARK = np.array([0, 255, 255], np.uint8)
-"""Colour of the outline of the chosen patch: cyan, which is not in `RAMP`."""
+"""Color of the outline of the chosen patch: cyan, which is not in `RAMP`."""
 
 
 @torch.no_grad()
 def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
     """Return the first three principal components of all patches together, as red, green and blue.
 
-    Similar colours mean similar features, within an image and between images. Each component runs from 0 to 255 between
-    its 2nd and 98th percentile; a component without variance is a medium grey. The sign of a component is chosen so
-    that its largest loading is positive, which makes the colours repeatable.
+    Similar colors mean similar features, within an image and between images. Each component runs from 0 to 255 between
+    its 2nd and 98th percentile; a component without variance is a medium gray. The sign of a component is chosen so
+    that its largest loading is positive, which makes the colors repeatable.
 
     Args:
         maps: N feature maps [rows, cols, D], of any mix of sizes; at least one.
@@ -47,22 +47,22 @@ def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
     tokens = torch.cat([features.flatten(0, 1) for features in maps]).double().cpu()
     if not tokens.isfinite().all():
         raise ValueError("Some features are NaN or infinite, so the encoder cannot be used.")
-    centred = tokens - tokens.mean(dim=0)
-    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    centered = tokens - tokens.mean(dim=0)
+    variances, directions = torch.linalg.eigh(centered.T @ centered)
     variances, directions = variances.flip(0)[:COMPONENTS], directions.flip(1)[:, :COMPONENTS]
     largest = directions.abs().argmax(dim=0, keepdim=True)
     directions = directions * directions.gather(0, largest).sign()
     scores = np.full((len(tokens), COMPONENTS), 0.5)
     # Below this a component is rounding, not variance.
     for number in np.flatnonzero(variances > 1e-10 * tokens.square().sum()).tolist():
-        score = (centred @ directions[:, number]).numpy()
+        score = (centered @ directions[:, number]).numpy()
         low, high = np.percentile(score, (TAIL, 100 - TAIL))
         # A component that only a few patches have is constant between its percentiles: show its whole range.
         low, high = (low, high) if high > low else (score.min(), score.max())
         scores[:, number] = ((score - low) / (high - low)).clip(0, 1)
     ends = np.cumsum([features.shape[0] * features.shape[1] for features in maps])
-    colours = np.split((255 * scores).round().astype(np.uint8), ends[:-1])
-    return [colour.reshape(*features.shape[:2], COMPONENTS) for colour, features in zip(colours, maps, strict=True)]
+    colors = np.split((255 * scores).round().astype(np.uint8), ends[:-1])
+    return [color.reshape(*features.shape[:2], COMPONENTS) for color, features in zip(colors, maps, strict=True)]
 
 
 def similarity_map(features: Tensor, row: int, col: int) -> Tensor:
@@ -110,13 +110,13 @@ def draw_features(
     grids = [(features.shape[0], features.shape[1]) for features in maps]
     views = [view for packed in encoder.packs(images, resolution) for view in packed.split()]
     pictures = []
-    for patches, features, colours in zip(views, maps, pca_maps(maps), strict=True):
+    for patches, features, colors in zip(views, maps, pca_maps(maps), strict=True):
         rows, cols = features.shape[:2]
         cell = max(4, round(RESOLUTION / (rows * cols) ** 0.5))
         pixels = unpatchify(patches.numpy(), rows, cols, encoder.config.patch_size)
         shown = [
             np.array(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)),
-            enlarged(colours, cell),
+            enlarged(colors, cell),
         ]
         if patch is not None:
             shown.append(enlarged(_ramp(similarity_map(features, *patch)), cell))
@@ -129,7 +129,7 @@ def draw_features(
 
 
 def _ramp(similarity: Tensor) -> NDArray[np.uint8]:
-    """Return similarities [rows, cols] as colours uint8 [rows, cols, 3], from the lowest of them to 1."""
+    """Return similarities [rows, cols] as colors uint8 [rows, cols, 3], from the lowest of them to 1."""
     values = similarity.cpu().numpy()
     low = float(values.min())
     places = (values - low) / max(1 - low, 1e-6) * (len(RAMP) - 1)

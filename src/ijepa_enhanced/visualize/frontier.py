@@ -7,13 +7,13 @@ from ijepa_enhanced.evaluate.sweep import Point, choose, frontier
 from ijepa_enhanced.visualize.plot import plot
 
 SCORES = {"knn20": "kNN-20", "linear": "linear"}
-MARKS = "Numbers: merge rate.  Filled: no other setting is both more accurate and faster.  Ring: the setting to choose."
+MARKS = "Labels: merge rate.  Filled points: no other setting is both more accurate and faster.  Ring: recommended."
 
 
 def draw_frontier(points: Sequence[Point], path: Path) -> bool:
     """Write a PNG of a sweep: a line for each resolution, with the merge rate beside each point.
 
-    Points are filled, and joined by a grey step line, if no other point is both more accurate and faster. A ring marks
+    Points are filled, and joined by a gray step line, if no other point is both more accurate and faster. A ring marks
     the setting to choose (`choose`). Returns False if matplotlib is missing.
     """
     with plot(path, 12, 4.5) as figure:
@@ -44,7 +44,7 @@ def draw_frontier(points: Sequence[Point], path: Path) -> bool:
                 fillstyle="none",
                 ms=13,
             )
-            axes.set(title=title, xlabel="images per second in the network", ylabel="top-1 accuracy, %", xscale="log")
+            axes.set(title=title, xlabel="images per second (network only)", ylabel="top-1 accuracy, %", xscale="log")
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("{x:g}")
             axes.tick_params(which="minor", labelsize=8)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ijepa_enhanced.visualize.chart import Line, chart, key
+from ijepa_enhanced.visualize.page import note
 from ijepa_enhanced.visualize.run import Run
 
 
@@ -21,20 +22,21 @@ class Curve:
     from_zero: bool = False
 
 
+MONITOR = "Monitor: the teacher is checked on a fixed set of training images"
 CURVES = {
-    "Loss, and its terms before their weights": {
+    "Loss and its unweighted terms": {
         "loss": Curve("Loss", "weighted sum"),
         "prediction": Curve("Prediction loss", "smooth L1"),
         "vicreg": Curve("VICReg loss"),
         "contrastive": Curve("Contrastive loss", "NT-Xent"),
         "grad_norm": Curve("Gradient norm", "unclipped"),
     },
-    "Monitor: the teacher's features of a fixed set of training images": {
+    MONITOR: {
         "knn": Curve("kNN-20", "top-1 accuracy", percent=True),
         "rankme": Curve("RankMe", "effective dimensions"),
         "lidar": Curve("LiDAR", "effective dimensions"),
-        "spread": Curve("Spread", "standard deviation"),
-        "cosine": Curve("Cosine", "mean over pairs"),
+        "spread": Curve("Spread", "std of features"),
+        "cosine": Curve("Cosine", "between images"),
     },
     "Schedules": {
         "lr": Curve("Learning rate", from_zero=True),
@@ -44,9 +46,10 @@ CURVES = {
     "Speed": {
         "views_per_second": Curve("Views per second", from_zero=True),
         "tokens_per_second": Curve("Tokens per second", from_zero=True),
-        "data_wait": Curve("Data wait", "share of time", percent=True, from_zero=True),
-        "fill": Curve("Pack fill", "of tokens_per_pack", percent=True),
-        "monitor_seconds": Curve("Time of a probe", "seconds", from_zero=True),
+        "data_wait": Curve("Waiting for data", "% of time", percent=True, from_zero=True),
+        "fill": Curve("Pack fill", "% of token limit", percent=True),
+        "monitor_seconds": Curve("Monitor check", "seconds", from_zero=True),
+        "monitor_share": Curve("Monitor checks", "% of time", percent=True, from_zero=True),
     },
 }
 """Keys of the log, in groups. Other keys are drawn under their own names."""
@@ -71,7 +74,8 @@ def curves_section(runs: Sequence[Run]) -> str:
             if any(math.isfinite(value) for line in lines for _, value in line.points):
                 charts.append(chart(curve.title, curve.unit, lines, curve.percent, curve.from_zero))
         if charts:
-            parts.append(f'<h3>{escape(group)}</h3><div class="charts">{"".join(charts)}</div>')
+            text = note("A falling RankMe or spread, or a rising cosine, means collapse.") if group == MONITOR else ""
+            parts.append(f'<h3>{escape(group)}</h3>{text}<div class="charts">{"".join(charts)}</div>')
     return _legend(runs) + "".join(parts) if parts else ""
 
 

@@ -52,7 +52,7 @@ def regions(
 def draw_merges(encoder: Encoder, image: ImageLike, resolution: Resolution, merge_rate: float) -> Image.Image:
     """Return an image as the encoder sees it, and beside it the regions that its tokens cover after several layers.
 
-    The patches of a token have their mean colour and one outline, white around dark regions and black around light
+    The patches of a token have their mean color and one outline, white around dark regions and black around light
     ones. Patches of a token need not touch. Arguments and errors are those of `regions`.
     """
     pixels, stages = regions(encoder, image, resolution, merge_rate)
@@ -67,19 +67,19 @@ def draw_merges(encoder: Encoder, image: ImageLike, resolution: Resolution, merg
 
 
 def _filled(pixels: NDArray[np.uint8], stage: NDArray[np.int64], cell: int) -> NDArray[np.uint8]:
-    """Draw regions [rows, cols] in their mean colours, with outlines: uint8 [rows * cell, cols * cell, 3]."""
+    """Draw regions [rows, cols] in their mean colors, with outlines: uint8 [rows * cell, cols * cell, 3]."""
     rows, cols = stage.shape
     patches = pixels.reshape(rows, len(pixels) // rows, cols, -1, 3).mean(axis=(1, 3)).reshape(-1, 3)
     sums = np.stack([np.bincount(stage.ravel(), channel) for channel in patches.T], axis=1)
-    colours = (sums / np.bincount(stage.ravel())[:, None]).round().astype(np.uint8)
+    colors = (sums / np.bincount(stage.ravel())[:, None]).round().astype(np.uint8)
     large = enlarged(stage, cell)
     around = np.pad(large, 1, constant_values=-1)
     height, width = large.shape
     edge = np.zeros(large.shape, np.bool_)
     for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
         edge |= around[dy : dy + height, dx : dx + width] != large
-    outlines = np.where(colours.mean(axis=1, keepdims=True) < 128, 255, 0).astype(np.uint8).repeat(3, axis=1)
-    return np.where(edge[..., None], outlines[large], colours[large])
+    outlines = np.where(colors.mean(axis=1, keepdims=True) < 128, 255, 0).astype(np.uint8).repeat(3, axis=1)
+    return np.where(edge[..., None], outlines[large], colors[large])
 
 
 def _captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:

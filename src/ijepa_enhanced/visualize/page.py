@@ -14,7 +14,7 @@ NOTHING = "\N{EN DASH}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], marked: Collection[int] = ()) -> str:
-    """Return a table of plain text. The first column names the rows; the rows numbered in `marked` are emphasised."""
+    """Return a table of plain text. The first column names the rows; the rows numbered in `marked` are emphasized."""
     titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = []
     for place, (name, *cells) in enumerate(rows):
@@ -187,7 +187,7 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
     tip.replaceChildren(...lines.map((line, place) => {
       const row = document.createElement("div"), key = row.appendChild(document.createElement("span"));
       key.className = "key";
-      key.style.borderColor = line.colour;
+      key.style.borderColor = line.color;
       const name = lines.length > 1 ? line.name + ", " : "";
       row.append(`${name}step ${near[place][0]}: `);
       row.appendChild(document.createElement("b")).append(format(near[place][1], percent));

@@ -25,7 +25,7 @@ def plot(path: Path, width: float, height: float) -> Iterator[Figure | None]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("%s is not drawn: it needs matplotlib (pip install 'ijepa-enhanced[plots]').", path.name)
+        logger.warning("%s was not written. Install matplotlib with: pip install 'ijepa-enhanced[plots]'", path.name)
         yield None
         return
     figure = Figure(figsize=(width, height), layout="constrained")

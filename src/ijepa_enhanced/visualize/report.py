@@ -75,7 +75,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 def _head(title: str, runs: Sequence[Run]) -> str:
     facts = [_facts(run) for run in runs]
-    written = f"Report of {time.strftime('%Y-%m-%d %H:%M')}"
+    written = f"Written on {time.strftime('%Y-%m-%d %H:%M')}"
     warnings = [text if len(runs) == 1 else f"{run.name}: {text}" for run in runs for text in _warnings(run)]
     listed = "".join(f"<li>{escape(text)}</li>" for text in warnings)
     warning = f'<ul class="warning">{listed}</ul>' if warnings else ""
@@ -88,7 +88,7 @@ def _head(title: str, runs: Sequence[Run]) -> str:
     done = run.steps == run.total
     badge = f'<span class="badge{"" if done else " open"}">{"finished" if done else "unfinished"}</span>'
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts[0].items())
-    sub = escape(f"I-JEPA on {run.config['data']['source']}. {written}.")
+    sub = escape(f"I-JEPA trained on {run.config['data']['source']}. {written}.")
     return f'<h1>{escape(title)}{badge}</h1><p class="sub">{sub}</p><dl class="tiles">{tiles}</dl>{warning}'
 
 
@@ -98,8 +98,8 @@ def _warnings(run: Run) -> list[str]:
     collapsed = [step for step, alarm in alarms if alarm]
     if not collapsed:
         return [*run.missing]
-    end = "and it was still on at the last probe" if alarms[-1][1] else f"for the last time at step {collapsed[-1]:,}"
-    return [f"The run collapsed: the monitor raised its alarm at step {collapsed[0]:,}, {end}.", *run.missing]
+    end = "was still warning at the end" if alarms[-1][1] else f"last at step {collapsed[-1]:,}"
+    return [f"The run collapsed: the monitor first warned at step {collapsed[0]:,} and {end}.", *run.missing]
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -113,9 +113,9 @@ def _facts(run: Run) -> dict[str, str]:
         "Training time": _duration(run.seconds) if rates else NOTHING,
         "Images seen": f"{run.progress['images']:,}" if run.progress else NOTHING,
         "Views/s (median)": f"{np.median(rates):,.0f}" if rates else NOTHING,
-        "Data wait (median)": f"{np.median(waits):.1%}" if waits else NOTHING,
+        "Waiting for data (median)": f"{np.median(waits):.1%}" if waits else NOTHING,
         "Last loss": f"{losses[-1]:.4f}" if losses else NOTHING,
-        "Best encoder": f"step {best[-1][1]:,}" if best else NOTHING,
+        "Best encoder (by the monitor)": f"step {best[-1][1]:,}" if best else NOTHING,
     }
 
 
@@ -131,12 +131,14 @@ def _data(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, *(column.get(name, NOTHING) for column in columns)) for name in names]
     parts = [compared([run.name for run in runs], rows)]
+    if any(run.images is not None for run in runs):
+        parts.append(note("A pack is the set of views that one device processes at once."))
     for run in runs:
         reasons = _unreadable(run)
         if reasons:
             of = f" of {run.name}" if len(runs) > 1 else ""
-            more = f" (the first {LISTED} of {len(reasons)})" if len(reasons) > LISTED else ""
-            parts.append(f"<h3>{escape(f'Images{of} that cannot be read and are left out{more}')}</h3>")
+            more = f" (first {LISTED} of {len(reasons)})" if len(reasons) > LISTED else ""
+            parts.append(f"<h3>{escape(f'Skipped images{of}{more}')}</h3>")
             parts.append(table(["image", "reason"], list(reasons.items())[:LISTED]))
     return "".join(parts)
 
@@ -151,14 +153,17 @@ def _data_facts(run: Run) -> dict[str, str]:
     facts["images"] = f"{counts['images']:,}"
     facts["unreadable"] = f"{len(_unreadable(run)):,}"
     facts["classes"] = f"{counts['labels']:,}" if counts["labels"] else "none"
-    for title, name in (("resolution, sqrt(height x width), px", "resolution"), ("width / height", "aspect")):
-        facts[title] = ", ".join(f"{value:.3g} ({part})" for part, value in counts[name].items())
-    facts["views in an epoch"] = f"{plan.grids[..., 0].size:,}"
-    facts["packs in an epoch"] = f"{len(plan):,}"
-    facts["tokens in a pack"] = f"{plan.pack_tokens.mean():,.0f} on average, {plan.fill:.2%} of data.tokens_per_pack"
-    facts["budget use"] = f"{plan.budget_use:.2%} (average / largest number of tokens in a pack)"
+    for title, name in (
+        ("resolution in px: sqrt(height * width), percentiles", "resolution"),
+        ("width / height, percentiles", "aspect"),
+    ):
+        facts[title] = ", ".join(f"{part}: {value:.3g}" for part, value in counts[name].items())
+    facts["views per epoch"] = f"{plan.grids[..., 0].size:,}"
+    facts["packs per epoch"] = f"{len(plan):,}"
+    facts["tokens per pack"] = f"{plan.pack_tokens.mean():,.0f} (mean), {plan.fill:.2%} of data.tokens_per_pack"
+    facts["pack balance"] = f"{plan.budget_use:.2%} (mean / largest number of tokens per pack)"
     facts["images too small to train on"] = f"{plan.too_small:,}"
-    facts["views scaled down to the limit"] = f"{plan.limited:,}"
+    facts["views scaled down to data.max_view_tokens"] = f"{plan.limited:,}"
     return facts
 
 
@@ -187,15 +192,16 @@ def _masks(run: Run) -> str:
         draw_masked_views(batch, masks_of(batch, images.masks, run.config["seed"]), patch_size, drawn)
         sheet = Image.open(drawn).convert("RGB")
     text = (
-        "The first views of the run. To the right of each view is what the student sees of it. It must predict the "
-        "teacher's features in the hatched blocks. White areas without hatching are neither seen nor predicted."
+        "The first training views. Right of each view: the part that the student encoder sees. It must predict the "
+        "teacher's features in the hatched blocks (targets). White areas without hatching are neither seen nor "
+        "predicted."
     )
     return note(text) + picture(sheet, "Views and their masks")
 
 
 def _versions(runs: Sequence[Run]) -> str:
     recorded = [name for name in ("threads", "torch") if any(name in run.progress for run in runs)]
-    rows = [(f"trained with: {name}", *(str(run.progress.get(name, NOTHING)) for run in runs)) for name in recorded]
+    rows = [(f"training: {name}", *(str(run.progress.get(name, NOTHING)) for run in runs)) for name in recorded]
     processor = f"{platform.machine()}, {os.cpu_count()} cores"
     here = {
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
@@ -206,5 +212,5 @@ def _versions(runs: Sequence[Run]) -> str:
         # Not imported: no file of the package imports the package itself.
         "ijepa-enhanced": sys.modules[__name__.partition(".")[0]].__version__,
     }
-    rows += [(f"report made with: {name}", *[value] * len(runs)) for name, value in here.items()]
+    rows += [(f"report: {name}", *[value] * len(runs)) for name, value in here.items()]
     return compared([run.name for run in runs], rows)

@@ -72,7 +72,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Training time of the logged steps, from their rates; pauses and the monitor's probes do not count."""
+        """Training time of the logged steps, from their rates; pauses and the monitor's checks do not count."""
         tokens = self.config["data"]["tokens_per_pack"] * self.config["data"]["packs_per_step"]
         lines = [line for line in self.log if "tokens_per_second" in line]
         starts = [0, *(line["step"] for line in lines)]
@@ -97,25 +97,25 @@ def read_run(folder: Path, name: str) -> Run:
     with _noting(missing, "The log cannot be read"):
         log = read_log(folder)
         if not log:
-            missing.append("There is no log: the run ended before it wrote one.")
+            missing.append("No log: the run ended before it wrote one.")
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     if checkpoints:
         with _noting(missing, f"The checkpoint {checkpoints[-1].name} cannot be read"):
             progress = dict(json.loads((checkpoints[-1] / "progress.json").read_text()))
     else:
-        missing.append("There is no checkpoint: the run ended before it saved one.")
+        missing.append("No checkpoint: the run ended before it saved one.")
     if (folder / "encoder").exists():
         with _noting(missing, "The encoder cannot be read"):
             Encoder.from_pretrained(folder)  # not kept: several runs may not fit into memory together
             encoder = folder
     else:
         missing.append(
-            "There is no encoder, which is saved with the first checkpoint: feature maps and neighbours are not shown."
+            "No encoder: it is saved with the first checkpoint. Feature maps and nearest neighbors are not shown."
         )
     if may_download(config["data"]["source"]):
-        missing.append(f"The images are not shown, because they are remote: {config['data']['source']}.")
+        missing.append(f"The images are not shown: {config['data']['source']} is remote.")
     else:
-        with _noting(missing, "The images are not shown, because they cannot be opened"):
+        with _noting(missing, "The images are not shown"):
             images = _find_images(config, progress.get("plan"))
     if (folder / "evaluation.json").exists():
         with _noting(missing, "The evaluation cannot be read"):
@@ -158,5 +158,5 @@ def _find_images(config: dict[str, Any], trained: str | None) -> TrainedOn:
     catalog = open_catalog(source)
     plan = Plan(catalog, data, config["encoder"]["patch_size"], config["seed"])
     if trained not in (None, plan.hash):
-        raise ValueError("they have changed since the training")
+        raise ValueError("they, or the data settings, have changed since training")
     return TrainedOn(source, catalog, plan.epoch(0), MaskConfig(**config["masks"]))

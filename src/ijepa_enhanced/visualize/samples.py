@@ -1,4 +1,4 @@
-"""The sections of a report that show what encoders learned: feature maps and nearest neighbours of some images."""
+"""The sections of a report that show what encoders learned: feature maps and nearest neighbors of some images."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from ijepa_enhanced.visualize.run import Run
 SAMPLES = 8
 """Images whose features are shown."""
 GALLERY = 512
-"""Images that are searched for neighbours: seconds to a minute of work on a CPU."""
-NEIGHBOURS = 8
+"""Images that are searched for neighbors: seconds to a minute of work on a CPU."""
+NEIGHBORS = 8
 SAMPLE_SIZE, THUMBNAIL_SIZE = 150, 84
 """sqrt(height * width) of pictures on the page, in pixels of the page."""
 SHARPNESS = 1.5
 """Pixels of a picture for each pixel of the page, along an edge: many screens have more pixels than they report."""
 
-Neighbours = dict[int, list[tuple[int, float]]]
+Neighbors = dict[int, list[tuple[int, float]]]
 """For the row of each image: the rows of other images and their similarities, the most similar first."""
 
 
@@ -61,31 +61,31 @@ def sample_sections(runs: Sequence[Run]) -> dict[str, str]:
             break
     device = best_device()
     maps: list[list[NDArray[np.uint8]]] = []
-    neighbours: list[Neighbours] = []
+    neighbors: list[Neighbors] = []
     try:
         for _, run, folder in trained:
             encoder = Encoder.from_pretrained(folder).to(device)
             resolution, workers = encoder.preprocessing.resolution, run.config["data"]["workers"]
             config = InferenceConfig(resolution, autocast_dtype("auto", device), workers=workers)
             features = extract(encoder, gallery, config)
-            neighbours.append(nearest(features, list(samples), NEIGHBOURS))
+            neighbors.append(nearest(features, list(samples), NEIGHBORS))
             maps.append(pca_maps(encoder.feature_maps([images.source.open(row) for row in samples])))
     except (UnreadableImage, ValueError) as error:
-        return {"Feature maps": note(f"There are no feature maps and no neighbours: {error}")}
+        return {"Feature maps": note(f"Feature maps and nearest neighbors cannot be shown: {error}")}
     keys = [key(place, run.name) if len(runs) > 1 else "" for place, run, _ in trained]
     return {
         "Feature maps": _feature_maps(images, samples, maps, keys),
-        "Nearest neighbours": _neighbours(images, neighbours, len(features.image_ids) - 1, keys),
+        "Nearest neighbors": _neighbors(images, neighbors, len(features.image_ids) - 1, keys),
     }
 
 
-def nearest(features: Features, rows: Sequence[int], count: int) -> Neighbours:
+def nearest(features: Features, rows: Sequence[int], count: int) -> Neighbors:
     """Return the images whose features have the highest cosine similarity with each of some images.
 
     Args:
         features: features of N images.
         rows: some of their rows in the source.
-        count: neighbours of each image, at most N - 1; an image is not its own neighbour.
+        count: neighbors of each image, at most N - 1; an image is not its own neighbor.
     """
     directions = F.normalize(features.values, dim=1)
     places = torch.searchsorted(features.image_ids, torch.tensor(rows))
@@ -109,23 +109,23 @@ def _feature_maps(
     for (row, thumbnail), *of_runs in zip(samples.items(), *maps, strict=True):
         name = _name(images, row)
         parts = [_shown(thumbnail, name)]
-        for colours in of_runs:
-            alt = f"feature map of {name}, {colours.shape[0]} x {colours.shape[1]} patches"
-            parts.append(picture(Image.fromarray(colours), alt, round(thumbnail.height / SHARPNESS), exact=True))
+        for colors in of_runs:
+            alt = f"feature map of {name}, {colors.shape[0]} x {colors.shape[1]} patches"
+            parts.append(picture(Image.fromarray(colors), alt, round(thumbnail.height / SHARPNESS), exact=True))
         caption = escape(" · ".join(filter(None, [name, _label(images, row)])))
         figures.append(f'<figure><div class="row">{"".join(parts)}</div><figcaption>{caption}</figcaption></figure>')
     text = (
-        "Images, and what the teacher makes of their patches: the first three principal components of the features of "
-        "all patches shown here are red, green and blue. Similar colours mean similar features."
+        "Each image with a map of the teacher's patch features. Red, green and blue are the first three principal "
+        "components of the features, over all patches shown here. Similar colors mean similar features."
     )
     several = ""
     if any(keys):
-        order = f"From left to right: an image of {escape(images.source.name)}, {', '.join(keys)}."
-        several = f'<p class="note">{order} Colours compare between images, but not between runs.</p>'
+        order = f"From left to right: the image, then its map for {', '.join(keys)}."
+        several = f'<p class="note">{order} Colors can be compared between images, but not between runs.</p>'
     return note(text) + several + f'<div class="pictures">{"".join(figures)}</div>'
 
 
-def _neighbours(images: LabelledSource, found: Sequence[Neighbours], others: int, keys: Sequence[str]) -> str:
+def _neighbors(images: LabelledSource, found: Sequence[Neighbors], others: int, keys: Sequence[str]) -> str:
     """Return a line for each sample and encoder: the image, and those nearest to it. `keys` are HTML."""
     shown = functools.cache(lambda row: _shown(_thumbnail(images.source, row, THUMBNAIL_SIZE), _name(images, row)))
     lines = []
@@ -139,8 +139,8 @@ def _neighbours(images: LabelledSource, found: Sequence[Neighbours], others: int
                 figures.append(f"<figure>{shown(other)}<figcaption{same}>{caption}</figcaption></figure>")
             lines.append(f'<div class="near">{"".join(figures)}</div>')
     text = (
-        f"On the left an image; beside it the images most similar to it among {others:,} others of the training "
-        "source. The number is the cosine similarity of their features."
+        f"Left: a training image. Right: the most similar of {others:,} other training images. The number is the "
+        "cosine similarity of the two features."
     )
     shares = ""
     if any(_label(images, row) for row in found[0]):
@@ -148,7 +148,8 @@ def _neighbours(images: LabelledSource, found: Sequence[Neighbours], others: int
             np.mean([_same_class(images, row, near) for row in rows for near, _ in rows[row]]) for rows in found
         ]
         listed = ", ".join(f"{share:.0%} {run}".strip() for share, run in zip(agreeing, keys, strict=True))
-        shares = f'<p class="note">Green: the same class as the image on the left ({listed} of the neighbours).</p>'
+        green = f"Green: same class as the image on the left. Neighbors of the same class: {listed}."
+        shares = f'<p class="note">{green}</p>'
     return note(text) + shares + "".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ijepa_enhanced.visualize.page import NOTHING, note, table
@@ -12,8 +12,14 @@ TITLES = {
     "knn1": "kNN-1",
     "knn5": "kNN-5",
     "knn20": "kNN-20",
-    "rankme": "RankMe",
+    "linear4_average": "linear, last 4 layers (average)",
+    "linear4_concat": "linear, last 4 layers (concatenated)",
+    "lowshot1": "low-shot 1%",
+    "lowshot10": "low-shot 10%",
+    "attentive": "attentive probe",
+    "finetune": "fine-tuned",
     "dense_miou": "dense mIoU",
+    "rankme": "RankMe",
     "images_per_second": "images/s",
 }
 """What people call some scores; the others go by the names in evaluation.json."""
@@ -22,13 +28,13 @@ FRACTIONS = ("knn", "linear", "lowshot", "attentive", "finetune", "dense")
 DETAILS = ("_mean_per_class", "_low", "_high", "_top5")
 """Endings of the names of values that belong to another score."""
 EXPLANATION = {
-    "knn linear lowshot attentive finetune": "Percentages are top-1 accuracies: over all images, (the mean over "
-    "classes), [95% interval].",
-    "dense": "dense mIoU: mean intersection over union of the classes of patches.",
-    "rankme": "RankMe: dimensions that the features use.",
-    "images": "images/s: from reading files to features.",
+    "knn linear lowshot attentive finetune": "Percentages are top-1 accuracies. (...): mean of the per-class "
+    "accuracies. [...]: 95% confidence interval.",
+    "dense": "dense mIoU: mean intersection over union of the segmentation classes.",
+    "rankme": "RankMe: effective rank of the features, the number of dimensions that they use.",
+    "images": "images/s: images per second, from reading the files to the features.",
 }
-"""What columns mean, by the beginnings of their names."""
+"""What scores mean, by the beginnings of their names."""
 
 
 def scores_section(runs: Sequence[Run]) -> str:
@@ -38,14 +44,18 @@ def scores_section(runs: Sequence[Run]) -> str:
         return ""
     names = list(dict.fromkeys(name for _, _, scores in scored for name in scores if not name.endswith(DETAILS)))
     rows = [
-        (subject if len(runs) == 1 else f"{run.name}: {subject}", *(_score(name, scores) for name in names))
+        (subject if len(runs) == 1 else f"{run.name}: {subject}", *(shown_score(name, scores) for name in names))
         for run, subject, scores in scored
     ]
-    meaning = [
+    head = ["", *(TITLES.get(name, name.replace("_", " ")) for name in names)]
+    return _how([run for run in runs if run.evaluation]) + table(head, rows) + note(" ".join(explained(names)))
+
+
+def explained(names: Iterable[str]) -> list[str]:
+    """Return what scores mean, a text for each kind of score among the names."""
+    return [
         text for starts, text in EXPLANATION.items() if any(name.startswith(tuple(starts.split())) for name in names)
     ]
-    head = ["", *(TITLES.get(name, name.replace("_", " ")) for name in names)]
-    return _how([run for run in runs if run.evaluation]) + table(head, rows) + note(" ".join(meaning))
 
 
 def _how(runs: Sequence[Run]) -> str:
@@ -54,7 +64,7 @@ def _how(runs: Sequence[Run]) -> str:
     first, *others = ({**run.evaluated_with, "weights": None} for run in runs)
     if all(record == first for record in others):
         return note(next(iter(said.values())))
-    warning = note("These scores do not compare, because the runs were evaluated in different ways.")
+    warning = note("These scores are not comparable: the runs were evaluated with different settings.")
     return warning + "".join(note(f"{name}: {text}") for name, text in said.items())
 
 
@@ -63,16 +73,17 @@ def _setting(settings: Mapping[str, Any]) -> str:
     if "resolution" not in settings or not ("data" in settings or {"train", "val"} <= settings.keys()):
         return "evaluation.json does not say how the scores were found."
     resolution = settings["resolution"]
-    size = f"at a resolution of {resolution} px" if isinstance(resolution, int) else "at their native size"
+    size = f"at a resolution of {resolution} px" if isinstance(resolution, int) else "at native resolution"
     rate = settings.get("merge_rate")
-    merged = f", at a merge rate of {rate}" if rate else ""
+    merged = f", with a merge rate of {rate}" if rate else ""
     shown = f"{size}{merged}" + (f", with seed {settings['seed']}" if "seed" in settings else "")
     if "data" in settings:
-        return f"Scored on a fifth of the images of {settings['data']}, {shown}. The probes learned from the others."
-    return f"Scored on the images of {settings['val']}, {shown}. The probes learned from {settings['train']}."
+        return f"Scored on 20% of {settings['data']} {shown}. Probes were trained on the other 80%."
+    return f"Scored on {settings['val']} {shown}. Probes were trained on {settings['train']}."
 
 
-def _score(name: str, scores: Mapping[str, float | None]) -> str:
+def shown_score(name: str, scores: Mapping[str, float | None]) -> str:
+    """Return a score as text: `70.0% (69.5%) [65.2%, 74.4%]`, as far as there are such values."""
     value = scores.get(name)
     if value is None:
         return NOTHING

@@ -16,11 +16,11 @@ from ijepa_enhanced.packed import Packed
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-COLOURS = np.array(
+COLORS = np.array(
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [213, 94, 0], [204, 121, 167], [240, 228, 66], [0, 114, 178]],
     dtype=np.uint8,
 )
-"""Okabe and Ito's palette, which colour-blind people can tell apart too."""
+"""Okabe and Ito's palette, which color-blind people can tell apart too."""
 
 SHEET_WIDTH = 1200
 """Pixels across a picture."""
@@ -62,7 +62,7 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
 def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
     """Write a PNG of all patches of a pack in the order of the stream, line by line; unmasked views come last.
 
-    Each patch has a frame in the colour of its view. A black bar marks the first patch of a view.
+    Each patch has a frame in the color of its view. A black bar marks the first patch of a view.
     """
     cell = max(6, min(16, patch_size))
     across = SHEET_WIDTH // (cell + 2)
@@ -76,7 +76,7 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
     pick = np.linspace(0, patch_size - 1, cell).round().astype(int)
     for token in range(total):
         top, left = (token // across) * (cell + 2), (token % across) * (cell + 2)
-        sheet[top : top + cell + 2, left : left + cell + 2] = COLOURS[view_of[token] % len(COLOURS)]
+        sheet[top : top + cell + 2, left : left + cell + 2] = COLORS[view_of[token] % len(COLORS)]
         sheet[top + 1 : top + cell + 1, left + 1 : left + cell + 1] = patches[token][pick][:, pick]
         if token in bounds:
             sheet[top : top + cell + 2, left : left + 2] = 0
@@ -103,11 +103,14 @@ def _hatch(pixels: NDArray[np.uint8], inside: NDArray[np.bool_], number: int, co
     lines = direction % (HATCH * 2) == (number // 2) * (HATCH * 2) // max(1, -(-count // 2))
     edge = np.pad(inside, 2)
     core = np.logical_and.reduce([edge[2 + dy :, 2 + dx :][:height, :width] for dy in (-2, 1) for dx in (-2, 1)])
-    pixels[inside & (lines | ~core)] = COLOURS[number % len(COLOURS)]
+    pixels[inside & (lines | ~core)] = COLORS[number % len(COLORS)]
 
 
 def sheet_of(pictures: list[NDArray[np.uint8]]) -> Image.Image:
-    """Arrange pictures like words, in lines of at most `SHEET_WIDTH` pixels."""
+    """Arrange pictures like words, in lines of at most `SHEET_WIDTH` pixels; a wider picture has a line of its own.
+
+    The sheet is as wide as its longest line.
+    """
     places, left, top, line = [], MARGIN, MARGIN, 0
     for picture in pictures:
         height, width = picture.shape[:2]
@@ -115,9 +118,7 @@ def sheet_of(pictures: list[NDArray[np.uint8]]) -> Image.Image:
             left, top, line = MARGIN, top + line + MARGIN, 0
         places.append((left, top))
         left, line = left + width + 2 * MARGIN, max(line, height)
-    width = max(
-        [SHEET_WIDTH, *(x + picture.shape[1] + MARGIN for (x, _), picture in zip(places, pictures, strict=True))]
-    )
+    width = max(x + picture.shape[1] + MARGIN for (x, _), picture in zip(places, pictures, strict=True))
     sheet = Image.new("RGB", (width, top + line + MARGIN), "white")
     for place, picture in zip(places, pictures, strict=True):
         sheet.paste(Image.fromarray(picture), place)

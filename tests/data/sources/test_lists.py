@@ -87,16 +87,32 @@ def test_a_list_or_an_image_that_changed_is_indexed_anew(folder):
 
 
 REFUSED = {
-    "no column path": ("l.csv", b"file,label\na/1.png,0\n", "Image 1 of {} has no 'path', but file, label."),
-    "no header": ("l.csv", b"a/1.png,0\n3.png,1\n", "Image 1 of {} has no 'path', but a/1.png, 0."),
-    "a line without a path": ("l.csv", b"label,path\n0,3.png\n1\n", "Image 2 of {} has no 'path', but label, path."),
-    "empty": ("l.csv", b"", "No images in {}. Every line names one, after a first line path,label in CSV."),
+    "no column path": (
+        "l.csv",
+        b"file,label\na/1.png,0\n",
+        "Image 1 of {} has no value for 'path'. Its fields are: file, label.",
+    ),
+    "no header": (
+        "l.csv",
+        b"a/1.png,0\n3.png,1\n",
+        "Image 1 of {} has no value for 'path'. Its fields are: a/1.png, 0.",
+    ),
+    "a line without a path": (
+        "l.csv",
+        b"label,path\n0,3.png\n1\n",
+        "Image 2 of {} has no value for 'path'. Its fields are: label, path.",
+    ),
+    "empty": (
+        "l.csv",
+        b"",
+        "No images in {}. List one image per line. A CSV file must start with the line path,label.",
+    ),
     "a header alone": (
         "l.csv",
         b"path,label\n",
-        "No images in {}. Every line names one, after a first line path,label in CSV.",
+        "No images in {}. List one image per line. A CSV file must start with the line path,label.",
     ),
-    "not text": ("l.csv", b"path\n\xff\xd8\xff\xe0", "{} is not text in UTF-8."),
+    "not text": ("l.csv", b"path\n\xff\xd8\xff\xe0", "{} is not valid UTF-8."),
     "not JSON": (
         "l.jsonl",
         b'{"path": "3.png"}\n3.png\n',
@@ -106,9 +122,13 @@ REFUSED = {
     "a label beyond int64": (
         "l.csv",
         b"path,label\n3.png,99999999999999999999\n",
-        "{} has the label 99999999999999999999, which is too large a number.",
+        "{} has the label 99999999999999999999, which does not fit in 64 bits.",
     ),
-    "an object without a path": ("l.jsonl", b'{"file": "3.png"}\n', "Image 1 of {} has no 'path', but file."),
+    "an object without a path": (
+        "l.jsonl",
+        b'{"file": "3.png"}\n',
+        "Image 1 of {} has no value for 'path'. Its fields are: file.",
+    ),
 }
 
 

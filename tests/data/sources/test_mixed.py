@@ -140,7 +140,7 @@ def test_weights_of_patterns_and_names_that_look_like_a_mix(two: tuple[Path, Pat
     ("spec", "message"),
     [
         ("{a}@0 + {b}", "The weight of {a} is 0. Set a weight above 0, or remove {a}."),
-        ("{a} + ", "The source name is empty. Give a folder, tar shards, or 'synthetic'."),
+        ("{a} + ", "The source of the images is empty. Set it to a folder, tar shards or 'synthetic'."),
         ("{a} + {a}/gone@2", "No such file or folder: {a}/gone. Images are a folder"),
         ("{a} + {b}@-1", "No such file or folder: {b}@-1. Images are a folder"),
     ],

@@ -66,8 +66,8 @@ def test_missing_shards(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(f"{tmp_path}/t-{{0..3}}.tar")
     assert str(error.value) == (
-        f"3 of the 4 files of {tmp_path}/t-{{0..3}}.tar are missing, the first is {tmp_path}/t-1.tar. "
-        "Check the pattern, or fetch them."
+        f"3 of the 4 files of {tmp_path}/t-{{0..3}}.tar are missing, starting with {tmp_path}/t-1.tar. "
+        "Check the pattern, or download what is missing."
     )
 
 
@@ -81,7 +81,7 @@ def test_a_folder_of_shards(tmp_path):
     train, val = open_source(str(tmp_path)), open_source(str(tmp_path), "val")
     assert keys(train) == ["train.tar:0000.png", "train_0.tar:0000.png"]
     assert keys(val) == ["set-VAL-0.tar:0000.png"]
-    assert taken(train).endswith("split train (others: val), 2 images, 1 class; passed over: 2 .tar")
+    assert taken(train).endswith("split train (others: val), 2 images, 1 class; ignored: 2 .tar")
 
 
 def test_shards_of_classes_one_of_which_has_a_name_like_a_split(tmp_path):
@@ -96,18 +96,18 @@ def test_shards_of_classes_one_of_which_has_a_name_like_a_split(tmp_path):
         with pytest.raises(SourceError) as error:
             open_source(str(tmp_path), part)
         assert str(error.value) == (
-            f"{tmp_path} can be read in two ways, because 'train' is the name of a split and boats.tar, planes.tar are "
-            f"not named after one. Name the files: {tmp_path}/train.tar for these alone, or {tmp_path}/*.tar for all."
+            f"{tmp_path} is ambiguous: 'train' is the name of a split, unlike boats.tar, planes.tar. For the split "
+            f"only, use {tmp_path}/train.tar. For all files, use {tmp_path}/*.tar."
         )
     assert len(open_source(f"{tmp_path}/*.tar")) == 3
 
 
-def test_images_beside_shards_are_not_passed_over_in_silence(tmp_path):
+def test_images_beside_shards_are_not_ignored_in_silence(tmp_path):
     shard(tmp_path / "a.tar", samples("0"))
     write(tmp_path, **{"b.JPG": png(), ".c.png": png()})
     source = open_source(str(tmp_path))
     assert keys(source) == ["a.tar:0000.png"]
-    assert taken(source) == f"{tmp_path}: tar shards, 1 image, 1 class; passed over: 1 .jpg, 1 hidden"
+    assert taken(source) == f"{tmp_path}: tar shards, 1 image, 1 class; ignored: 1 .jpg, 1 hidden"
 
 
 def test_a_folder_of_parts(tmp_path):
@@ -117,17 +117,17 @@ def test_a_folder_of_parts(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path), "test")
     assert str(error.value) == (
-        f"{tmp_path} has train and validation, and nothing for test. Name one, as {tmp_path}/train."
+        f"{tmp_path} has the splits train and validation, but none for test. Choose one, for example {tmp_path}/train."
     )
     write(tmp_path, **{"truck/4.png": png()})
-    assert taken(open_source(str(tmp_path))).endswith("2 images, 2 classes; passed over: 1 folder of images, 1 hidden")
+    assert taken(open_source(str(tmp_path))).endswith("2 images, 2 classes; ignored: 1 folder of images, 1 hidden")
     (tmp_path / "validation").rename(tmp_path / "valley")
     for part in ("train", "val"):
         with pytest.raises(SourceError) as error:
             open_source(str(tmp_path), part)
         assert str(error.value) == (
-            f"{tmp_path} can be read in two ways, because 'train' is the name of a split and truck, valley are not "
-            f"named after one. For the split, give {tmp_path}/train. For classes, give train another name."
+            f"{tmp_path} is ambiguous: 'train' is the name of a split, unlike truck, valley. For the split only, use "
+            f"{tmp_path}/train. If the folders are classes, rename train."
         )
     (tmp_path / "train").rename(tmp_path / "trains")
     assert open_source(str(tmp_path)).classes == ["trains", "truck", "valley"]
@@ -146,7 +146,7 @@ STRAYS = {
     ("train", "val", "test"),
     [("train", "val", "test"), ("Train", "VALID", "Test"), ("train2017", "val2017", "test2017")],
 )
-def test_what_lies_beside_folders_of_splits_is_passed_over(tmp_path, strays, train, val, test):
+def test_what_lies_beside_folders_of_splits_is_ignored(tmp_path, strays, train, val, test):
     write(
         tmp_path, **{f"{split}/{label}/{split}.png": png() for split in (train, val, test) for label in ("cat", "dog")}
     )
@@ -155,11 +155,11 @@ def test_what_lies_beside_folders_of_splits_is_passed_over(tmp_path, strays, tra
         source = open_source(str(tmp_path), part)
         assert (keys(source), source.classes) == ([f"cat/{split}.png", f"dog/{split}.png"], ["cat", "dog"])
         others = ", ".join(sorted({train, val, test} - {split}))
-        said = f"{tmp_path}/{split}: files in a folder, split {split} (others: {others}), 2 images, 2 classes"
+        said = f"{tmp_path}/{split}: folder, split {split} (others: {others}), 2 images, 2 classes"
         assert taken(source).partition(";")[0] == said
         names = [name for name in strays if "/" not in name or name.startswith("__")]
         counts = listed(count_kinds(name.partition("/")[0] for name in names))
-        assert taken(source) == said + (f"; passed over: {counts}" if counts else "")
+        assert taken(source) == said + (f"; ignored: {counts}" if counts else "")
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,8 @@ def test_splits_one_folder_down_are_not_classes(tmp_path, files, top):
         _ = open_source(str(tmp_path)).listing
     first, second = sorted(name for name in os.listdir(tmp_path / top))
     assert str(error.value) == (
-        f"{tmp_path} can be read in two ways, because {top}/{first} and {top}/{second} are named after splits. To use "
-        f"the splits of {top}, give {tmp_path}/{top}. If {top} is a class, move its images to {first}/{top} and "
-        f"{second}/{top}."
+        f"{tmp_path} is ambiguous: {top}/{first} and {top}/{second} are named after splits. For the splits of {top}, "
+        f"use {tmp_path}/{top}. If {top} is a class, move its images to {first}/{top} and {second}/{top}."
     )
     assert len(open_source(str(tmp_path / top))) == 1
 
@@ -187,7 +186,7 @@ def test_folders_below_classes_may_have_a_name_like_a_split(tmp_path):
     (tmp_path / "plant").mkdir()
     source = open_source(str(tmp_path))
     assert (source.classes, source.labels.tolist()) == (["animal", "vehicle"], [0, 1, 1])
-    assert taken(source).endswith("3 images, 2 classes; passed over: 1 folder without images")
+    assert taken(source).endswith("3 images, 2 classes; ignored: 1 folder without images")
 
 
 def test_shards_in_folders_of_splits(tmp_path):
@@ -196,9 +195,7 @@ def test_shards_in_folders_of_splits(tmp_path):
         shard(tmp_path / split / f"{split}-0.tar", samples("0", "1"))
         shard(tmp_path / split / "rest.tar", samples("0")) if split == "val" else None
     assert keys(open_source(str(tmp_path))) == ["train-0.tar:0000.png", "train-0.tar:0001.png"]
-    with pytest.raises(
-        SourceError, match=r"can be read in two ways, because 'val' is the name of a split and rest\.tar is"
-    ):
+    with pytest.raises(SourceError, match=r"is ambiguous: 'val' is the name of a split, unlike rest\.tar\. "):
         open_source(str(tmp_path), "val")
     shard(tmp_path / "train-9.tar", samples("0"))
     with pytest.raises(SourceError, match=r"train-9\.tar and the folder train are both named after splits"):
@@ -211,20 +208,19 @@ def test_folders_of_classes_beside_a_shard(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path))
     assert str(error.value) == (
-        f"{tmp_path} can be read in two ways: it contains old.tar, and cat, dog are full of images. For the shards, "
-        f"give {tmp_path}/*.tar. For the folders, move the .tar files elsewhere."
+        f"{tmp_path} is ambiguous: it contains old.tar and folders with images (cat, dog). For the shards, use "
+        f"{tmp_path}/*.tar. For the folders, move the .tar files elsewhere."
     )
     assert len(open_source(f"{tmp_path}/*.tar")) == 2
     (tmp_path / "old.tar").rename(tmp_path / "train-0.tar")
     source = open_source(str(tmp_path))  # a name that leaves no doubt
-    assert taken(source) == (
-        f"{tmp_path}: tar shards, split train, 2 images, 2 classes; passed over: 2 folders of images"
-    )
+    assert taken(source) == (f"{tmp_path}: tar shards, split train, 2 images, 2 classes; ignored: 2 folders of images")
 
 
 def test_two_folders_for_one_part(tmp_path):
     write(tmp_path, **{f"{split}/a/0.png": png() for split in ("train", "dev", "val")})
-    with pytest.raises(SourceError, match=f"{tmp_path} has dev and val for val. Name one, as {tmp_path}/dev"):
+    said = f"{tmp_path} has several splits for val: dev, val. Choose one, for example {tmp_path}/dev."
+    with pytest.raises(SourceError, match=said):
         open_source(str(tmp_path), "val")
     assert keys(open_source(f"{tmp_path}/val", "val")) == ["a/0.png"]
 
@@ -250,10 +246,10 @@ def test_what_was_read_and_what_was_not_is_one_line_for_each_source(tmp_path, ca
         caplog.clear()
         report_unreadable(open_catalog(open_source(f"{photos} + {tmp_path}/list.csv + {tmp_path}/a.tar + synthetic")))
         assert caplog.messages[:4] == [
-            f"Images: {photos}: files in a folder, 3 images, 2 classes of 2 images; "
-            "passed over: 2 .txt, 1 hidden, 1 without extension",
+            f"Images: {photos}: folder, 3 images, 2 classes of 2 images; "
+            "ignored: 2 .txt, 1 hidden, 1 without extension",
             f"Images: {tmp_path}/list.csv: list of files, 2 images, 1 class of 1 image",
-            f"Images: {tmp_path}/a.tar: tar shards, 1 image, 1 class; passed over: 2 hidden, 1 .txt",
+            f"Images: {tmp_path}/a.tar: tar shards, 1 image, 1 class; ignored: 2 hidden, 1 .txt",
             "Images: synthetic: built-in images, split train, 8,192 images, 10 classes",
         ]
 
@@ -287,7 +283,8 @@ def test_a_folder_without_the_part(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path), "val")
     assert str(error.value) == (
-        f"{tmp_path} has files for train, but none for val. Name the files to use, such as {tmp_path}/train-0.tar."
+        f"{tmp_path} has files for the split train, but none for val. Choose the files, for example "
+        f"{tmp_path}/train-0.tar."
     )
 
 
@@ -305,10 +302,10 @@ def test_shards_that_may_not_be_read(tmp_path, monkeypatch, name):
     assert str(error.value) == f"{path} cannot be read: Permission denied."
 
 
-NO_COLUMNS = "{} has no image column to choose. For tar shards, write only label=NAME after #."
+NO_COLUMNS = "{}: tar shards have no image column. Only label=NAME can follow the #."
 
 
-NO_CHOICE = "{} has no columns to choose. Remove the # and everything after it."
+NO_CHOICE = "{} has no columns. Remove the # and everything after it."
 
 
 @pytest.mark.parametrize(
@@ -370,5 +367,5 @@ def test_rows_that_were_not_loaded_are_an_error(tmp_path, monkeypatch):
     write_one(tmp_path / "a.parquet", 3)
     load = datasets.Dataset.from_parquet
     monkeypatch.setattr(datasets.Dataset, "from_parquet", lambda files: load(files).select([]))
-    with pytest.raises(SourceError, match=r"a\.parquet has 1 rows, but 0 were loaded"):
+    with pytest.raises(SourceError, match=r"a\.parquet has 1 rows, but the `datasets` library loaded 0\. Clear its"):
         open_source(f"{tmp_path}/a.parquet")

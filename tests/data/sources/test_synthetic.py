@@ -25,4 +25,4 @@ def test_synthetic():
 def test_synthetic_parts():
     with pytest.raises(SourceError) as error:
         SyntheticSource("test")
-    assert str(error.value) == "The synthetic images have the parts train and val, not 'test'."
+    assert str(error.value) == "The synthetic images have only the splits train and val, not 'test'."

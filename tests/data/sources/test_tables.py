@@ -68,7 +68,8 @@ def test_a_folder_whose_name_datasets_reads_as_a_pattern(splits, tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(spec)
     assert str(error.value) == (
-        f"{spec}: datasets reads the name of this folder as a pattern. Rename it, without *, ? and brackets."
+        f"{spec}: the `datasets` library reads the name of this folder as a pattern. Rename it, without *, ? and "
+        "brackets."
     )
 
 
@@ -85,8 +86,10 @@ def test_a_configuration_of_the_hub_is_named_after_the_data_set(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(f"hf://{folder}")
     named = f"hf://{folder}"
-    assert str(error.value) == f"{named} has the configurations small, large: name one, as {named}#config=small."
-    with pytest.raises(SourceError, match=r"after #, write image=COLUMN"):
+    assert str(error.value) == (
+        f"{named} has several configurations: small, large. Choose one, for example {named}#config=small."
+    )
+    with pytest.raises(SourceError, match=r"only image=COLUMN, label=COLUMN or both"):
         open_source(f"{folder}/small.parquet#config=small")
 
 
@@ -253,8 +256,8 @@ def test_a_copy_for_another_process_is_small_and_reads_the_same(splits):
 
 
 NO_PACKAGE = (
-    "Parquet files and Hugging Face data sets are read by the package datasets, which is not installed: "
-    'pip install "ijepa_enhanced[data]"'
+    "Parquet files and Hugging Face datasets can be read only with the `datasets` package. Install it with: "
+    "pip install 'ijepa-enhanced[data]'"
 )
 
 
@@ -271,35 +274,35 @@ REFUSED = {
     "a struct whose bytes are none": (
         {"photo": [{"bytes": 7, "path": "a.png"}], "label": [1]},
         "",
-        "{0} has no column of images. Its columns are photo (struct), label (int64).",
+        "{0} has no image column. Its columns are: photo (struct), label (int64).",
     ),
     "no image column": (
         {"photo": ["a.png"], "label": [1]},
         "",
-        "{0} has no column of images. Its columns are photo (string), label (int64).",
+        "{0} has no image column. Its columns are: photo (string), label (int64).",
     ),
     "several image columns": (
         {"front": cells(0, 1), "back": cells(0, 1)},
         "",
-        "{0} has several columns of images, front, back: name one, as {0}#image=front",
+        "{0} has several image columns: front, back. Choose one, for example {0}#image=front.",
     ),
     "a column that is none": (
         {"front": cells(0, 1), "back": cells(0, 1), "size": [3]},
         "#image=size",
-        "{0}: 'size' is not a column of images. Columns of images: front, back.",
+        "{0} has no image column 'size'. Its image columns are: front, back.",
     ),
     "a label column that is none": (
         {"image": cells(0, 1), "weight": [[0.5]]},
         "#label=weight",
-        "{0}: 'weight' is not a column of labels. Columns of labels: none.",
+        "{0} has no label column 'weight'. It has no label column.",
     ),
     "another word": (
         {"image": cells(0, 1)},
         "#picture=image",
-        "{0}#picture=image: after #, write image=COLUMN, label=COLUMN or both, separated by a comma. "
-        "Data sets of the Hub accept config=NAME too, tar shards only label=NAME.",
+        "{0}#picture=image: only image=COLUMN, label=COLUMN or both, separated by a comma, can follow the #. hf:// "
+        "datasets also accept config=NAME. Tar shards accept only label=NAME.",
     ),
-    "no rows": ({"image": pa.array([], pa.binary())}, "", "No images in {0}: it has no row."),
+    "no rows": ({"image": pa.array([], pa.binary())}, "", "No images in {0}: it has no rows."),
 }
 
 
@@ -318,7 +321,9 @@ def test_several_label_columns(tmp_path):
     datasets.Dataset.from_dict({"img": cells(0, 1), "fine": [1], "coarse": [0]}, features).to_parquet(path)
     with pytest.raises(SourceError) as error:
         open_source(str(path))
-    assert str(error.value) == f"{path} has several columns of labels, fine, coarse: name one, as {path}#label=fine"
+    assert str(error.value) == (
+        f"{path} has several label columns: fine, coarse. Choose one, for example {path}#label=fine."
+    )
     assert open_source(f"{path}#label=coarse").labels.tolist() == [0]
 
 
@@ -354,8 +359,8 @@ def test_a_part_that_a_folder_lacks(splits):
     with pytest.raises(SourceError) as error:
         open_source(str(splits), "val")
     assert str(error.value) == (
-        f"{splits} has files for train and test, but none for val. Name the files to use, "
-        f"such as {splits}/data/train-0000*.parquet."
+        f"{splits} has files for the splits train and test, but none for val. Choose the files, for example "
+        f"{splits}/data/train-0000*.parquet."
     )
 
 
@@ -365,11 +370,13 @@ def test_a_split_that_a_data_set_lacks(splits, tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path / "pair"), "val")
     where = tmp_path / "pair"
-    assert str(error.value) == (f"{where} has the splits train, test, and none for val: name one, as {where}/train.")
+    assert str(error.value) == (
+        f"{where} has the splits train, test, but none for val. Choose one, for example {where}/train."
+    )
     with pytest.raises(SourceError) as error:
         open_source(f"hf://{splits}", "test")
     assert str(error.value) == (
-        f"hf://{splits} has the splits train, validation, and none for test: name one, as hf://{splits}:train."
+        f"hf://{splits} has the splits train, validation, but none for test. Choose one, for example hf://{splits}:train."
     )
     with pytest.raises(SourceError) as error:
         open_source(f"hf://{splits}:dev")
@@ -384,7 +391,7 @@ def test_a_data_set_of_one_split_does_not_stand_for_another_part(splits):
     with pytest.raises(SourceError) as error:
         open_source(f"hf://{splits}", "val")
     assert str(error.value) == (
-        f"hf://{splits} has the splits train, and none for val: name one, as hf://{splits}:train."
+        f"hf://{splits} has the split train, but none for val. Choose one, for example hf://{splits}:train."
     )
 
 
@@ -392,7 +399,7 @@ def test_a_label_too_large_for_int64_is_an_error(tmp_path):
     path = parquet(tmp_path / "a.parquet", image=cells(0, 1), label=pa.array([2**63], pa.uint64()))
     with pytest.raises(SourceError) as error:
         _ = open_source(str(path)).listing
-    assert str(error.value) == f"{path} has the label {2**63}, which is too large a number."
+    assert str(error.value) == f"{path} has the label {2**63}, which does not fit in 64 bits."
 
 
 def test_an_empty_string_is_no_label(tmp_path):
@@ -409,7 +416,7 @@ def test_labels_that_have_no_name(tmp_path):
     pq.write_table(table.set_column(1, table.schema.field("label"), numbers), path)
     with pytest.raises(SourceError) as error:
         _ = open_source(str(path)).listing
-    assert str(error.value) == f"{path} has the label 3, but names for 3 classes only."
+    assert str(error.value) == f"{path} has the label 3, but only 3 class names, for the labels 0 to 2."
 
 
 def test_a_slice_without_rows(splits):

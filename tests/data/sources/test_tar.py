@@ -61,9 +61,9 @@ def test_labels_beyond_classes_txt(tmp_path, label):
     (tmp_path / "classes.txt").write_text("0\n1\n")
     with pytest.raises(SourceError) as error:
         _ = open_source(f"{tmp_path}/a.tar").listing
-    assert (
-        str(error.value)
-        == f"{tmp_path}/a.tar has the label '{label}', which is not one of the 2 classes in classes.txt."
+    assert str(error.value) == (
+        f"{tmp_path}/a.tar has the label '{label}', which is not in classes.txt. That file lists 2 classes, "
+        "numbered from 0."
     )
 
 
@@ -72,7 +72,7 @@ def test_a_classes_txt_that_is_no_text(tmp_path):
     (tmp_path / "classes.txt").write_bytes(b"\xff\xd8")
     with pytest.raises(SourceError) as error:
         _ = open_source(f"{tmp_path}/a.tar").listing
-    assert str(error.value) == f"{tmp_path}/classes.txt is not text in UTF-8."
+    assert str(error.value) == f"{tmp_path}/classes.txt is not valid UTF-8."
 
 
 def test_an_empty_label_is_none(tmp_path):
@@ -174,15 +174,18 @@ def test_an_index_is_not_that_of_another_key(tmp_path):
     [
         (
             described(b'{"width": 6, "class": null, "label": 4}', b'{"class": [1], "a": 0}'),
-            "no image has a class, a whole number from 0 or a name, under 'class' of its member KEY.json. "
-            "The keys of the first of these are: class, label, width.",
+            "no image has a label under the key 'class' of its .json file. A label is a class name or an integer of at "
+            "least 0. The keys of the first .json file are: class, label, width.",
         ),
         (
             [*described(b"{"), ("other.json", b'{"class": 1}')],
-            "no image has a class, a whole number from 0 or a name, under 'class' of its member KEY.json. "
-            "The keys of the first of these are: none.",
+            "no image has a label under the key 'class' of its .json file. A label is a class name or an integer of at "
+            "least 0. The keys of the first .json file are: none.",
         ),
-        (samples("0"), "the shards contain no KEY.json with labels."),
+        (
+            samples("0"),
+            "#label=class needs a .json file for each image, but the shards contain none. Remove #label=class.",
+        ),
     ],
     ids=["other keys", "damaged", "no metadata"],
 )
@@ -207,8 +210,8 @@ def test_samples_end_at_the_first_dot_and_keep_their_folder(tmp_path):
     assert keys(source) == ["a.tar:a/1.png", "a.tar:b/1.png"]
     assert source.labels.tolist() == [0, 1]
     assert source.listing.notes == (
-        "These files are not read as images, because the key of a sample ends at the first dot: "
-        f"a/1.seg.png in {tmp_path / 'a.tar'}.",
+        f"Skipped a/1.seg.png in {tmp_path / 'a.tar'}: WebDataset splits names at the first dot, so the extension must "
+        "come right after it.",
     )
 
 
@@ -360,7 +363,7 @@ def test_links_are_what_they_point_to(tmp_path):
     assert heights(source) == [7, 7, 7]
     assert source.labels.tolist() == [1, -1, 1]
     assert source.listing.notes == (
-        f"These links are skipped, because what they point to is not in the shard: y/d.png and 1 more in {path}.",
+        f"Skipped y/d.png and 1 more in {path}: the target of a link must be in the shard.",
     )
 
 
@@ -378,9 +381,7 @@ def test_sparse_members_are_named(tmp_path):
     path.write_bytes(data)
     source = open_source(str(path))
     assert keys(source) == ["a.tar:b.png"]
-    assert source.listing.notes == (
-        f"These members are skipped, because they are stored as sparse files: a.bmp in {path}.",
-    )
+    assert source.listing.notes == (f"Skipped a.bmp in {path}: sparse files cannot be read.",)
 
 
 def test_archives_appended_to_one_another_are_one_shard(tmp_path):
@@ -399,11 +400,11 @@ def test_empty_shards_among_others_are_named(tmp_path):
     nothing.write_bytes(b"")
     source = TarSource([zeros, nothing, shard(tmp_path / "2.tar", samples("0"))], "shards")
     assert keys(source) == ["2.tar:0000.png"]
-    assert source.listing.notes == (f"{zeros} contains no image.", f"{nothing} is an empty file.")
+    assert source.listing.notes == (f"{zeros} contains no images.", f"{nothing} is an empty file.")
 
 
 def test_two_members_of_one_name(tmp_path):
     path = shard(tmp_path / "a.tar", [*samples("0"), *samples("1")])
     with pytest.raises(SourceError) as error:
         _ = open_source(str(path)).listing
-    assert str(error.value) == f"{path} has two members 0000.png. Give every sample a name of its own."
+    assert str(error.value) == f"{path} contains 0000.png twice. Give every file in the shard a unique name."

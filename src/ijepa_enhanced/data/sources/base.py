@@ -191,13 +191,13 @@ def class_names(folder: str | Path) -> list[str] | None:
     """Return the lines of `classes.txt` in a folder, or None if there is no such file. Empty lines at its end are none.
 
     Raises:
-        SourceError: the file is not text in UTF-8.
+        SourceError: the file is not valid UTF-8.
     """
     path = Path(folder, CLASSES)
     try:
         return path.read_text(encoding="utf-8-sig").rstrip().splitlines() if path.is_file() else None
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not text in UTF-8.") from error
+        raise SourceError(f"{path} is not valid UTF-8.") from error
 
 
 def fingerprint_of(files: Iterable[tuple[str, str | Path]]) -> str:

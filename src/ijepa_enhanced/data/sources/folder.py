@@ -46,13 +46,13 @@ class PathSource(FileSource):
 
 
 class FolderSource(PathSource):
-    """All images of a folder and its subfolders, sorted by name; links are followed, hidden files are left out.
+    """All images of a folder and its subfolders, sorted by name; links are followed, hidden files are ignored.
 
     If all images lie in subfolders, these are the classes, sorted by name; deeper folders belong to the class that they
     are in. Images in a folder such as `-1` have no label, see `label_text`.
     """
 
-    kind = "files in a folder"
+    kind = "folder"
 
     def __init__(self, folder: str | Path) -> None:
         self.name = str(folder)
@@ -105,9 +105,9 @@ class FolderSource(PathSource):
             others = [name for place, name in inside if place == top and split_part(name) != split_part(split)]
             if others:
                 raise SourceError(
-                    f"{self.name} can be read in two ways, because {top}/{split} and {top}/{others[0]} are named after "
-                    f"splits. To use the splits of {top}, give {self.root / top}. If {top} is a class, move its images "
-                    f"to {split}/{top} and {others[0]}/{top}."
+                    f"{self.name} is ambiguous: {top}/{split} and {top}/{others[0]} are named after splits. For the "
+                    f"splits of {top}, use {self.root / top}. If {top} is a class, move its images to {split}/{top} "
+                    f"and {others[0]}/{top}."
                 )
 
     def _walk(self, times: dict[str, str]) -> Iterator[str]:

@@ -99,13 +99,14 @@ def number_labels(
         for label in found:
             if class_key(label) in twice:
                 raise SourceError(
-                    f"{source} has the label '{label}', and classes.txt lists that name more than once. Give every "
-                    "class a name of its own, or write labels as numbers."
+                    f"{source} has the label '{label}', but classes.txt contains that name more than once. Give every "
+                    "class a unique name, or write labels as numbers."
                 )
     for label in found:
         if classes is not None and numbers[label] >= len(classes):
             raise SourceError(
-                f"{source} has the label '{label}', which is not one of the {len(classes)} classes in classes.txt."
+                f"{source} has the label '{label}', which is not in classes.txt. That file lists {len(classes)} "
+                "classes, numbered from 0."
             )
     return label_array([-1 if label is None else numbers[label] for label in labels], source), classes
 
@@ -119,4 +120,4 @@ def label_array(labels: list[int], source: str) -> NDArray[np.int64]:
     try:
         return np.array(labels, dtype=np.int64)
     except OverflowError as error:
-        raise SourceError(f"{source} has the label {max(labels)}, which is too large a number.") from error
+        raise SourceError(f"{source} has the label {max(labels)}, which does not fit in 64 bits.") from error

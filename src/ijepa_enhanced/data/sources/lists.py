@@ -36,11 +36,13 @@ class ListSource(PathSource):
         """See `Source`."""
         images = self._lines()
         if not images:
-            raise SourceError(f"No images in {self.path}. Every line names one, after a first line path,label in CSV.")
+            raise SourceError(
+                f"No images in {self.path}. List one image per line. A CSV file must start with the line path,label."
+            )
         for number, image in enumerate(images, start=1):
             if not image.get("path"):
-                named = ", ".join(str(name) for name in image)
-                raise SourceError(f"Image {number} of {self.path} has no 'path', but {named}.")
+                fields = ", ".join(str(name) for name in image) or "none"
+                raise SourceError(f"Image {number} of {self.path} has no value for 'path'. Its fields are: {fields}.")
         keys = Texts.of(str(image["path"]) for image in images)
         labels = (image.get("label") for image in images)
         return Listing(keys, *number_labels(labels, class_names(self.root), self.name))
@@ -52,7 +54,7 @@ class ListSource(PathSource):
                     *(json_lines(file, self.name) if self.path.suffix.lower() == ".jsonl" else csv.DictReader(file))
                 ]
         except UnicodeDecodeError as error:
-            raise SourceError(f"{self.path} is not text in UTF-8.") from error
+            raise SourceError(f"{self.path} is not valid UTF-8.") from error
         except csv.Error as error:
             raise SourceError(f"{self.path} cannot be read: {error}.") from error
         except OSError as error:

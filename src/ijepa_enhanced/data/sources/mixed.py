@@ -139,7 +139,7 @@ def _joined_labels(
     names = [listing.classes for listing in listings if listing.classes is not None]
     if len(names) < len(listings):
         if not all(map(are_numbers, names)):
-            note = f"{name} has no labels: some of its sources name their classes, and others number them."
+            note = f"{name} has no labels: some of its sources have class names, and others have class numbers."
             return None, None, (note,)
         return np.concatenate([_renumbered(listing, None) for listing in listings]), None, ()
     keys = class_keys(names[0])
@@ -147,7 +147,7 @@ def _joined_labels(
         return np.concatenate([listing.labels for listing in listings if listing.labels is not None]), names[0], ()
     for classes in names:
         for key in repeated(classes):
-            raise SourceError(f"{name}: one source has more than one class '{key}'. Give every class its own name.")
+            raise SourceError(f"{name}: one source has more than one class '{key}'. Give every class a unique name.")
     joined: dict[int | str, str] = {}
     for each in itertools.chain(*names):
         joined.setdefault(class_key(each), each)

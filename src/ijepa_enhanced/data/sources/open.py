@@ -41,7 +41,7 @@ def open_source(spec: str, part: str = "train") -> Source:
     if spec == "synthetic":
         return SyntheticSource(part)
     if not spec:
-        raise SourceError("The source name is empty. Give a folder, tar shards, or 'synthetic'.")
+        raise SourceError("The source of the images is empty. Set it to a folder, tar shards or 'synthetic'.")
     place, columns = _split_columns(spec)
     if place.startswith("hf://"):
         return open_hub(place, part, columns)
@@ -70,8 +70,8 @@ def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Column
         named = [shard.name for shard in shards if split_word(shard.name)]
         if named:
             raise SourceError(
-                f"{folder} can be read in two ways, because {named[0]} and the folder {inside.name} are both named "
-                f"after splits. Name one, as {folder / named[0]} or {inside}."
+                f"{folder} is ambiguous: {named[0]} and the folder {inside.name} are both named after splits. Choose "
+                f"one, for example {inside}."
             )
         shards = _shards(inside)
     beside = [entry.name for entry in _files(folder) if entry not in shards] if split else []
@@ -97,7 +97,7 @@ def _open_shards(files: list[Path], place: str, spec: str, columns: Columns) -> 
     if files[0].suffix.lower() == ".parquet":
         return open_parquet(files, place, columns)
     if "image" in columns:
-        raise SourceError(f"{place} has no image column to choose. For tar shards, write only label=NAME after #.")
+        raise SourceError(f"{place}: tar shards have no image column. Only label=NAME can follow the #.")
     return TarSource(files, spec, columns.get("label"))
 
 
@@ -115,7 +115,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _check_no_columns(place: str, columns: Columns) -> None:
     if columns:
-        raise SourceError(f"{place} has no columns to choose. Remove the # and everything after it.")
+        raise SourceError(f"{place} has no columns. Remove the # and everything after it.")
 
 
 def is_remote(spec: str) -> bool:
@@ -148,7 +148,7 @@ def _split_columns(spec: str) -> tuple[str, Columns]:
     allowed = {"image", "label"} | ({"config"} if place.startswith("hf://") else set())
     if not columns.keys() <= allowed:
         raise SourceError(
-            f"{spec}: after #, write image=COLUMN, label=COLUMN or both, separated by a comma. "
-            "Data sets of the Hub accept config=NAME too, tar shards only label=NAME."
+            f"{spec}: only image=COLUMN, label=COLUMN or both, separated by a comma, can follow the #. hf:// datasets "
+            "also accept config=NAME. Tar shards accept only label=NAME."
         )
     return place, columns

@@ -31,8 +31,8 @@ def existing_files(pattern: str, spec: str) -> list[Path]:
     missing = [str(file) for file in files if not os.path.isfile(file)]
     if len(files) > 1 and missing:
         raise SourceError(
-            f"{len(missing)} of the {len(files)} files of {spec} are missing, the first is {missing[0]}. "
-            "Check the pattern, or fetch them."
+            f"{len(missing)} of the {len(files)} files of {spec} {'is' if len(missing) == 1 else 'are'} missing, "
+            f"starting with {missing[0]}. Check the pattern, or download what is missing."
         )
     if missing:
         raise SourceError(

@@ -1,6 +1,6 @@
 """Which of the files and folders in a folder a command reads: those of its part, `train`, `val` or `test`.
 
-A part is never guessed: where a folder can be read in two ways, SourceError shows both.
+A part is never guessed: if a folder is ambiguous, the SourceError shows all ways to read it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ def choose_split(names: Sequence[str], part: str, place: str, prefix: str) -> st
     listed = ", ".join(names)
     if found:
         raise SourceError(
-            f"{place} has several splits for {part}, {', '.join(found)}: name one, as {prefix}{found[0]}."
+            f"{place} has several splits for {part}: {', '.join(found)}. Choose one, for example {prefix}{found[0]}."
         )
-    raise SourceError(f"{place} has the splits {listed}, and none for {part}: name one, as {prefix}{names[0]}.")
+    raise SourceError(
+        f"{place} has the split{'s' * (len(names) > 1)} {listed}, but none for {part}. Choose one, for example "
+        f"{prefix}{names[0]}."
+    )
 
 
 def choose_files(part: str, files: Sequence[Path], folder: str) -> tuple[list[Path], str]:
     """Return the shards of a folder that are for a part, all if none is named after a split, and words for the split.
 
     Raises:
-        SourceError: no file is for this part, or the names can be read in two ways.
+        SourceError: no file is for this part, or the names are ambiguous.
     """
     words = {file: split_word(file.name) for file in files}
     splits = [word for word in SPLITS if word in words.values()]
@@ -57,20 +60,19 @@ def choose_files(part: str, files: Sequence[Path], folder: str) -> tuple[list[Pa
     others = [file.name for file in files if words[file] is None]
     if others and len({SPLITS[word] for word in splits}) == 1:
         raise SourceError(
-            f"{folder} can be read in two ways, because '{splits[0]}' is the name of a split and {_some(others)} "
-            f"not named after one. Name the files: {patterns[splits[0]]} for these alone, or "
-            f"{files[0].parent}/*{files[0].suffix} for all."
+            f"{folder} is ambiguous: '{splits[0]}' is the name of a split, unlike {_some(others)}. For the split only, "
+            f"use {patterns[splits[0]]}. For all files, use {files[0].parent}/*{files[0].suffix}."
         )
     own = [word for word in splits if SPLITS[word] == part]
     if not own:
         raise SourceError(
-            f"{folder} has files for {' and '.join(splits)}, but none for {part}. Name the files to use, "
-            f"such as {patterns[splits[0]]}."
+            f"{folder} has files for the split{'s' * (len(splits) > 1)} {' and '.join(splits)}, but none for {part}. "
+            f"Choose the files, for example {patterns[splits[0]]}."
         )
     if len(own) > 1:
         raise SourceError(
-            f"{folder} has files for {' and '.join(own)}. Name the files to use: {patterns[own[0]]} or "
-            f"{patterns[own[1]]}."
+            f"{folder} has several splits for {part}: {', '.join(own)}. Choose the files, for example "
+            f"{patterns[own[0]]}."
         )
     return [file for file in files if words[file] == own[0]], _words(own[0], splits)
 
@@ -82,7 +84,7 @@ def choose_folder(part: str, folder: Path) -> tuple[Path, str, list[str]]:
         That folder, words for the split, and the other folders with images; else the folder itself, "" and [].
 
     Raises:
-        SourceError: no folder is for this part, or the names can be read in two ways.
+        SourceError: no folder is for this part, or the names are ambiguous.
     """
     folders = folders_in(folder)
     splits = [name for name in folders if is_split_folder(name)]
@@ -91,16 +93,19 @@ def choose_folder(part: str, folder: Path) -> tuple[Path, str, list[str]]:
     others = [name for name in folders if name not in splits and holds_images(folder / name)]
     if others and len({split_part(name) for name in splits}) == 1:
         raise SourceError(
-            f"{folder} can be read in two ways, because '{splits[0]}' is the name of a split and {_some(others)} not "
-            f"named after one. For the split, give {folder}/{splits[0]}. For classes, give {splits[0]} another name."
+            f"{folder} is ambiguous: '{splits[0]}' is the name of a split, unlike {_some(others)}. For the split only, "
+            f"use {folder}/{splits[0]}. If the folders are classes, rename {splits[0]}."
         )
     own = [name for name in splits if split_part(name) == part]
     if not own:
         raise SourceError(
-            f"{folder} has {' and '.join(splits)}, and nothing for {part}. Name one, as {folder}/{splits[0]}."
+            f"{folder} has the split{'s' * (len(splits) > 1)} {' and '.join(splits)}, but none for {part}. Choose "
+            f"one, for example {folder}/{splits[0]}."
         )
     if len(own) > 1:
-        raise SourceError(f"{folder} has {' and '.join(own)} for {part}. Name one, as {folder}/{own[0]}.")
+        raise SourceError(
+            f"{folder} has several splits for {part}: {', '.join(own)}. Choose one, for example {folder}/{own[0]}."
+        )
     return folder / own[0], _words(own[0], splits), others
 
 
@@ -137,9 +142,8 @@ def folders_of_images(folder: Path, shards: Sequence[Path]) -> list[str]:
     if others and not any(split_word(shard.name) for shard in shards):
         listed = shards[0].name if len(shards) == 1 else f"{len(shards)} {shards[0].suffix} files"
         raise SourceError(
-            f"{folder} can be read in two ways: it contains {listed}, and {_some(others)} full of images. For the "
-            f"shards, give {shards[0].parent}/*{shards[0].suffix}. For the folders, move the {shards[0].suffix} files "
-            "elsewhere."
+            f"{folder} is ambiguous: it contains {listed} and folders with images ({_some(others)}). For the shards, "
+            f"use {shards[0].parent}/*{shards[0].suffix}. For the folders, move the {shards[0].suffix} files elsewhere."
         )
     return others
 
@@ -158,6 +162,6 @@ def _pattern(files: Sequence[Path], word: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return the first names with a verb."""
+    """Return the first names as text, and how many more there are."""
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f"{', '.join(names[:2])}{more} {'is' if len(names) == 1 else 'are'}"
+    return f"{', '.join(names[:2])}{more}"

@@ -22,7 +22,9 @@ class SyntheticSource(Source):
 
     def __init__(self, part: str = "train") -> None:
         if part not in synthetic.IMAGES:
-            raise SourceError(f"The synthetic images have the parts {' and '.join(synthetic.IMAGES)}, not '{part}'.")
+            raise SourceError(
+                f"The synthetic images have only the splits {' and '.join(synthetic.IMAGES)}, not '{part}'."
+            )
         self.name = "synthetic"
         self.part = part
         self.split = f"split {part}"

@@ -56,7 +56,7 @@ class TableSource(FileSource):
         image = _column("image", [column for column in features if _holds_images(features[column])], columns, name)
         if image is None:
             listed = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
-            raise SourceError(f"{name} has no column of images. Its columns are {listed}.")
+            raise SourceError(f"{name} has no image column. Its columns are: {listed}.")
         named = [column for column, feature in features.items() if _type(feature) == "ClassLabel"]
         numbered = [column for column, feature in features.items() if _holds_labels(feature)]
         plain = ["label"] if "label" in numbered and "label" not in named else []
@@ -140,15 +140,15 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
             )
         rows.append((file.name, metadata.num_rows))
     if not any(count for _, count in rows):
-        raise SourceError(f"No images in {name}: it has no row.")
+        raise SourceError(f"No images in {name}: it has no rows.")
     with _loading(name):
         # `datasets` reads names as patterns.
         dataset = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files])
     count = sum(count for _, count in rows)
     if len(dataset) != count:
         raise SourceError(
-            f"{name} has {count} rows, but {len(dataset)} were loaded. Delete the copies that datasets made in its "
-            "cache folder, or rename the files so that their names have only letters, digits, '-' and '_'."
+            f"{name} has {count} rows, but the `datasets` library loaded {len(dataset)}. Clear its cache, or rename "
+            "the files so that their names have only letters, digits, '-' and '_'."
         )
     return TableSource(dataset, name, columns, rows)
 
@@ -169,13 +169,16 @@ def open_hub(name: str, part: str, columns: Columns) -> TableSource:
     config = columns.get("config")
     if Path(repository).exists() and glob.escape(repository) != repository:
         raise SourceError(
-            f"{name}: datasets reads the name of this folder as a pattern. Rename it, without *, ? and brackets."
+            f"{name}: the `datasets` library reads the name of this folder as a pattern. Rename it, without *, ? and "
+            "brackets."
         )
     with _loading(name):
         configs = datasets.get_dataset_config_names(repository)
     if config is None and len(configs) > 1:
         listed = ", ".join(configs)
-        raise SourceError(f"{name} has the configurations {listed}: name one, as {name}#config={configs[0]}.")
+        raise SourceError(
+            f"{name} has several configurations: {listed}. Choose one, for example {name}#config={configs[0]}."
+        )
     if not split:
         with _loading(name):
             splits = datasets.get_dataset_split_names(repository, config)
@@ -214,8 +217,8 @@ def _datasets() -> ModuleType:
         import datasets
     except ImportError as error:
         raise SourceError(
-            "Parquet files and Hugging Face data sets are read by the package datasets, which is not installed: "
-            'pip install "ijepa_enhanced[data]"'
+            "Parquet files and Hugging Face datasets can be read only with the `datasets` package. Install it with: "
+            "pip install 'ijepa-enhanced[data]'"
         ) from error
     return datasets
 
@@ -236,12 +239,13 @@ def _column(kind: str, possible: list[str], columns: Columns, name: str) -> str 
     if asked in possible:
         return asked
     if kind in columns:
-        raise SourceError(
-            f"{name}: '{asked}' is not a column of {kind}s. Columns of {kind}s: {', '.join(possible) or 'none'}."
-        )
+        found = f"Its {kind} columns are: {', '.join(possible)}" if possible else f"It has no {kind} column"
+        raise SourceError(f"{name} has no {kind} column '{asked}'. {found}.")
     if len(possible) > 1:
         listed = ", ".join(possible)
-        raise SourceError(f"{name} has several columns of {kind}s, {listed}: name one, as {name}#{kind}={possible[0]}")
+        raise SourceError(
+            f"{name} has several {kind} columns: {listed}. Choose one, for example {name}#{kind}={possible[0]}."
+        )
     return possible[0] if possible else None
 
 
@@ -269,5 +273,8 @@ def _labels(
         return number_labels(written, None, name)
     labels = label_array([-1 if label is None or label < 0 else label for label in written], name)
     if labels.max() >= len(classes):
-        raise SourceError(f"{name} has the label {labels.max()}, but names for {len(classes)} classes only.")
+        raise SourceError(
+            f"{name} has the label {labels.max()}, but only {len(classes)} class names, for the labels 0 to "
+            f"{len(classes) - 1}."
+        )
     return (None, None) if (labels < 0).all() else (labels, classes)

@@ -83,10 +83,14 @@ class TarSource(FileSource):
             return
         first = next((shard.first_json for shard in shards if shard.first_json is not None), None)
         if first is None:
-            raise SourceError(f"{self.name}: the shards contain no KEY.json with labels.")
+            raise SourceError(
+                f"{self.name}: #label={self.label} needs a .json file for each image, but the shards contain none. "
+                f"Remove #label={self.label}."
+            )
         raise SourceError(
-            f"{self.name}: no image has a class, a whole number from 0 or a name, under '{self.label}' of its member "
-            f"KEY.json. The keys of the first of these are: {', '.join(sorted(first)) or 'none'}."
+            f"{self.name}: no image has a label under the key '{self.label}' of its .json file. A label is a class "
+            "name or an integer of at least 0. The keys of the first .json file are: "
+            f"{', '.join(sorted(first)) or 'none'}."
         )
 
     def _place(self, row: int) -> tuple[Path, int, int]:
@@ -200,7 +204,7 @@ class _Shard:
     def add(self, member: str, offset: int, size: int, file: BinaryIO) -> None:
         """Record a member by its name and where its bytes lie.
 
-        Metadata are passed over after the first `.cls`; with a `label_key` every `.cls` is passed over.
+        Metadata is ignored after the first `.cls`; with a `label_key` every `.cls` is ignored.
         """
         sample = _sample(member)
         extension = member.removeprefix(sample).lower()
@@ -234,15 +238,15 @@ class _Shard:
                 "Images after that point are skipped."
             )
         elif not self.members:
-            self.notes.append(f"{self.path} contains no image.")
+            self.notes.append(f"{self.path} contains no images.")
         for reason, names in (
-            ("These files are not read as images, because the key of a sample ends at the first dot", self.parts),
-            ("These links are skipped, because what they point to is not in the shard", self.dangling),
-            ("These members are skipped, because they are stored as sparse files", self.sparse),
+            ("WebDataset splits names at the first dot, so the extension must come right after it", self.parts),
+            ("the target of a link must be in the shard", self.dangling),
+            ("sparse files cannot be read", self.sparse),
         ):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                self.notes.append(f"{reason}: {names[0]}{more} in {self.path}.")
+                self.notes.append(f"Skipped {names[0]}{more} in {self.path}: {reason}.")
 
 
 def _scan_shard(path: Path, label_key: str | None) -> _Shard:
@@ -305,7 +309,9 @@ def _scan_archive(
             if not (member.isfile() or member.islnk() or member.issym()):
                 continue
             if member.name in places:
-                raise SourceError(f"{shard.path} has two members {member.name}. Give every sample a name of its own.")
+                raise SourceError(
+                    f"{shard.path} contains {member.name} twice. Give every file in the shard a unique name."
+                )
             if member.islnk():
                 links[member.name] = member.linkname
             elif member.issym():
