@@ -104,7 +104,7 @@ def test_few_labels_are_a_share_of_every_class_and_fixed_by_the_seed() -> None:
 @pytest.mark.parametrize("from_single", [True, False])
 def test_a_share_of_classes_is_that_of_each_class_alone(from_single: bool) -> None:
     rng = np.random.default_rng(0)
-    labels, order = rng.permutation(np.repeat([7, 3, 9, 4], [25, 60, 4, 1])), rng.permutation(90)
+    labels, order = rng.permutation(np.repeat([7, 3, 9, 4], [26, 60, 4, 1])), rng.permutation(91)
     expected: list[int] = []
     for label in (3, 4, 7, 9):
         own = order[labels[order] == label]
