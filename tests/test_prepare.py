@@ -73,9 +73,9 @@ def test_check(place, capsys):
 
 
 REFUSED = {
-    "prepare photos": "OUT is missing. Give the output folder: ijepa prepare SOURCE OUT.",
-    "prepare": "The following arguments are required: SOURCE. See `ijepa prepare --help`.",
-    "prepare done new --check": "--check takes only one folder, the prepared one. Remove OUT.",
+    "prepare photos": "The output folder OUT is missing: ijepa prepare SOURCE OUT.",
+    "prepare": "Missing: SOURCE. See `ijepa prepare --help`.",
+    "prepare done new --check": "--check takes only the prepared folder. Remove OUT.",
     "prepare photos --check": "photos was not made by `ijepa prepare`: it has no manifest.json.",
     "prepare nope --check": "nope was not made by `ijepa prepare`: it has no manifest.json.",
     "prepare photos photos": (

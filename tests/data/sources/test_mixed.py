@@ -223,7 +223,7 @@ def test_what_an_epoch_does_not_show_is_not_counted() -> None:
 def test_too_few_images_in_an_epoch_are_refused() -> None:
     index = index_of([1.0, 1e-9], count=4, size=64)
     index.heights[:1] = index.widths[:1] = 1
-    with pytest.raises(PlanError, match=r"Only 1 of 2 images are large enough\."):
+    with pytest.raises(PlanError, match=r"Only 1 of 2 images are large enough: "):
         Plan(index, DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None), 8, 0).epoch(0)
 
 
