@@ -592,6 +592,18 @@ class Full(io.StringIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_a_reader_that_has_enough_is_no_error(pictures: Path) -> None:
+    """As `ijepa scan photos | head -1` is."""
+    command = [sys.executable, "-m", "ijepa_enhanced", "scan", str(pictures)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert "Broken pipe" not in said
+    assert "Exception" not in said
+
+
 def test_a_run_does_not_need_its_stderr(pictures: Path, tmp_path: Path) -> None:
     with contextlib.redirect_stderr(Full()), contextlib.redirect_stdout(io.StringIO()):
         flags = [f"--{key}={value}" for key, value in TINY.items()]

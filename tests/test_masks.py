@@ -273,11 +273,13 @@ def test_what_gives_way_when_nothing_is_left_for_the_context(
         ),
         (
             {"min_target_aspect": 0.0},
-            "masks.min_target_aspect (0) and masks.max_target_aspect (1.5) must be in ascending order, above 0.",
+            "masks.min_target_aspect (0) and masks.max_target_aspect (1.5) must be in ascending order, above 0 "
+            "and finite.",
         ),
         (
             {"max_target_aspect": math.inf},
-            "masks.min_target_aspect and masks.max_target_aspect must satisfy 0 < min <= max, not 0.75 and inf.",
+            "masks.min_target_aspect (0.75) and masks.max_target_aspect (inf) must be in ascending order, above 0 "
+            "and finite.",
         ),
         (
             {"min_context_area": -0.5},

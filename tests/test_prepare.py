@@ -125,10 +125,22 @@ def test_remote_images_are_not_copied_in_vain(place, capsys, monkeypatch):
     assert ijepa(capsys, f"prepare {remote} far --quality 80") == (
         2,
         [],
-        ["ijepa: far was prepared with quality 90, not 80. Name another folder, or delete this one."],
+        [
+            "ijepa: far already contains shards that were prepared with quality = 90, not 80. Use another output "
+            "folder, or delete this one."
+        ],
     )
     code, _, err = ijepa(capsys, f"prepare {remote} photos")
-    assert (code, err[0].partition(" holds ")[0]) == (2, "ijepa: photos")
+    assert (code, err[0].partition(" (")[0]) == (2, "ijepa: photos is not empty")
+
+
+@pytest.mark.parametrize("name", ["one\ntwo", "a\x85b", "\udce9"])
+def test_a_class_whose_name_is_no_line_of_text(place, capsys, name):
+    Path("photos/light").rename(Path("photos", name))
+    code, out, err = ijepa(capsys, "prepare photos new")
+    assert (code, out) == (2, [])
+    assert err[-1].startswith(f"ijepa: The class {name!r} cannot be written to classes.txt")
+    assert [*Path("new").iterdir()] == []
 
 
 def test_one_command_at_a_time(place, capsys):

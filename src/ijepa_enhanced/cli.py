@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments)
     except UserError as error:
         return failure(error, str(error), error.exit_code, debug)
+    except BrokenPipeError:
+        # The reader of stdout, such as `head`, has what it wants. Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         message = f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
         return failure(error, message, 1, debug)

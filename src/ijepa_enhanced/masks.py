@@ -47,7 +47,7 @@ class MaskConfig:
             ("context_area", self.min_context_area, self.max_context_area, 1.0),
         ):
             if not 0.0 < low <= high <= bound or high == float("inf"):
-                limit = "" if bound == float("inf") else f" and at most {bound:g}"
+                limit = " and finite" if bound == float("inf") else f" and at most {bound:g}"
                 raise ValueError(
                     f"masks.min_{name} ({low:g}) and masks.max_{name} ({high:g}) must be in ascending order, above "
                     f"0{limit}."

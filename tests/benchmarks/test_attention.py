@@ -53,7 +53,7 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     for row in grown:
         assert row["ns_per_token"] == pytest.approx(1e6 * row["ms"] / row["tokens"])
     assert found["memory_exponent"] == growth.exponent(grown, "peak_MB")
-    assert "64 tokens a stream" in capsys.readouterr().out
+    assert "on cpu: 64 tokens" in capsys.readouterr().out
 
 
 def test_memory_grows_linearly_with_tokens() -> None:

@@ -144,7 +144,7 @@ def test_the_last_line_is_json_for_programs(
 
 def test_a_source_is_refused_where_none_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "attention", "--source", "synthetic"]) == 2
-    assert "ijepa benchmark attention reads no images. Remove --source." in capsys.readouterr().err
+    assert "`ijepa benchmark attention` does not use --source. Remove it." in capsys.readouterr().err
 
 
 def test_a_csv_holds_the_rows_and_what_they_were_measured_on(

@@ -104,7 +104,7 @@ def test_the_table(
     peaks = [count * row["images_per_second"] / row["mfu"] for count, row in zip(operations, rows, strict=False)]
     assert peaks == pytest.approx([peaks[0]] * 3)
     assert [path.name.partition("_")[0] for path in Path("benchmarks/results").iterdir()] == ["embed-Ti8"]
-    assert "ViT-Ti/8, 3 images of" in capsys.readouterr().out
+    assert "Embedding 3 images of" in capsys.readouterr().out
 
 
 def test_without_peers_there_is_nothing_to_be_ahead_of(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

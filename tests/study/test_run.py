@@ -223,8 +223,7 @@ def test_images_that_changed_are_not_taken_for_those_that_were_scored(
     with pytest.raises(RequestError) as error:
         run_study(plan, out, configure)
     assert str(error.value) == (
-        f"The runs in {out} were scored on other images: those of {photos} or {val} have changed. "
-        "Choose another --out."
+        f"The runs in {out} were scored on other images: those of {photos} or {val} have changed. Choose another --out."
     )
     assert read_rows(out / "study.csv") == rows
 

@@ -226,7 +226,7 @@ def test_a_new_run_that_torchrun_starts_again_resumes(
     assert f"ijepa: {run} already exists." in capsys.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main([*command, "--seed", "1"]) == 2
-    assert f"ijepa: {run} was started with seed = 0, so it cannot continue with 1." in capsys.readouterr().err
+    assert f"ijepa: {run} was started with seed = 0 and cannot continue with 1." in capsys.readouterr().err
     assert main(command) == 0
     assert f"{run} is finished: all 3 steps are done." in capsys.readouterr().err.splitlines()
 

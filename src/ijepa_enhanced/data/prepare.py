@@ -173,8 +173,9 @@ def alone(folder: Path) -> Iterator[None]:
 
     Raises:
         SourceError: another process does so.
+        RequestError: the folder cannot be created.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # the file system has no locks
@@ -235,7 +236,7 @@ def _begin(source: Source, catalog: Catalog, folder: Path, settings: dict[str, A
     make_folder(folder)
     for partial in folder.glob(".*.partial"):
         partial.unlink()
-    names = None if catalog.classes is None else "".join(f"{name}\n" for name in catalog.classes).encode()
+    names = None if catalog.classes is None else b"".join(map(_line, catalog.classes))
     manifest = begun(folder, settings)
     if manifest is None:
         manifest = {
@@ -252,6 +253,20 @@ def _begin(source: Source, catalog: Catalog, folder: Path, settings: dict[str, A
         with replacing(folder / CLASSES) as partial:
             partial.write_bytes(names)
     return manifest
+
+
+def _line(name: str) -> bytes:
+    """Return the line of a class in `classes.txt`.
+
+    Raises:
+        SourceError: the file cannot hold the name.
+    """
+    if name != name.strip() or len(name.splitlines()) != 1:
+        raise SourceError(f"The class {name!r} cannot be written to {CLASSES}, one name per line. Rename it.")
+    try:
+        return f"{name}\n".encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(f"The class {name!r} cannot be written to {CLASSES} in UTF-8. Rename it.") from error
 
 
 def _write_shard(path: Path, catalog: Catalog, images: Iterator[tuple[int, bytes]], limit: int) -> int:
