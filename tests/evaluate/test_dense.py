@@ -15,7 +15,8 @@ from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate import dense as dense_module
 from ijepa_enhanced.evaluate import linear
-from ijepa_enhanced.evaluate.dense import dense, mean_iou, open_maps, patch_labels
+from ijepa_enhanced.evaluate.dense import dense, mean_iou, patch_labels
+from ijepa_enhanced.evaluate.label_maps import map_of, open_maps
 from ijepa_enhanced.evaluate.tokens import InferenceConfig
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.randomness import Purpose, generator
@@ -72,6 +73,49 @@ def test_light_and_dark_are_told_apart(encoder: Encoder, halves: Path) -> None:
     assert score > 0.9
 
 
+def photo(folder: Path, width: int, orientation: int) -> np.ndarray:
+    """Write a photo of 16 pixels in height with a label map over the upright image, and return that map."""
+    labels = np.arange(16 * width, dtype=np.uint8).reshape(16, width) // 60
+    stored = {1: labels, 3: labels[::-1, ::-1], 6: np.rot90(labels)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(stored)).convert("RGB").save(folder / "images" / "a.jpg", exif=exif)
+    Image.fromarray(labels).save(folder / "labels" / "a.png")
+    return labels
+
+
+@pytest.mark.parametrize(("width", "orientation", "said"), [(24, 1, 0), (24, 6, 0), (24, 3, 1), (16, 6, 1)])
+def test_label_maps_lie_over_the_upright_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, width: int, orientation: int, said: int
+) -> None:
+    labels = photo(tmp_path, width, orientation)
+    maps = open_maps(str(tmp_path), "train")
+    for _ in range(2):
+        np.testing.assert_array_equal(map_of(maps, 0), labels)
+    assert [message.partition(", and")[0] for message in caplog.messages] == [
+        f"a.jpg in {tmp_path}/images is turned by its EXIF orientation"
+    ] * said
+
+
+def test_a_label_map_over_the_pixels_as_they_are_stored_is_refused(tmp_path: Path) -> None:
+    labels = photo(tmp_path, 24, 6)
+    Image.fromarray(np.ascontiguousarray(np.rot90(labels))).save(tmp_path / "labels" / "a.png")
+    with pytest.raises(UnreadableImage) as error:
+        map_of(open_maps(str(tmp_path), "train"), 0)
+    assert str(error.value) == (
+        f"The label map of a.jpg in {tmp_path}/images is 24 x 16 px, but its image is 16 x 24 px after it is turned by "
+        "its EXIF orientation (6)."
+    )
+
+
+def test_a_label_map_of_one_bit(tmp_path: Path) -> None:
+    labels = photo(tmp_path, 24, 1) > 2
+    Image.fromarray(labels).save(tmp_path / "labels" / "a.png")
+    np.testing.assert_array_equal(map_of(open_maps(str(tmp_path), "train"), 0), labels.astype(np.uint8))
+
+
 def test_no_more_images_are_used_than_are_allowed(
     encoder: Encoder, halves: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +163,7 @@ def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: P
         f"The label map of 2.jpg in {halves}/images is 40 x 64 px, but its image is 48 x 64 px.",
     )
     Image.fromarray(labels).convert("RGB").save(path)
-    modes = "its image mode must be L (one channel) or P (palette), not RGB"
+    modes = "its image mode must be L (one channel), P (palette) or 1 (one bit), not RGB"
     fails(UnreadableImage, f"{path} is not a label map: {modes}.")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

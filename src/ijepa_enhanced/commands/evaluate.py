@@ -18,6 +18,7 @@ from rich.table import Table
 from ijepa_enhanced.commands.options import DEFAULT_PROTOCOLS, EvaluateOptions, check_merge_rate
 from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_json, print_table, share_cores
 from ijepa_enhanced.config import as_options, build
+from ijepa_enhanced.data.catalog import report_unreadable
 from ijepa_enhanced.devices import autocast_dtype, default_workers
 from ijepa_enhanced.distributed import WORK_TIMEOUT, Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
@@ -25,9 +26,10 @@ from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate import labelled
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.config import FinetuneConfig
-from ijepa_enhanced.evaluate.dense import LabelledMaps, dense, open_maps
+from ijepa_enhanced.evaluate.dense import dense
 from ijepa_enhanced.evaluate.features import Features, extract, hash_weights, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
+from ijepa_enhanced.evaluate.label_maps import LabelledMaps, open_maps
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, Scoring, layers_for, score
 from ijepa_enhanced.evaluate.sweep import (
     Point,
@@ -115,7 +117,13 @@ def open_sources(options: EvaluateOptions) -> tuple[LabelledSource, LabelledSour
     maps = []
     if "dense" in options.protocols:
         maps = [open_maps(options.train, "train"), open_maps(options.val, "val")]
-    train, val = maps if set(options.protocols) == {"dense"} else labelled.labelled_pair(options.train, options.val)
+    only_dense = set(options.protocols) == {"dense"}
+    train, val = maps if only_dense else labelled.labelled_pair(options.train, options.val)
+    said = set() if only_dense else {train.source.name, val.source.name}
+    for one in maps:
+        if one.source.name not in said:
+            report_unreadable(one.catalog, one.source.name)
+        said.add(one.source.name)
     return train, val, maps
 
 

@@ -119,9 +119,38 @@ def open_image(file: bytes | BinaryIO) -> Image.Image:
     return image
 
 
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, from the header.
+
+    It is where `ImageOps.exif_transpose` finds it: in EXIF data of any form, or in XMP data. Not `image.getexif`, which
+    decodes a whole PNG to see whether EXIF data follows the pixels. Pillow itself turns TIFF images. An image that the
+    caller has turned by a quarter is upright.
+    """
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1
+    try:
+        exif = Image.Image.getexif(image)
+        found = exif.get(ExifTags.Base.Orientation, 1)
+        if found in _SIDEWAYS and not isinstance(image, ImageFile.ImageFile):
+            # `rotate` and `transpose` keep the EXIF data of the image that they turn, with its size.
+            stored = exif.get_ifd(ExifTags.IFD.Exif)
+            width, height = (stored.get(tag) for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight))
+            if width and height and (width < height) != (image.width < image.height):
+                return 1
+    except FAILURES:  # damaged
+        return 1
+    return found if found in _TURNS else 1
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width in pixels after the EXIF orientation is applied, from the header alone."""
-    return (image.width, image.height) if _orientation(image) in _SIDEWAYS else (image.height, image.width)
+    return (image.width, image.height) if orientation_of(image) in _SIDEWAYS else (image.height, image.width)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return the image, turned by its EXIF orientation."""
+    turn = _TURNS.get(orientation_of(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def decode_views(
@@ -140,7 +169,7 @@ def decode_views(
     Raises:
         UnreadableImage: the pixels cannot be decoded.
     """
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     turn = _TURNS.get(orientation)
     try:
         pixels, scale = _reduced(image, float((boxes[:, 2:] / sizes).min()))
@@ -206,34 +235,11 @@ def _reader(data: bytes) -> type[ImageFile.ImageFile] | None:
     return next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, from the header.
-
-    It is where `ImageOps.exif_transpose` finds it: in EXIF data of any form, or in XMP data. Not `image.getexif`, which
-    decodes a whole PNG to see whether EXIF data follows the pixels. Pillow itself turns TIFF images. An image that the
-    caller has turned by a quarter is upright.
-    """
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return 1
-    try:
-        exif = Image.Image.getexif(image)
-        found = exif.get(ExifTags.Base.Orientation, 1)
-        if found in _SIDEWAYS and not isinstance(image, ImageFile.ImageFile):
-            # `rotate` and `transpose` keep the EXIF data of the image that they turn, with its size.
-            stored = exif.get_ifd(ExifTags.IFD.Exif)
-            width, height = (stored.get(tag) for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight))
-            if width and height and (width < height) != (image.width < image.height):
-                return 1
-    except FAILURES:  # damaged
-        return 1
-    return found if found in _TURNS else 1
-
-
 def _late_orientation(image: Image.Image) -> int:
     """Return the orientation of a PNG whose pixels are loaded, and with them what its file holds after them."""
     plain = Image.Image()
     plain.info = image.info
-    return _orientation(plain)
+    return orientation_of(plain)
 
 
 def _reduced(image: Image.Image, shrink: float) -> tuple[Image.Image, int]:

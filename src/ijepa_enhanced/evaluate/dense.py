@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +11,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.catalog import open_catalog
-from ijepa_enhanced.data.decode import FAILURES, open_image
 from ijepa_enhanced.data.geometry import fit_grids
-from ijepa_enhanced.data.sources.folder import FolderSource
-from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import all_cores
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import SourceError, UnreadableImage
+from ijepa_enhanced.errors import SourceError
+from ijepa_enhanced.evaluate.label_maps import LabelledMaps, map_of
 from ijepa_enhanced.evaluate.linear import STRENGTHS, rows_at_once, softmax_regression
 from ijepa_enhanced.evaluate.standardize import moments, roomiest, scale
 from ijepa_enhanced.evaluate.tokens import (
@@ -44,57 +37,6 @@ IGNORED = 255
 MOST_PATCHES = 2**18
 """Of the training images that are used: 1,300 images of 196 patches. Memory holds one float32 copy of their features,
 4 * D bytes a patch: 0.4 GB for a ViT-S."""
-
-
-@dataclass(frozen=True)
-class LabelledMaps(LabelledSource):
-    """Images with the label of each of their pixels."""
-
-    label_map: Callable[[int], NDArray[np.uint8]]
-    """The labels [h, w] of the upright image in a row of the source; raises UnreadableImage."""
-
-
-def open_maps(spec: str, part: str) -> LabelledMaps:
-    """Return the images and label maps that `spec` describes.
-
-    Args:
-        spec: `synthetic`, or a folder with images in `images` and for each of them a PNG of the same name in `labels`,
-            of one channel or with a palette. Its values are the labels; pixels of 255 do not count. If `images` has
-            folders named after splits, `labels` may have the same ones.
-        part: of the synthetic images.
-
-    Raises:
-        SourceError: there are no such images.
-    """
-    if spec == "synthetic":
-        source = open_source(spec, part)
-        return LabelledMaps(source, open_catalog(source), partial(synthetic.label_map, part))
-    root = Path(spec).expanduser()
-    if not ((root / "images").is_dir() and (root / "labels").is_dir()):
-        raise SourceError(
-            f"{spec} has no label maps. For the protocol dense, put the images into {root / 'images'} and a PNG of the "
-            f"same name for each image into {root / 'labels'}, or use 'synthetic'."
-        )
-    source = open_source(str(root / "images"), part)
-    catalog = open_catalog(source)
-    labels = root / "labels"
-    if isinstance(source, FolderSource) and (split := labels / source.root.relative_to(root / "images")).is_dir():
-        labels = split
-    return LabelledMaps(source, catalog, lambda row: _read_map((labels / source.key(row)).with_suffix(".png")))
-
-
-def _read_map(path: Path) -> NDArray[np.uint8]:
-    try:
-        image = open_image(path.read_bytes())
-        labels = np.array(image)
-    except FAILURES as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UnreadableImage(f"The label map {path} cannot be read: {reason}.") from error
-    if image.mode not in ("L", "P"):
-        raise UnreadableImage(
-            f"{path} is not a label map: its image mode must be L (one channel) or P (palette), not {image.mode}."
-        )
-    return labels
 
 
 def dense(
@@ -167,7 +109,7 @@ class _Probe(NamedTuple):
 def _fitted(tokens: Tokens, train: LabelledMaps, rng: np.random.Generator, device: torch.device) -> _Probe:
     """Fit the probe on the tokens of some images of `train`; `rng` draws those that choose its strength."""
     counted = [
-        _counted(_map_of(train, row), grid)
+        _counted(map_of(train, row), grid)
         for row, grid in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), strict=True)
     ]
     classes = np.unique(np.concatenate([own for own, _ in counted]))
@@ -206,7 +148,7 @@ def _confusion(probe: _Probe, tokens: Tokens, val: LabelledMaps) -> NDArray[np.i
     confusion = np.zeros((LABELS, LABELS), dtype=np.int64)
     views = tokens.values.split(tokens.lengths.tolist())
     for row, grid, view in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), views, strict=True):
-        labels = _map_of(val, row)
+        labels = map_of(val, row)
         predicted = probe.classes[predict(probe(view).T.view(-1, *grid), labels.shape)]
         counted = labels != IGNORED
         pairs = labels[counted].astype(np.int64) * LABELS + predicted[counted]
@@ -253,7 +195,7 @@ def _need_same_labels(train: LabelledMaps, val: LabelledMaps) -> None:
 
 
 def _labels_in(maps: LabelledMaps, row: int) -> set[int]:
-    return {*np.unique(_map_of(maps, row)).tolist()} - {IGNORED}
+    return {*np.unique(map_of(maps, row)).tolist()} - {IGNORED}
 
 
 def _need_labels(labels: int, maps: LabelledMaps) -> None:
@@ -261,18 +203,6 @@ def _need_labels(labels: int, maps: LabelledMaps) -> None:
         raise SourceError(
             f"The label maps of {maps.source.name} have no labels: every pixel is {IGNORED}, which is ignored."
         )
-
-
-def _map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
-    labels = maps.label_map(row)
-    image = int(np.searchsorted(maps.catalog.rows, row))
-    size = int(maps.catalog.heights[image]), int(maps.catalog.widths[image])
-    if labels.shape != size:
-        raise UnreadableImage(
-            f"The label map of {maps.source.key(row)} in {maps.source.name} is {labels.shape[0]} x {labels.shape[1]} "
-            f"px, but its image is {size[0]} x {size[1]} px."
-        )
-    return labels
 
 
 def patch_labels(labels: NDArray[np.uint8], grid: tuple[int, int], classes: NDArray[np.uint8]) -> Tensor:
