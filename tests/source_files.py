@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 
-def png(height=4, width=6, colour="red", **options):
+def png(height=4, width=6, color="red", **options):
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(buffer, "PNG", **options)
+    Image.new("RGB", (width, height), color).save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 

@@ -182,14 +182,14 @@ def only_long() -> None:
 
 
 def other_class() -> None:
-    shutil.copytree("photos/dark", "others/grey")
+    shutil.copytree("photos/dark", "others/gray")
     shutil.copytree("photos/light", "others/light")
 
 
 def empty_class() -> None:
     """A class of which validation has images, and training only the name."""
     other_class()
-    labelled_shard("dark\nlight\ngrey\n", [0, 1])
+    labelled_shard("dark\nlight\ngray\n", [0, 1])
 
 
 def labelled_shard(classes: str, labels: list[int]) -> None:
@@ -277,7 +277,7 @@ TOO_FEW = (
     "{0} px. Add images{2}."
 )
 NO_CLASS = (
-    "Class 'grey' of others has no {} in {}. Every validation class must also be in the training images: add images of "
+    "Class 'gray' of others has no {} in {}. Every validation class must also be in the training images: add images of "
     "it to them, or remove it from the validation images."
 )
 NO_LABELS = (

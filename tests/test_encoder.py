@@ -127,8 +127,8 @@ def test_a_feature_is_the_mean_of_the_features_of_the_patches(encoder: Encoder) 
     assert distance(encoder.feature_maps([pixels], resolution="native")[0], tokens.view(3, 5, -1)) < BOUND
 
 
-def test_pixels_are_normalised_channel_by_channel(encoder: Encoder) -> None:
-    """ImageNet's mean colour is what the network sees as nothing."""
+def test_pixels_are_normalized_channel_by_channel(encoder: Encoder) -> None:
+    """ImageNet's mean color is what the network sees as nothing."""
     black, white = (np.full((1, 8 * 8 * 3), value, dtype=np.uint8) for value in (0, 255))
     for values, level in ((black, 0.0), (white, 1.0)):
         seen = torch.from_numpy(values) * encoder.normalize.scale + encoder.normalize.shift

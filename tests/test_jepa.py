@@ -63,8 +63,8 @@ def make_jepa(vicreg_weight: float) -> JEPA:
 
 
 def plain_norm(x: Tensor, layer: torch.nn.LayerNorm) -> Tensor:
-    centred = x - x.mean(dim=1, keepdim=True)
-    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+    centerd = x - x.mean(dim=1, keepdim=True)
+    return centerd / (centerd.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

@@ -78,7 +78,7 @@ def test_factors_are_those_of_pillow(pixels: NDArray[np.uint8], enhancer: type, 
     factors = [1.0, 1.0, 1.0, 0.0]
     factors[place] = factor
     expected = np.asarray(enhancer(Image.fromarray(pixels)).enhance(factor), dtype=float)
-    # Pillow rounds the grey it blends with, and the result.
+    # Pillow rounds the gray it blends with, and the result.
     assert np.abs(mapped(pixels, *factors).clip(0, 255) - expected).max() < 1.6
 
 
@@ -87,9 +87,9 @@ def test_a_third_of_a_turn_makes_red_green(pixels: NDArray[np.uint8]) -> None:
     np.testing.assert_allclose(mapped(pixels, 1, 1, 1, 1.0), pixels, atol=1e-9)
 
 
-def test_greys_keep_their_hue_and_saturation() -> None:
-    greys = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
-    np.testing.assert_allclose(mapped(greys, 1, 1, 0.3, 0.1), greys, atol=1e-9)
+def test_grays_keep_their_hue_and_saturation() -> None:
+    grays = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
+    np.testing.assert_allclose(mapped(grays, 1, 1, 0.3, 0.1), grays, atol=1e-9)
 
 
 def test_one_probability_does_not_change_what_another_does(pixels: NDArray[np.uint8]) -> None:

@@ -38,14 +38,14 @@ def whole(image):
     return decode_views(image, np.array([[0, 0, height, width]], dtype=np.float32), np.array([[height, width]]))[0]
 
 
-def on_white(colour, alpha):
-    """What a viewer shows: the mean of `colour` and white weighted by alpha, rounded to the nearest."""
+def on_white(color, alpha):
+    """What a viewer shows: the mean of `color` and white weighted by alpha, rounded to the nearest."""
     alpha = np.asarray(alpha, dtype=np.float64)
-    return np.floor((np.asarray(colour) * alpha + 255 * (255 - alpha)) / 255 + 0.5).astype(np.uint8)
+    return np.floor((np.asarray(color) * alpha + 255 * (255 - alpha)) / 255 + 0.5).astype(np.uint8)
 
 
 def png_header(width, height):
-    """A greyscale PNG of the given size that holds no pixels: 57 bytes."""
+    """A grayscale PNG of the given size that holds no pixels: 57 bytes."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -74,25 +74,25 @@ def test_lossless_formats_give_the_exact_pixels(file_format, options):
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "WEBP"])
-def test_lossy_formats_give_the_colours(file_format):
+def test_lossy_formats_give_the_colors(file_format):
     pixels = np.full((16, 24, 3), (200, 100, 50), dtype=np.uint8)
     pixels[:, 16:] = (20, 60, 220)
     shown = whole(open_image(encode(Image.fromarray(pixels), file_format, quality=95)))
-    # Away from the edge, where compression rings, flat colours survive but for rounding in YCbCr.
+    # Away from the edge, where compression rings, flat colors survive but for rounding in YCbCr.
     np.testing.assert_allclose(shown[:, :12].astype(int), pixels[:, :12], atol=4)
     np.testing.assert_allclose(shown[:, 20:].astype(int), pixels[:, 20:], atol=4)
 
 
-def test_grey_modes_become_three_equal_channels():
-    grey = noise(4, 6, 1)[..., 0]
-    three = np.repeat(grey[..., None], 3, axis=2)
-    np.testing.assert_array_equal(whole(open_image(encode(Image.fromarray(grey), "PNG"))), three)
-    bits = grey > 127
+def test_gray_modes_become_three_equal_channels():
+    gray = noise(4, 6, 1)[..., 0]
+    three = np.repeat(gray[..., None], 3, axis=2)
+    np.testing.assert_array_equal(whole(open_image(encode(Image.fromarray(gray), "PNG"))), three)
+    bits = gray > 127
     shown = whole(open_image(encode(Image.fromarray(bits), "PNG")))
     np.testing.assert_array_equal(shown, np.where(bits[..., None], 255, 0).repeat(3, axis=2))
 
 
-def test_sixteen_bit_grey_keeps_its_high_byte():
+def test_sixteen_bit_gray_keeps_its_high_byte():
     deep = np.array([[0, 255, 256], [0x1234, 0xABCD, 0xFFFF]], dtype=np.uint16)
     image = open_image(encode(Image.fromarray(deep), "PNG"))
     assert image.mode == "I;16"
@@ -116,10 +116,10 @@ def test_cmyk_and_ycbcr_are_converted():
 
 def test_transparent_pixels_lie_on_white():
     alpha = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
-    colour = np.broadcast_to(np.array([0, 77, 200], dtype=np.uint8), (16, 16, 3))
-    rgba = Image.fromarray(np.concatenate([colour, alpha], axis=2))
+    color = np.broadcast_to(np.array([0, 77, 200], dtype=np.uint8), (16, 16, 3))
+    rgba = Image.fromarray(np.concatenate([color, alpha], axis=2))
     for data in (encode(rgba, "PNG"), encode(rgba, "WEBP", lossless=True, exact=True)):
-        np.testing.assert_array_equal(whole(open_image(data)), on_white(colour, alpha))
+        np.testing.assert_array_equal(whole(open_image(data)), on_white(color, alpha))
     la = Image.fromarray(np.concatenate([np.full_like(alpha, 30), alpha], axis=2))
     np.testing.assert_array_equal(whole(open_image(encode(la, "PNG"))), on_white(30, alpha).repeat(3, axis=2))
 
@@ -143,9 +143,9 @@ def test_palette_without_transparency():
     np.testing.assert_array_equal(whole(open_image(encode(image, "PNG"))), [[[10, 20, 30], [200, 0, 0]]])
 
 
-def test_colour_keys_of_l_and_rgb_lie_on_white():
-    grey = Image.fromarray(np.array([[0, 50]], dtype=np.uint8))
-    np.testing.assert_array_equal(whole(open_image(encode(grey, "PNG", transparency=0)))[..., 0], [[255, 50]])
+def test_color_keys_of_l_and_rgb_lie_on_white():
+    gray = Image.fromarray(np.array([[0, 50]], dtype=np.uint8))
+    np.testing.assert_array_equal(whole(open_image(encode(gray, "PNG", transparency=0)))[..., 0], [[255, 50]])
     rgb = Image.fromarray(np.array([[[1, 2, 3], [1, 2, 4]]], dtype=np.uint8))
     shown = whole(open_image(encode(rgb, "PNG", transparency=(1, 2, 3))))
     np.testing.assert_array_equal(shown, [[[255, 255, 255], [1, 2, 4]]])
@@ -193,7 +193,7 @@ def test_exif_orientation_of_jpeg_decoded_at_reduced_scale(orientation):
     assert upright_size(image) == (320, 480)
     shown = decode_views(image, np.array([[0, 0, 320, 480]]), np.array([[32, 48]]))[0]
     expected = np.asarray(Image.fromarray(upright).resize((48, 32), Image.Resampling.BICUBIC))
-    # A wrong turn differs by 50 grey levels and more.
+    # A wrong turn differs by 50 gray levels and more.
     assert np.abs(shown.astype(int) - expected).mean() < 2
 
 
@@ -289,7 +289,7 @@ def test_jpeg_at_reduced_scale_is_nearly_the_full_decode(monkeypatch):
             exact = np.asarray(full.resize((cols, rows), Image.Resampling.BICUBIC, box))
             error = np.abs(view.astype(int) - exact)
             # JPEG's reduced scale is a box filter, and two pixels or more remain for every output pixel: measured
-            # are 0.37 grey levels on average and 8 at the sharp edge.
+            # are 0.37 gray levels on average and 8 at the sharp edge.
             assert error.mean() < 0.5
             assert error.max() < 12
     assert decode_views(image, np.array([[0, 0, 603, 1001]]), np.array([[300, 500]]))[0].shape == (300, 500, 3)
@@ -327,7 +327,7 @@ def test_images_of_other_origin_are_shown(tmp_path):
 
 
 def test_animations_show_their_first_frame():
-    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 3), color) for color in ("red", "blue")]
     for file_format, options in [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})]:
         data = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
         np.testing.assert_array_equal(whole(open_image(data)), np.broadcast_to((255, 0, 0), (3, 4, 3)))

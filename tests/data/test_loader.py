@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 
 
 def picture(number: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Smooth colours that differ from place to place and from image to image."""
+    """Smooth colors that differ from place to place and from image to image."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin((number + 2) * y / (31 + c) + (c + 1) * x / 17 + number) for c in range(3)]
     return np.stack([(127 * (wave + 1)).astype(np.uint8) for wave in waves], axis=2)

@@ -155,15 +155,15 @@ def features(samples: list[Sample], name: str) -> NDArray[np.float64]:
     match name:
         case "size":
             return np.array([[log(s.mask.shape[0]), log(s.mask.shape[1])] for s in samples])
-        case "mean colour":
+        case "mean color":
             return np.array([s.pixels.mean(axis=(0, 1)) for s in samples])
         case _:
             cells = [(s.pixels // 64 @ np.array([16, 4, 1])).ravel() for s in samples]
             return np.array([np.bincount(cell, minlength=64) / cell.size for cell in cells])
 
 
-@pytest.mark.parametrize("name", ["size", "mean colour", "colour histogram"])
-def test_size_and_colour_do_not_tell_the_class(samples, name):
+@pytest.mark.parametrize("name", ["size", "mean color", "color histogram"])
+def test_size_and_color_do_not_tell_the_class(samples, name):
     train, val = (features(samples[part], name) for part in ("train", "val"))
     distance = (train**2).sum(axis=1) - 2 * val @ train.T
     label = {part: np.array([s.label for s in samples[part]]) for part in samples}

@@ -1,6 +1,6 @@
 """A folder of every format, mode and kind of damage that people have: what each file gives.
 
-All pictures are the same four colours, so that a file that is read wrongly shows others.
+All pictures are the same four colors, so that a file that is read wrongly shows others.
 """
 
 import io
@@ -18,17 +18,17 @@ from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.errors import UnreadableImage
 
-COLOURS = np.array([[[220, 30, 40], [40, 200, 60]], [[50, 60, 210], [230, 220, 40]]], dtype=np.uint8)
-RGB = COLOURS.repeat(16, axis=0).repeat(24, axis=1)
+COLORS = np.array([[[220, 30, 40], [40, 200, 60]], [[50, 60, 210], [230, 220, 40]]], dtype=np.uint8)
+RGB = COLORS.repeat(16, axis=0).repeat(24, axis=1)
 """[32, 48, 3]: red, green, blue and yellow, a quarter each, their edges on those of JPEG's blocks."""
-GREY = RGB[..., 1].repeat(3).reshape(RGB.shape)
+GRAY = RGB[..., 1].repeat(3).reshape(RGB.shape)
 BITS = np.where(RGB[..., 1:2] > 127, 255, 0).repeat(3, axis=2).astype(np.uint8)
 WHITE = np.full_like(RGB, 255)
 DEEP = RGB.astype(np.uint16) * 257
 """The same in 16 bits: 255 is 65535."""
 
 picture = Image.fromarray(RGB)
-grey = Image.fromarray(RGB[..., 1])
+gray = Image.fromarray(RGB[..., 1])
 other = Image.new("RGB", picture.size, "white")
 
 
@@ -98,11 +98,11 @@ def ycck():
     return bytes(data)
 
 
-def png(pixels, depth, colour_type, transparent=b""):
+def png(pixels, depth, color_type, transparent=b""):
     """A PNG of unsigned whole numbers of any depth, which Pillow reads but does not write."""
     height, width = pixels.shape[:2]
     lines = pixels.astype(f">u{depth // 8}").reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     body = b"".join(b"\0" + line.tobytes() for line in lines)
     head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + (chunk(b"tRNS", transparent) if transparent else b"")
     return head + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
@@ -160,7 +160,7 @@ def ink_profile():
     """An ICC profile of a printer whose cyan and yellow inks are in each other's place; it cannot be printed with.
 
     Without black ink, light is a sum of the primaries of sRGB, so two grid points an ink behind the curve of sRGB give
-    naive CMYK, to within a grey level for 140,608 colours. That takes XYZ, and so 'mft2': in Lab, colours between the
+    naive CMYK, to within a gray level for 140,608 colors. That takes XYZ, and so 'mft2': in Lab, colors between the
     grid points would be others.
     """
 
@@ -213,9 +213,9 @@ def half_transparent():
 
 def measured():
     """Numbers without a white point, of which one is missing and two are infinite, and the gray levels they give."""
-    values = 1000 + GREY[..., 0].astype(np.float32)
+    values = 1000 + GRAY[..., 0].astype(np.float32)
     values[0, 0], values[0, 1], values[0, 2] = np.nan, np.inf, -np.inf
-    levels = (GREY - np.float64(30)) * (255 / (220 - 30))
+    levels = (GRAY - np.float64(30)) * (255 / (220 - 30))
     levels[0, :3] = np.array([0, 255, 0])[:, None]
     return encode(Image.fromarray(values), "TIFF"), levels.round()
 
@@ -237,19 +237,19 @@ def zip_behind(data):
 
 
 EXACT, LOSSY, PRINT = 0, 4, 12
-"""Most grey levels by which any pixel is off: none, JPEG's or a profile's, and those of colours for print."""
+"""Most gray levels by which any pixel is off: none, JPEG's or a profile's, and those of colors for print."""
 
 SHOWN = {
     "plain.jpg": (jpeg(), RGB, LOSSY),
     "progressive.jpg": (jpeg(progressive=True), RGB, LOSSY),
-    "grey.jpg": (jpeg(grey), GREY, LOSSY),
+    "gray.jpg": (jpeg(gray), GRAY, LOSSY),
     "cmyk.jpg": (jpeg(picture.convert("CMYK")), RGB, PRINT),
     "CMYK with a profile.jpg": (jpeg(mirrored.convert("CMYK"), icc_profile=INKS), RGB, LOSSY),
     "ycck.jpg": (ycck(), RGB, PRINT),
     "profile.jpg": (jpeg(mirrored, icc_profile=SWAPPED), RGB, LOSSY),
     "srgb profile.jpg": (jpeg(icc_profile=SRGB), RGB, LOSSY),
     "damaged profile.jpg": (jpeg(icc_profile=SWAPPED[:300]), RGB, LOSSY),
-    "profile of other colours.jpg": (jpeg(grey, icc_profile=SWAPPED), GREY, LOSSY),
+    "profile of other colors.jpg": (jpeg(gray, icc_profile=SWAPPED), GRAY, LOSSY),
     **{
         f"held {orientation}.jpg": (jpeg(stored(orientation), exif=exif(orientation)), RGB, LOSSY)
         for orientation in range(1, 9)
@@ -272,18 +272,18 @@ SHOWN = {
     "CAPITALS.JPEG": (jpeg(), RGB, LOSSY),
     "plain.png": (encode(picture, "PNG"), RGB, EXACT),
     "palette.png": (encode(picture.quantize(4), "PNG"), RGB, EXACT),
-    "1 bit.png": (encode(grey.point(lambda value: 255 * (value > 127), "1"), "PNG"), BITS, EXACT),
-    "grey.png": (encode(grey, "PNG"), GREY, EXACT),
-    "16 bits grey.png": (png(DEEP[..., 1], 16, 0), GREY, EXACT),
-    "16 bits grey, transparent.png": (
+    "1 bit.png": (encode(gray.point(lambda value: 255 * (value > 127), "1"), "PNG"), BITS, EXACT),
+    "gray.png": (encode(gray, "PNG"), GRAY, EXACT),
+    "16 bits gray.png": (png(DEEP[..., 1], 16, 0), GRAY, EXACT),
+    "16 bits gray, transparent.png": (
         png(DEEP[..., 1], 16, 0, DEEP[0, 0, 1].tobytes()[::-1]),
-        np.where(GREY[0, 0] == GREY, WHITE, GREY),
+        np.where(GRAY[0, 0] == GRAY, WHITE, GRAY),
         EXACT,
     ),
     "16 bits.png": (png(DEEP, 16, 2), RGB, EXACT),
     "16 bits, alpha.png": (png(np.concatenate([DEEP, np.full_like(DEEP[..., :1], 65535)], axis=2), 16, 6), RGB, EXACT),
     "transparent.png": (encode(half_transparent(), "PNG"), UPPER, EXACT),
-    "grey, transparent.png": (encode(half_transparent().convert("LA"), "PNG"), LUMA, EXACT),
+    "gray, transparent.png": (encode(half_transparent().convert("LA"), "PNG"), LUMA, EXACT),
     "profile, transparent.png": (
         encode(Image.fromarray(np.asarray(half_transparent())[..., [2, 1, 0, 3]].copy()), "PNG", icc_profile=SWAPPED),
         UPPER,
@@ -302,12 +302,12 @@ SHOWN = {
     ),
     "plain.bmp": (encode(picture, "BMP"), RGB, EXACT),
     "palette.bmp": (encode(picture.quantize(4), "BMP"), RGB, EXACT),
-    "1 bit.bmp": (encode(grey.point(lambda value: 255 * (value > 127), "1"), "BMP"), BITS, EXACT),
+    "1 bit.bmp": (encode(gray.point(lambda value: 255 * (value > 127), "1"), "BMP"), BITS, EXACT),
     "plain.tif": (encode(picture, "TIFF"), RGB, EXACT),
     "pages.tiff": (encode(picture, "TIFF", save_all=True, append_images=[other]), RGB, EXACT),
     "lzw.tif": (encode(picture, "TIFF", compression="tiff_lzw"), RGB, EXACT),
     "fax.tif": (
-        encode(grey.point(lambda value: 255 * (value > 127), "1"), "TIFF", compression="group4"),
+        encode(gray.point(lambda value: 255 * (value > 127), "1"), "TIFF", compression="group4"),
         BITS,
         EXACT,
     ),
@@ -323,14 +323,14 @@ SHOWN = {
         RGB,
         PRINT,
     ),
-    "16 bits grey.tif": (tiff(DEEP[..., 1:2]), GREY, EXACT),
-    "16 bits grey, big-endian.tif": (tiff(DEEP[..., 1:2], ">"), GREY, EXACT),
-    "16 bits grey, white is 0.tif": (tiff(65535 - DEEP[..., 1:2], white=0), GREY, EXACT),
+    "16 bits gray.tif": (tiff(DEEP[..., 1:2]), GRAY, EXACT),
+    "16 bits gray, big-endian.tif": (tiff(DEEP[..., 1:2], ">"), GRAY, EXACT),
+    "16 bits gray, white is 0.tif": (tiff(65535 - DEEP[..., 1:2], white=0), GRAY, EXACT),
     "no white point.tif": (*measured(), EXACT),
     "16 bits.tif": (tiff(DEEP), RGB, EXACT),
     "plain.jp2": (encode(picture, "JPEG2000", irreversible=False), RGB, EXACT),
     "bare.j2k": (encode(picture, "JPEG2000", irreversible=False, no_jp2=True), RGB, EXACT),
-    "16 bits grey.jp2": (encode(Image.fromarray(DEEP[..., 1]), "JPEG2000", irreversible=False), GREY, EXACT),
+    "16 bits gray.jp2": (encode(Image.fromarray(DEEP[..., 1]), "JPEG2000", irreversible=False), GRAY, EXACT),
     "plain.avif": (encode(picture, "AVIF", quality=95, subsampling="4:4:4"), RGB, PRINT),
     "animated.avif": (
         encode(picture, "AVIF", quality=95, subsampling="4:4:4", save_all=True, append_images=[other]),

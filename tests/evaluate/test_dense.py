@@ -26,7 +26,7 @@ SETTING = InferenceConfig(48, workers=0)
 
 def test_pixels_of_patches_by_hand() -> None:
     labels = np.array([[0, 0, 2, 2, 7], [0, 0, 2, 255, 7], [7, 7, 7, 7, 0]], dtype=np.uint8)
-    # Centres at 1/6, 1/2, 5/6 of the height: the middle row belongs to the lower patch. 0.5 of the width likewise.
+    # Centers at 1/6, 1/2, 5/6 of the height: the middle row belongs to the lower patch. 0.5 of the width likewise.
     found = patch_labels(labels, (2, 2), np.array([0, 2, 7], dtype=np.uint8))
     assert found.tolist() == [[2, 0, 0], [0, 2, 1], [2, 0, 2], [1, 1, 3]]
 

@@ -120,7 +120,7 @@ def test_unreadable_images_are_left_out_and_named(encoder: Encoder, damaged: Pat
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_thumbnails_by_hand(tmp_path: Path, workers: int) -> None:
-    """Two flat halves: bicubic reaches two columns across their border, so each half's outer two are its colour."""
+    """Two flat halves: bicubic reaches two columns across their border, so each half's outer two are its color."""
     pixels = np.zeros((40, 80, 3), dtype=np.uint8)
     pixels[:, :40] = (255, 0, 51)
     pixels[:, 40:] = (0, 102, 255)

@@ -25,7 +25,7 @@ def brute_force(train, labels, queries, k, temperature):
 def problem(n=300, m=200, d=8, seed=0):
     rng = np.random.default_rng(seed)
     labels = np.array([3, 0, 17, 9])[rng.integers(4, size=n)]
-    # Classes overlap, and dimensions differ in offset and scale: what the standardisation is there for.
+    # Classes overlap, and dimensions differ in offset and scale: what the standardization is there for.
     train = (rng.normal(size=(n, d)) + 0.1 * labels[:, None]) * np.arange(1, d + 1) ** 2 + 5
     return train, labels, rng.normal(size=(m, d)) * 2 * np.arange(1, d + 1) ** 2 + 10
 
@@ -44,7 +44,7 @@ def test_defaults_are_dinos():
     assert predicted.tolist() == brute_force(train, labels, queries, 20, 0.07)
 
 
-def test_a_near_neighbour_outvotes_a_far_majority_only_at_low_temperature():
+def test_a_near_neighbor_outvotes_a_far_majority_only_at_low_temperature():
     train = torch.tensor([[1.0, 0.1], [0.4, 1.0], [0.4, 1.1], [-1.0, -0.1], [-0.4, -1.0], [-0.4, -1.1]])
     labels = torch.tensor([5, 2, 2, 7, 7, 7])
     query = torch.tensor([[1.0, 0.1]])
@@ -129,19 +129,19 @@ def test_a_dimension_constant_in_training_is_ignored_whatever_the_queries_hold()
     # would blow up to the size of a real feature.
     more_train = torch.cat([train, torch.full((len(train), 1), 0.1)], dim=1)
     more_queries = torch.cat([queries, torch.randn(len(queries), 1, generator=torch.Generator().manual_seed(0))], dim=1)
-    standardised, standardised_queries, _, _ = standardize(more_train, labels, more_queries)
-    assert not standardised[:, -1].any()
-    assert not standardised_queries[:, -1].any()
+    standardized, standardized_queries, _, _ = standardize(more_train, labels, more_queries)
+    assert not standardized[:, -1].any()
+    assert not standardized_queries[:, -1].any()
     assert torch.equal(knn_classify(more_train, labels, more_queries), knn_classify(train, labels, queries))
 
 
-def test_standardised_over_train_alone():
+def test_standardized_over_train_alone():
     train, labels, queries = map(torch.from_numpy, problem())
-    standardised, standardised_queries, classes, numbers = standardize(train, labels, queries)
-    torch.testing.assert_close(standardised.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
-    torch.testing.assert_close(standardised.square().mean(0), torch.ones(8), atol=1e-4, rtol=0)
+    standardized, standardized_queries, classes, numbers = standardize(train, labels, queries)
+    torch.testing.assert_close(standardized.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(standardized.square().mean(0), torch.ones(8), atol=1e-4, rtol=0)
     expected = (queries - train.mean(0)) / train.std(0, correction=0)
-    torch.testing.assert_close(standardised_queries, expected.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(standardized_queries, expected.float(), atol=1e-4, rtol=1e-4)
     assert classes.tolist() == [0, 3, 9, 17]
     assert torch.equal(classes[numbers], labels)
 

@@ -66,13 +66,13 @@ def test_the_strength_is_chosen_by_images_not_trained_on():
     scaler = StandardScaler().fit(train)
     x, q = (torch.from_numpy(scaler.transform(z)).float() for z in (train, queries))
     weakest = softmax_regression(x, F.one_hot(train_labels, 5).float(), [1e-6])[0]
-    # Hardly regularised, it learns its images by heart: the training loss cannot but choose that.
+    # Hardly regularized, it learns its images by heart: the training loss cannot but choose that.
     assert ((x @ weakest).argmax(dim=1) == train_labels).all()
     assert probe > top1((q @ weakest).argmax(dim=1), labels) + 0.03
 
 
 @pytest.mark.parametrize("best", [0, 3, len(linear.STRENGTHS) - 1])
-def test_the_chosen_strength_minimises_the_held_out_loss(monkeypatch, best):
+def test_the_chosen_strength_minimizes_the_held_out_loss(monkeypatch, best):
     train, train_labels, queries, _ = clouds(300, 8, 3, 2.0)
     trained, losses = [], iter([1.0 if number == best else 9.0 for number in range(len(linear.STRENGTHS))])
     fit = linear.softmax_regression

@@ -16,7 +16,7 @@ from ijepa_enhanced.evaluate.sweep import sweep_scores
 
 
 def clusters(images: int, distance: float, seed: int) -> Features:
-    """Three classes, their centres `distance` deviations apart, in eight dimensions."""
+    """Three classes, their centers `distance` deviations apart, in eight dimensions."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(images) % 3
     values = torch.randn(images, 8, generator=generator) + distance * torch.eye(3, 8)[labels]

@@ -79,10 +79,10 @@ def test_lidar_is_the_paper_transcribed(objects, views, width):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(objects, 1, width)) * np.linspace(0.1, 2, width) + rng.normal(size=(objects, views, width))
     between, within = np.zeros((width, width)), np.zeros((width, width))
-    centre = np.mean([z[i].mean(axis=0) for i in range(objects)], axis=0)
+    center = np.mean([z[i].mean(axis=0) for i in range(objects)], axis=0)
     for i in range(objects):
         mean = z[i].mean(axis=0)
-        between += np.outer(mean - centre, mean - centre) / objects
+        between += np.outer(mean - center, mean - center) / objects
         for j in range(views):
             within += np.outer(z[i, j] - mean, z[i, j] - mean) / (objects * views)
     values, vectors = np.linalg.eigh(within + 1e-4 * np.eye(width))

@@ -32,5 +32,5 @@ def test_the_quickstart_beats_its_random_start(tmp_path: Path) -> None:
             for source in sources
         )
         scores.append(score(train_features, val_features))
-    # Nearest neighbours gain less, down to 3 points with some seeds (docs/log.md).
+    # Nearest neighbors gain less, down to 3 points with some seeds (docs/log.md).
     assert scores[1]["linear"] > scores[0]["linear"] + MARGIN

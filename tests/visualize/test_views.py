@@ -28,7 +28,7 @@ from ijepa_enhanced.visualize.views import (
 
 ROWS, COLS, PATCH = 6, 8, 8
 CELL = round(VIEW_RESOLUTION / (ROWS * COLS) ** 0.5)
-GREY = 100
+GRAY = 100
 
 
 def picture(path: Path) -> NDArray[np.uint8]:
@@ -54,7 +54,7 @@ CONTEXT = np.array([token for token in range(ROWS * COLS - 3) if token not in HI
 @pytest.fixture
 def masked_views() -> tuple[Batch, list[ViewMasks]]:
     """One view of one gray, and a second, smaller one, so that rows of the stream and tokens of a view differ."""
-    packed = Packed.of_grids(np.full((4 + ROWS * COLS, PATCH * PATCH * 3), GREY, np.uint8), np.array([[2, 2], [6, 8]]))
+    packed = Packed.of_grids(np.full((4 + ROWS * COLS, PATCH * PATCH * 3), GRAY, np.uint8), np.array([[2, 2], [6, 8]]))
     masks = [ViewMasks(np.array([0, 3]), (np.array([1]), np.array([2]))), ViewMasks(CONTEXT, TARGETS)]
     return Batch(packed, torch.arange(2), None, (0, 0), ()), masks
 
@@ -73,7 +73,7 @@ def cells(masked_views: tuple[Batch, list[ViewMasks]], tmp_path: Path) -> NDArra
 
 def test_context_shows_its_pixels_and_nothing_else(cells: NDArray[np.uint8]) -> None:
     for token in CONTEXT:
-        assert (cells[divmod(int(token), COLS)] == GREY).all(), token
+        assert (cells[divmod(int(token), COLS)] == GRAY).all(), token
 
 
 def test_what_is_neither_context_nor_target_is_white(cells: NDArray[np.uint8]) -> None:

@@ -30,7 +30,7 @@ from ijepa_enhanced.evaluate.dense import dense
 from ijepa_enhanced.evaluate.features import Features, extract, hash_weights, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
 from ijepa_enhanced.evaluate.label_maps import LabelledMaps, open_maps
-from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBOURS, Scoring, layers_for, score
+from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBORS, Scoring, layers_for, score
 from ijepa_enhanced.evaluate.sweep import (
     Point,
     advice,
@@ -201,7 +201,7 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
     found = sweep_scores(train, val, how) if work.options.sweep else score(train, val, protocols, how)
     if not config.ranks.main:
         return {}
-    most = max(NEIGHBOURS)
+    most = max(NEIGHBORS)
     if "knn" in protocols and len(train.values) < most and work.is_new("few neighbors"):
         logger.warning(
             "%s has only %d images. kNN with %d neighbors (knn%d) uses all of them.",

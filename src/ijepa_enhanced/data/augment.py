@@ -1,4 +1,4 @@
-"""What changes the pixels of a view in training: mirroring, colour, blur. Every draw is the view's own."""
+"""What changes the pixels of a view in training: mirroring, color, blur. Every draw is the view's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLUR_RESOLUTION = 224
 SOLARIZE_FROM = 128
 """Values from here on are inverted (BYOL, appendix B)."""
 LUMA = np.array([0.299, 0.587, 0.114])
-"""Weights of red, green and blue in grey (ITU-R BT.601)."""
+"""Weights of red, green and blue in gray (ITU-R BT.601)."""
 
 
 def augment(pixels: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -59,10 +59,10 @@ def augment(pixels: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Gen
 def color_map(
     brightness: float, contrast: float, saturation: float, hue: float, mean_luma: float
 ) -> tuple[NDArray[np.float64], float]:
-    """A change of colours as one affine map: rgb -> matrix [3, 3] @ rgb + shift.
+    """A change of colors as one affine map: rgb -> matrix [3, 3] @ rgb + shift.
 
     Brightness scales; contrast scales distances from the view's mean luma, saturation those from a pixel's own luma;
-    hue turns colours about the grey axis (Rodrigues' rotation). In this order, and cut off at the end alone: the code
+    hue turns colors about the gray axis (Rodrigues' rotation). In this order, and cut off at the end alone: the code
     of SimCLR and BYOL draws the order and cuts off after each, and BYOL's adds to brightness instead of scaling.
 
     Args:
@@ -74,5 +74,5 @@ def color_map(
     cos, sin = math.cos(math.tau * hue), math.sin(math.tau * hue)
     across = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
     turn = cos * np.eye(3) + (1 - cos) / 3 * np.ones((3, 3)) + sin / math.sqrt(3) * across
-    # Saturation and hue leave greys alone, so they leave the shift alone.
+    # Saturation and hue leave grays alone, so they leave the shift alone.
     return brightness * contrast * turn @ saturate, (1 - contrast) * brightness * mean_luma

@@ -53,7 +53,7 @@ class Manifest(TypedDict):
     settings: dict[str, Any]
     """With the catalog's hash."""
     classes: str | None
-    """SHA-256 of `classes.txt`, or None where there is none."""
+    """SHA-256 of `classes.txt`, or None without that file."""
     shards: list[Shard]
     dropped: list[dict[str, str]]
     """Key and reason of each image that cannot be read."""
@@ -76,7 +76,7 @@ def prepare(
 
     Args:
         source: the images.
-        folder: made where there is none.
+        folder: created if it does not exist.
         max_resolution: larger images are shrunk to it; sqrt(height * width) in pixels.
         quality: of JPEG, 1 to 100.
         workers: processes that decode and encode; 0 does it in this one.
@@ -213,7 +213,7 @@ def check(folder: Path) -> list[str]:
 
 
 class _Encoded(Dataset[torch.Tensor | str]):
-    """The images of a catalog as JPEG files, uint8 [bytes], or the reason why there is none."""
+    """The images of a catalog as JPEG files, uint8 [bytes], or the reason why an image cannot be read."""
 
     def __init__(self, source: Source, catalog: Catalog, max_resolution: int, quality: int) -> None:
         self.source = source

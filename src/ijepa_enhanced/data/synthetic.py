@@ -1,18 +1,18 @@
 """The built-in labelled images: one textured object of ten shapes on a textured, cluttered background.
 
 They are computed from (seed, part, row) and never stored, so that the whole package, up to a measured accuracy, runs
-without a download. Size, aspect, place, rotation, area and every colour are drawn without looking at the class: only
+without a download. Size, aspect, place, rotation, area and every color are drawn without looking at the class: only
 the shape tells it.
 
 Measured on 2026-11-24 on version 1, seed 0: top-1 on the 2048 val images after the 8192 train images, where chance is
-10% and one standard error of chance 0.7%. Neighbours are 20, by cosine and weighted with temperature 0.07; the better
-of features as they are and standardised. The regression is on standardised features, of raw pixels with the better of
+10% and one standard error of chance 0.7%. Neighbors are 20, by cosine and weighted with temperature 0.07; the better
+of features as they are and standardized. The regression is on standardized features, of raw pixels with the better of
 two L2 penalties. Both choices were made on val, so they can only raise a floor.
 
-    Features                                          Neighbours   Logistic regression
+    Features                                          Neighbors   Logistic regression
     size and shape: h, w, log(h / w), log(h * w)        10.6%             9.9%
-    mean colour                                         11.6%            10.4%
-    histogram of 4 x 4 x 4 colours                      10.9%            11.0%
+    mean color                                         11.6%            10.4%
+    histogram of 4 x 4 x 4 colors                      10.9%            11.0%
     raw pixels, resized to 16 x 16                      19.8%            11.2%
     ceiling: a supervised convolutional net                     93.4%
 
@@ -149,24 +149,24 @@ def _measure(label: int) -> tuple[float, float]:
 
 
 def _turned(rng: Generator, height: int, width: int, y0: float, x0: float) -> tuple[_Array, _Array]:
-    """Coordinates of the pixels' centres, [h, w] each, along randomly turned axes through (y0, x0)."""
+    """Coordinates of the pixels' centers, [h, w] each, along randomly turned axes through (y0, x0)."""
     angle = rng.uniform(0, 2 * pi)
     x, y = np.arange(width) + 0.5 - x0, (np.arange(height) + 0.5 - y0)[:, None]
     return cos(angle) * x + sin(angle) * y, cos(angle) * y - sin(angle) * x
 
 
-def _cover(canvas: _Array, colour: _Array, distance: _Array) -> None:
-    canvas += np.clip(0.5 - distance, 0, 1) * (colour - canvas)
+def _cover(canvas: _Array, color: _Array, distance: _Array) -> None:
+    canvas += np.clip(0.5 - distance, 0, 1) * (color - canvas)
 
 
-def _colour(rng: Generator, light: float) -> _Array:
+def _color(rng: Generator, light: float) -> _Array:
     """[3, 1, 1]: a lightness in 0 to 1 and any hue, kept clear of black and white."""
     hue, strength = rng.random(), rng.random()
     return 0.12 + 0.76 * light + 0.3 * strength * np.cos(2 * pi * (hue + np.arange(3)[:, None, None] / 3))
 
 
 def _texture(rng: Generator, height: int, width: int, light: float) -> _Array:
-    """[3, h, w]: two colours of about one lightness, mixed by one of six fields."""
+    """[3, h, w]: two colors of about one lightness, mixed by one of six fields."""
     short = min(height, width)
     wave = short * rng.uniform(0.08, 0.35)
     u, v = (2 * pi / wave * axis for axis in _turned(rng, height, width, *rng.uniform(0, short, 2)))
@@ -184,7 +184,7 @@ def _texture(rng: Generator, height: int, width: int, light: float) -> _Array:
             field = _noise(rng, height, width, 2 * wave)
         case _:  # marble
             field = np.sin(u + 4 * _noise(rng, height, width, 2 * wave))
-    first, second = _colour(rng, light), _colour(rng, light)
+    first, second = _color(rng, light), _color(rng, light)
     return (first + second) / 2 + ((second - first) / 4 + rng.uniform(0.04, 0.16)) * field
 
 
@@ -205,7 +205,7 @@ def _weights(side: int, step: float) -> _Array:
 
 
 def _clutter(rng: Generator, canvas: _Array, light: float, contrast: float) -> None:
-    """A stick or a blob; every second one in the object's colours, or they would tell where the object is."""
+    """A stick or a blob; every second one in the object's colors, or they would tell where the object is."""
     height, width = canvas.shape[1:]
     short = min(height, width)
     y0, x0 = rng.uniform(0, height), rng.uniform(0, width)
@@ -216,7 +216,7 @@ def _clutter(rng: Generator, canvas: _Array, light: float, contrast: float) -> N
     u, v = _turned(rng, window.shape[1], window.shape[2], y0 - top, x0 - left)
     along = np.maximum(np.abs(u) - length, 0)
     distance = (_length(along, v) if rng.random() < 0.5 else np.maximum(along, np.abs(v))) - thick
-    _cover(window, _colour(rng, contrast if rng.random() < 0.5 else rng.random()), distance)
+    _cover(window, _color(rng, contrast if rng.random() < 0.5 else rng.random()), distance)
 
 
 # The shapes: signed distance, negative inside, from coordinates that broadcast. A shape has its own unit and its origin

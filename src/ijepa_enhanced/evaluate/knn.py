@@ -1,4 +1,4 @@
-"""Classification by nearest neighbours: what the features of a frozen encoder tell without any training."""
+"""Classification by nearest neighbors: what the features of a frozen encoder tell without any training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUERIES, IMAGES = 1024, 2**14
 def knn_classify(
     train: Tensor, train_labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Return the class of each query by the vote of one number of neighbours: int64 [M]; see `knn_votes`."""
+    """Return the class of each query by the vote of one number of neighbors: int64 [M]; see `knn_votes`."""
     return knn_votes(train, train_labels, queries, (k,), temperature)[0]
 
 
@@ -34,18 +34,18 @@ def knn_votes(
 ) -> list[Tensor]:
     """Classify each query by the weighted vote of its k nearest training images, for several k in one pass.
 
-    A neighbour of cosine similarity s votes with weight exp(s / temperature) (Wu et al., arXiv 1805.01978, section
-    3.4, whose 0.07 is the default); k = 20 is DINO's (arXiv 2104.14294, section 3.2). Features are standardised
+    A neighbor of cosine similarity s votes with weight exp(s / temperature) (Wu et al., arXiv 1805.01978, section
+    3.4, whose 0.07 is the default); k = 20 is DINO's (arXiv 2104.14294, section 3.2). Features are standardized
     first, see `standardize`. All images as similar as the k-th vote, so the answer does not depend on the order of
     `train`. Among classes of equal votes the smallest label wins.
 
-    Beside the features there is one standardised copy of `train`. Everything else is computed in blocks of fixed size.
+    Beside the features there is one standardized copy of `train`. Everything else is computed in blocks of fixed size.
 
     Args:
         train: [N, D], any float type.
         train_labels: int64 [N], at least 0, not necessarily contiguous.
         queries: [M, D].
-        ks: how many neighbours vote; all N if there are fewer.
+        ks: how many neighbors vote; all N if there are fewer.
         temperature: of the weights, in units of cosine similarity.
         device: where to compute; None: where `train` is.
         ranks: the processes that share the queries. All of them have the same arguments.
@@ -76,7 +76,7 @@ def knn_votes(
 def _votes(
     train: Tensor, numbers: Tensor, classes: int, queries: Tensor, ks: Sequence[int], temperature: float
 ) -> list[Tensor]:
-    """Return the number of the class that wins with each k, int64 [Q], for normalised features."""
+    """Return the number of the class that wins with each k, int64 [Q], for normalized features."""
     most = min(max(ks), len(train))
     similarity, labels = _nearest(train, numbers, queries, most + 1)
     # Dividing all weights of a query by the largest keeps exp() from overflowing and changes no winner.

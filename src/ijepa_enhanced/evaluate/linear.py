@@ -14,7 +14,7 @@ from ijepa_enhanced.evaluate.standardize import standardize
 from ijepa_enhanced.randomness import Purpose, generator
 
 STRENGTHS = tuple(10 ** (-power / 2) for power in range(2, 11))
-"""Half decades of L2 regularisation from 0.1 to 1e-5, the strongest first. Measured best: 1e-3 to 1e-4."""
+"""Half decades of L2 regularization from 0.1 to 1e-5, the strongest first. Measured best: 1e-3 to 1e-4."""
 ITERATIONS = 100
 """Of L-BFGS at each strength. SGD with momentum and a grid of learning rates and weight decays took as long and was
 0.7 points worse on Imagenette, whose features are ill conditioned (docs/measurements.md)."""
@@ -28,13 +28,13 @@ TEMPERATURES = tuple(2 ** (power / 2) for power in range(-8, 17))
 def linear_probe(
     train: Tensor, train_labels: Tensor, queries: Tensor, seed: int = 0, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Fit softmax regression on standardised features (see `standardize`).
+    """Fit softmax regression on standardized features (see `standardize`).
 
-    The strength of its regularisation is chosen on a fifth of `train`, stratified; the layer is then trained again on
+    The strength of its regularization is chosen on a fifth of `train`, stratified; the layer is then trained again on
     all of it. The choice is by `calibrated_loss`, which makes scores repeat over seeds: the best accuracy on so few
     images is often luck. If no class has two images, nothing can be held out, and the strength is the middle one, 1e-3.
 
-    Beside the features there is one standardised copy of `train`. Everything else is computed in blocks of fixed size.
+    Beside the features there is one standardized copy of `train`. Everything else is computed in blocks of fixed size.
 
     Args:
         train: [N, D], any float type.
@@ -93,12 +93,12 @@ def softmax_regression(
 ) -> Tensor:
     """Return the weights [S, D, C] of S linear layers, on the device of `targets`.
 
-    Each layer minimises, by L-BFGS from where the one before it ended,
+    Each layer minimizes, by L-BFGS from where the one before it ended,
 
         mean over images of the cross-entropy + strength / 2 * sum of squared weights
 
     Args:
-        x: float32 [N, D], on any device. The weights of its last column, which should be ones, are not regularised.
+        x: float32 [N, D], on any device. The weights of its last column, which should be ones, are not regularized.
         targets: int64 [N], the class of each image, every one of which occurs; or float32 [N, C], the probability of
             each of C classes.
         strengths: S of them, best the strongest first.

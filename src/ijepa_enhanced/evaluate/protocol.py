@@ -19,7 +19,7 @@ from ijepa_enhanced.evaluate.rank import rankme
 from ijepa_enhanced.evaluate.scores import classification, mean_per_class, top1
 from ijepa_enhanced.randomness import Purpose, generator
 
-NEIGHBOURS = (1, 5, 20)
+NEIGHBORS = (1, 5, 20)
 """k of the kNN scores; 20 is the one that papers report (DINO, arXiv 2104.14294)."""
 SHARES = (1, 10)
 """Percent of the training labels that low-shot probes see (I-JEPA, arXiv 2301.08243, section 5: 1%)."""
@@ -69,9 +69,9 @@ def knn(train: Features, val: Features, how: Scoring) -> Iterator[Answer]:
     assert values is not None
     assert labels is not None
     assert queries is not None
-    votes = knn_votes(values, labels, queries, NEIGHBOURS, device=how.device, ranks=how.ranks)
+    votes = knn_votes(values, labels, queries, NEIGHBORS, device=how.device, ranks=how.ranks)
     if how.ranks.main:
-        for k, predicted in zip(NEIGHBOURS, votes, strict=True):
+        for k, predicted in zip(NEIGHBORS, votes, strict=True):
             yield Answer(f"knn{k}", predicted)
 
 

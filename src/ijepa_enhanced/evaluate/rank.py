@@ -17,7 +17,7 @@ implementation in stable-pretraining. The paper's own is not known to us."""
 def rankme(z: Tensor) -> float:
     """RankMe, the smooth rank of a feature matrix (arXiv 2210.02885): from 1 (collapsed) to min(N, D).
 
-    exp(-sum_k p_k log p_k) with p_k = s_k / sum(s) + 1e-7 over the singular values s of `z`, which is not centred. The
+    exp(-sum_k p_k log p_k) with p_k = s_k / sum(s) + 1e-7 over the singular values s of `z`, which is not centerd. The
     epsilon is that of float32's precision, as in public implementations; here singular values are in float64.
 
     Args:

@@ -47,9 +47,9 @@ def interval(right: int, images: int) -> tuple[float, float]:
         images: all of them, at least 1.
     """
     share = right / images
-    centre = share + Z**2 / (2 * images)
+    center = share + Z**2 / (2 * images)
     spread = Z * math.sqrt(share * (1 - share) / images + (Z / (2 * images)) ** 2)
-    low, high = ((centre + sign * spread) / (1 + Z**2 / images) for sign in (-1, 1))
+    low, high = ((center + sign * spread) / (1 + Z**2 / images) for sign in (-1, 1))
     # At the ends the formula gives 0 and 1 up to rounding.
     return 0.0 if right == 0 else low, 1.0 if right == images else high
 

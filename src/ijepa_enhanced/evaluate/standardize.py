@@ -1,4 +1,4 @@
-"""Standardised features: what every probe starts from."""
+"""Standardized features: what every probe starts from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK = 2**16
 def standardize(
     train: Tensor, train_labels: Tensor, queries: Tensor, device: torch.device | None = None, ones: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardise features and number their classes.
+    """Standardize features and number their classes.
 
     Each dimension is shifted and scaled to mean 0 and standard deviation 1 over `train`. One that is constant there
     becomes 0 in both: it carries no information, and its scale is rounding.

@@ -172,7 +172,7 @@ def test_fingerprint_of_a_folder_knows_names_sizes_times_and_bytes(tmp_path):
     (first / "a.png").write_bytes(png(1) + b"!")
     os.utime(first / "a.png", ns=(10**9, 10**9))
     longer = FolderSource(first).fingerprint()
-    (first / "a.png").write_bytes(png(1, colour="blue") + b"!")
+    (first / "a.png").write_bytes(png(1, color="blue") + b"!")
     os.utime(first / "a.png", ns=(10**9, 10**9))
     other_bytes = FolderSource(first).fingerprint()
     assert len({before, later, renamed, longer, other_bytes}) == 5

@@ -232,8 +232,8 @@ def test_batches_say_which_row_of_the_mix_they_show(two: tuple[Path, Path]) -> N
     index = open_catalog(source, cache=False)
     plan = Plan(index, CONFIG, 8, 0)
     batch = PackDataset(source, index, 8, MaskConfig())[next(plan.packs(Cursor(0, 0)))]
-    colours = [int(view.float().mean() * 3) for view in batch.packed.split()]
-    assert colours == [row + 1 for row in batch.image_ids.tolist()]
+    colors = [int(view.float().mean() * 3) for view in batch.packed.split()]
+    assert colors == [row + 1 for row in batch.image_ids.tolist()]
     assert batch.labels is not None
     assert batch.labels.tolist() == [[0, 1, 1, 2, 1][row] for row in batch.image_ids.tolist()]
 

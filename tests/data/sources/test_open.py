@@ -256,8 +256,8 @@ def test_what_was_read_and_what_was_not_is_one_line_for_each_source(tmp_path, ca
 
 def test_sources_can_be_sent_and_shared(tmp_path):
     """A copy as another process gets it, and many threads at once, read the same bytes."""
-    shard(tmp_path / "a.tar", [(f"{n}.png", png(n + 1, colour=(n, 0, 0))) for n in range(40)])
-    folder = write(tmp_path / "folder", **{f"{n:02d}.png": png(n + 1, colour=(n, 0, 0)) for n in range(40)})
+    shard(tmp_path / "a.tar", [(f"{n}.png", png(n + 1, color=(n, 0, 0))) for n in range(40)])
+    folder = write(tmp_path / "folder", **{f"{n:02d}.png": png(n + 1, color=(n, 0, 0)) for n in range(40)})
     for source in (open_source(str(tmp_path / "a.tar")), open_source(str(folder))):
         copy = pickle.loads(pickle.dumps(source))
 

@@ -70,7 +70,7 @@ def are_numbers(classes: Sequence[str] | None) -> bool:
 def number_labels(
     written: Iterable[Any], classes: list[str] | None, source: str
 ) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-    """Return labels as int64 [N], -1 where there is none, and the class names; None and None if no image has a label.
+    """Return labels as int64 [N], -1 for no label, and the class names; None and None if no image has a label.
 
     Labels that are all whole numbers stay as they are. Names are numbered in the order of `classes`, or if that is
     None, in the order of the alphabet.

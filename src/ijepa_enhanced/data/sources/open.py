@@ -119,7 +119,7 @@ def _check_no_columns(place: str, columns: Columns) -> None:
 
 
 def is_remote(spec: str) -> bool:
-    """Whether a source is to be copied before it is opened: `PROTOCOL://...`, but for the Hub's."""
+    """Return whether a source is copied before it is opened: `PROTOCOL://...`, except the Hub's."""
     return re.match(r"[a-z0-9]+://", spec) is not None and not spec.startswith("hf://")
 
 
