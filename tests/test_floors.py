@@ -9,8 +9,8 @@ import pytest
 PACKAGE = "ijepa_enhanced"
 ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
-# Floor by floor, in the order of DESIGN.md. A place, which is a folder or a file beside the folders, may import places
-# of lower floors, and on its own floor those that stand before it.
+# Floor by floor, see docs/decisions.md. A place, which is a folder or a file beside the folders, may import places of
+# lower floors, and on its own floor those that stand before it.
 FLOORS = (
     (
         *("errors", "config", "files", "randomness", "schedules", "masks"),
