@@ -264,26 +264,23 @@ def damaged_checkpoint(name: str, size: int) -> Callable[[], None]:
 
 
 NOWHERE = (
-    "No such file or folder: nope. Images are a folder, tar shards such as train-{000000..000002}.tar, Parquet files, "
-    "a CSV or JSONL list, hf://NAME, or 'synthetic'."
+    "No such file or folder: nope. A source of images can be a folder, tar shards such as train-{000000..000002}.tar, "
+    "Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'."
 )
 NO_IMAGES = (
     "No images in images. The folder must contain files that end in "
     ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
     ".bmp, .dib, .tif, .tiff, .jp2, .j2k."
 )
-TOO_FEW = (
-    "Only {1} images are large enough: training needs at least 2 images whose views have 4 or more patches of {0} x "
-    "{0} px. Add images{2}."
-)
+TOO_FEW = "Training needs at least 2 images whose views have 4 or more patches of {0} x {0} px, but {1}. Add images{2}."
 NO_CLASS = (
-    "Class 'gray' of others has no {} in {}. Every validation class must also be in the training images: add images of "
-    "it to them, or remove it from the validation images."
+    "Class 'gray' of others has no {} in {}. Every validation class must also occur in the training images. Add images "
+    "of this class to the training images, or remove the class from the validation images."
 )
 NO_LABELS = (
     "photos/dark has no labels, but evaluation needs them. In a folder, put the images of each class into a "
-    "subfolder. In tar shards, add a member KEY.cls for each image. In a list, add a column 'label'. In a "
-    "table, name the column of the labels: photos/dark#label=COLUMN."
+    "subfolder. In tar shards, add a .cls file with the label next to each image, such as 0001.cls for 0001.jpg. In a "
+    "list, add a column 'label'. In a table, name the column of the labels: photos/dark#label=COLUMN."
 )
 CUT = "images.tar is truncated or damaged after 8 images. Images after that point are skipped."
 CUT_IMAGE = "images.tar:7.png: truncated: the shard ends after 100 of the image's 10,000 bytes"
@@ -296,15 +293,18 @@ EMPTY, WORDS, BOMB, TRUNCATED = (
 STARTED = "run was started with {0} = {1} and cannot continue with {2}. Remove --{0}, or start a new run."
 EDITED = "run/config.yaml sets {}. Change it back, or start a new run."
 OTHER_PLAN = (
-    "Cannot resume run: the images, or the data settings, have changed since it was started. Restore them, or start a "
-    "new run."
+    "Cannot resume run: the images (for example, files were added or removed) or the data settings have changed since "
+    "the run was started. Restore them, or start a new run."
 )
 NO_EFFECT = (
     "{0} has no effect unless --objective.contrastive_weight > 0. Set {0} to 0, or set --objective.contrastive_weight "
     "above 0."
 )
 TRAIN = "train --data.source photos --run new"
-FEW = "photos has only {} images. kNN with 20 neighbors (knn20) uses all of them."
+FEW = (
+    "photos has only {} training images, fewer than the 20 neighbors of knn20. Every prediction uses all of them, so "
+    "the score says little. Use more training images."
+)
 SAME = "photos is used for training and validation, so the scores do not measure generalization."
 EVALUATE = "evaluate run --train photos --val photos --resolution 32 --workers 0"
 
@@ -372,7 +372,8 @@ WRONG_REQUESTS = {
     "a label out of range": (
         label_out_of_range,
         "evaluate run --train images.tar --val photos",
-        "images.tar has the label '5', which is not in classes.txt. That file lists 2 classes, numbered from 0.",
+        "images.tar has the label '5', which is not in classes.txt. Labels must be names in this file, or all be "
+        "numbers from 0 to 1. Correct the label, or add the class to classes.txt.",
     ),
     "an unknown protocol": (
         nothing,
@@ -396,19 +397,21 @@ WRONG_REQUESTS = {
         "evaluate run --train photos --val photos --protocols finetune --finetune.epochs 0",
         "--finetune.epochs must be above 0, not 0.",
     ),
-    "one image": (one_image, "train --data.source images --run new", TOO_FEW.format(8, "1 of 1", "")),
-    "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "1 of 1", "")),
+    "one image": (one_image, "train --data.source images --run new", TOO_FEW.format(8, "there is only 1", "")),
+    "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "there is only 1", "")),
     "only images smaller than a patch": (
         only_smaller_than_a_patch,
         f"{TRAIN} --data.min_resolution null --data.max_resolution null",
-        TOO_FEW.format(8, "0 of 3", ", raise data.min_resolution, or lower encoder.patch_size"),
+        TOO_FEW.format(
+            8, "only 0 of 3 images are large enough", ", raise data.min_resolution, or lower encoder.patch_size"
+        ),
     ),
     # Packs.
     "a pack smaller than the largest view": (
         nothing,
         f"{TRAIN} --data.max_view_tokens 513 --data.masked_views 2",
-        "--data.tokens_per_pack (512) is too small for the views of one image: 2 of up to 513 tokens. "
-        "Raise it, or lower --data.max_view_tokens.",
+        "--data.tokens_per_pack (512) is too small for the views of one image: 2 views of up to 513 tokens. "
+        "Raise it to at least 1026, or lower --data.max_view_tokens.",
     ),
     "one view to compare": (
         nothing,
@@ -429,8 +432,8 @@ WRONG_REQUESTS = {
     "a pack too small for any view": (
         nothing,
         f"{TRAIN} --data.tokens_per_pack 31",
-        "--data.tokens_per_pack (31) is too small: it limits views to 3 tokens, but masking needs at least 4. "
-        "Raise it.",
+        "--data.tokens_per_pack (31) is too small: without --data.max_view_tokens, a view has at most "
+        "--data.tokens_per_pack / 8 = 3 tokens, but masking needs at least 4. Set it to at least 32.",
     ),
     # Unknown names.
     "an unknown option": (
@@ -539,7 +542,7 @@ WRONG_REQUESTS = {
     "a predictor whose heads do not divide it": (
         nothing,
         f"{TRAIN} --predictor.width 24",
-        "--predictor.width must be a positive multiple of 8 * --predictor.heads (16), not 24.",
+        "--predictor.width must be a positive multiple of 16 (8 * --predictor.heads), not 24.",
     ),
     "no such variant": (
         nothing,
@@ -678,7 +681,7 @@ WRONG_REQUESTS = {
     "nothing to evaluate on": (
         nothing,
         "evaluate run",
-        "No labeled images. Use --data SOURCE, or --train SOURCE and --val SOURCE.",
+        "No labeled images were given. Use --data SOURCE, or --train SOURCE and --val SOURCE.",
     ),
     "--train without --val": (
         nothing,
@@ -729,7 +732,7 @@ WRONG_REQUESTS = {
     "nowhere to prepare to": (
         nothing,
         "prepare photos",
-        "The output folder OUT is missing: ijepa prepare SOURCE OUT.",
+        "The output folder was not given. Add OUT: ijepa prepare SOURCE OUT.",
     ),
     "a quality beyond what can be": (
         nothing,
@@ -770,6 +773,11 @@ WRONG_REQUESTS = {
         nothing,
         "train --data.source photos --run run",
         "run already exists. To resume it, use --resume run. Otherwise, choose another folder with --run.",
+    ),
+    "a folder in the run's place": (
+        nothing,
+        "train --data.source photos --run photos",
+        "photos already exists and is not a run folder. Choose another folder with --run.",
     ),
     "a file in the run's place": (
         nothing,
@@ -841,13 +849,13 @@ CUT_HEADER = "its weights are damaged (Error while deserializing header: invalid
 
 EMPTY_JSON = "progress.json is damaged (Expecting value: line 1 column 1 (char 0))"
 
-TAKE_AWAY = "Remove these images, or allow more with --data.max_unreadable."
+TAKE_AWAY = "Remove these images, or raise --data.max_unreadable."
 
 FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "too many unreadable headers": (
         damaged_headers,
         TRAIN,
-        ["ijepa: 3 of 10 images cannot be read, but data.max_unreadable = 0.01 allows only 1%:"]
+        ["ijepa: 3 of 10 images cannot be read, but data.max_unreadable = 0.01 allows only 1%. Unreadable images:"]
         + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB)]
         + [TAKE_AWAY],
         set(),
@@ -855,7 +863,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
     "too many unreadable images": (
         damaged_headers_and_body,
         f"{TRAIN} --data.max_unreadable 0.3",
-        ["ijepa: 4 of 10 images cannot be read, but data.max_unreadable = 0.3 allows only 30%:"]
+        ["ijepa: 4 of 10 images cannot be read, but data.max_unreadable = 0.3 allows only 30%. Unreadable images:"]
         + [f"  {reason}" for reason in (EMPTY, WORDS, BOMB, TRUNCATED)]
         + [TAKE_AWAY],
         BEGUN,
@@ -864,7 +872,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         cut_shard,
         "train --data.source images.tar --run new",
         [
-            "ijepa: 1 of 8 images cannot be read, but data.max_unreadable = 0.01 allows only 1%:",
+            "ijepa: 1 of 8 images cannot be read, but data.max_unreadable = 0.01 allows only 1%. Unreadable images:",
             f"  {CUT_IMAGE}",
             TAKE_AWAY,
         ],
@@ -890,7 +898,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         EVALUATE,
         [
             "ijepa: The weights patch_embed.weight in run/encoder contain NaN or infinite values, so this encoder "
-            "cannot be used."
+            "cannot be used. Use an encoder from another run, or RUN/best if the run has one."
         ],
         set(),
     ),
@@ -900,7 +908,7 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
             f"{EVALUATE} --protocols {protocol}",
             [
                 "ijepa: The features of dark/0.png in photos contain NaN or infinite values, so this encoder "
-                "cannot be used."
+                "cannot be used. Use an encoder from another run, or RUN/best if the run has one."
             ],
             set(),
         )
@@ -999,7 +1007,12 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         many_damaged_headers,
         f"{EVALUATE} --json",
         [f"Skipped dark/x{number:02}.png of photos: empty file" for number in range(20)]
-        + ["Skipped 5 more images of photos. Run `ijepa scan` to list them.", "Scoring: trained", FEW.format(10), SAME],
+        + [
+            "Skipped 5 more images of photos. Run `ijepa scan photos` to list them.",
+            "Scoring: trained",
+            FEW.format(10),
+            SAME,
+        ],
         {},
     ),
     "evaluate what a cut shard holds": (

@@ -154,7 +154,10 @@ def test_json_is_only_printed_when_asked_for(pictures: Path) -> None:
     assert for_programs.out[:-1] == plain.out
 
 
-FEW = "{} has only 10 images. kNN with 20 neighbors (knn20) uses all of them."
+FEW = (
+    "{} has only 10 training images, fewer than the 20 neighbors of knn20. Every prediction uses all of them, so the "
+    "score says little. Use more training images."
+)
 SAME = "{} is used for training and validation, so the scores do not measure generalization."
 
 
@@ -377,8 +380,8 @@ def test_classes_go_by_their_names(run: Run, pictures: Path, tmp_path: Path) -> 
 
 
 ADVICE = (
-    "Every validation class must also be in the training images: add images of it to them, or remove it from the "
-    "validation images."
+    "Every validation class must also occur in the training images. Add images of this class to the training images, "
+    "or remove the class from the validation images."
 )
 
 
@@ -861,7 +864,9 @@ def test_each_worker_has_a_core_and_torch_has_half_of_them(
     assert caplog.messages == []
     share_cores(9)
     assert given[-1] == 4
-    assert caplog.messages == ["9 workers share 8 CPU cores. Set the number of workers to 8."]
+    assert caplog.messages == [
+        "There are more workers (9) than CPU cores (8), so they slow each other down. Set --data.workers to 8."
+    ]
 
 
 def test_a_resolution_far_from_the_trained_one_is_pointed_out_once(run: Run, pictures: Path) -> None:
@@ -930,7 +935,7 @@ def test_one_labelled_source_is_split(run: Run, pictures: Path, tmp_path: Path) 
     command = ("evaluate", tmp_path / "run", "--data", pictures, "--workers", "0", "--json")
     answer = ijepa(*command)
     assert {"knn20", "linear", "rankme"} <= scores(answer).keys()
-    few = f"{pictures} has only 8 images. kNN with 20 neighbors (knn20) uses all of them."
+    few = FEW.format(pictures).replace("10", "8")
     assert answer.err == ["Scoring: trained", few]
     settings = json.loads((tmp_path / "run" / "evaluation.json").read_text())["settings"]
     assert (settings["data"], settings["seed"]) == (str(pictures), 0)

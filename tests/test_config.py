@@ -149,8 +149,9 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_what_is_not_yaml_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("optim: [1")
-    assert refused(file).startswith(f"{file} is not valid YAML: ")
+    file.write_text("seed: 1\noptim: [1")
+    problem = "expected ',' or ']', but got '<stream end>'"
+    assert refused(file) == f"{file} is not valid YAML: {problem} (line 2, column 10)."
     file.write_bytes(b"\xff\xfe\x00")
     assert refused(file).startswith(f"{file} is not valid YAML: ")
 

@@ -175,7 +175,7 @@ def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
         ([torch.zeros(3, 9, 9)], "A tensor must be uint8 [3, height, width], not torch.float32 [3, 9, 9]."),
         (torch.zeros(3, 9, 9, dtype=torch.uint8), "images must be a list of images, even for a single image."),
         (np.zeros((9, 9, 3), np.uint8), "images must be a list of images, even for a single image."),
-        ([3], "An image is a PIL image, an array, a tensor, bytes or a path, not int."),
+        ([3], "An image must be a PIL image, a NumPy array, a tensor, bytes or a path, not int."),
     ],
 )
 def test_what_cannot_be_embedded_is_said(encoder: Encoder, images: Any, message: str) -> None:
@@ -456,7 +456,7 @@ def test_opened_images_travel_to_workers_and_their_faults_come_back(
         list(encoder.embed_iter([tmp_path / "good.jpg", opened[1]], workers=workers))
     with pytest.raises(FileNotFoundError):
         list(encoder.embed_iter([tmp_path / "gone.jpg"], workers=workers))
-    with pytest.raises(TypeError, match=r"^An image is a PIL image"):
+    with pytest.raises(TypeError, match=r"^An image must be a PIL image"):
         list(encoder.embed_iter([3], workers=workers, on_error="skip"))  # type: ignore[list-item]
     for image in opened:
         image.close()
@@ -467,5 +467,7 @@ def test_requests_that_cannot_be_met_are_refused_at_once(encoder: Encoder, image
         encoder.embed_iter(images[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^on_error must be"):
         encoder.embed_iter(images, on_error="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^channels must be 3"):
+    with pytest.raises(ValueError, match=r"^channels must be 3, not 1\.$"):
         Preprocessing(channels=1)
+    with pytest.raises(ValueError, match=r"^mean and std must have 3 values each, not 1 and 3\.$"):
+        Preprocessing(mean=(0.5,))

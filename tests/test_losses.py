@@ -69,7 +69,7 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 @pytest.mark.parametrize("views", [0, 1])
 def test_too_few_views_are_an_error(views: int) -> None:
-    with pytest.raises(ValueError, match=rf"^Variance needs at least 2 views in a pack, not {views}\.$"):
+    with pytest.raises(ValueError, match=rf"^VICReg's variance needs at least 2 views, not {views}\.$"):
         variance_covariance(torch.ones(views, 4))
 
 

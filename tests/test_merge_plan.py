@@ -141,7 +141,7 @@ def test_all_of_a_plan_moves() -> None:
 @pytest.mark.parametrize("rate", [-0.01, 0.51, 1.0, math.nan, math.inf, [0.1, 0.6, 0.1]])
 def test_a_rate_that_cannot_be_is_refused(rate: float | list[float]) -> None:
     wrong = rate[1] if isinstance(rate, list) else rate
-    message = f"^A merge rate must be between 0 and 0.5, not {wrong}: a layer merges at most every second token\\.$"
+    message = f"^A merge rate must be between 0 and 0.5, not {wrong}: a layer can merge at most half of its tokens\\.$"
     for plan in (MergePlan.of, merged_lengths):
         with pytest.raises(ValueError, match=message):
             plan([10], rate, 3)

@@ -73,7 +73,7 @@ def test_check(place, capsys):
 
 
 REFUSED = {
-    "prepare photos": "The output folder OUT is missing: ijepa prepare SOURCE OUT.",
+    "prepare photos": "The output folder was not given. Add OUT: ijepa prepare SOURCE OUT.",
     "prepare": "Missing: SOURCE. See `ijepa prepare --help`.",
     "prepare done new --check": "--check takes only the prepared folder. Remove OUT.",
     "prepare photos --check": "photos was not made by `ijepa prepare`: it has no manifest.json.",
@@ -82,8 +82,8 @@ REFUSED = {
         "photos is not empty (it contains {}) and was not made by `ijepa prepare`. Use an empty or a new output folder."
     ),
     "prepare photos done --quality 80": (
-        "done already contains shards that were prepared with quality = 90, not 80. Use another output folder, or "
-        "delete this one."
+        "done already contains shards that were prepared with --quality 90, not 80. Use another output folder, or "
+        "delete done."
     ),
     "prepare photos new --quality 101": "--quality must be at least 1 and at most 100, not 101.",
     "prepare photos new --max-resolution 0": "--max-resolution must be at least 1, not 0.",
@@ -126,8 +126,8 @@ def test_remote_images_are_not_copied_in_vain(place, capsys, monkeypatch):
         2,
         [],
         [
-            "ijepa: far already contains shards that were prepared with quality = 90, not 80. Use another output "
-            "folder, or delete this one."
+            "ijepa: far already contains shards that were prepared with --quality 90, not 80. Use another output "
+            "folder, or delete far."
         ],
     )
     code, _, err = ijepa(capsys, f"prepare {remote} photos")
@@ -139,7 +139,7 @@ def test_a_class_whose_name_is_no_line_of_text(place, capsys, name):
     Path("photos/light").rename(Path("photos", name))
     code, out, err = ijepa(capsys, "prepare photos new")
     assert (code, out) == (2, [])
-    assert err[-1].startswith(f"ijepa: The class {name!r} cannot be written to classes.txt")
+    assert err[-1].startswith(f"ijepa: The class name {name!r} cannot be written to classes.txt")
     assert [*Path("new").iterdir()] == []
 
 

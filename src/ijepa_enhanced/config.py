@@ -181,7 +181,7 @@ def read_config(path: Path, cls: type[Any], more: Mapping[str, Any]) -> dict[str
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise RequestError(not_yaml(path, error)) from error
     if not isinstance(content, dict):
         raise RequestError(
             f"{path} must be a YAML mapping of keys to values, such as the output of `ijepa train --print-config`."
@@ -193,6 +193,15 @@ def read_config(path: Path, cls: type[Any], more: Mapping[str, Any]) -> dict[str
             raise RequestError(unknown("key", name, list(kinds), str(path)))
         found[name] = checked(f"{path}: {name}", kinds[name], value)
     return found
+
+
+def not_yaml(path: Path, error: Exception) -> str:
+    """Return the message of a file that is not YAML, with the place of the mistake if `yaml` names it."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{path} is not valid YAML: {str(error).splitlines()[0]}."
+    problem = getattr(error, "problem", None) or "syntax error"
+    return f"{path} is not valid YAML: {problem} (line {mark.line + 1}, column {mark.column + 1})."
 
 
 def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,7 +48,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 @functools.cache
 def say_too_old() -> None:
     """Warn, once in a process, that the GPU has neither bfloat16 nor FlashAttention."""
-    logger.warning("This GPU is too old for bfloat16 and FlashAttention. Using float32 and padded attention instead.")
+    logger.warning(
+        "This GPU does not support bfloat16 and FlashAttention. Using float32 and attention on padded batches instead, "
+        "which is slower and needs more memory."
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

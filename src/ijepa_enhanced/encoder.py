@@ -79,8 +79,12 @@ class Preprocessing:
     """The feature of an image is the mean of the features of its patches."""
 
     def __post_init__(self) -> None:
-        if self.channels != CHANNELS or not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"channels must be {CHANNELS}, with a mean and a std for each, not {self.channels}.")
+        if self.channels != CHANNELS:
+            raise ValueError(f"channels must be {CHANNELS}, not {self.channels}.")
+        if not len(self.mean) == len(self.std) == CHANNELS:
+            raise ValueError(
+                f"mean and std must have {CHANNELS} values each, not {len(self.mean)} and {len(self.std)}."
+            )
         if self.pooling != "mean":
             raise ValueError(f"pooling must be mean, not '{self.pooling}'.")
 
@@ -419,6 +423,7 @@ class Encoder(nn.Module):
         for name, value in network.state_dict().items():
             if not value.isfinite().all():
                 raise NotFiniteError(
-                    f"The weights {name} in {folder} contain NaN or infinite values, so this encoder cannot be used."
+                    f"The weights {name} in {folder} contain NaN or infinite values, so this encoder cannot be used. "
+                    "Use an encoder from another run, or RUN/best if the run has one."
                 )
         return cls(network, preprocessing).eval()

@@ -23,7 +23,7 @@ def variance_covariance(z: Tensor) -> Tensor:
     """
     views, width = z.shape
     if views < 2:
-        raise ValueError(f"Variance needs at least 2 views in a pack, not {views}.")
+        raise ValueError(f"VICReg's variance needs at least 2 views, not {views}.")
     centered = z.float() - z.float().mean(dim=0)
     with torch.autocast(z.device.type, enabled=False):  # float32 under autocast too
         covariance = centered.T @ centered / (views - 1)  # [D, D]

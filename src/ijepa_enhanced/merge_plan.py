@@ -61,7 +61,8 @@ def layer_rates(rate: float | Sequence[float], depth: int) -> list[Fraction]:
     for layer_rate in rates:
         if not 0 <= layer_rate <= 0.5:
             raise ValueError(
-                f"A merge rate must be between 0 and 0.5, not {layer_rate}: a layer merges at most every second token."
+                f"A merge rate must be between 0 and 0.5, not {layer_rate}: a layer can merge at most half of its "
+                "tokens."
             )
     return [Fraction(str(layer_rate)) for layer_rate in rates]  # through str: 0.1 becomes 1/10, not the nearest float
 

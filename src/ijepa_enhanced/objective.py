@@ -14,7 +14,7 @@ class ObjectiveConfig:
     """Weight of I-JEPA's prediction loss. With 0, training runs neither the teacher nor the predictor."""
     vicreg_weight: float = 0.1
     """Weight of VICReg's variance and covariance terms, which prevent collapse. They are computed on the mean of the
-    student's context tokens. 0 is plain I-JEPA. In small runs, its features collapsed to fewer dimensions
+    student's context tokens. 0: plain I-JEPA. In small runs, the features of plain I-JEPA collapsed to fewer dimensions
     (docs/measurements.md)."""
     contrastive_weight: float = 0.0
     """Weight of the contrastive loss (NT-Xent, SimCLR) between the views of an image. It is computed on a projection of

@@ -25,9 +25,9 @@ TABLE = Path(__file__).parents[2] / "docs" / "inputs.md"
 
 HEAD = """# Inputs
 
-What `ijepa` makes of folders, archives, lists and tables as people have them. Each row is what the tests find
-(`tests/data/test_inputs.py`); [data.md](data.md) states the rules, and `tests/data/test_zoo.py` does the same for
-formats of image files. ROOT is the folder of the input.
+This page lists typical folders, archives, lists and tables, and what `ijepa` prints for each. The tests check every row
+(`tests/data/test_inputs.py`). The rules are in [data.md](data.md). `tests/data/test_zoo.py` does the same for image
+file formats. ROOT is the input folder.
 """
 
 Files = dict[str, bytes]
@@ -71,7 +71,7 @@ ONE_SOURCE: dict[str, tuple[str, Files]] = {
     "images without folders": ("ROOT", files("a.png", "b.png")),
     "images beside folders of images": ("ROOT", files("cat/a.png", "dog/b.png", "c.png")),
     "a class without images": ("ROOT", files("cat/a.png", "dog/b.png") | {"fox/notes.txt": b""}),
-    "a folder named -1": ("ROOT", files("cat/a.png", "-1/b.png")),
+    "a folder named -1 (images without a label)": ("ROOT", files("cat/a.png", "-1/b.png")),
     "`train` and `val`": ("ROOT", files("train/cat/a.png", "val/cat/b.png")),
     "`train` and `val` beside a stray CSV (Imagenette's archive)": (
         "ROOT",
@@ -149,7 +149,7 @@ ONE_SOURCE: dict[str, tuple[str, Files]] = {
     "a compressed shard": ("ROOT/x.tar", {"x.tar": b"\x1f\x8b\x08\0" + bytes(600)}),
     "`a.seg.png` in a shard": ("ROOT/x.tar", {"x.tar": tar("a.png", "a.seg.png")}),
     "two members of one name": ("ROOT/x.tar", {"x.tar": tar("a.png", "a.png")}),
-    "a CSV with -1, an empty label and `nan`": (
+    "a CSV with -1, an empty label and `nan` (all three mean: no label)": (
         "ROOT/list.csv",
         files(*letters(5)) | {"list.csv": rows(0, -1, "", "nan", 1)},
     ),
@@ -161,7 +161,7 @@ ONE_SOURCE: dict[str, tuple[str, Files]] = {
     "a CSV that names a missing image": ("ROOT/list.csv", files("a.png") | {"list.csv": rows(0, 1)}),
     "JSONL with a line that is not JSON": ("ROOT/list.jsonl", {"list.jsonl": b'{"path": "a.png"}\nwords'}),
     "Parquet with whole numbers": ("ROOT/x.parquet", {"x.parquet": table(image=[IMAGE] * 3, label=[2, 0, 2])}),
-    "Parquet with floats and a gap": (
+    "Parquet with float labels, one of them missing": (
         "ROOT/x.parquet",
         {"x.parquet": table(image=[IMAGE] * 3, label=[2.0, None, 0.0])},
     ),
@@ -188,7 +188,7 @@ PAIRS: dict[str, tuple[tuple[str, Files], tuple[str, Files]]] = {
         ("ROOT/list.csv", files(*letters(12)) | {"list.csv": rows(*range(12))}),
         ("ROOT", files(*(f"{number}/{name}" for number, name in enumerate(letters(12))))),
     ),
-    "a CSV of 0 to 11 and one of 0.0 to 11.0 with a gap": (
+    "a CSV of 0 to 11 and one of 0.0 to 11.0 with a missing label": (
         ("ROOT/list.csv", files(*letters(12)) | {"list.csv": rows(*range(12))}),
         ("ROOT/list.csv", files(*letters(13)) | {"list.csv": rows(*(float(n) for n in range(12)), "")}),
     ),
@@ -196,7 +196,7 @@ PAIRS: dict[str, tuple[tuple[str, Files], tuple[str, Files]]] = {
         ("ROOT/list.csv", files(*letters(2)) | {"list.csv": rows(0, 1)}),
         ("ROOT", files("cat/a.png", "dog/b.png")),
     ),
-    "two lists of classes in another order": (
+    "two lists of the same classes in different orders": (
         ("ROOT/list.csv", files(*letters(2)) | {"list.csv": rows(0, 1), "classes.txt": b"dog\ncat"}),
         ("ROOT/list.csv", files(*letters(2)) | {"list.csv": rows(1, 0), "classes.txt": b"cat\ndog"}),
     ),
@@ -250,7 +250,9 @@ def two(root: Path, caplog: pytest.LogCaptureFixture, specs: list[str]) -> str:
         found.append({Path(images.catalog.key(place)).name: int(label) for place, label in enumerate(labels)})
     same = sum(found[0].get(name) == label for name, label in found[1].items())
     lines = [message for message in caplog.messages if message.startswith("Classes")]
-    return said([*lines, f"{same} of {len(found[1])} images have the class of the image of that name."], root)
+    counts = f"{same} of {len(found[1])}"
+    agree = f"{counts} validation images have the same class as the training image with the same file name."
+    return said([*lines, agree], root)
 
 
 @pytest.fixture(scope="module")

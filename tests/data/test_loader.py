@@ -310,7 +310,10 @@ def test_an_image_of_another_size_than_at_the_scan_is_left_out_and_named(scene: 
     )
     Image.new("RGB", size[::-1]).save(scene.source.root / scene.source.key(row))
     batch = scene.dataset()[pack]
-    reason = f"has changed since the scan, from {height} x {width} px to {size[0]} x {size[1]} px: run `ijepa scan`"
+    reason = (
+        f"has changed since the scan, from {height} x {width} px to {size[0]} x {size[1]} px: run `ijepa scan SOURCE` "
+        "to scan the images again"
+    )
     assert batch.unreadable == ((row, reason),)
     assert row not in batch.image_ids.tolist()
 

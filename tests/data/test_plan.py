@@ -210,7 +210,7 @@ def test_large_images_get_packs_of_their_own() -> None:
 
 
 def test_an_image_above_the_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^An image of 11 tokens does not fit a pack of 10\.$"):
+    with pytest.raises(ValueError, match=r"^An image of 11 tokens does not fit into a pack of 10 tokens\.$"):
         balance(np.array([3, 11, 4]), 10, np.random.default_rng(0))
 
 
@@ -428,11 +428,11 @@ def test_fill_and_its_ceiling_by_hand() -> None:
 @pytest.mark.parametrize(
     ("sizes", "have", "more"),
     [
-        ([], "0 of 0", ""),
-        ([(500, 500)], "1 of 1", ""),
+        ([], "there are only 0", ""),
+        ([(500, 500)], "there is only 1", ""),
         (
             [(16, 16), (500, 500), (16, 47)],
-            "1 of 3",
+            "only 1 of 3 images is large enough",
             ", raise data.min_resolution, or lower encoder.patch_size",
         ),
     ],
@@ -444,8 +444,8 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(
     with pytest.raises(PlanError) as error:
         make_plan(config, sizes).epoch(0)
     assert str(error.value) == (
-        f"Only {have} images are large enough: training needs at least 2 images whose views have 4 or more patches of "
-        f"16 x 16 px. Add images{more}."
+        f"Training needs at least 2 images whose views have 4 or more patches of 16 x 16 px, but {have}. Add "
+        f"images{more}."
     )
     assert isinstance(error.value, ValueError)
 
@@ -489,30 +489,29 @@ def test_fewer_than_two_images_that_are_large_enough_is_no_plan(
         ({"max_unreadable": 1.1}, "data.max_unreadable must be between 0 and 1, not 1.1."),
         (
             {"tokens_per_pack": 1000, "masked_views": 4, "max_view_tokens": 300},
-            "data.tokens_per_pack (1000) is too small for the views of one image: 4 of up to 300 tokens. "
-            "Raise it, or lower data.max_view_tokens.",
+            "data.tokens_per_pack (1000) is too small for the views of one image: 4 views of up to 300 tokens. "
+            "Raise it to at least 1200, or lower data.max_view_tokens.",
         ),
         (
             {"masked_views": 9},
-            "data.tokens_per_pack (16384) is too small for the views of one image: 9 of up to 2048 tokens. "
-            "Raise it, or lower data.max_view_tokens.",
+            "data.tokens_per_pack (16384) is too small for the views of one image: 9 views of up to 2048 tokens. "
+            "Set data.max_view_tokens to less than 2048, or use fewer views.",
         ),
         ({"global_views": -1}, "data.global_views must be at least 0, not -1."),
         ({"local_views": -1}, "data.local_views must be at least 0, not -1."),
         (
             {"tokens_per_pack": 1000, "masked_views": 2, "local_views": 6, "max_view_tokens": 300},
-            "data.tokens_per_pack (1000) is too small for the views of one image: 2 of up to 300 tokens and 6 of up to "
-            "75. Raise it, or lower data.max_view_tokens.",
+            "data.tokens_per_pack (1000) is too small for the views of one image: 2 views of up to 300 tokens and 6 "
+            "local views of up to 75. Raise it to at least 1050, or lower data.max_view_tokens.",
         ),
         (
             {"tokens_per_pack": 31},
-            "data.tokens_per_pack (31) is too small: it limits views to 3 tokens, but masking needs at least "
-            "4. Raise it.",
+            "data.tokens_per_pack (31) is too small: without data.max_view_tokens, a view has at most "
+            "data.tokens_per_pack / 8 = 3 tokens, but masking needs at least 4. Set it to at least 32.",
         ),
         (
             {"max_view_tokens": 3},
-            "data.max_view_tokens (3) is too small: it limits views to 3 tokens, but masking needs at least "
-            "4. Raise it.",
+            "data.max_view_tokens must be null or at least 4, not 3: masking needs 4 tokens.",
         ),
     ],
 )

@@ -206,7 +206,7 @@ def test_what_always_breaks_off_is_named_and_gone_on_with(server, tmp_path):
     said = str(error.value)
     assert said.startswith(f"{address}/train-1.tar could not be copied after 4 attempts: ClientPayloadError: ")
     assert said.endswith(
-        f" 2 of the 3 files of {address}/{{train-0,train-1,val-0}}.tar are missing. "
+        f" 2 of the 3 files of {address}/{{train-0,train-1,val-0}}.tar have not been copied. "
         "Run the same command again to continue."
     )
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["train-0.tar"], "nothing is half there"
@@ -221,7 +221,7 @@ def test_a_file_that_is_not_there(server, tmp_path):
         fetch(f"{address}/nope.tar", tmp_path)
     assert str(error.value) == (
         f"{address}/nope.tar could not be copied after 4 attempts: not found. "
-        f"1 of the 1 files of {address}/nope.tar are missing. Run the same command again to continue."
+        f"1 of the 1 files of {address}/nope.tar has not been copied. Run the same command again to continue."
     )
 
 

@@ -359,7 +359,8 @@ UNREADABLE = {
     "bomb.png": (bomb(20000, 20000), "20000 x 20000 px is above the limit of 89,478,485 px"),
     "orientation behind the pixels.png": (
         whole[:-12] + chunk(b"eXIf", exif(6)[6:]) + whole[-12:],
-        "the EXIF orientation is stored after the pixels: save it again to put it in front",
+        "the EXIF orientation is stored after the pixel data, where it is not read: save the image again with the EXIF "
+        "data before the pixels",
     ),
     "cut in the signature.jpg": (jpeg()[:2], NO_FORMAT),
     "cut in the header.jpg": (jpeg()[:40], "damaged header: Truncated File Read"),

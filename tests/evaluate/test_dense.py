@@ -95,7 +95,7 @@ def test_label_maps_lie_over_the_upright_image(
     for _ in range(2):
         np.testing.assert_array_equal(map_of(maps, 0), labels)
     assert [message.partition(", and")[0] for message in caplog.messages] == [
-        f"a.jpg in {tmp_path}/images is turned by its EXIF orientation"
+        f"a.jpg in {tmp_path}/images is rotated or flipped by its EXIF orientation"
     ] * said
 
 
@@ -105,8 +105,8 @@ def test_a_label_map_over_the_pixels_as_they_are_stored_is_refused(tmp_path: Pat
     with pytest.raises(UnreadableImage) as error:
         map_of(open_maps(str(tmp_path), "train"), 0)
     assert str(error.value) == (
-        f"The label map of a.jpg in {tmp_path}/images is 24 x 16 px, but its image is 16 x 24 px after it is turned by "
-        "its EXIF orientation (6)."
+        f"The label map of a.jpg in {tmp_path}/images is 24 x 16 px, but its image is 16 x 24 px after its EXIF "
+        "orientation (6) is applied."
     )
 
 

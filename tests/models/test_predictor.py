@@ -91,11 +91,11 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(
         *(
             (width, 1, heads, f"predictor.width must be a positive multiple of {multiple}, not {width}.")
             for width, heads, multiple in (
-                (32, 5, "8 * predictor.heads (40)"),
-                (0, 1, "8 * predictor.heads (8)"),
-                (-16, 2, "8 * predictor.heads (16)"),
-                (6, 2, "8 * predictor.heads (16)"),
-                (36, 3, "8 * predictor.heads (24)"),
+                (32, 5, "40 (8 * predictor.heads)"),
+                (0, 1, "8 (8 * predictor.heads)"),
+                (-16, 2, "16 (8 * predictor.heads)"),
+                (6, 2, "16 (8 * predictor.heads)"),
+                (36, 3, "24 (8 * predictor.heads)"),
             )
         ),
     ],

@@ -51,7 +51,7 @@ WRONG = {
         "arms: {a: ''}\nval: 3",
         "val must be a string, not 3.",
     ),
-    "broken YAML": ("arms: {a", "is not valid YAML: while parsing a flow mapping"),
+    "broken YAML": ("arms: {a", "is not valid YAML: expected ',' or '}', but got '<stream end>' (line 1, column 9)."),
 }
 
 

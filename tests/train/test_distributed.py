@@ -119,7 +119,7 @@ def test_what_cannot_be_read_is_counted_and_named_as_by_one(whole: TrainConfig, 
     assert stderr.count("Skipped ") == 14
     code, _, stderr = finish(torchrun(whole, tmp_path / "strict"))
     assert code == 1
-    assert "images cannot be read, but data.max_unreadable = 0.01 allows only 1%:" in stderr
+    assert "images cannot be read, but data.max_unreadable = 0.01 allows only 1%. Unreadable images:" in stderr
 
 
 def test_a_signal_stops_all_ranks_after_the_same_step(whole: TrainConfig, tmp_path: Path) -> None:

@@ -84,7 +84,10 @@ def test_an_old_gpu_computes_in_float32_and_says_so_once(
     say_too_old.cache_clear()
     assert autocast_dtype("auto", CUDA) == torch.float32
     assert autocast_dtype("bf16", CUDA) == torch.float32
-    told = "This GPU is too old for bfloat16 and FlashAttention. Using float32 and padded attention instead."
+    told = (
+        "This GPU does not support bfloat16 and FlashAttention. Using float32 and attention on padded batches instead, "
+        "which is slower and needs more memory."
+    )
     assert caplog.messages == [told]
     caplog.clear()
     assert autocast_dtype("fp32", CUDA) == torch.float32

@@ -245,6 +245,6 @@ def test_a_checkpoint_of_other_images_is_refused(tiny: TrainConfig, tmp_path: Pa
     with pytest.raises(ResumeError) as error:
         train(tiny, tmp_path / "run", resume=True)
     assert str(error.value) == (
-        f"Cannot resume {tmp_path / 'run'}: the images, or the data settings, have changed since it was started. "
-        "Restore them, or start a new run."
+        f"Cannot resume {tmp_path / 'run'}: the images (for example, files were added or removed) or the data settings "
+        "have changed since the run was started. Restore them, or start a new run."
     )

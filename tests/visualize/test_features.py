@@ -206,6 +206,9 @@ def test_the_picture_is_the_same_every_time(encoder: Encoder, images: list[NDArr
 def test_a_patch_outside_one_of_the_images_leaves_no_picture(
     encoder: Encoder, images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"^Patch \(6, 0\) is outside the grid of 4 x 16"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Patch \(6, 0\) is outside the grid of 4 x 16 patches\. Rows go from 0 to 3, columns from 0 to 15\.$",
+    ):
         draw_features(encoder, images, tmp_path / "features.png", (6, 0), resolution=64)
     assert not list(tmp_path.iterdir())

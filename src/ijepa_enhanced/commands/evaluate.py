@@ -91,7 +91,7 @@ def run(options: EvaluateOptions) -> int:
         keys = [f"finetune.{key}" for key in options.finetune]
         raise RequestError(as_options(str(error), keys)) from error
     workers = default_workers() if options.workers is None else options.workers
-    share_cores(workers)
+    share_cores(workers, "--workers")
     with ranks_of_run(WORK_TIMEOUT) as ranks:  # rank 0 scores alone
         encoder = Encoder.from_pretrained(options.run).to(ranks.device)
         dtype = autocast_dtype("auto", ranks.device)
@@ -204,7 +204,8 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
     most = max(NEIGHBORS)
     if "knn" in protocols and len(train.values) < most and work.is_new("few neighbors"):
         logger.warning(
-            "%s has only %d images. kNN with %d neighbors (knn%d) uses all of them.",
+            "%s has only %d training images, fewer than the %d neighbors of knn%d. Every prediction uses all of them, "
+            "so the score says little. Use more training images.",
             work.train.source.name,
             len(train.values),
             most,

@@ -8,6 +8,7 @@ import functools
 import operator
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from types import NoneType, UnionType
@@ -94,7 +95,7 @@ def overview(path: str, group: Group) -> str:
     lines = [f"  {name:{width}}  {command.purpose}" for name, command in group.commands.items()]
     head = [f"usage: {path} {kind.upper()} [OPTIONS]", "", group.purpose, "", f"{kind}s:"]
     more = f"Run `{path} {kind.upper()} --help` for the options of a {kind}, and `ijepa --version` for the version."
-    pages = "Pages such as docs/data.md are in the source repository."
+    pages = "Help texts refer to files such as docs/data.md, which are in the source repository."
     return "\n".join([*head, *lines, "", examples_of(group), "", more, pages])
 
 
@@ -187,7 +188,7 @@ def options_of(cls: type[Common]) -> Iterator[Option]:
                     key.help,
                     key.metavar or metavar(key.kind),
                     group,
-                    listed=name.startswith(data["shown"]),
+                    listed=name.startswith(data["shown"]) and name not in data["hidden"],
                 )
         else:
             kind = without_none(kinds[field.name])
@@ -233,6 +234,13 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}. See `{self.prog} --help`.")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Does not break lines at the hyphens of a name such as own-images-cpu."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parser:
     """Return the parser of one command: what is given stays text, and what is not given is left out."""
     width = min(shutil.get_terminal_size().columns, 120) - 2
@@ -245,7 +253,7 @@ def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parse
         description="\n\n".join(parts),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=28, width=width),
     )
     groups: dict[str, Any] = {"": parser}
     for option in options:

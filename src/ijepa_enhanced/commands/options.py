@@ -26,16 +26,19 @@ def option(default: Any = dataclasses.MISSING, *, metavar: str = "", positional:
     return dataclasses.field(default=default, metadata={"metavar": metavar, "positional": positional}, kw_only=True)
 
 
-def keys(config: type[Any], prefix: str = "", shown: tuple[str, ...] = ("",)) -> Any:
+def keys(config: type[Any], prefix: str = "", shown: tuple[str, ...] = ("",), hidden: tuple[str, ...] = ()) -> Any:
     """Return a field with the keys of a configuration that were given, each by a flag of its own.
 
     Args:
         config: the dataclass that has the keys.
         prefix: of the flags, after the dashes.
         shown: the help lists the keys that start with one of these.
+        hidden: keys that it does not list nevertheless.
     """
     return dataclasses.field(
-        default_factory=dict, metadata={"config": config, "prefix": prefix, "shown": shown}, kw_only=True
+        default_factory=dict,
+        metadata={"config": config, "prefix": prefix, "shown": shown, "hidden": hidden},
+        kw_only=True,
     )
 
 
@@ -148,7 +151,7 @@ class EvaluateOptions(EncoderOptions):
         if self.data is not None and (self.train is not None or self.val is not None):
             raise RequestError("Use either --data, or both --train and --val. --data is split into both.")
         if self.data is None and self.train is None and self.val is None:
-            raise RequestError("No labeled images. Use --data SOURCE, or --train SOURCE and --val SOURCE.")
+            raise RequestError("No labeled images were given. Use --data SOURCE, or --train SOURCE and --val SOURCE.")
         for missing, there in (("train", "val"), ("val", "train")):
             if self.data is None and getattr(self, missing) is None:
                 raise RequestError(f"--{there} requires --{missing}. Or use --data SOURCE, which is split into both.")
@@ -202,7 +205,7 @@ class PrepareOptions(Common):
         if not 1 <= self.quality <= 100:
             raise RequestError(f"--quality must be at least 1 and at most 100, not {self.quality}.")
         if self.out is None and not self.check:
-            raise RequestError("The output folder OUT is missing: ijepa prepare SOURCE OUT.")
+            raise RequestError("The output folder was not given. Add OUT: ijepa prepare SOURCE OUT.")
         if self.out is not None and self.check:
             raise RequestError("--check takes only the prepared folder. Remove OUT.")
 
@@ -215,10 +218,12 @@ class PackOptions(Common):
     """A run folder, whose saved configuration is used, or images: a folder, tar shards, Parquet files, a CSV or JSONL
     list, hf://NAME or synthetic."""
     out: str = option(metavar="DIR")
-    """Output folder for the picture, masks.png or packing.png."""
+    """Output folder for masks.png (`inspect masks`) or packing.png (`inspect packing`)."""
     config: str | None = option(None, metavar="NAME_OR_FILE")
     """Settings to start from: a recipe (RECIPES) or a YAML file. Other options override them."""
-    given: Mapping[str, Any] = keys(TrainConfig, shown=("data.", "augment.", "masks.", "encoder.patch_size", "seed"))
+    given: Mapping[str, Any] = keys(
+        TrainConfig, shown=("data.", "augment.", "masks.", "encoder.patch_size", "seed"), hidden=("data.source",)
+    )
 
 
 @dataclass(frozen=True)

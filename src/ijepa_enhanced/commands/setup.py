@@ -114,15 +114,21 @@ def print_counts(counts: Mapping[str, Any]) -> None:
         print(f"{titles[name]:<{width}}  {shown}")
 
 
-def share_cores(workers: int | None) -> None:
+def share_cores(workers: int | None, option: str = "--data.workers") -> None:
     """Leave a core to each worker and half of all cores to torch at least, unless OMP_NUM_THREADS is set.
 
     All threads of a matrix product wait for the one whose core a worker holds: with one thread more, a quickstart on
-    two cores is several times slower (docs/log.md). Warns if there are more workers than cores.
+    two cores is several times slower (docs/log.md). Warns if there are more workers than cores, and names the option.
     """
     cores = default_workers()
     workers = default_workers() if workers is None else workers
     if workers > cores:
-        logger.warning("%d workers share %d CPU cores. Set the number of workers to %d.", workers, cores, cores)
+        logger.warning(
+            "There are more workers (%d) than CPU cores (%d), so they slow each other down. Set %s to %d.",
+            workers,
+            cores,
+            option,
+            cores,
+        )
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), max(cores - workers, cores // 2))))

@@ -63,7 +63,9 @@ class Group:
     """What one of its commands is called."""
 
 
-PACK_NOTE = "All options of `ijepa train` are accepted. Those about images, views and masks are listed below."
+PACK_NOTE = """\
+All training options of `ijepa train` are accepted, but SOURCE replaces --data.source. The options about images, views
+and masks are listed below. If SOURCE is a run folder, --config and the training options are ignored."""
 STUDY_NOTE = """\
 example of FILE, which compares two patch embeddings:
   val: labeled-photos
@@ -99,7 +101,7 @@ INSPECT = {
         less_memory="lower --resolution",
     ),
     "merges": Command(
-        "Draw which patches have been merged into one token, after three of the layers.",
+        "Draw which patches each token represents after a third, two thirds and all of the layers.",
         ("ijepa inspect merges runs/pets cat.jpg --merge-rate 0.1 --out pictures",),
         MergeOptions,
         "inspect.merges",
@@ -160,7 +162,7 @@ COMMANDS: dict[str, Command | Group] = {
         "subcommand",
     ),
     "study": Command(
-        "Train several configurations with several seeds, equally long, and compare their scores.",
+        "Train several configurations with several seeds each, and compare their scores.",
         ("ijepa study rates.yaml --out studies/rates",),
         StudyOptions,
         "study.run",

@@ -73,11 +73,13 @@ def folder_of(options: TrainOptions, config: TrainConfig) -> tuple[Path, bool]:
         check_resumable(load_config(folder), config, folder)
         check_unchanged(folder)
         return folder, True
-    if is_main() and folder.is_dir():
+    if is_main() and (folder / "config.yaml").is_file():
         raise RequestError(
             f"{folder} already exists. To resume it, use --resume {folder}. Otherwise, choose another folder with "
             "--run."
         )
+    if is_main() and folder.is_dir():
+        raise RequestError(f"{folder} already exists and is not a run folder. Choose another folder with --run.")
     if is_main() and folder.exists():
         raise RequestError(f"{folder} is a file. Choose another folder with --run.")
     return folder, False

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -158,8 +159,9 @@ def taken(source: Source) -> str:
         facts.append("no labels")
     else:
         labelled = listing.labels[listing.labels >= 0]
-        some = "" if len(labelled) == len(listing) else f" of {_counted(len(labelled), 'image')}"
-        facts.append(_counted(len(np.unique(labelled)), "class", "es") + some)
+        facts.append(_counted(len(np.unique(labelled)), "class", "es"))
+        if len(labelled) < len(listing):
+            facts.append(f"{_counted(len(listing) - len(labelled), 'image')} without a label")
     ignored = Counter(source.beside) + Counter(listing.passed_over)
     return f"{source.name}: {', '.join(facts)}" + (f"; ignored: {listed(ignored)}" if ignored else "")
 
@@ -178,15 +180,18 @@ def report_unreadable(catalog: Catalog, source: str = "") -> None:
         source: what the user called it, for commands that read several.
     """
     of = f" of {source}" if source else ""
+    name = "SOURCE" if catalog.source is None else shlex.quote(catalog.source.name)
     if catalog.source is not None:
         report_notes(catalog.source)
     for key, reason in itertools.islice(catalog.unreadable, LISTED):
         logger.warning("Skipped %s%s: %s", key, of, reason)
     if len(catalog.unreadable) > LISTED:
         more = len(catalog.unreadable) - LISTED
-        logger.warning("Skipped %d more images%s. Run `ijepa scan` to list them.", more, of)
+        logger.warning("Skipped %d more images%s. Run `ijepa scan %s` to list them.", more, of, name)
     if any(reason.startswith(UNREAD) for _, reason in catalog.unreadable):
-        logger.warning("Some images could not be read from the disk or network. Run `ijepa scan SOURCE` to try again.")
+        logger.warning(
+            "Some images could not be read from the disk or network. Run `ijepa scan %s` to try again.", name
+        )
 
 
 def summary(catalog: Catalog) -> dict[str, Any]:

@@ -66,8 +66,11 @@ class DataConfig:
         for name in ("global_views", "local_views"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must be at least 0, not {getattr(self, name)}.")
-        if self.max_view_tokens is not None and self.max_view_tokens < 1:
-            raise ValueError(f"data.max_view_tokens must be null or at least 1, not {self.max_view_tokens}.")
+        if self.max_view_tokens is not None and self.max_view_tokens < MIN_TOKENS:
+            raise ValueError(
+                f"data.max_view_tokens must be null or at least {MIN_TOKENS}, not {self.max_view_tokens}: masking "
+                f"needs {MIN_TOKENS} tokens."
+            )
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers must be at least 0, not {self.workers}.")
         if (self.min_resolution is None) != (self.max_resolution is None):
@@ -90,18 +93,29 @@ class DataConfig:
             )
         if not 0.0 <= self.max_unreadable <= 1.0:
             raise ValueError(f"data.max_unreadable must be between 0 and 1, not {self.max_unreadable}.")
-        large = self.masked_views + self.global_views
-        if self.view_limit * large + self.local_limit * self.local_views > self.tokens_per_pack:
-            local = f" and {self.local_views} of up to {self.local_limit}" if self.local_views else ""
-            raise ValueError(
-                f"data.tokens_per_pack ({self.tokens_per_pack}) is too small for the views of one image: {large} of "
-                f"up to {self.view_limit} tokens{local}. Raise it, or lower data.max_view_tokens."
-            )
+        self._check_views()
+
+    def _check_views(self) -> None:
+        """Raise ValueError if views cannot be masked, or those of an image do not fit into a pack."""
         if self.view_limit < MIN_TOKENS:
-            small = "tokens_per_pack" if self.max_view_tokens is None else "max_view_tokens"
             raise ValueError(
-                f"data.{small} ({getattr(self, small)}) is too small: it limits views to {self.view_limit} tokens, but "
-                f"masking needs at least {MIN_TOKENS}. Raise it."
+                f"data.tokens_per_pack ({self.tokens_per_pack}) is too small: without data.max_view_tokens, a view has "
+                f"at most data.tokens_per_pack / {VIEW_SHARE} = {self.view_limit} tokens, but masking needs at least "
+                f"{MIN_TOKENS}. Set it to at least {VIEW_SHARE * MIN_TOKENS}."
+            )
+        large = self.masked_views + self.global_views
+        total = self.view_limit * large + self.local_limit * self.local_views
+        if total > self.tokens_per_pack:
+            views = f"{large} view{'s' * (large > 1)} of up to {self.view_limit} tokens"
+            if self.local_views:
+                views += f" and {self.local_views} local view{'s' * (self.local_views > 1)} of up to {self.local_limit}"
+            # Without a limit of their own, views grow with the pack.
+            advice = f"Raise it to at least {total}, or lower data.max_view_tokens"
+            if self.max_view_tokens is None:
+                advice = f"Set data.max_view_tokens to less than {self.view_limit}, or use fewer views"
+            raise ValueError(
+                f"data.tokens_per_pack ({self.tokens_per_pack}) is too small for the views of one image: {views}. "
+                f"{advice}."
             )
 
     @property

@@ -177,7 +177,10 @@ def decode_views(
     except FAILURES as error:
         raise UnreadableImage(f"cannot be decoded: {error}") from error
     if isinstance(image, PngImagePlugin.PngImageFile) and _late_orientation(image) != orientation:
-        raise UnreadableImage("the EXIF orientation is stored after the pixels: save it again to put it in front")
+        raise UnreadableImage(
+            "the EXIF orientation is stored after the pixel data, where it is not read: save the image again with the "
+            "EXIF data before the pixels"
+        )
     if turn is not None:
         pixels = pixels.transpose(turn)
     views = []

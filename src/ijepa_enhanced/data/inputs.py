@@ -249,7 +249,9 @@ def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, bytes):
         return open_image(image)
     if not isinstance(image, (str, Path)):
-        raise TypeError(f"An image is a PIL image, an array, a tensor, bytes or a path, not {type(image).__name__}.")
+        raise TypeError(
+            f"An image must be a PIL image, a NumPy array, a tensor, bytes or a path, not {type(image).__name__}."
+        )
     return open_image(Path(image).read_bytes())
 
 

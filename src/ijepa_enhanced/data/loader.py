@@ -136,7 +136,7 @@ def check_unchanged(image: Image.Image, catalog: Catalog, position: int) -> None
     if size != scanned:
         raise UnreadableImage(
             f"has changed since the scan, from {scanned[0]} x {scanned[1]} px to {size[0]} x {size[1]} px: "
-            "run `ijepa scan`"
+            "run `ijepa scan SOURCE` to scan the images again"
         )
 
 

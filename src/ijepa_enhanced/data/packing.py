@@ -34,7 +34,7 @@ def balance(tokens: NDArray[np.int64], budget: int, rng: np.random.Generator) ->
         ValueError: an image alone is above `budget`.
     """
     if tokens.max(initial=0) > budget:
-        raise ValueError(f"An image of {tokens.max()} tokens does not fit a pack of {budget}.")
+        raise ValueError(f"An image of {tokens.max()} tokens does not fit into a pack of {budget} tokens.")
     count = -(-int(tokens.sum()) // budget)
     while True:
         order = rng.permutation(len(tokens))

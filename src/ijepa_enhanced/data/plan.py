@@ -181,10 +181,13 @@ class Plan:
             shown = generator(self.seed, Purpose.MIX, epoch).random(len(shown)) < catalog.shares
         if (enough & shown).sum() < MIN_IMAGES:
             large, images, side = (enough & shown).sum(), shown.sum(), self.patch_size
-            more = ", raise data.min_resolution, or lower encoder.patch_size" if large < images else ""
+            found, more = f"there {'is' if images == 1 else 'are'} only {images}", ""
+            if large < images:
+                found = f"only {large} of {images} images {'is' if large == 1 else 'are'} large enough"
+                more = ", raise data.min_resolution, or lower encoder.patch_size"
             raise PlanError(
-                f"Only {large} of {images} images are large enough: training needs at least {MIN_IMAGES} images whose "
-                f"views have {MIN_TOKENS} or more patches of {side} x {side} px. Add images{more}."
+                f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} or more patches of {side} "
+                f"x {side} px, but {found}. Add images{more}."
             )
         images = np.flatnonzero(enough & shown)
         tokens = grids[images].prod(axis=2).sum(axis=1)

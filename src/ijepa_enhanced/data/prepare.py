@@ -153,10 +153,11 @@ def begun(folder: Path, settings: dict[str, Any]) -> Manifest | None:
         for name, value in settings.items():
             before = manifest["settings"].get(name)
             if before != value:
-                how = "from other images" if name == "images" else f"with {name} = {before}, not {value}"
+                shown = "Pillow" if name == "pillow" else f"--{name.replace('_', '-')}"
+                how = "from other images" if name == "images" else f"with {shown} {before}, not {value}"
                 raise SourceError(
                     f"{folder} already contains shards that were prepared {how}. Use another output folder, or delete "
-                    "this one."
+                    f"{folder}."
                 )
         return manifest
     if folder.exists() and (found := next((path for path in folder.iterdir() if not path.name.startswith(".")), None)):
@@ -262,11 +263,16 @@ def _line(name: str) -> bytes:
         SourceError: the file cannot hold the name.
     """
     if name != name.strip() or len(name.splitlines()) != 1:
-        raise SourceError(f"The class {name!r} cannot be written to {CLASSES}, one name per line. Rename it.")
+        raise SourceError(
+            f"The class name {name!r} cannot be written to {CLASSES}: a name must be a single line without leading or "
+            "trailing spaces. Rename the class."
+        )
     try:
         return f"{name}\n".encode()
     except UnicodeEncodeError as error:
-        raise SourceError(f"The class {name!r} cannot be written to {CLASSES} in UTF-8. Rename it.") from error
+        raise SourceError(
+            f"The class name {name!r} cannot be written to {CLASSES} in UTF-8. Rename the class."
+        ) from error
 
 
 def _write_shard(path: Path, catalog: Catalog, images: Iterator[tuple[int, bytes]], limit: int) -> int:

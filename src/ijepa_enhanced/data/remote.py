@@ -75,8 +75,9 @@ def fetch(spec: str, folder: Path, progress: Callable[[int, int], None] | None =
             _copy(system, file, folder / name)
         except SourceError as error:
             raise SourceError(
-                f"{error} {len(files) - number} of the {len(files)} files of {spec} are missing. Run the same command "
-                "again to continue."
+                f"{error} {len(files) - number} of the {len(files)} files of {spec} "
+                f"{'has' if len(files) - number == 1 else 'have'} not been copied. Run the same command again to "
+                "continue."
             ) from error
         if progress:
             progress(number + 1, len(files))

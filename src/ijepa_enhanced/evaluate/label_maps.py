@@ -94,7 +94,7 @@ def map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
     size = int(maps.catalog.heights[image]), int(maps.catalog.widths[image])
     orientation = maps.orientation(row)
     if labels.shape != size:
-        turned = f" after it is turned by its EXIF orientation ({orientation})" if orientation > 1 else ""
+        turned = f" after its EXIF orientation ({orientation}) is applied" if orientation > 1 else ""
         raise UnreadableImage(
             f"The label map of {maps.source.key(row)} in {maps.source.name} is {labels.shape[0]} x {labels.shape[1]} "
             f"px, but its image is {size[0]} x {size[1]} px{turned}."
@@ -102,8 +102,9 @@ def map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
     if orientation > 1 and (orientation <= 4 or size[0] == size[1]):
         if not maps.ambiguous:
             logger.warning(
-                "%s in %s is turned by its EXIF orientation, and the size of its label map does not tell whether the "
-                "map is turned too. Label maps are taken to lie over the upright images.",
+                "%s in %s is rotated or flipped by its EXIF orientation, and the size of its label map does not show "
+                "whether the map needs the same change. Label maps are assumed to match the images after the EXIF "
+                "orientation is applied.",
                 maps.source.key(row),
                 maps.source.name,
             )

@@ -40,8 +40,9 @@ def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> La
             logger.warning("%s", note)
         raise RequestError(
             f"{spec} has no labels, but evaluation needs them. In a folder, put the images of each class into a "
-            "subfolder. In tar shards, add a member KEY.cls for each image. In a list, add a column 'label'. In a "
-            f"table, name the column of the labels: {spec}#label=COLUMN."
+            "subfolder. In tar shards, add a .cls file with the label next to each image, such as 0001.cls for "
+            "0001.jpg. In a list, add a column 'label'. In a table, name the column of the labels: "
+            f"{spec}#label=COLUMN."
         )
     new = reported is None or reported.source.fingerprint() != source.fingerprint()
     if new:
@@ -153,8 +154,8 @@ def class_numbers(train: LabelledSource, val: LabelledSource) -> NDArray[np.int6
             listed = train.catalog.classes is not None and number >= 0
             raise RequestError(
                 f"Class '{name}' of {val.source.name} has no {'readable ' * listed}images in {train.source.name}. "
-                "Every validation class must also be in the training images: add images of it to them, or remove it "
-                "from the validation images."
+                "Every validation class must also occur in the training images. Add images of this class to the "
+                "training images, or remove the class from the validation images."
             )
     return numbers[inverse]
 
@@ -215,7 +216,7 @@ def _places(train: LabelledSource, val: LabelledSource, found: NDArray[np.int64]
                 raise RequestError(
                     f"{images.source.name} has more than one class '{name}', and {train.source.name} and "
                     f"{val.source.name} do not list the same names. Give every class a unique name in classes.txt, or "
-                    "put the same list beside both."
+                    "use the same classes.txt for both sources."
                 )
     listed = _present(train) if train.catalog.classes is None else range(len(train.catalog.classes))
     places = {class_key(train.catalog.class_name(label)): label for label in listed}

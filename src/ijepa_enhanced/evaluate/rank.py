@@ -26,8 +26,12 @@ def rankme(z: Tensor) -> float:
     Raises:
         ValueError: `z` is no matrix, is empty or all zero, or is not finite.
     """
-    if z.ndim != 2 or not z.isfinite().all() or not z.any():
-        raise ValueError(f"RankMe needs finite features [N, D] that are not all zero, not {[*z.shape]}.")
+    if z.ndim != 2:
+        raise ValueError(f"RankMe features must have shape [N, D], not {[*z.shape]}.")
+    if not z.isfinite().all():
+        raise ValueError("RankMe features contain NaN or infinite values.")
+    if not z.any():
+        raise ValueError("RankMe features are empty or all zero.")
     return _smooth_rank(torch.linalg.svdvals(z.double()))
 
 
@@ -55,8 +59,12 @@ def lidar(z: Tensor) -> float:
     Raises:
         ValueError: there are fewer views or objects, or some feature is not finite.
     """
-    if z.ndim != 3 or min(z.shape[:2], default=0) < 2 or not z.isfinite().all():
-        raise ValueError(f"LiDAR needs finite features [n, q, D], n >= 2 objects and q >= 2 views, not {[*z.shape]}.")
+    if z.ndim != 3 or min(z.shape[:2], default=0) < 2:
+        raise ValueError(
+            f"LiDAR features must have shape [n, q, D] with n >= 2 objects and q >= 2 views, not {[*z.shape]}."
+        )
+    if not z.isfinite().all():
+        raise ValueError("LiDAR features contain NaN or infinite values.")
     z = z.double()
     objects, views, width = z.shape
     means = z.mean(dim=1)

@@ -129,7 +129,7 @@ def token_batches(
                 key = source.key(int(batch.image_ids[int(view)]))
                 raise NotFiniteError(
                     f"The features of {key} in {source.name} contain NaN or infinite values, so this encoder cannot be "
-                    "used."
+                    "used. Use an encoder from another run, or RUN/best if the run has one."
                 )
         yield moved, outputs
 

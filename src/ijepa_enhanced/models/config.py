@@ -73,7 +73,7 @@ class PredictorConfig:
         multiple = HEAD_MULTIPLE * self.heads
         if self.width < 1 or self.width % multiple:
             raise ValueError(
-                f"predictor.width must be a positive multiple of {HEAD_MULTIPLE} * predictor.heads ({multiple}), "
+                f"predictor.width must be a positive multiple of {multiple} ({HEAD_MULTIPLE} * predictor.heads), "
                 f"not {self.width}."
             )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ijepa_enhanced.config import checked
+from ijepa_enhanced.config import checked, not_yaml
 from ijepa_enhanced.errors import RequestError, unknown
 
 NATIVE = "native"
@@ -93,7 +93,7 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise RequestError(not_yaml(path, error)) from error
 
 
 def _checked(path: Path, key: str, value: Any) -> Any:

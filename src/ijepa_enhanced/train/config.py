@@ -59,8 +59,9 @@ class MonitorConfig:
     step is always checked. 0: no checks. null: at most 100 checks, which take at most 3% of the run's compute."""
     images: int | None = None
     """Number of training images that each check uses. null: 20 per class, but at least 512 and at most 4,096. If the
-    images have labels, each check computes a kNN accuracy with 20 neighbors. The standard error of that accuracy is at
-    most 0.5 / sqrt(images). With fewer than 20 images per class, it can miss what the encoder learns (docs/log.md)."""
+    images have labels, each check computes a kNN accuracy with 20 neighbors. The standard error of this accuracy is at
+    most 0.5 / sqrt(images). With fewer than 20 images per class, the accuracy may not rise although the encoder
+    improves (docs/log.md)."""
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:

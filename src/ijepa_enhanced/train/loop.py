@@ -215,7 +215,9 @@ class Run:
                 self.total * data.packs_per_step / len(self.images.first_epoch),
                 f"; resuming after step {state.step:,}" if state.step else "",
             )
-        self.ranks.agree({"plan": state.plan, "checkpoint": state.step, "PyTorch": torch.__version__})
+        self.ranks.agree(
+            {"images, data settings or seed": state.plan, "checkpoint": state.step, "PyTorch": torch.__version__}
+        )
 
     def loop(self, state: TrainState) -> Outcome:
         """Train from `state` to the last step, or until a signal asks to stop."""

@@ -98,8 +98,8 @@ class TrainState:
         progress = read_progress(checkpoint)
         if progress["plan"] != self.plan:
             raise ResumeError(
-                f"Cannot resume {folder.parent}: the images, or the data settings, have changed since it was started. "
-                "Restore them, or start a new run."
+                f"Cannot resume {folder.parent}: the images (for example, files were added or removed) or the data "
+                "settings have changed since the run was started. Restore them, or start a new run."
             )
         load_checkpoint(checkpoint, model, optimizer)
         self.step, self.images, self.log_bytes = progress["step"], progress["images"], progress["log_bytes"]

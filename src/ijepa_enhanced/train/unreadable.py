@@ -63,5 +63,6 @@ class Unreadable:
         more = f"\n  and {len(self) - LISTED} more" if len(self) > LISTED else ""
         raise RunError(
             f"{len(self)} of {images} images cannot be read, but data.max_unreadable = {self.limit} allows only "
-            f"{100 * self.limit:.4g}%:\n{listed}{more}\nRemove these images, or allow more with --data.max_unreadable."
+            f"{100 * self.limit:.4g}%. Unreadable images:\n{listed}{more}\nRemove these images, or raise "
+            "--data.max_unreadable."
         )

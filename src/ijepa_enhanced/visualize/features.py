@@ -74,7 +74,8 @@ def similarity_map(features: Tensor, row: int, col: int) -> Tensor:
     rows, cols = features.shape[:2]
     if not (0 <= row < rows and 0 <= col < cols):
         raise ValueError(
-            f"Patch ({row}, {col}) is outside the grid of {rows} x {cols} patches. Rows and columns start at 0."
+            f"Patch ({row}, {col}) is outside the grid of {rows} x {cols} patches. Rows go from 0 to {rows - 1}, "
+            f"columns from 0 to {cols - 1}."
         )
     directions = F.normalize(features.float(), dim=2)
     return directions @ directions[row, col]

@@ -90,17 +90,19 @@ REFUSED = {
     "no column path": (
         "l.csv",
         b"file,label\na/1.png,0\n",
-        "Image 1 of {} has no value for 'path'. Its fields are: file, label.",
+        "Row 1 of {} has no value for 'path'. Its columns are: file, label. Every row needs a path. If the column "
+        "has another name, rename it to 'path'.",
     ),
     "no header": (
         "l.csv",
         b"a/1.png,0\n3.png,1\n",
-        "Image 1 of {} has no value for 'path'. Its fields are: a/1.png, 0.",
+        "Row 1 of {} has no value for 'path'. Its columns are: a/1.png, 0. Every row needs a path. If the column "
+        "has another name, rename it to 'path'.",
     ),
     "a line without a path": (
         "l.csv",
         b"label,path\n0,3.png\n1\n",
-        "Image 2 of {} has no value for 'path'. Its fields are: label, path.",
+        "Row 2 of {} has no value for 'path'. Its columns are: label, path. Every row needs a path.",
     ),
     "empty": (
         "l.csv",
@@ -116,7 +118,7 @@ REFUSED = {
     "not JSON": (
         "l.jsonl",
         b'{"path": "3.png"}\n3.png\n',
-        "Line 2 of {} is not JSON: Extra data: line 1 column 2 (char 1).",
+        "Line 2 of {} is not valid JSON: Extra data at column 2.",
     ),
     "not an object": ("l.jsonl", b'["3.png"]\n', 'Line 1 of {} is not of the form {{"path": ..., "label": ...}}.'),
     "a label beyond int64": (
@@ -127,7 +129,8 @@ REFUSED = {
     "an object without a path": (
         "l.jsonl",
         b'{"file": "3.png"}\n',
-        "Image 1 of {} has no value for 'path'. Its fields are: file.",
+        "Row 1 of {} has no value for 'path'. Its columns are: file. Every row needs a path. If the column "
+        "has another name, rename it to 'path'.",
     ),
 }
 

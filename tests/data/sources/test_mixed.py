@@ -139,10 +139,10 @@ def test_weights_of_patterns_and_names_that_look_like_a_mix(two: tuple[Path, Pat
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{a}@0 + {b}", "The weight of {a} is 0. Set a weight above 0, or remove {a}."),
+        ("{a}@0 + {b}", "The weight of {a} is 0. Set a weight above 0, or leave {a} out of the mixture."),
         ("{a} + ", "The source of the images is empty. Set it to a folder, tar shards or 'synthetic'."),
-        ("{a} + {a}/gone@2", "No such file or folder: {a}/gone. Images are a folder"),
-        ("{a} + {b}@-1", "No such file or folder: {b}@-1. Images are a folder"),
+        ("{a} + {a}/gone@2", "No such file or folder: {a}/gone. A source of images can be a folder"),
+        ("{a} + {b}@-1", "No such file or folder: {b}@-1. A source of images can be a folder"),
     ],
 )
 def test_mixes_that_are_refused(spec: str, message: str, two: tuple[Path, Path]) -> None:
@@ -223,7 +223,7 @@ def test_what_an_epoch_does_not_show_is_not_counted() -> None:
 def test_too_few_images_in_an_epoch_are_refused() -> None:
     index = index_of([1.0, 1e-9], count=4, size=64)
     index.heights[:1] = index.widths[:1] = 1
-    with pytest.raises(PlanError, match=r"Only 1 of 2 images are large enough: "):
+    with pytest.raises(PlanError, match=r"but only 1 of 2 images is large enough\. "):
         Plan(index, DataConfig(tokens_per_pack=512, min_resolution=None, max_resolution=None), 8, 0).epoch(0)
 
 

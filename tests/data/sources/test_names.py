@@ -67,7 +67,7 @@ def test_images_in_folders(folder: Path) -> None:
     catalog = open_catalog(source, cache=False)
     assert [*catalog.unreadable] == []
     assert {*catalog.heights.tolist()} == {12}
-    assert taken(source).endswith("30 images, 1 class; ignored: 6 hidden, 1 .dcm, 1 .txt")
+    assert taken(source).endswith("30 images, 1 class; ignored: 6 hidden files or folders, 1 .dcm, 1 .txt")
 
 
 def test_images_in_shards(folder: Path, tmp_path: Path) -> None:
@@ -82,4 +82,4 @@ def test_images_in_shards(folder: Path, tmp_path: Path) -> None:
     assert sorted(source.listing.keys) == sorted(f"x.tar:{name}" for name in IMAGES)
     assert [*open_catalog(source, cache=False).unreadable] == []
     assert source.listing.notes == ()
-    assert taken(source).endswith("30 images, no labels; ignored: 10 hidden, 1 .dcm, 1 .txt")
+    assert taken(source).endswith("30 images, no labels; ignored: 10 hidden files or folders, 1 .dcm, 1 .txt")

@@ -35,7 +35,8 @@ def test_one_image_is_a_source(tmp_path):
         ),
         (
             "gone",
-            "No such file or folder: {}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
+            "No such file or folder: {}. A source of images can be a folder, tar shards such as "
+            "train-{{000000..000002}}.tar, "
             "Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'.",
         ),
     ],
@@ -96,8 +97,8 @@ def test_shards_of_classes_one_of_which_has_a_name_like_a_split(tmp_path):
         with pytest.raises(SourceError) as error:
             open_source(str(tmp_path), part)
         assert str(error.value) == (
-            f"{tmp_path} is ambiguous: 'train' is the name of a split, unlike boats.tar, planes.tar. For the split "
-            f"only, use {tmp_path}/train.tar. For all files, use {tmp_path}/*.tar."
+            f"{tmp_path} is ambiguous: 'train' is the name of a split, but boats.tar and planes.tar are not. To use "
+            f"only this split, use {tmp_path}/train.tar. To use all files, use {tmp_path}/*.tar."
         )
     assert len(open_source(f"{tmp_path}/*.tar")) == 3
 
@@ -107,7 +108,7 @@ def test_images_beside_shards_are_not_ignored_in_silence(tmp_path):
     write(tmp_path, **{"b.JPG": png(), ".c.png": png()})
     source = open_source(str(tmp_path))
     assert keys(source) == ["a.tar:0000.png"]
-    assert taken(source) == f"{tmp_path}: tar shards, 1 image, 1 class; ignored: 1 .jpg, 1 hidden"
+    assert taken(source) == f"{tmp_path}: tar shards, 1 image, 1 class; ignored: 1 .jpg, 1 hidden file or folder"
 
 
 def test_a_folder_of_parts(tmp_path):
@@ -120,14 +121,15 @@ def test_a_folder_of_parts(tmp_path):
         f"{tmp_path} has the splits train and validation, but none for test. Choose one, for example {tmp_path}/train."
     )
     write(tmp_path, **{"truck/4.png": png()})
-    assert taken(open_source(str(tmp_path))).endswith("2 images, 2 classes; ignored: 1 folder of images, 1 hidden")
+    ignored = "1 folder of images, 1 hidden file or folder"
+    assert taken(open_source(str(tmp_path))).endswith(f"2 images, 2 classes; ignored: {ignored}")
     (tmp_path / "validation").rename(tmp_path / "valley")
     for part in ("train", "val"):
         with pytest.raises(SourceError) as error:
             open_source(str(tmp_path), part)
         assert str(error.value) == (
-            f"{tmp_path} is ambiguous: 'train' is the name of a split, unlike truck, valley. For the split only, use "
-            f"{tmp_path}/train. If the folders are classes, rename train."
+            f"{tmp_path} is ambiguous: 'train' is the name of a split, but truck and valley are not. To use only this "
+            f"split, use {tmp_path}/train. If all folders are classes, rename train."
         )
     (tmp_path / "train").rename(tmp_path / "trains")
     assert open_source(str(tmp_path)).classes == ["trains", "truck", "valley"]
@@ -195,7 +197,7 @@ def test_shards_in_folders_of_splits(tmp_path):
         shard(tmp_path / split / f"{split}-0.tar", samples("0", "1"))
         shard(tmp_path / split / "rest.tar", samples("0")) if split == "val" else None
     assert keys(open_source(str(tmp_path))) == ["train-0.tar:0000.png", "train-0.tar:0001.png"]
-    with pytest.raises(SourceError, match=r"is ambiguous: 'val' is the name of a split, unlike rest\.tar\. "):
+    with pytest.raises(SourceError, match=r"is ambiguous: 'val' is the name of a split, but rest\.tar is not\. "):
         open_source(str(tmp_path), "val")
     shard(tmp_path / "train-9.tar", samples("0"))
     with pytest.raises(SourceError, match=r"train-9\.tar and the folder train are both named after splits"):
@@ -208,7 +210,7 @@ def test_folders_of_classes_beside_a_shard(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path))
     assert str(error.value) == (
-        f"{tmp_path} is ambiguous: it contains old.tar and folders with images (cat, dog). For the shards, use "
+        f"{tmp_path} is ambiguous: it contains old.tar and folders with images (cat and dog). For the shards, use "
         f"{tmp_path}/*.tar. For the folders, move the .tar files elsewhere."
     )
     assert len(open_source(f"{tmp_path}/*.tar")) == 2
@@ -246,10 +248,10 @@ def test_what_was_read_and_what_was_not_is_one_line_for_each_source(tmp_path, ca
         caplog.clear()
         report_unreadable(open_catalog(open_source(f"{photos} + {tmp_path}/list.csv + {tmp_path}/a.tar + synthetic")))
         assert caplog.messages[:4] == [
-            f"Images: {photos}: folder, 3 images, 2 classes of 2 images; "
-            "ignored: 2 .txt, 1 hidden, 1 without extension",
-            f"Images: {tmp_path}/list.csv: list of files, 2 images, 1 class of 1 image",
-            f"Images: {tmp_path}/a.tar: tar shards, 1 image, 1 class; ignored: 2 hidden, 1 .txt",
+            f"Images: {photos}: folder, 3 images, 2 classes, 1 image without a label; "
+            "ignored: 2 .txt, 1 hidden file or folder, 1 file without extension",
+            f"Images: {tmp_path}/list.csv: list of files, 2 images, 1 class, 1 image without a label",
+            f"Images: {tmp_path}/a.tar: tar shards, 1 image, 1 class; ignored: 2 hidden files or folders, 1 .txt",
             "Images: synthetic: built-in images, split train, 8,192 images, 10 classes",
         ]
 

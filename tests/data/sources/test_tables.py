@@ -274,12 +274,14 @@ REFUSED = {
     "a struct whose bytes are none": (
         {"photo": [{"bytes": 7, "path": "a.png"}], "label": [1]},
         "",
-        "{0} has no image column. Its columns are: photo (struct), label (int64).",
+        "{0} has no image column (type Image or binary, or a struct whose field 'bytes' is binary). "
+        "Its columns are: photo (struct), label (int64).",
     ),
     "no image column": (
         {"photo": ["a.png"], "label": [1]},
         "",
-        "{0} has no image column. Its columns are: photo (string), label (int64).",
+        "{0} has no image column (type Image or binary, or a struct whose field 'bytes' is binary). "
+        "Its columns are: photo (string), label (int64).",
     ),
     "several image columns": (
         {"front": cells(0, 1), "back": cells(0, 1)},
@@ -294,7 +296,7 @@ REFUSED = {
     "a label column that is none": (
         {"image": cells(0, 1), "weight": [[0.5]]},
         "#label=weight",
-        "{0} has no label column 'weight'. It has no label column.",
+        "{0} has no label column 'weight', nor any other label column.",
     ),
     "another word": (
         {"image": cells(0, 1)},
@@ -341,7 +343,8 @@ def test_files_of_different_columns(tmp_path):
     with pytest.raises(SourceError) as error:
         open_source(str(tmp_path))
     assert str(error.value) == (
-        f"The files of {tmp_path} have different columns: image, label in a.parquet, image, name in b.parquet."
+        f"The files of {tmp_path} have different columns: a.parquet has image, label, but b.parquet has image, name. "
+        "Choose files with the same columns."
     )
 
 

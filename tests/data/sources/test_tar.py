@@ -62,8 +62,8 @@ def test_labels_beyond_classes_txt(tmp_path, label):
     with pytest.raises(SourceError) as error:
         _ = open_source(f"{tmp_path}/a.tar").listing
     assert str(error.value) == (
-        f"{tmp_path}/a.tar has the label '{label}', which is not in classes.txt. That file lists 2 classes, "
-        "numbered from 0."
+        f"{tmp_path}/a.tar has the label '{label}', which is not in classes.txt. Labels must be names in this "
+        "file, or all be numbers from 0 to 1. Correct the label, or add the class to classes.txt."
     )
 
 
@@ -286,8 +286,8 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"no tar, but words " * 100, "{} is not an uncompressed tar file: "),
-        (png(), "{} is not an uncompressed tar file: "),
+        (b"no tar, but words " * 100, "{} cannot be read as a tar file: "),
+        (png(), "{} cannot be read as a tar file: "),
         (b"", "No images in {}."),
         (
             bytes(10240),
@@ -308,7 +308,9 @@ def test_files_that_are_no_shards(tmp_path, data, message):
 def test_compressed_shards_are_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(SourceError, match=r"a\.tar\.gz is not an uncompressed tar file: "):
+    with pytest.raises(
+        SourceError, match=r"a\.tar\.gz cannot be read as a tar file: .* If it is compressed, decompress it first\.$"
+    ):
         _ = open_source(str(tmp_path / "a.tar.gz")).listing
 
 

@@ -85,8 +85,10 @@ class FolderSource(PathSource):
             classes, numbers = numbered(classes)
             labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
         elif classes and len(outside) < len(keys):
-            more = f" and {len(outside) - 1:,} more" if len(outside) > 1 else ""
-            notes = (f"The folders in {self.name} are not read as classes, because {outside[0]}{more} is in none.",)
+            more = f" and {len(outside) - 1:,} more are" if len(outside) > 1 else " is"
+            notes = (
+                f"The folders in {self.name} are not read as classes, because {outside[0]}{more} not in a folder.",
+            )
         return Listing(
             Texts.of(keys),
             labels,

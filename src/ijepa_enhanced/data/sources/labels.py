@@ -105,8 +105,8 @@ def number_labels(
     for label in found:
         if classes is not None and numbers[label] >= len(classes):
             raise SourceError(
-                f"{source} has the label '{label}', which is not in classes.txt. That file lists {len(classes)} "
-                "classes, numbered from 0."
+                f"{source} has the label '{label}', which is not in classes.txt. Labels must be names in this file, or "
+                f"all be numbers from 0 to {len(classes) - 1}. Correct the label, or add the class to classes.txt."
             )
     return label_array([-1 if label is None else numbers[label] for label in labels], source), classes
 

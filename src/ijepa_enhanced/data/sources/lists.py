@@ -42,7 +42,11 @@ class ListSource(PathSource):
         for number, image in enumerate(images, start=1):
             if not image.get("path"):
                 fields = ", ".join(str(name) for name in image) or "none"
-                raise SourceError(f"Image {number} of {self.path} has no value for 'path'. Its fields are: {fields}.")
+                advice = "" if "path" in image else " If the column has another name, rename it to 'path'."
+                raise SourceError(
+                    f"Row {number} of {self.path} has no value for 'path'. Its columns are: {fields}. Every row needs "
+                    f"a path.{advice}"
+                )
         keys = Texts.of(str(image["path"]) for image in images)
         labels = (image.get("label") for image in images)
         return Listing(keys, *number_labels(labels, class_names(self.root), self.name))
@@ -79,8 +83,10 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 values = json.loads(line)
-            except ValueError as error:
-                raise SourceError(f"Line {number} of {name} is not JSON: {error}.") from error
+            except json.JSONDecodeError as error:
+                raise SourceError(
+                    f"Line {number} of {name} is not valid JSON: {error.msg} at column {error.colno}."
+                ) from error
             if not isinstance(values, dict):
                 raise SourceError(f'Line {number} of {name} is not of the form {{"path": ..., "label": ...}}.')
             yield values

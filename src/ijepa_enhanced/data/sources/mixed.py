@@ -55,7 +55,7 @@ class MixedSource(Source):
         """See `Source`."""
         listings = [source.listing for source in self.sources]
         shares = np.repeat(np.array(self.weights) / max(self.weights), [len(listing) for listing in listings])
-        labels, classes, notes = _joined_labels(listings, self.name)
+        labels, classes, notes = _joined_labels(listings, self.name, [source.name for source in self.sources])
         sizes = [listing.sizes for listing in listings if listing.sizes is not None]
         digest = hashlib.sha256("\n".join(listing.hash for listing in listings).encode())
         for values in (shares, labels):
@@ -127,7 +127,7 @@ class Chain(Names):
 
 
 def _joined_labels(
-    listings: Sequence[Listing], name: str
+    listings: Sequence[Listing], name: str, sources: Sequence[str]
 ) -> tuple[NDArray[np.int64] | None, list[str] | None, tuple[str, ...]]:
     """Return the labels and classes of a mixture, and what users must know about them.
 
@@ -145,9 +145,11 @@ def _joined_labels(
     keys = class_keys(names[0])
     if all(class_keys(others) == keys for others in names):  # two classes of one name keep their numbers
         return np.concatenate([listing.labels for listing in listings if listing.labels is not None]), names[0], ()
-    for classes in names:
+    for source, classes in zip(sources, names, strict=True):
         for key in repeated(classes):
-            raise SourceError(f"{name}: one source has more than one class '{key}'. Give every class a unique name.")
+            raise SourceError(
+                f"{name}: the source {source} has more than one class '{key}'. Give every class a unique name."
+            )
     joined: dict[int | str, str] = {}
     for each in itertools.chain(*names):
         joined.setdefault(class_key(each), each)

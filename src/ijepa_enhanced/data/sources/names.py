@@ -52,10 +52,17 @@ def is_split_folder(name: str) -> bool:
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """Return counts of files as text, the most common kinds first: "3 .txt, 1 hidden"."""
+    """Return counts of files as text, the most common kinds first: "3 .txt, 1 hidden file or folder"."""
     order = sorted(counts, key=lambda kind: (-counts[kind], kind))
     more = [f"{len(order) - KINDS} more kinds"] if len(order) > KINDS else []
-    return ", ".join([*(f"{counts[kind]:,} {kind}" for kind in order[:KINDS]), *more])
+    return ", ".join([*(_counted(counts[kind], kind) for kind in order[:KINDS]), *more])
+
+
+def _counted(count: int, kind: str) -> str:
+    """Return a count with the words for its kind."""
+    s = "" if count == 1 else "s"
+    nouns = {"hidden": f"hidden file{s} or folder{s}", "without extension": f"file{s} without extension"}
+    return f"{count:,} {nouns.get(kind, kind)}"
 
 
 def count_kinds(names: Iterable[str]) -> dict[str, int]:

@@ -135,7 +135,7 @@ def _split_weight(spec: str) -> tuple[str, float]:
         return spec, 1.0
     place, weight = weighted.groups()
     if not float(weight):
-        raise SourceError(f"The weight of {place} is 0. Set a weight above 0, or remove {place}.")
+        raise SourceError(f"The weight of {place} is 0. Set a weight above 0, or leave {place} out of the mixture.")
     return place, float(weight)
 
 

@@ -36,8 +36,8 @@ def existing_files(pattern: str, spec: str) -> list[Path]:
         )
     if missing:
         raise SourceError(
-            f"No such file or folder: {spec}. Images are a folder, tar shards such as train-{{000000..000002}}.tar, "
-            "Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'."
+            f"No such file or folder: {spec}. A source of images can be a folder, tar shards such as "
+            "train-{000000..000002}.tar, Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'."
         )
     return files
 

@@ -60,8 +60,8 @@ def choose_files(part: str, files: Sequence[Path], folder: str) -> tuple[list[Pa
     others = [file.name for file in files if words[file] is None]
     if others and len({SPLITS[word] for word in splits}) == 1:
         raise SourceError(
-            f"{folder} is ambiguous: '{splits[0]}' is the name of a split, unlike {_some(others)}. For the split only, "
-            f"use {patterns[splits[0]]}. For all files, use {files[0].parent}/*{files[0].suffix}."
+            f"{folder} is ambiguous: '{splits[0]}' is the name of a split, but {_is(others)} not. To use only this "
+            f"split, use {patterns[splits[0]]}. To use all files, use {files[0].parent}/*{files[0].suffix}."
         )
     own = [word for word in splits if SPLITS[word] == part]
     if not own:
@@ -93,8 +93,8 @@ def choose_folder(part: str, folder: Path) -> tuple[Path, str, list[str]]:
     others = [name for name in folders if name not in splits and holds_images(folder / name)]
     if others and len({split_part(name) for name in splits}) == 1:
         raise SourceError(
-            f"{folder} is ambiguous: '{splits[0]}' is the name of a split, unlike {_some(others)}. For the split only, "
-            f"use {folder}/{splits[0]}. If the folders are classes, rename {splits[0]}."
+            f"{folder} is ambiguous: '{splits[0]}' is the name of a split, but {_is(others)} not. To use only this "
+            f"split, use {folder}/{splits[0]}. If all folders are classes, rename {splits[0]}."
         )
     own = [name for name in splits if split_part(name) == part]
     if not own:
@@ -163,5 +163,8 @@ def _pattern(files: Sequence[Path], word: str) -> str:
 
 def _some(names: Sequence[str]) -> str:
     """Return the first names as text, and how many more there are."""
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f"{', '.join(names[:2])}{more}"
+    return f"{names[0]}, {names[1]} and {len(names) - 2} more" if len(names) > 2 else " and ".join(names)
+
+
+def _is(names: Sequence[str]) -> str:
+    return f"{_some(names)} {'is' if len(names) == 1 else 'are'}"

@@ -50,13 +50,16 @@ class TableSource(FileSource):
         self, dataset: Any, name: str, columns: Columns, files: Sequence[tuple[str, int]] | None = None
     ) -> None:
         self.name = name
-        self.split = str(dataset.split or "row")
-        self.files = [(self.split, len(dataset))] if files is None else files
+        self.prefix = str(dataset.split or "row")
+        self.files = [(self.prefix, len(dataset))] if files is None else files
         features: dict[str, Any] = dataset.features
         image = _column("image", [column for column in features if _holds_images(features[column])], columns, name)
         if image is None:
             listed = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
-            raise SourceError(f"{name} has no image column. Its columns are: {listed}.")
+            raise SourceError(
+                f"{name} has no image column (type Image or binary, or a struct whose field 'bytes' is binary). Its "
+                f"columns are: {listed}."
+            )
         named = [column for column, feature in features.items() if _type(feature) == "ClassLabel"]
         numbered = [column for column, feature in features.items() if _holds_labels(feature)]
         plain = ["label"] if "label" in numbered and "label" not in named else []
@@ -103,13 +106,14 @@ class TableSource(FileSource):
     def identity(self) -> tuple[str, ...]:
         """See `Source`."""
         names = (name or "" for name in self.columns)
-        return ("table", self.split, *names, *(file["filename"] for file in self.images.cache_files))
+        return ("table", self.split or self.prefix, *names, *(file["filename"] for file in self.images.cache_files))
 
     def fingerprint(self) -> str:
         """See `Source`; it knows size, time and some bytes of the files that `datasets` maps."""
         files = [Path(file["filename"]) for file in self.images.cache_files]
         # Slices of a split lie in the same files.
-        return fingerprint_of((f"{file.name}\0{self.split}\0{self.columns}", file) for file in files)
+        split = self.split or self.prefix
+        return fingerprint_of((f"{file.name}\0{split}\0{self.columns}", file) for file in files)
 
 
 def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSource:
@@ -135,8 +139,8 @@ def open_parquet(files: Sequence[Path], name: str, columns: Columns) -> TableSou
         names = names or own
         if own != names:
             raise SourceError(
-                f"The files of {name} have different columns: {', '.join(names)} in {files[0].name}, "
-                f"{', '.join(own)} in {file.name}."
+                f"The files of {name} have different columns: {files[0].name} has {', '.join(names)}, but {file.name} "
+                f"has {', '.join(own)}. Choose files with the same columns."
             )
         rows.append((file.name, metadata.num_rows))
     if not any(count for _, count in rows):
@@ -239,8 +243,8 @@ def _column(kind: str, possible: list[str], columns: Columns, name: str) -> str 
     if asked in possible:
         return asked
     if kind in columns:
-        found = f"Its {kind} columns are: {', '.join(possible)}" if possible else f"It has no {kind} column"
-        raise SourceError(f"{name} has no {kind} column '{asked}'. {found}.")
+        found = f". Its {kind} columns are: {', '.join(possible)}" if possible else f", nor any other {kind} column"
+        raise SourceError(f"{name} has no {kind} column '{asked}'{found}.")
     if len(possible) > 1:
         listed = ", ".join(possible)
         raise SourceError(

@@ -278,7 +278,9 @@ def _scan_shard(path: Path, label_key: str | None) -> _Shard:
                     shard.add(name, *place, file)
             shard.note_what_is_missing(complete)
     except tarfile.ReadError as error:
-        raise SourceError(f"{path} is not an uncompressed tar file: {error}.") from error
+        raise SourceError(
+            f"{path} cannot be read as a tar file: {error}. If it is compressed, decompress it first."
+        ) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
     return shard
