@@ -277,11 +277,7 @@ NO_CLASS = (
     "Class 'gray' of others has no {} in {}. Every validation class must also occur in the training images. Add images "
     "of this class to the training images, or remove the class from the validation images."
 )
-NO_LABELS = (
-    "photos/dark has no labels, but evaluation needs them. In a folder, put the images of each class into a "
-    "subfolder. In tar shards, add a .cls file with the label next to each image, such as 0001.cls for 0001.jpg. In a "
-    "list, add a column 'label'. In a table, name the column of the labels: photos/dark#label=COLUMN."
-)
+NO_LABELS = "photos/dark has no labels, but evaluation needs them. Put the images of each class into a subfolder."
 CUT = "images.tar is truncated or damaged after 8 images. Images after that point are skipped."
 CUT_IMAGE = "images.tar:7.png: truncated: the shard ends after 100 of the image's 10,000 bytes"
 EMPTY, WORDS, BOMB, TRUNCATED = (
@@ -325,7 +321,7 @@ WRONG_REQUESTS = {
     # No such path, and an empty folder, for every command that reads images.
     "train nowhere": (nothing, "train --data.source nope --run new", NOWHERE),
     "scan nowhere": (nothing, "scan nope", NOWHERE),
-    "inspect nowhere": (nothing, "inspect masks nope --out new", NOWHERE),
+    "inspect nowhere": (nothing, "inspect masks nope --out new --config own-images-cpu", NOWHERE),
     "evaluate, train nowhere": (nothing, "evaluate run --train nope --val photos", NOWHERE),
     "evaluate, val nowhere": (nothing, "evaluate run --train photos --val nope", NOWHERE),
     "train on an empty folder": (empty_folder, "train --data.source images --run new", NO_IMAGES),
@@ -398,7 +394,11 @@ WRONG_REQUESTS = {
         "--finetune.epochs must be above 0, not 0.",
     ),
     "one image": (one_image, "train --data.source images --run new", TOO_FEW.format(8, "there is only 1", "")),
-    "inspect one image": (one_image, "inspect packing images --out new", TOO_FEW.format(16, "there is only 1", "")),
+    "inspect one image": (
+        one_image,
+        "inspect packing images --out new --config own-images-cpu",
+        TOO_FEW.format(8, "there is only 1", ""),
+    ),
     "only images smaller than a patch": (
         only_smaller_than_a_patch,
         f"{TRAIN} --data.min_resolution null --data.max_resolution null",
@@ -753,7 +753,7 @@ WRONG_REQUESTS = {
         )
         for name, command in {
             "train": f"train --data.source photos --run {UNWRITABLE}",
-            "inspect": f"inspect masks photos --out {UNWRITABLE}",
+            "inspect": f"inspect masks photos --out {UNWRITABLE} --config own-images-cpu",
             "sweep": f"evaluate run --data photos --workers 0 --sweep merge_rate=0 --out {UNWRITABLE}",
             "prepare": f"prepare photos {UNWRITABLE} --workers 0",
         }.items()
@@ -765,7 +765,7 @@ WRONG_REQUESTS = {
     ),
     "a picture below a file": (
         nothing,
-        "inspect masks photos --out photos/dark/0.png",
+        "inspect masks photos --out photos/dark/0.png --config own-images-cpu",
         "Cannot create the folder photos/dark/0.png: it is a file.",
     ),
     # Runs that are there already, and runs that are not what they were.
@@ -1023,7 +1023,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
     ),
     "inspect what is readable": (
         damaged_headers_and_body,
-        "inspect packing photos --out new --json",
+        "inspect packing photos --out new --json --config own-images-cpu",
         SKIPPED,
         {},
     ),

@@ -451,7 +451,9 @@ def test_inspecting_draws(what: str, pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     answer = ijepa("inspect", what, pictures, "--out", folder, "--encoder.patch_size", "8", "--json")
     path = folder / f"{what}.png"
-    assert (answer.code, answer.out[:-1], answer.json, answer.err) == (0, [str(path)], {"picture": str(path)}, [])
+    assert (answer.code, answer.out[:-1], answer.json) == (0, [str(path)], {"picture": str(path)}), answer.err
+    said = "Using the recipe own-images" + ("" if torch.cuda.is_available() else "-cpu") + ", because"
+    assert [line[: len(said)] for line in answer.err] == [said], "the one that training uses"
     assert [file.name for file in folder.iterdir()] == [path.name]
     with Image.open(path) as picture:
         assert picture.format == "PNG"

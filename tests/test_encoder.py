@@ -327,14 +327,19 @@ def test_embedding_one_by_one_is_embedding_at_once(
             assert distance(vector, row) < BOUND
 
 
-def test_what_cannot_be_decoded_is_raised_skipped_or_not_a_number(encoder: Encoder, tmp_path: Path) -> None:
+def test_what_cannot_be_decoded_is_raised_skipped_or_not_a_number(
+    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("a.png", "c.png"):
         Image.new("RGB", (30, 20), "red").save(tmp_path / name)
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     (tmp_path / "d.png").write_text("no image")
     with pytest.raises(UnreadableImage, match=r"^b\.png: "):
         list(encoder.embed_iter(tmp_path))
+    caplog.clear()
     assert [key for key, _ in encoder.embed_iter(tmp_path, on_error="skip")] == ["a.png", "c.png"]
+    left_out = [message.partition(": ")[::2] for message in caplog.messages if message.startswith("Not embedded")]
+    assert [name.partition(":")[0] for _, name in left_out] == ["b.png", "d.png"], "each is named"
     found = dict(encoder.embed_iter(tmp_path, on_error="nan"))
     assert {key: bool(vector.isnan().all()) for key, vector in found.items()} == {
         "a.png": False,

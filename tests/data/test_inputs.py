@@ -177,6 +177,8 @@ ONE_SOURCE: dict[str, tuple[str, Files]] = {
     ),
     "Parquet without images": ("ROOT/x.parquet", {"x.parquet": table(text=["words"])}),
     "a source that does not exist": ("ROOT/nothing", {}),
+    "an image": ("ROOT/a.png", files("a.png")),
+    "the folder of a run": ("ROOT", files("masks.png") | {"config.yaml": b"", "log.jsonl": b""}),
     "class names with a line break and in composed and decomposed Unicode": (
         "ROOT",
         files("a\nb/a.png", "\u00e9/b.png", "e\u0301/c.png"),
@@ -216,7 +218,15 @@ PAIRS: dict[str, tuple[tuple[str, Files], tuple[str, Files]]] = {
         ("ROOT", files("cat/a.png", "dog/b.png")),
         ("ROOT", files("cat/a.png", "fox/b.png")),
     ),
-    "a source without labels": (("ROOT", files("cat/a.png", "dog/b.png")), ("ROOT", files("a.png", "b.png"))),
+    "images without labels": (("ROOT", files("cat/a.png", "dog/b.png")), ("ROOT", files("a.png", "b.png"))),
+    "a list without labels": (
+        ("ROOT", files("cat/a.png", "dog/b.png")),
+        ("ROOT/list.csv", files("a.png") | {"list.csv": b"path,category\na.png,cat"}),
+    ),
+    "a table without labels": (
+        ("ROOT", files("cat/a.png", "dog/b.png")),
+        ("ROOT/x.parquet", {"x.parquet": table(image=[IMAGE], target=[1])}),
+    ),
 }
 
 

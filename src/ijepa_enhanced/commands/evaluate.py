@@ -68,6 +68,8 @@ class Work:
     """Images with label maps to learn from and to score on, if the dense probe is asked for."""
     config: InferenceConfig
     seen: set[Hashable] = field(default_factory=set)
+    images: dict[str, int] = field(default_factory=dict)
+    """Number of images that could be read, for training and for validation."""
 
     def is_new(self, event: Hashable) -> bool:
         """Return whether an event is seen for the first time: several encoders read the same images."""
@@ -197,6 +199,7 @@ def scores_of_features(work: Work, encoder: Encoder | None, config: InferenceCon
         return {}
     layers = layers_for(protocols)
     train, val = (features_of(work, encoder, images, config, layers) for images in (work.train, work.val))
+    work.images.update(training=len(train.values), validation=len(val.values))
     how = Scoring(work.options.seed, config.ranks.device, Ranks() if encoder is None else config.ranks)
     found = sweep_scores(train, val, how) if work.options.sweep else score(train, val, protocols, how)
     if not config.ranks.main:
@@ -241,8 +244,9 @@ def show(evaluation: dict[str, Scores], work: Work) -> None:
         cells = (shown_score(name, scores).replace(" [", "\n[") for scores in evaluation.values())
         table.add_row(TITLES.get(name, name), *cells)
     print_table(table)
-    train, val = (len(images.catalog.rows) for images in (work.train, work.val))
-    print(*explained(names), f"Images: {train:,} for training, {val:,} for validation.", sep="\n")
+    listed = {"training": len(work.train.catalog.rows), "validation": len(work.val.catalog.rows)}
+    counts = ", ".join(f"{count:,} for {part}" for part, count in (listed | work.images).items())
+    print(*explained(names), f"Images: {counts}.", sep="\n")
 
 
 def settings_record(work: Work) -> dict[str, Any]:

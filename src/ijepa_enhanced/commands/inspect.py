@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.commands.options import DataOptions, FeatureOptions, MergeOptions, PackOptions
-from ijepa_enhanced.commands.setup import configuration, print_counts, print_json
+from ijepa_enhanced.commands.setup import configuration, print_counts, print_json, recipe_of_machine
 from ijepa_enhanced.commands.train import first_batch
 from ijepa_enhanced.data.catalog import LISTED, open_catalog, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
@@ -85,7 +85,7 @@ def opened_pack(options: PackOptions) -> tuple[TrainConfig, Batch]:
     if saved.is_file():
         config = configuration(None, read_train_config(saved))
     else:
-        config = configuration(options.config, dict(options.given) | {"data.source": options.source})
+        config = configuration(options.config or recipe_of_machine(), {**options.given, "data.source": options.source})
     source = open_source(config.data.source)
     catalog = open_catalog(source)
     report_unreadable(catalog)

@@ -220,7 +220,8 @@ class PackOptions(Common):
     out: str = option(metavar="DIR")
     """Output folder for masks.png (`inspect masks`) or packing.png (`inspect packing`)."""
     config: str | None = option(None, metavar="NAME_OR_FILE")
-    """Settings to start from: a recipe (RECIPES) or a YAML file. Other options override them."""
+    """Settings to start from: a recipe (RECIPES) or a YAML file. Other options override them. If it is not given, the
+    recipe is the one that `ijepa train SOURCE` uses."""
     given: Mapping[str, Any] = keys(
         TrainConfig, shown=("data.", "augment.", "masks.", "encoder.patch_size", "seed"), hidden=("data.source",)
     )

@@ -22,6 +22,8 @@ def run(options: ReportOptions) -> int:
     for run in runs:
         read_train_config(config_of_run(run))
     page = Path(options.out) if options.out else runs[0] / "report.html"
+    if page.is_dir():
+        raise RequestError(f"--out must be a file, such as {page}/report.html, but {page} is a folder.")
     make_folder(page.parent)
     write_report(runs, page, dataclasses.asdict(TrainConfig()))
     print(page)

@@ -50,11 +50,18 @@ def train_config(options: TrainOptions) -> TrainConfig:
         given["data.source"] = options.source
     recipe = options.config
     if options.source is not None and options.config is None and options.resume is None:
-        recipe = "own-images" if torch.cuda.is_available() else "own-images-cpu"
-        why = "this machine has a GPU" if torch.cuda.is_available() else "no GPU was found"
-        logger.info("Using the recipe %s, because %s. Use --config NAME for another one.", recipe, why)
+        recipe = recipe_of_machine()
     saved = read_train_config(config_of_run(Path(options.resume))) if options.resume is not None else {}
     return configuration(recipe, given, saved)
+
+
+def recipe_of_machine() -> str:
+    """Return the recipe for images without --config, and log it."""
+    gpu = torch.cuda.is_available()
+    recipe = "own-images" if gpu else "own-images-cpu"
+    why = "this machine has a GPU" if gpu else "no GPU was found"
+    logger.info("Using the recipe %s, because %s. Use --config NAME for another one.", recipe, why)
+    return recipe
 
 
 def configuration(recipe: str | None, given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.packed import Packed
+
+logger = logging.getLogger(__name__)
 
 ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
 """A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or
@@ -101,7 +104,11 @@ def in_packs(
                 yield members, pack.take()
                 members = []
             pack.add(image.patches, image.grid)
-        members.append((str(number) if image.key is None else image.key, image.patches is not None))
+        key = str(number) if image.key is None else image.key
+        if image.error is not None:
+            reason = str(image.error)
+            logger.warning("Not embedded: %s", reason if reason.startswith(key) else f"{key}: {reason}")
+        members.append((key, image.patches is not None))
         del image  # frees it before a generator makes the next one
     if members:
         yield members, pack.take() if len(pack) else None

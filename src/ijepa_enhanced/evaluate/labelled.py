@@ -38,12 +38,7 @@ def labelled(spec: str, part: str, reported: LabelledSource | None = None) -> La
     if catalog.labels is None or (len(catalog.labels) and catalog.labels.max() < 0):
         for note in source.listing.notes:  # it may be the reason
             logger.warning("%s", note)
-        raise RequestError(
-            f"{spec} has no labels, but evaluation needs them. In a folder, put the images of each class into a "
-            "subfolder. In tar shards, add a .cls file with the label next to each image, such as 0001.cls for "
-            "0001.jpg. In a list, add a column 'label'. In a table, name the column of the labels: "
-            f"{spec}#label=COLUMN."
-        )
+        raise RequestError(f"{spec} has no labels, but evaluation needs them. {source.how_to_label}")
     new = reported is None or reported.source.fingerprint() != source.fingerprint()
     if new:
         report_unreadable(catalog, spec)

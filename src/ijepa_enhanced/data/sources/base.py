@@ -44,6 +44,8 @@ class Source(ABC):
 
     name: str
     """What the user called it."""
+    how_to_label: ClassVar[str] = "Give each of its sources labels."
+    """Advice for sources without labels."""
     kind: ClassVar[str] = "images"
     """What it is, in words."""
     split: str = ""

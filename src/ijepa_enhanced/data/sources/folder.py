@@ -53,6 +53,7 @@ class FolderSource(PathSource):
     """
 
     kind = "folder"
+    how_to_label = "Put the images of each class into a subfolder."
 
     def __init__(self, folder: str | Path) -> None:
         self.name = str(folder)

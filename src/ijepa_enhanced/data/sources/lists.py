@@ -26,6 +26,7 @@ class ListSource(PathSource):
     """
 
     kind = "list of files"
+    how_to_label = "Name the column of the labels 'label'. An empty label and numbers below 0 mean no label."
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)

@@ -10,7 +10,7 @@ from ijepa_enhanced.data.sources.base import CLASSES, Source
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.lists import LISTS, ListSource
 from ijepa_enhanced.data.sources.mixed import MixedSource
-from ijepa_enhanced.data.sources.names import count_kinds, hidden, split_word
+from ijepa_enhanced.data.sources.names import count_kinds, hidden, is_image, split_word
 from ijepa_enhanced.data.sources.patterns import existing_files
 from ijepa_enhanced.data.sources.splits import choose_files, choose_folder, folders_of_images
 from ijepa_enhanced.data.sources.synthetic import SyntheticSource
@@ -59,6 +59,8 @@ def open_source(spec: str, part: str = "train") -> Source:
 
 def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Columns) -> Source:
     """Return what a folder holds for a part: a saved data set, shards or images."""
+    if (folder / "config.yaml").is_file() and (folder / "log.jsonl").is_file():
+        raise SourceError(f"{place} is the folder of a run, not of images.")
     if is_saved(folder):
         return open_saved(folder, place, part, columns)
     inside, split, others = choose_folder(part, folder)
@@ -96,6 +98,8 @@ def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Column
 def _open_shards(files: list[Path], place: str, spec: str, columns: Columns) -> Source:
     if files[0].suffix.lower() == ".parquet":
         return open_parquet(files, place, columns)
+    if is_image(files[0].name):
+        raise SourceError(f"{files[0]} is an image. Use its folder, or list images in a CSV file.")
     if "image" in columns:
         raise SourceError(f"{place}: tar shards have no image column. Only label=NAME can follow the #.")
     return TarSource(files, spec, columns.get("label"))

@@ -45,6 +45,7 @@ class TableSource(FileSource):
     """
 
     kind = "table"
+    how_to_label = "Add #label=COLUMN to the source, with the name of the column of the labels."
 
     def __init__(
         self, dataset: Any, name: str, columns: Columns, files: Sequence[tuple[str, int]] | None = None

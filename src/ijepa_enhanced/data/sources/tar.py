@@ -42,6 +42,7 @@ class TarSource(FileSource):
     """
 
     kind = "tar shards"
+    how_to_label = "Add a .cls file with the label next to each image, such as 0001.cls for 0001.jpg."
 
     def __init__(self, shards: list[Path], name: str, label: str | None = None) -> None:
         self.name = name
