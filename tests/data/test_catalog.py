@@ -159,6 +159,21 @@ def test_a_file_replaced_by_one_of_the_same_length_is_scanned_again(folder, cach
     assert (before.heights[0], after.heights[0]) == (10, 11)
 
 
+def test_sets_of_the_same_names_sizes_and_times_are_told_apart(tmp_path):
+    """As archives and package stores set all times alike. These images also begin and end with the same bytes."""
+    for name, middle in (("one", 0), ("two", 255)):
+        (tmp_path / name).mkdir()
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        pixels[24:40, 24:40] = middle
+        path = tmp_path / name / "a.bmp"
+        Image.fromarray(pixels).save(path)
+        for each in (path, path.parent):
+            os.utime(each, ns=(1, 1))
+    one, two = (FolderSource(tmp_path / name) for name in ("one", "two"))
+    assert open_catalog(one, cache=False).hash == open_catalog(two, cache=False).hash
+    assert one.fingerprint() != two.fingerprint(), "cached features are named after it"
+
+
 def test_what_the_disk_did_not_give_is_tried_again_on_request(folder, cache, scanned, monkeypatch, caplog):
     whole = open_catalog(FolderSource(folder), cache=False)
     size = FolderSource.size

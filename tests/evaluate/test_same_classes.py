@@ -152,11 +152,11 @@ def test_however_a_set_is_written_its_images_have_the_same_classes(
     rows = rows_of([*labels, *labels])
     specs = [way(tmp_path / way.__name__, rows) for way in ways]
     for train, val in itertools.product(specs, specs):
-        known, asked = classes_of(train, val)
-        assert len(known) == 24
-        assert known == asked, (train, val)
-        assert len({*known.values()}) == 12
-        assert all(known[red] == known[red + 12] for red in range(12))
+        of_train, of_val = classes_of(train, val)
+        assert len(of_train) == 24
+        assert of_train == of_val, (train, val)
+        assert len({*of_train.values()}) == 12
+        assert all(of_train[red] == of_train[red + 12] for red in range(12))
 
 
 @pytest.mark.parametrize(
