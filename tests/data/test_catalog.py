@@ -192,7 +192,7 @@ def test_what_the_disk_did_not_give_is_tried_again_on_request(folder, cache, sca
             assert ("ant/c.png", "cannot be read: Input/output error") in catalog.unreadable
         assert scanned == [2], "only what the disk did not give is tried again"
     report_unreadable(catalog)
-    advice = "Some images could not be read from the disk or network. Run `ijepa scan SOURCE` to try again."
+    advice = f"Some images could not be read from the disk or network. Run `ijepa scan {folder}` to try again."
     assert caplog.messages[-1] == advice
     assert "ant/c.png" in dict(open_catalog(FolderSource(folder)).unreadable), "only a new run changes the images"
     for retry in (True, False):

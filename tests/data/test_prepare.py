@@ -262,12 +262,12 @@ def nothing(folder):
     pass
 
 
-OTHERWISE = "{} already contains shards that were prepared {}. Use another output folder, or delete this one."
+OTHERWISE = "{{0}} already contains shards that were prepared {}. Use another output folder, or delete {{0}}."
 REFUSED = {
-    "other images": (nothing, {}, OTHERWISE.format("{}", "from other images")),
-    "another side": (nothing, {"max_resolution": 100}, OTHERWISE.format("{}", "with max_resolution = 240, not 100")),
-    "another quality": (nothing, {"quality": 80}, OTHERWISE.format("{}", "with quality = 90, not 80")),
-    "another size of shards": (nothing, {"shard_size": 2}, OTHERWISE.format("{}", "with shard_size = 1, not 2")),
+    "other images": (nothing, {}, OTHERWISE.format("from other images")),
+    "another side": (nothing, {"max_resolution": 100}, OTHERWISE.format("with --max-resolution 240, not 100")),
+    "another quality": (nothing, {"quality": 80}, OTHERWISE.format("with --quality 90, not 80")),
+    "another size of shards": (nothing, {"shard_size": 2}, OTHERWISE.format("with --shard-size 1, not 2")),
     "something else": (
         no_manifest,
         {},
