@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments)
     except UserError as error:
         return failure(error, str(error), error.exit_code, debug)
-    except BrokenPipeError:
-        # The reader of stdout, such as `head`, has what it wants. Python would complain again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
+            # The reader, such as `head`, has what it wants. Python would complain again when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         message = f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
         return failure(error, message, 1, debug)
     except KeyboardInterrupt as error:
@@ -54,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         report = "This is a bug in ijepa-enhanced. Run the command again with --debug and report the traceback."
         return failure(error, f"{type(error).__name__}: {error}\n{report}", 1, debug)
+
+
+def stdout_is_closed() -> bool:
+    """Return whether nobody reads stdout; other broken pipes, such as one to a worker, are errors to report."""
+    poll = select.poll()
+    with suppress(OSError, ValueError):  # stdout is no file
+        poll.register(sys.stdout, 0)  # errors are reported in any case
+    return bool(poll.poll(0))
 
 
 def run(arguments: Sequence[str]) -> int:

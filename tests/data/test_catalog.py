@@ -160,7 +160,7 @@ def test_a_file_replaced_by_one_of_the_same_length_is_scanned_again(folder, cach
 
 
 def test_sets_of_the_same_names_sizes_and_times_are_told_apart(tmp_path):
-    """As archives and package stores set all times alike. These images also begin and end with the same bytes."""
+    """Archives and package stores set all times to one value. These images also begin and end with the same bytes."""
     for name, middle in (("one", 0), ("two", 255)):
         (tmp_path / name).mkdir()
         pixels = np.zeros((64, 64, 3), np.uint8)

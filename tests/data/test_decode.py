@@ -78,7 +78,7 @@ def test_lossy_formats_give_the_colors(file_format):
     pixels = np.full((16, 24, 3), (200, 100, 50), dtype=np.uint8)
     pixels[:, 16:] = (20, 60, 220)
     shown = whole(open_image(encode(Image.fromarray(pixels), file_format, quality=95)))
-    # Away from the edge, where compression rings, flat colors survive but for rounding in YCbCr.
+    # Away from the edge, where compression rings, flat colors survive, up to rounding in YCbCr.
     np.testing.assert_allclose(shown[:, :12].astype(int), pixels[:, :12], atol=4)
     np.testing.assert_allclose(shown[:, 20:].astype(int), pixels[:, 20:], atol=4)
 

@@ -1,6 +1,6 @@
 """What each kind of input gives: docs/inputs.md is the table, and these tests say whether it is true.
 
-`IJEPA_WRITE_TABLE=1 pytest tests/data/test_inputs.py` writes the table anew. Read what has changed.
+`IJEPA_WRITE_TABLE=1 pytest tests/data/test_inputs.py` rewrites the table. Review the diff.
 """
 
 import io

@@ -188,8 +188,7 @@ class Monitor:
             logger.warning(
                 "The run is collapsing: in the last %d checks, %s were below a quarter of their maximum, so the "
                 "features of different images are almost the same. %s In a new run, raise objective.vicreg_weight or "
-                "lower "
-                "optim.lr.",
+                "lower optim.lr.",
                 PATIENCE,
                 " and ".join(TITLES.get(name, name) for name in fallen),
                 f"The best encoder (step {history.best_step}) is in best/."

@@ -271,7 +271,7 @@ def test_without_the_package(splits, tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "a struct whose bytes are none": (
+    "a struct whose field bytes holds no bytes": (
         {"photo": [{"bytes": 7, "path": "a.png"}], "label": [1]},
         "",
         "{0} has no image column (type Image or binary, or a struct whose field 'bytes' is binary). "

@@ -190,7 +190,7 @@ def sample(count: int) -> list[int]:
 
 
 def class_names(folder: str | Path) -> list[str] | None:
-    """Return the lines of `classes.txt` in a folder, or None if there is no such file. Empty lines at its end are none.
+    """Return the lines of `classes.txt` in a folder without empty lines at its end, or None if the file does not exist.
 
     Raises:
         SourceError: the file is not valid UTF-8.

@@ -101,7 +101,7 @@ class FolderSource(PathSource):
         )
 
     def _check_splits(self, keys: list[str]) -> None:
-        """Raise SourceError if the folders in this folder hold splits: their names would be taken for classes."""
+        """Raise SourceError if folders of different splits lie in a class: it may be a data set with splits."""
         places = {tuple(key.split("/", 2)[:2]) for key in keys if key.count("/") > 1}
         inside = sorted((top, name) for top, name in places if is_split_folder(name))
         for top, split in inside:

@@ -290,7 +290,9 @@ def _scan_shard(path: Path, label_key: str | None) -> _Shard:
 def _scan_archive(
     shard: _Shard, file: BinaryIO, start: int, places: dict[str, tuple[int, int]], links: dict[str, str]
 ) -> int:
-    """Record the members of the archive at `start` of a shard, and return where it ends: at `start` if there is none.
+    """Record the members of the archive at `start` of a shard, and return where it ends.
+
+    If no archive begins at `start`, return `start`.
 
     Args:
         shard: to record them in.
@@ -329,7 +331,7 @@ def _scan_archive(
 
 
 def _first_nonzero_block(file: BinaryIO, start: int, size: int) -> int | None:
-    """Return where the first block that is not all zeros begins, at `start` or after, or None if there is none."""
+    """Return the offset of the first block that is not all zeros, from `start` on, or None if all blocks are zeros."""
     for at in range(start, size, CHUNK):
         data = os.pread(file.fileno(), CHUNK, at)
         if rest := data.lstrip(tarfile.NUL):
