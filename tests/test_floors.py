@@ -19,7 +19,7 @@ FLOORS = (
     ("ops", "data"),
     ("models", "encoder"),
     ("objective", "losses", "jepa", "evaluate"),
-    ("train", "visualize", "benchmarks", "study"),
+    ("embed", "train", "visualize", "benchmarks", "study"),
     ("commands", "cli", "__main__"),
 )
 READ_FLOORS, MOST_LINES = range(4), 6600

@@ -83,8 +83,8 @@ def run(arguments: Sequence[str]) -> int:
 
         if is_one_of_many():
             raise RequestError(
-                f"`ijepa {arguments[0]}` does not run under torchrun: only train and evaluate do. Run it without "
-                "torchrun."
+                f"`ijepa {arguments[0]}` does not run under torchrun: only train, evaluate and embed do. Run it "
+                "without torchrun."
             )
     try:
         return command.run(options)

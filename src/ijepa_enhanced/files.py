@@ -1,6 +1,7 @@
 """Files that are whole or not there, and the folders for them."""
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -68,12 +69,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_partials(folder: Path) -> None:
+def remove_partials(folder: Path, of: str = "") -> None:
     """Remove the files and folders in `folder` that killed processes have left half-written.
 
-    No other process may be writing to `folder`.
+    No other process may be writing to them.
+
+    Args:
+        folder: where they are.
+        of: how the names of the whole files begin.
     """
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(f".{glob.escape(of)}*.partial"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:

@@ -90,11 +90,9 @@ class TrainOptions(Common):
 
 
 @dataclass(frozen=True)
-class EncoderOptions(Common):
-    """Options of every command that runs an encoder."""
+class ResolutionOptions(Common):
+    """Options of every command that shows images to an encoder."""
 
-    run: str = option(metavar="RUN", positional=True)
-    """Folder of a run, or a folder that contains config.json and model.safetensors."""
     resolution: int | Literal["native"] | None = option(None, metavar="PIXELS")
     """Resolution to resize images to: sqrt(height * width) in pixels. The aspect ratio is kept. `native` keeps the size
     of each image. (default: the maximum training resolution)"""
@@ -104,7 +102,31 @@ class EncoderOptions(Common):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(EncoderOptions):
+class InferenceOptions(ResolutionOptions):
+    """Options of every command that runs an encoder over a whole source."""
+
+    merge_rate: float = option(0.0)
+    """Fraction of its tokens that each layer merges into similar ones, from 0 (no merging) to 0.5. Merging makes the
+    encoder faster (docs/merging.md)."""
+    workers: int | None = option(None)
+    """Number of worker processes that decode images. 0: decode in the main process. (default: one per CPU core)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, workers=self.workers)
+        check_merge_rate(self.merge_rate)
+
+
+@dataclass(frozen=True)
+class EncoderOptions(ResolutionOptions):
+    """Options of every command that takes the encoder as its argument."""
+
+    run: str = option(metavar="RUN", positional=True)
+    """Folder of a run, or a folder that contains config.json and model.safetensors."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(EncoderOptions, InferenceOptions):
     """Options of `ijepa evaluate`."""
 
     data: str | None = option(None, metavar="SOURCE")
@@ -123,9 +145,6 @@ class EvaluateOptions(EncoderOptions):
     (16x16 thumbnails)."""
     random_init: bool = option(False)
     """Score the untrained encoder that the run started from instead of the trained one."""
-    merge_rate: float = option(0.0)
-    """Fraction of its tokens that each layer merges into similar ones, from 0 (no merging) to 0.5. Merging makes the
-    encoder faster (docs/merging.md)."""
     sweep: tuple[str, ...] = option((), metavar="NAME=VALUES")
     """Score every combination of values of resolution and merge_rate, and recommend one. Example:
     --sweep resolution=112,224 merge_rate=0,0.05,0.1"""
@@ -133,14 +152,11 @@ class EvaluateOptions(EncoderOptions):
     """Output folder for sweep.csv and sweep.png. (default: RUN)"""
     seed: int = option(0)
     """Random seed for the split, the low-shot subsets and training."""
-    workers: int | None = option(None)
-    """Number of worker processes that decode images. 0: decode in the main process. (default: one per CPU core)"""
     finetune: Mapping[str, Any] = keys(FinetuneConfig, "finetune.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(0, seed=self.seed, workers=self.workers)
-        check_merge_rate(self.merge_rate)
+        at_least(0, seed=self.seed)
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise RequestError(unknown("protocol", protocol, list(PROTOCOLS)))
@@ -175,6 +191,52 @@ class SourceOptions(Common):
 
     source: str = option(metavar="SOURCE", positional=True)
     """Images: a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic."""
+
+
+@dataclass(frozen=True)
+class EmbedOptions(SourceOptions, InferenceOptions):
+    """Options of `ijepa embed`."""
+
+    weights: str = option(metavar="RUN")
+    """Folder of a run, or a folder that contains config.json and model.safetensors."""
+    out: str = option(metavar="DIR")
+    """Output folder. Each file in it holds the rows of 1,024 images or more."""
+    format: Literal["parquet", "npy", "csv"] = option("parquet")
+    """parquet: one column with the feature of each image. npy: arrays [images, D], and a CSV file with the other
+    columns. csv: a column for each number of a feature."""
+    dtype: Literal["float32", "float16"] = option("float32")
+    """Data type of the stored features."""
+    layers: int = option(1)
+    """Number of last layers to store. 1: only the last one. Others get columns of their own, such as layer_11."""
+    tokens: bool = option(False)
+    """Also store the feature of every patch, as float16. Requires --format parquet."""
+    shard: str | None = option(None, metavar="I/N")
+    """Write only the I-th of N parts of the files, I from 1 to N. Several processes or machines can so share the work,
+    without communication, and with the same DIR."""
+    resume: bool = option(False)
+    """Continue in a folder that contains some of the files, or start if it contains none."""
+    engine: Literal["local", "ray"] = option("local")
+    """local: this machine, or all processes of torchrun. ray: the actors of a Ray cluster (docs/scaling.md)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, layers=self.layers)
+        if self.tokens and self.format != "parquet":
+            raise RequestError(f"--tokens requires --format parquet, not {self.format}.")
+        self.part()
+
+    def part(self) -> tuple[int, int]:
+        """Return I and N of --shard.
+
+        Raises:
+            RequestError: it is not written as I/N, or I is not from 1 to N.
+        """
+        if self.shard is None:
+            return 1, 1
+        number, _, count = self.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal()) or not 1 <= int(number) <= int(count):
+            raise RequestError(f"--shard must be I/N with I from 1 to N, for example 1/4, not {self.shard}.")
+        return int(number), int(count)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ijepa_enhanced.commands.options import Common, TrainOptions
@@ -98,11 +98,15 @@ def print_table(table: Table) -> None:
     Console(markup=False, emoji=False, highlight=False).print(table)
 
 
-def counting_bars() -> Progress:
-    """Return bars on stderr that count what is done while they are entered; silent if stderr is not a terminal."""
+def counting_bars(*more: ProgressColumn) -> Progress:
+    """Return bars on stderr that count what is done while they are entered; silent if stderr is not a terminal.
+
+    Args:
+        more: columns to add at the end.
+    """
     console = Console(stderr=True)
     title = TextColumn("{task.description}", markup=False)
-    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *more)
     return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and is_main()))
 
 

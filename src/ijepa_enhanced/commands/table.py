@@ -13,6 +13,7 @@ from ijepa_enhanced.commands.options import (
     BenchmarkOptions,
     Common,
     DataOptions,
+    EmbedOptions,
     EvaluateOptions,
     FeatureOptions,
     MergeOptions,
@@ -134,6 +135,17 @@ COMMANDS: dict[str, Command | Group] = {
         "evaluate.run",
         ranks=True,
         usage="RUN (--data SOURCE | --train SOURCE --val SOURCE) [OPTIONS]",
+        less_memory="lower --resolution",
+    ),
+    "embed": Command(
+        "Write the features of all images of a source into Parquet, NumPy or CSV files.",
+        (
+            "ijepa embed photos --weights runs/pets --out embeddings",
+            "ijepa embed photos --weights runs/pets --out embeddings --resume",
+        ),
+        EmbedOptions,
+        "embed.run",
+        ranks=True,
         less_memory="lower --resolution",
     ),
     "report": Command(

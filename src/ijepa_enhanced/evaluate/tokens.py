@@ -6,6 +6,7 @@ import itertools
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -34,11 +35,33 @@ TOKENS_PER_PACK = 16384
 TOKEN_BYTES = 2
 """Of each number of a stored token: bfloat16."""
 
+Item = TypeVar("Item")
 Reduced = TypeVar("Reduced")
 """What is kept of a pack."""
 
 Counting = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar of a title and a total; what it gives is called with how many are done."""
+
+
+class Clock:
+    """Measures how long the encoder waits for the workers that decode."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        """Seconds."""
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items, and count the time that each takes to arrive."""
+        arriving = iter(items)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(arriving)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - start
+            yield item
 
 
 @contextmanager
@@ -83,10 +106,11 @@ def packs_of(encoder: Encoder, catalog: Catalog, config: InferenceConfig) -> lis
 def reduced_packs(
     encoder: Encoder,
     images: LabelledSource,
-    packs: Sequence[Pack],
+    packs: Iterable[Pack],
     config: InferenceConfig,
     reduce: Callable[[Batch, list[Tensor]], Reduced],
     layers: int = 1,
+    clock: Clock | None = None,
 ) -> Iterator[Reduced]:
     """Yield what `reduce` keeps, on the host, of each pack and its tokens (see `token_batches`), in order.
 
@@ -94,15 +118,21 @@ def reduced_packs(
     must iterate all the same to do their part.
     """
     ranks = config.ranks
-    own = token_batches(encoder, images, packs[ranks.rank :: ranks.world], config, layers)
-    for _ in range(0, len(packs), ranks.world):
+    counted, loaded = itertools.tee(packs)  # the loader is a few packs ahead
+    own = token_batches(encoder, images, itertools.islice(loaded, ranks.rank, None, ranks.world), config, layers, clock)
+    for _ in itertools.islice(counted, 0, None, ranks.world):
         found = [reduce(*tokens) for tokens in itertools.islice(own, 1)]
         yield from itertools.chain(*ranks.gather_to_rank0(found))
 
 
 @torch.inference_mode()
 def token_batches(
-    encoder: Encoder, images: LabelledSource, packs: Iterable[Pack], config: InferenceConfig, layers: int = 1
+    encoder: Encoder,
+    images: LabelledSource,
+    packs: Iterable[Pack],
+    config: InferenceConfig,
+    layers: int = 1,
+    clock: Clock | None = None,
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Yield each pack on the encoder's device, and the outputs [T, D] of the last `layers` blocks for its patches.
 
@@ -117,7 +147,8 @@ def token_batches(
     dataset = PackDataset(
         source, images.catalog, encoder.config.patch_size, depth=shape.depth, merge_rate=config.merge_rate
     )
-    for batch in make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda"):
+    loader = make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda")
+    for batch in loader if clock is None else clock.timed(loader):
         moved = batch.to(device, non_blocking=True)
         outputs: list[Tensor] = []
         if len(batch.image_ids):

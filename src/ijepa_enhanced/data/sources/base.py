@@ -92,6 +92,10 @@ class Source(ABC):
         """Return the name of an image, for messages: the same wherever the source lies."""
         return self.listing.keys[row]
 
+    def file_of(self, row: int) -> str | None:
+        """Return the absolute path of an image's file; None if it is not a file of its own."""
+        return None
+
     @property
     def labels(self) -> NDArray[np.int64] | None:
         """int64 [N], -1 for images without a label; None if no image has one."""

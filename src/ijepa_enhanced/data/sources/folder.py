@@ -31,6 +31,10 @@ class PathSource(FileSource):
 
     root: Path
 
+    def file_of(self, row: int) -> str:
+        """See `Source`."""
+        return os.path.abspath(self._path(row))
+
     def _path(self, row: int) -> str:
         return os.path.join(self.root, self.key(row))
 

@@ -80,6 +80,11 @@ class MixedSource(Source):
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self.sources[number], row - int(self._starts[number])
 
+    def file_of(self, row: int) -> str | None:
+        """See `Source`."""
+        source, own = self._place(row)
+        return source.file_of(own)
+
     def read(self, row: int) -> bytes:
         """See `Source`."""
         source, own = self._place(row)

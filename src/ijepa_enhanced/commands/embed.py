@@ -1,0 +1,191 @@
+"""`ijepa embed`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.progress import TextColumn
+
+from ijepa_enhanced.commands.options import EmbedOptions
+from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_counts, print_json, share_cores
+from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.devices import autocast_dtype, default_workers
+from ijepa_enhanced.distributed import WORK_TIMEOUT, ranks_of_run
+from ijepa_enhanced.embed.plan import EmbedPlan, files_of_shard
+from ijepa_enhanced.embed.rows import RowTables
+from ijepa_enhanced.embed.run import (
+    Engine,
+    Progress,
+    count_rows,
+    embed_files,
+    local_engine,
+    missing_files,
+)
+from ijepa_enhanced.embed.settings import (
+    FILE,
+    EmbedSettings,
+    check_same,
+    hash_encoder,
+    load_settings,
+    save_settings,
+)
+from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder
+from ijepa_enhanced.errors import RequestError, RunError
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
+from ijepa_enhanced.files import make_folder, remove_partials
+
+logger = logging.getLogger(__name__)
+
+
+def run(options: EmbedOptions) -> int:
+    """Write the features of a source; under `torchrun` the ranks share the packs.
+
+    Raises:
+        UserError: the request is wrong, or a feature is not finite.
+    """
+    hush_others()
+    workers = default_workers() if options.workers is None else options.workers
+    share_cores(workers, "--workers")
+    with ranks_of_run(WORK_TIMEOUT) as ranks:
+        encoder = Encoder.from_pretrained(options.weights).to(ranks.device)
+        with ranks.one_first():
+            source = open_source(options.source)
+            catalog = open_catalog(source)
+        report_unreadable(catalog)
+        if not len(catalog.rows):
+            raise RunError(f"None of the {len(source)} images of {options.source} can be read.")
+        settings = wanted(options, encoder, source)
+        ranks.agree({"images": settings.source_hash, "encoder": settings.encoder_hash, "PyTorch": torch.__version__})
+        folder, files = Path(options.out), files_of_shard(settings.files, options.part())
+        settings, missing = ranks.gather(opened(folder, settings, files, options) if ranks.main else None)[0]
+        config = InferenceConfig(
+            settings.resolution,
+            getattr(torch, settings.precision),
+            settings.merge_rate,
+            workers,
+            TOKENS_PER_PACK,
+            ranks,
+        )
+        budget = encoder.at_once(TOKENS_PER_PACK)
+        plan = EmbedPlan(settings, catalog, encoder.config.patch_size, TOKENS_PER_PACK, budget)
+        tables = RowTables(settings, source, encoder.config.shape.depth)
+        with progress_bar(settings, missing) as progress:
+            images = LabelledSource(source, catalog)
+            engine = local_engine(encoder, images, settings, config, progress.clock)
+            write(plan, missing, engine, tables, folder if ranks.main else None, progress)
+        if ranks.main:
+            finish(options, settings, files, progress)
+    return 0
+
+
+def wanted(options: EmbedOptions, encoder: Encoder, source: Source) -> EmbedSettings:
+    """Return the settings that the options ask for.
+
+    Raises:
+        RequestError: the encoder has fewer layers.
+    """
+    depth = encoder.config.shape.depth
+    if options.layers > depth:
+        raise RequestError(f"--layers must be at most {depth}, the number of layers of the encoder.")
+    path = Path(options.weights)
+    return EmbedSettings(
+        os.path.abspath(path) if path.exists() else options.weights,
+        hash_encoder(encoder),
+        options.source,
+        source.listing.hash,
+        len(source),
+        encoder.width,
+        encoder.pixels(options.resolution),
+        options.merge_rate,
+        str(autocast_dtype("auto", encoder.device)).removeprefix("torch."),
+        options.dtype,
+        options.layers,
+        options.tokens,
+        options.format,
+        encoder.preprocessing.pooling,
+    )
+
+
+def opened(
+    folder: Path, settings: EmbedSettings, files: Sequence[int], options: EmbedOptions
+) -> tuple[EmbedSettings, list[int]]:
+    """Prepare the output folder, and return the settings of its rows and the files that are missing.
+
+    Raises:
+        RequestError: the folder cannot be created, or contains other rows; or it contains these files and --resume is
+            not given.
+        OSError: the folder cannot be written to.
+    """
+    make_folder(folder)
+    if (folder / FILE).exists():
+        saved = load_settings(folder)
+        check_same(saved, settings, folder)
+        # Another machine may choose another precision. All rows should have the same one.
+        settings = dataclasses.replace(settings, precision=saved.precision)
+    else:
+        save_settings(settings, folder)
+    missing = missing_files(folder, settings, files)
+    there = len(files) - len(missing)
+    if there and not options.resume:
+        raise RequestError(
+            f"{folder} already contains {there} of {len(files)} files. Add --resume to continue, or choose another "
+            "output folder."
+        )
+    for file in missing:
+        remove_partials(folder, settings.name_of(file))
+    if there:
+        logger.info("Continuing: %d of %d files are complete.", there, len(files))
+    return settings, missing
+
+
+@contextmanager
+def progress_bar(settings: EmbedSettings, files: Sequence[int]) -> Iterator[Progress]:
+    """Show a bar on stderr if that is a terminal, and yield what counts images."""
+    with counting_bars(TextColumn("{task.fields[speed]}", markup=False)) as bar:
+        total = sum(len(settings.rows_of(file)) for file in files)
+        task = bar.add_task("Embedding", total=total, speed="")
+        yield Progress(lambda done, speed: bar.update(task, completed=done, speed=speed))
+
+
+def write(
+    plan: EmbedPlan,
+    files: Sequence[int],
+    engine: Engine,
+    tables: RowTables,
+    folder: Path | None,
+    progress: Progress,
+) -> None:
+    """Write files; see `embed_files`.
+
+    Raises:
+        RunError: the run is interrupted, or a file cannot be written. Both can be continued.
+    """
+    try:
+        embed_files(plan, files, engine, tables, folder, progress)
+    except KeyboardInterrupt as error:
+        raise RunError("Interrupted. To continue, run the same command with --resume.") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(
+            f"Cannot write to {folder}: {reason}. When this is solved, run the same command with --resume."
+        ) from error
+
+
+def finish(options: EmbedOptions, settings: EmbedSettings, files: Sequence[int], progress: Progress) -> None:
+    """Print what the folder contains now."""
+    folder = Path(options.out)
+    counts = dataclasses.asdict(count_rows(folder, settings, files))
+    counts["images_per_second"] = progress.images / progress.seconds if progress.images else None
+    if counts["unreadable"]:
+        logger.warning("%d images cannot be decoded: see the column `error`.", counts["unreadable"])
+    print_counts(counts)
+    print(folder)
+    print_json(options, counts)

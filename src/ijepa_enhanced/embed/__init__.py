@@ -1,0 +1,1 @@
+"""Features of whole sources as files, and search in them."""
