@@ -17,8 +17,8 @@ from ijepa_enhanced.files import replacing
 FORMAT = 1
 """Version of the settings and of the columns. Raise it when older folders can no longer be read or continued."""
 
-FILE = "embedding.json"
-"""The file in the folder that holds the settings."""
+FILE = "_embedding.json"
+"""The file in the folder that holds the settings. Readers of a folder of Parquet files ignore names with a leading _."""
 
 METADATA = b"ijepa_enhanced"
 """Key of a Parquet file's schema metadata that holds the settings, as JSON."""
