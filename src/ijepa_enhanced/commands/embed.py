@@ -94,7 +94,9 @@ def wanted(options: EmbedOptions, encoder: Encoder, source: Source) -> EmbedSett
     """
     depth = encoder.config.shape.depth
     if options.layers > depth:
-        raise RequestError(f"--layers must be at most {depth}, the number of layers of the encoder.")
+        raise RequestError(
+            f"--layers must be at most {depth}, the number of layers of the encoder, not {options.layers}."
+        )
     path = Path(options.weights)
     return EmbedSettings(
         os.path.abspath(path) if path.exists() else options.weights,
@@ -173,7 +175,7 @@ def write(
     except KeyboardInterrupt as error:
         raise RunError("Interrupted. To continue, run the same command with --resume.") from error
     except OSError as error:
-        reason = error.strerror or error
+        reason = os.strerror(error.errno) if error.errno else error  # without what pyarrow writes around it
         raise RunError(
             f"Cannot write to {folder}: {reason}. When this is solved, run the same command with --resume."
         ) from error

@@ -15,6 +15,7 @@ from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.embed.settings import METADATA, EmbedSettings
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.packed import segment_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,8 +64,11 @@ def features_of(batch: Batch, outputs: list[Tensor], settings: EmbedSettings, so
     if not settings.tokens:
         return PackFeatures(rows, vectors.cpu().numpy(), unreadable)
     tokens = outputs[-1].to(torch.float16)
-    if not tokens.isfinite().all():
-        raise RequestError("The features of patches are too large for float16, in which --tokens stores them.")
+    overflow = ~tokens.isfinite().all(dim=1)
+    if overflow.any():
+        view = segment_ids(segments.cu_seqlens, len(tokens))[overflow][0]
+        key = source.key(int(rows[int(view)]))
+        raise RequestError(f"The features of patches of {key} are too large for float16. Remove --tokens.")
     grids = batch.packed.grids.to("cpu", torch.int32).numpy()
     return PackFeatures(rows, vectors.cpu().numpy(), unreadable, grids, tokens.cpu().numpy())
 

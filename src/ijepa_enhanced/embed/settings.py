@@ -18,7 +18,8 @@ FORMAT = 1
 """Version of the settings and of the columns. Raise it when older folders can no longer be read or continued."""
 
 FILE = "_embedding.json"
-"""The file in the folder that holds the settings. Readers of a folder of Parquet files ignore names with a leading _."""
+"""The file in the folder that holds the settings. Programs that read a folder of Parquet files ignore names that begin
+with an underscore."""
 
 METADATA = b"ijepa_enhanced"
 """Key of a Parquet file's schema metadata that holds the settings, as JSON."""
@@ -90,15 +91,14 @@ class EmbedSettings:
 
 
 DESCRIBED = {
-    "encoder_hash": "another encoder",
-    "source_hash": "other images, or images that have changed since",
-    "images": "another number of images",
-    "resolution": "another --resolution",
-    "merge_rate": "another --merge-rate",
-    "dtype": "another --dtype",
-    "layers": "another number of --layers",
-    "tokens": "another setting of --tokens",
-    "file_format": "another --format",
+    "encoder_hash": "of another encoder ({encoder})",
+    "source_hash": "of other images, or images that have changed since ({source})",
+    "resolution": "with another --resolution",
+    "merge_rate": "with another --merge-rate",
+    "dtype": "with another --dtype",
+    "layers": "with another number of --layers",
+    "tokens": "with another setting of --tokens",
+    "file_format": "with another --format",
 }
 """How a message names a setting that differs. `encoder` and `source` are only names, and may differ."""
 
@@ -152,11 +152,8 @@ def check_same(saved: EmbedSettings, wanted: EmbedSettings, folder: Path) -> Non
     """
     for name, words in DESCRIBED.items():
         old, new = getattr(saved, name), getattr(wanted, name)
-        if old == new:
-            continue
-        values = f" ({'native' if old is None else old}, not {'native' if new is None else new})"
-        if name == "encoder_hash":
-            values = f" ({saved.encoder})"
-        elif name == "source_hash":
-            values = f" ({saved.source})"
-        raise RequestError(f"{folder} contains embeddings of {words}{values}. Choose another output folder.")
+        if old != new:
+            shown = words.format_map(vars(saved))
+            if shown == words:
+                shown += f" ({'native' if old is None else old}, not {'native' if new is None else new})"
+            raise RequestError(f"{folder} contains embeddings {shown}. Choose another output folder.")
