@@ -14,7 +14,7 @@ from ijepa_enhanced.models.config import EncoderConfig
 
 ROWS = 8
 """Rows of a file, so that a few images make several files."""
-BROKEN, CUT = "cats/00.jpg", "dogs/13.png"
+BROKEN, CUT = "cats/00.jpg", "dogs/14.jpg"
 """An image whose header cannot be read, and one whose pixels cannot be decoded."""
 
 

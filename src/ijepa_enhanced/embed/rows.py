@@ -113,7 +113,7 @@ class RowTables:
             waiting.append(pack)
             size += pack.vectors.nbytes + (0 if pack.tokens is None else pack.tokens.nbytes)
             if size >= GROUP_BYTES:
-                stop = max(*pack.rows.tolist(), *pack.unreadable) + 1
+                stop = max([*pack.rows.tolist(), *pack.unreadable]) + 1
                 yield self._table(range(start, stop), waiting)
                 waiting, start, size = [], stop, 0
         if start < rows.stop:
