@@ -14,7 +14,7 @@ from ijepa_enhanced.models.config import EncoderConfig
 
 ROWS = 8
 """Rows of a file, so that a few images make several files."""
-BROKEN, CUT = "cats/00.jpg", "dogs/14.jpg"
+BROKEN, CUT = "cats/00.png", "dogs/14.png"
 """An image whose header cannot be read, and one whose pixels cannot be decoded."""
 
 
@@ -33,10 +33,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(21):
         size = random.integers(16, 80, 2)
         image = Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8))
-        path = root / ("cats" if number < 10 else "dogs") / f"{number:02d}.{'png' if number % 2 else 'jpg'}"
+        path = root / ("cats" if number < 10 else "dogs") / f"{number:02d}.{'jpg' if number % 2 else 'png'}"
         path.parent.mkdir(exist_ok=True)
         file = io.BytesIO()
-        image.save(file, "PNG" if number % 2 else "JPEG")
+        image.save(file, "JPEG" if number % 2 else "PNG")
         data = file.getvalue()
         key = path.relative_to(root).as_posix()
         path.write_bytes(b"no image" if key == BROKEN else data[: len(data) // 2] if key == CUT else data)

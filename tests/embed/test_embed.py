@@ -39,8 +39,8 @@ sys.exit(main(sys.argv[1:]))
 """
 """`ijepa` with files of `ROWS` rows, for processes of their own."""
 
-ALL = [f"cats/{n:02d}.{'png' if n % 2 else 'jpg'}" for n in range(10)]
-ALL += [f"dogs/{n:02d}.{'png' if n % 2 else 'jpg'}" for n in range(10, 21)]
+ALL = [f"cats/{n:02d}.{'jpg' if n % 2 else 'png'}" for n in range(10)]
+ALL += [f"dogs/{n:02d}.{'jpg' if n % 2 else 'png'}" for n in range(10, 21)]
 
 
 def ijepa(*arguments: Any) -> tuple[int, list[str], list[str]]:
