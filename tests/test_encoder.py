@@ -15,10 +15,11 @@ from torch import Tensor
 from ijepa_enhanced.data.decode import patchify
 from ijepa_enhanced.encoder import Encoder, Preprocessing, Resolution
 from ijepa_enhanced.errors import EncoderError, NotFiniteError, UnreadableImage
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.config import Architecture, EncoderConfig
 from ijepa_enhanced.packed import Packed
 
-TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8)
+TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture
+MLP = EncoderConfig("Ti", 16, 1, patch_embed="mlp").architecture
 # Heights and widths in pixels: every orientation, one below a patch.
 SIZES = [(64, 48), (40, 120), (33, 35), (130, 24), (5, 60)]
 
@@ -192,10 +193,10 @@ def test_images_may_come_one_by_one_and_have_a_resolution(encoder: Encoder, imag
 
 @pytest.mark.parametrize(
     "config",
-    [TINY, EncoderConfig("Ti", 14, 1, "sincos", 7), EncoderConfig("Ti", 16, 1, patch_embed="mlp")],
+    [TINY, EncoderConfig("Ti", 14, 1, "sincos", 7).architecture, MLP],
     ids=["factorized", "sincos", "hidden layer"],
 )
-def test_saved_and_loaded_is_the_same_bit_for_bit(config: EncoderConfig, tmp_path: Path) -> None:
+def test_saved_and_loaded_is_the_same_bit_for_bit(config: Architecture, tmp_path: Path) -> None:
     preprocessing = Preprocessing(resolution=56, mean=(0.1, 0.2, 0.3))
     encoder = Encoder.random(config, preprocessing, seed=0)
     encoder.save_pretrained(tmp_path / "a" / "encoder")
@@ -376,11 +377,11 @@ def test_a_folder_of_an_older_version_says_so(encoder: Encoder, tmp_path: Path) 
     encoder.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config["architecture"]))  # as it was once
-    with pytest.raises(EncoderError, match=r"was saved by an older version of ijepa-enhanced that"):
+    with pytest.raises(EncoderError, match=r"was saved by an older version of ijepa-enhanced\."):
         Encoder.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["not JSON", '{"format": 2}', "weights"])
+@pytest.mark.parametrize("damage", ["not JSON", '{"format": 3}', "weights"])
 def test_a_damaged_folder_says_so(encoder: Encoder, tmp_path: Path, damage: str) -> None:
     encoder.save_pretrained(tmp_path)
     if damage == "weights":

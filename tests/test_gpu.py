@@ -112,7 +112,7 @@ def test_compiled_once_a_step_of_any_pack_is_the_same(make_batch: MakeBatch, mak
 
 def test_copies_of_the_weights_count_for_every_setting_of_a_sweep(pictures: Path) -> None:
     index = open_catalog(open_source(str(pictures)), cache=False)
-    encoder = Encoder.random(EncoderConfig("Ti", 8, 1), Preprocessing(), seed=0).to(DEVICE)
+    encoder = Encoder.random(EncoderConfig("Ti", 8, 1).architecture, Preprocessing(), seed=0).to(DEVICE)
     first, second = network_costs(encoder, [index], [(40, 0.0)] * 2, torch.bfloat16)
     assert first["peak_megabytes"] == second["peak_megabytes"]
 

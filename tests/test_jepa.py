@@ -200,7 +200,7 @@ def test_targets_are_constants_even_where_the_student_is_its_own_teacher(make_ba
 
 
 def test_the_teacher_starts_as_the_student() -> None:
-    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    model = JEPA(EncoderConfig("Ti", 8, 1).architecture, PredictorConfig(32, 1, 2), ObjectiveConfig())
     for teacher, student in zip(model.teacher.parameters(), model.student.parameters(), strict=True):
         assert torch.equal(teacher, student)
         assert teacher is not student
@@ -299,7 +299,7 @@ def with_local(batch: MaskedBatch, local: Packed) -> MaskedBatch:
 def test_local_views_count_in_the_contrast_and_nowhere_else(make_batch: MakeBatch, make_stream: MakeStream) -> None:
     torch.manual_seed(0)
     model = JEPA(
-        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID),
+        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID).architecture,
         PredictorConfig(32, 1, 2),
         ObjectiveConfig(vicreg_weight=0.1, contrastive_weight=1.0),
         views=2,
@@ -327,7 +327,7 @@ def test_local_views_count_in_the_contrast_and_nowhere_else(make_batch: MakeBatc
 
 def test_the_rate_of_views_counts_local_ones_too(make_batch: MakeBatch, make_stream: MakeStream) -> None:
     batch = with_local(make_batch([(5, 4), (2, 9)]), make_stream([(2, 3), (3, 3), (1, 2)], seed=1))
-    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    model = JEPA(EncoderConfig("Ti", 8, 1).architecture, PredictorConfig(32, 1, 2), ObjectiveConfig())
     meter = Meter()
     meter.add_step([pack_losses(model, batch, len(batch.targets.index), 1)], [batch])
     assert meter.views == 2 + 3
@@ -335,7 +335,7 @@ def test_the_rate_of_views_counts_local_ones_too(make_batch: MakeBatch, make_str
 
 def test_steps_without_a_readable_image_have_no_means(make_batch: MakeBatch) -> None:
     batch = make_batch([(5, 4), (2, 9)])
-    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    model = JEPA(EncoderConfig("Ti", 8, 1).architecture, PredictorConfig(32, 1, 2), ObjectiveConfig())
     meter, ranks = Meter(), Ranks(torch.device("cpu"))
     meter.add_step([], [])
     assert meter.read(100, ranks) == {}
@@ -347,7 +347,7 @@ def test_steps_without_a_readable_image_have_no_means(make_batch: MakeBatch) -> 
 def test_a_single_view_and_its_local_ones_agree(make_batch: MakeBatch, make_stream: MakeStream) -> None:
     torch.manual_seed(0)
     model = JEPA(
-        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID),
+        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID).architecture,
         PredictorConfig(32, 1, 2),
         ObjectiveConfig(vicreg_weight=0.0, contrastive_weight=1.0),
     )
@@ -356,7 +356,12 @@ def test_a_single_view_and_its_local_ones_agree(make_batch: MakeBatch, make_stre
 
 
 def test_views_of_one_image_alone_have_no_contrast(make_batch: MakeBatch) -> None:
-    model = JEPA(EncoderConfig("Ti", 8, 1), PredictorConfig(32, 1, 2), ObjectiveConfig(contrastive_weight=1.0), views=2)
+    model = JEPA(
+        EncoderConfig("Ti", 8, 1).architecture,
+        PredictorConfig(32, 1, 2),
+        ObjectiveConfig(contrastive_weight=1.0),
+        views=2,
+    )
     losses = pack_losses(model, make_batch([(4, 4), (3, 5)], 0), 10, 1)
     assert losses.contrastive == 0
     assert losses.vicreg > 0
@@ -482,7 +487,9 @@ def test_an_objective_without_any_term_is_an_error() -> None:
 def test_without_prediction_neither_teacher_nor_predictor_runs(make_batch: MakeBatch) -> None:
     torch.manual_seed(0)
     objective = ObjectiveConfig(prediction_weight=0.0, contrastive_weight=1.0)
-    model = JEPA(EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID), PredictorConfig(32, 1, 2), objective, views=2)
+    model = JEPA(
+        EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID).architecture, PredictorConfig(32, 1, 2), objective, views=2
+    )
     assert model.predictor is None
     model.teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
     batch = make_batch([(5, 4), (2, 9), (4, 4), (3, 6)])
@@ -499,7 +506,7 @@ def test_the_weight_of_the_prediction_scales_its_gradient(make_batch: MakeBatch)
     for weight in (1.0, 4.0):
         torch.manual_seed(0)
         objective = ObjectiveConfig(prediction_weight=weight, vicreg_weight=0.0)
-        model = JEPA(EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID), PredictorConfig(32, 1, 2), objective)
+        model = JEPA(EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID).architecture, PredictorConfig(32, 1, 2), objective)
         pack_losses(model, batch, len(batch.targets.index)).total.backward()
         gradients.append(flat_gradients(model))
     assert torch.equal(4 * gradients[0], gradients[1])  # a power of two rounds nothing

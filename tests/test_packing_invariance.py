@@ -23,7 +23,7 @@ from one_pack import pack_losses
 # 3.2e-7 for their gradients, 2.3e-7 for the loss and 4.1e-7 for its gradients.
 BOUND = 2e-6
 
-CONFIG = EncoderConfig(variant="Ti", depth=2, patch_size=8, max_grid=6)
+CONFIG = EncoderConfig(variant="Ti", depth=2, patch_size=8, max_grid=6).architecture
 # Grids on both sides of max_grid, so that interpolated positions take part.
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
 MASKABLE = st.lists(
@@ -165,7 +165,7 @@ def test_the_loss_of_jepa_and_its_gradients_do_not_depend_on_the_pack(
     order = data.draw(st.permutations(range(len(grids))))
 
     def batch_of(views: list[int]) -> MaskedBatch:
-        return make_batch(grids, seed, views, depth=CONFIG.shape.depth, rates=rates)
+        return make_batch(grids, seed, views, depth=CONFIG.depth, rates=rates)
 
     pack = batch_of(list(range(len(grids))))
     tokens = len(pack.targets.index)

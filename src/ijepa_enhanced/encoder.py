@@ -30,17 +30,18 @@ from ijepa_enhanced.devices import autocast, autocast_dtype, default_workers
 from ijepa_enhanced.errors import EncoderError, NotFiniteError
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.vit import VisionTransformer
-from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.pooling import segment_first, segment_mean
 from ijepa_enhanced.ops.positions import within_grid
 from ijepa_enhanced.ops.preprocess import CHANNELS, IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ijepa_enhanced.packed import Packed, Segments
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Version of config.json, raised whenever older files can no longer be read. Version 1 had no preprocessing."""
+FORMAT = 3
+"""Version of config.json, raised whenever older files can no longer be read. Version 1 had no preprocessing, version 2
+named the architecture by a variant."""
 
 TOKENS_PER_PACK = 16384
 """Default for the largest number of tokens of an image, and in memory at once."""
@@ -75,8 +76,8 @@ class Preprocessing:
     trained_grid: tuple[int, int] | None = None
     """Rows and columns of the longest grids of training. Longer grids are interpolated onto this size, because
     positions beyond it are untrained. None: no limit, as for fixed positions."""
-    pooling: Literal["mean"] = "mean"
-    """The feature of an image is the mean of the features of its patches."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """The feature of an image. mean: the mean of the features of its patches. cls: the feature of the class token."""
 
     def __post_init__(self) -> None:
         if self.channels != CHANNELS:
@@ -85,8 +86,8 @@ class Preprocessing:
             raise ValueError(
                 f"mean and std must have {CHANNELS} values each, not {len(self.mean)} and {len(self.std)}."
             )
-        if self.pooling != "mean":
-            raise ValueError(f"pooling must be mean, not '{self.pooling}'.")
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be mean or cls, not '{self.pooling}'.")
 
 
 class Encoder(nn.Module):
@@ -102,6 +103,8 @@ class Encoder(nn.Module):
 
     def __init__(self, network: VisionTransformer, preprocessing: Preprocessing) -> None:
         super().__init__()
+        if preprocessing.pooling == "cls" and not network.config.class_token:
+            raise ValueError("pooling must be mean, because the network has no class token.")
         self.network = network
         self.preprocessing = preprocessing
         self.normalize = Normalize(preprocessing.mean, preprocessing.std, network.config.patch_size)
@@ -110,14 +113,14 @@ class Encoder(nn.Module):
         """Resolutions far from the trained one that a warning was logged for."""
 
     @classmethod
-    def random(cls, config: EncoderConfig, preprocessing: Preprocessing, seed: int) -> Encoder:
+    def random(cls, config: Architecture, preprocessing: Preprocessing, seed: int) -> Encoder:
         """Return an untrained encoder in evaluation mode on the CPU: the one that a run with this seed starts from."""
         with torch.random.fork_rng(devices=[]):  # leaves the caller's random generator as it is
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
             return cls(VisionTransformer(config), preprocessing).eval()
 
     @property
-    def config(self) -> EncoderConfig:
+    def config(self) -> Architecture:
         """Return the architecture of the network."""
         return self.network.config
 
@@ -140,6 +143,13 @@ class Encoder(nn.Module):
         """Return the outputs [T, D] of the last `count` blocks for uint8 patches [T, P * P * C]."""
         return self.network.last_layers(self.preprocess(packed), plan, count)
 
+    def pool(self, features: Tensor, packed: Packed) -> Tensor:
+        """Return the feature of each view, float32 [V, D], from those of its tokens [T, D]; see `Preprocessing`."""
+        cu_seqlens = packed.segments.cu_seqlens
+        if self.preprocessing.pooling == "cls":
+            return segment_first(features, cu_seqlens)
+        return segment_mean(features, cu_seqlens, packed.prefix)
+
     def preprocess(self, packed: Packed) -> Packed:
         """Return the input of the network for uint8 patches: normalized, on grids no longer than in training."""
         packed = self.normalize(packed)
@@ -155,7 +165,7 @@ class Encoder(nn.Module):
         precision: Precision = "auto",
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> Tensor:
-        """Return one feature for each image: the mean of its tokens.
+        """Return one feature for each image: the mean of its patches, or its class token (`Preprocessing.pooling`).
 
         A path, the bytes of that file, and a PIL image that was just opened from it give the same feature. A PIL image
         whose pixels are already loaded gives a slightly different one if it comes from a large JPEG file, which is
@@ -181,7 +191,7 @@ class Encoder(nn.Module):
             ValueError: a merge rate, a resolution or the precision is out of range.
         """
         pooled = [
-            segment_mean(features, packed.segments.cu_seqlens)
+            self.pool(features, packed)
             for packed, features in self._features(images, resolution, merge_rate, precision, tokens_per_pack)
         ]
         return torch.cat(pooled) if pooled else torch.empty(0, self.width, device=self.device)
@@ -235,11 +245,11 @@ class Encoder(nn.Module):
         tokens_per_pack: int,
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the key and the feature of each image; arguments as for `embed_iter`."""
-        for members, packed in in_packs(images, self.at_once(tokens_per_pack), on_error):
+        for members, packed in in_packs(images, self.at_once(tokens_per_pack), on_error, self.config.prefix):
             features = (
                 feature
                 for pack, x in self._run([packed] if packed else [], merge_rate, precision)
-                for feature in segment_mean(x, pack.segments.cu_seqlens).cpu()
+                for feature in self.pool(x, pack).cpu()
             )
             for key, readable in members:
                 if readable:
@@ -260,7 +270,8 @@ class Encoder(nn.Module):
         for packed, features in self._features(images, resolution, merge_rate, precision, tokens_per_pack):
             # Tokens of a view are in row-major order, and merged ones are spread over their patches again.
             views = torch.split(features, list(packed.segments.lengths))
-            maps += [view.view(*grid, self.width) for view, grid in zip(views, packed.grids.tolist(), strict=True)]
+            patches = (view[packed.prefix :] for view in views)
+            maps += [view.view(*grid, self.width) for view, grid in zip(patches, packed.grids.tolist(), strict=True)]
         return maps
 
     def patch_tokens(
@@ -318,7 +329,7 @@ class Encoder(nn.Module):
             patch_size=self.config.patch_size,
             limit=tokens_per_pack,
         )
-        for _, packed in in_packs(map(decode, images), self.at_once(tokens_per_pack)):
+        for _, packed in in_packs(map(decode, images), self.at_once(tokens_per_pack), prefix=self.config.prefix):
             assert packed is not None  # an image that cannot be decoded has raised its error
             yield packed
 
@@ -354,7 +365,7 @@ class Encoder(nn.Module):
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
         """Return the plan for merging views of these lengths at `rate`, on the CPU, or None if nothing merges."""
-        return plan_merges(segments.lengths, rate, self.config.shape.depth)
+        return plan_merges(segments.lengths, rate, self.config.depth, self.config.prefix)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, and create it if needed.
@@ -407,14 +418,11 @@ class Encoder(nn.Module):
             config = json.loads((folder / "config.json").read_text())
             if not isinstance(config, dict) or config.get("format") != FORMAT:
                 raise EncoderError(
-                    f"{folder} was saved by an older version of ijepa-enhanced that did not record the preprocessing. "
-                    "Train the encoder again, or rewrite config.json as docs/decisions.md describes."
+                    f"{folder} was saved by an older version of ijepa-enhanced. Train the encoder again, or rewrite "
+                    "config.json as docs/decisions.md describes."
                 )
-            values: dict[str, Any] = config["preprocessing"]
-            # JSON has no tuples.
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-            preprocessing = Preprocessing(**values)
-            network = VisionTransformer(EncoderConfig(**config["architecture"]))
+            preprocessing = Preprocessing(**_tuples(config["preprocessing"]))
+            network = VisionTransformer(Architecture(**_tuples(config["architecture"])))
             network.load_state_dict(load_file(folder / "model.safetensors"))
         except EncoderError:  # the one raised above; it is a ValueError too, which the next line would wrap
             raise
@@ -427,3 +435,8 @@ class Encoder(nn.Module):
                     "Use an encoder from another run, or RUN/best if the run has one."
                 )
         return cls(network, preprocessing).eval()
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values from a JSON file, which has no tuples, with tuples in place of lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

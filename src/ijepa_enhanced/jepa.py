@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.losses import nt_xent, variance_covariance
-from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.models.predictor import Predictor
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
@@ -55,7 +55,7 @@ class JEPA(nn.Module):
     """
 
     def __init__(
-        self, encoder: EncoderConfig, predictor: PredictorConfig, objective: ObjectiveConfig, views: int = 1
+        self, encoder: Architecture, predictor: PredictorConfig, objective: ObjectiveConfig, views: int = 1
     ) -> None:
         super().__init__()
         self.objective = objective
@@ -66,7 +66,7 @@ class JEPA(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         width = self.student.width
         # A term of weight 0 gets no network.
-        self.predictor = Predictor(predictor, width, encoder.max_grid) if objective.prediction_weight else None
+        self.predictor = Predictor(predictor, width, encoder.position_grid) if objective.prediction_weight else None
         self.projector = projector(width) if objective.contrastive_weight else None
 
     def preprocess(self, batch: MaskedBatch) -> MaskedBatch:

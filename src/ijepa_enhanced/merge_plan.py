@@ -23,12 +23,17 @@ TILE = 64
 
 
 def merged_lengths(
-    lengths: Sequence[int] | NDArray[np.integer], rate: float | Sequence[float], depth: int, floor: int = 1
+    lengths: Sequence[int] | NDArray[np.integer],
+    rate: float | Sequence[float],
+    depth: int,
+    floor: int = 1,
+    prefix: int = 0,
 ) -> NDArray[np.int64]:
     """Return the tokens of every view before the first layer and after each layer: int64 [depth + 1, V].
 
-    After layer l, a view of n tokens has min(n, max(floor, ceil(n * product of (1 - rate)))) tokens, where the product
-    runs over the layers up to l. The arithmetic is exact: a rate is the decimal fraction that it is written as.
+    After layer l, the n patches of a view are min(n, max(floor, ceil(n * product of (1 - rate)))) tokens, where the
+    product runs over the layers up to l. Its class token and registers, which never merge, come on top. The arithmetic
+    is exact: a rate is the decimal fraction that it is written as.
     A layer merges at most half of its tokens, rounded down: of N = ceil(p n) tokens it keeps at least
     ceil(p n / 2) >= ceil(N / 2), because p n > N - 1.
 
@@ -36,7 +41,8 @@ def merged_lengths(
         lengths: tokens of each of V views.
         rate: share of its tokens that a layer merges into others; one for all layers, or one for each.
         depth: number of layers.
-        floor: no view is merged to fewer tokens than this.
+        floor: no view's patches are merged to fewer tokens than this.
+        prefix: tokens at the beginning of each view that are no patches (`Packed.prefix`); `lengths` include them.
 
     Raises:
         ValueError: a rate lies outside [0, 0.5], the number of rates is not `depth`, or the floor is below 1.
@@ -44,13 +50,13 @@ def merged_lengths(
     if floor < 1:
         raise ValueError(f"Merging must leave every view at least 1 token, not {floor}.")
     # Many views share a length: compute each length once.
-    distinct, inverse = np.unique(np.asarray(lengths, dtype=np.int64), return_inverse=True)
+    distinct, inverse = np.unique(np.asarray(lengths, dtype=np.int64) - prefix, return_inverse=True)
     kept, table = Fraction(1), [distinct.tolist()]
     for layer_rate in layer_rates(rate, depth):
         kept *= 1 - layer_rate
         # Python integers, since the product over 40 layers overflows int64. -(-a // b) rounds up.
         table.append([min(n, max(floor, -(-n * kept.numerator // kept.denominator))) for n in table[0]])
-    return np.array(table, dtype=np.int64)[:, inverse]
+    return np.array(table, dtype=np.int64)[:, inverse] + prefix
 
 
 def layer_rates(rate: float | Sequence[float], depth: int) -> list[Fraction]:
@@ -90,13 +96,18 @@ class MergePlan(Movable):
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int] | NDArray[np.integer], rate: float | Sequence[float], depth: int, floor: int = 1
+        cls,
+        lengths: Sequence[int] | NDArray[np.integer],
+        rate: float | Sequence[float],
+        depth: int,
+        floor: int = 1,
+        prefix: int = 0,
     ) -> MergePlan:
         """Return the plan of a pack of views, on the CPU; arguments and errors are those of `merged_lengths`."""
-        table = merged_lengths(lengths, rate, depth, floor)
+        table = merged_lengths(lengths, rate, depth, floor, prefix)
         active = tuple(layer_rate > 0 for layer_rate in layer_rates(rate, depth))
         # A layer at rate 0 gets no tiles.
-        tiles = [_tiles(row if merges else row[:0]) for row, merges in zip(table[:-1], active, strict=True)]
+        tiles = [_tiles(row if merges else row[:0], prefix) for row, merges in zip(table[:-1], active, strict=True)]
         return cls(
             tuple(Segments.of(row) for row in table),
             tuple(table.sum(axis=1).tolist()),
@@ -107,19 +118,20 @@ class MergePlan(Movable):
 
 
 def plan_merges(
-    lengths: Sequence[int] | NDArray[np.integer], rate: float | Sequence[float], depth: int
+    lengths: Sequence[int] | NDArray[np.integer], rate: float | Sequence[float], depth: int, prefix: int = 0
 ) -> MergePlan | None:
     """Return the plan of a pack of views, or None if no layer merges; see `MergePlan.of`."""
-    return MergePlan.of(lengths, rate, depth) if any(layer_rates(rate, depth)) else None
+    return MergePlan.of(lengths, rate, depth, prefix=prefix) if any(layer_rates(rate, depth)) else None
 
 
-def _tiles(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return one layer's part of `MergePlan.tiles`: the tiles of every view of at least two tokens.
+def _tiles(lengths: NDArray[np.int64], prefix: int) -> NDArray[np.int64]:
+    """Return one layer's part of `MergePlan.tiles`: the tiles of every view of at least two tokens beside the prefix.
 
     Views that merge nothing in this layer get tiles too: torch.compile specializes on whether there are any tiles, and
     that should not depend on the pack.
     """
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum(lengths) - lengths + prefix
+    lengths = lengths - prefix
     tokens = np.stack([(lengths + 1) // 2, lengths // 2], axis=1)  # [V, 2]: even tokens, odd tokens
     grid = -(-tokens // TILE)  # [V, 2]: rows and columns of tiles
     counts = grid.prod(axis=1)

@@ -113,11 +113,21 @@ class Packed(Movable):
     grids: Tensor
     """int32 [V, 2]: rows and columns of each view's grid, also where only some of its tokens are in the stream."""
     segments: Segments
+    prefix: int = 0
+    """Number of rows at the beginning of each view that are no patches: the network puts its class token and registers
+    there. Their values and positions are 0."""
 
     def select(self, selection: Selection) -> Packed:
         """Return the stream of the selected tokens. Each view keeps its whole grid."""
         index = selection.index
-        return Packed(self.values[index], self.positions[index], self.grids, selection.segments)
+        return Packed(self.values[index], self.positions[index], self.grids, selection.segments, self.prefix)
+
+    @property
+    def patches(self) -> Tensor:
+        """Return which rows are patches: bool [T]."""
+        ids = segment_ids(self.segments.cu_seqlens, len(self.positions))
+        place = torch.arange(len(ids), device=ids.device) - self.segments.cu_seqlens[ids]
+        return place >= self.prefix
 
     def with_values(self, values: Tensor) -> Packed:
         """Return the same views with other values [T, ...], one for each token."""
@@ -128,12 +138,13 @@ class Packed(Movable):
         return list(torch.split(self.values, list(self.segments.lengths)))
 
     @staticmethod
-    def of_grids(values: NDArray[np.generic], grids: NDArray[np.integer]) -> Packed:
+    def of_grids(values: NDArray[np.generic], grids: NDArray[np.integer], prefix: int = 0) -> Packed:
         """Return a stream of whole views, on the CPU.
 
         Args:
-            values: [T, ...], row by row within each view.
+            values: [T, ...], of the patches alone, row by row within each view.
             grids: [V, 2] rows and columns of each view.
+            prefix: see `Packed.prefix`.
         """
         grids = np.asarray(grids, dtype=np.int32).reshape(-1, 2)
         lengths = grids.prod(axis=1, dtype=np.int64)  # [V]
@@ -141,11 +152,15 @@ class Packed(Movable):
         token = np.arange(lengths.sum()) - np.repeat(starts, lengths)  # [T], counted from the start of its view
         cols = np.repeat(grids[:, 1], lengths)
         positions = np.stack([token // cols, token % cols], axis=1).astype(np.int32)
+        if prefix:
+            places = np.repeat(starts, prefix)  # np.insert counts in the array without the new rows
+            values, positions = (np.insert(x, places, 0, axis=0) for x in (values, positions))
         return Packed(
             torch.from_numpy(values),
             torch.from_numpy(positions),
             torch.from_numpy(grids),
-            Segments.of(lengths),
+            Segments.of(lengths + prefix),
+            prefix,
         )
 
     @staticmethod
@@ -166,4 +181,5 @@ class Packed(Movable):
             torch.cat([stream.positions for stream in streams]),
             torch.cat([stream.grids for stream in streams]),
             segments,
+            streams[0].prefix,
         )

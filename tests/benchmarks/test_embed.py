@@ -14,7 +14,7 @@ from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.models.vit import VisionTransformer
 
 CPU = torch.device("cpu")
-CONFIG = EncoderConfig("Ti", 16, depth=2)
+CONFIG = EncoderConfig("Ti", 16, depth=2).architecture
 IMAGES = [
     np.random.default_rng(number).integers(0, 256, (16 * rows, 16 * cols, 3), dtype=np.uint8)
     for number, (rows, cols) in enumerate([(4, 6), (7, 2), (1, 3)])
@@ -100,7 +100,7 @@ def test_the_table(
     assert found["bfloat16_gain"] == rows[6]["images_per_second"] / first["images_per_second"]
     # Utilisation is operations times images a second over one peak, of each rate's own operations.
     lengths = [image.shape[0] * image.shape[1] // 64 for image in embed.read(str(pictures), 3, 8)]
-    operations = [encoder_flops(EncoderConfig("Ti", 8), lengths, rate).sum() for rate in embed.RATES]
+    operations = [encoder_flops(EncoderConfig("Ti", 8).architecture, lengths, rate).sum() for rate in embed.RATES]
     peaks = [count * row["images_per_second"] / row["mfu"] for count, row in zip(operations, rows, strict=False)]
     assert peaks == pytest.approx([peaks[0]] * 3)
     assert [path.name.partition("_")[0] for path in Path("benchmarks/results").iterdir()] == ["embed-Ti8"]

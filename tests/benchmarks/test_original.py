@@ -15,7 +15,7 @@ from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.vit import VisionTransformer
 
 GRIDS = [(5, 7), (12, 15), (3, 3), (9, 9), (16, 16), (2, 11)]
-CONFIG = EncoderConfig("Ti", 8, depth=2)
+CONFIG = EncoderConfig("Ti", 8, depth=2).architecture
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from ijepa_enhanced.train.config import OptimConfig
 from ijepa_enhanced.train.optimizer import StepSettings, make_optimizer
 from ijepa_enhanced.train.step import train_step
 
-ENCODER, PREDICTOR = EncoderConfig("Ti", 8, depth=2), PredictorConfig(width=32, depth=1, heads=2)
+ENCODER, PREDICTOR = EncoderConfig("Ti", 8, depth=2).architecture, PredictorConfig(width=32, depth=1, heads=2)
 CPU = torch.device("cpu")
 
 

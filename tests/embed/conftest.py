@@ -21,7 +21,9 @@ BROKEN, CUT = "cats/00.png", "dogs/14.png"
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "encoder"
-    Encoder.random(EncoderConfig(variant="Ti", depth=3, patch_size=8), Preprocessing(32), 0).save_pretrained(folder)
+    Encoder.random(
+        EncoderConfig(variant="Ti", depth=3, patch_size=8).architecture, Preprocessing(32), 0
+    ).save_pretrained(folder)
     return folder
 
 

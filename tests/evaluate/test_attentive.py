@@ -69,7 +69,7 @@ def test_the_softmax_of_a_segment_does_not_overflow() -> None:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8), Preprocessing(32), 0)
+    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture, Preprocessing(32), 0)
 
 
 @pytest.fixture

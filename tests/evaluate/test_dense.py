@@ -45,7 +45,7 @@ def test_mean_iou_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.random(EncoderConfig(variant="Ti", depth=1, patch_size=8), Preprocessing(32), 0)
+    return Encoder.random(EncoderConfig(variant="Ti", depth=1, patch_size=8).architecture, Preprocessing(32), 0)
 
 
 @pytest.fixture

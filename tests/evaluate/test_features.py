@@ -31,7 +31,7 @@ SMALL = InferenceConfig(32, tokens_per_pack=64, workers=0)
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8), Preprocessing(32), 0)
+    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture, Preprocessing(32), 0)
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_thumbnails_by_hand(tmp_path: Path, workers: int) -> None:
 @pytest.mark.parametrize("merge_rate", [0.0, 0.3])
 def test_a_layer_counts_as_if_it_were_the_last(pictures: Path, merge_rate: float) -> None:
     """Each of the last four layers pools to what an encoder pools to that ends there."""
-    encoder = Encoder.random(EncoderConfig(variant="Ti", depth=6, patch_size=8), Preprocessing(32), 0)
+    encoder = Encoder.random(EncoderConfig(variant="Ti", depth=6, patch_size=8).architecture, Preprocessing(32), 0)
     source = open_source(str(pictures))
     found = extract(
         encoder,

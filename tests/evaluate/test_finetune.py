@@ -24,7 +24,7 @@ from ijepa_enhanced.packed import Packed, Segments
 
 @pytest.fixture
 def encoder() -> Encoder:
-    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8), Preprocessing(32), 0)
+    return Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture, Preprocessing(32), 0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])

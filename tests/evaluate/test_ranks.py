@@ -84,7 +84,9 @@ else:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
-    Encoder.random(EncoderConfig(variant="Ti", depth=2, patch_size=8), Preprocessing(32), 0).save_pretrained(folder)
+    Encoder.random(
+        EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture, Preprocessing(32), 0
+    ).save_pretrained(folder)
     return folder
 
 

@@ -92,7 +92,7 @@ def index(pictures: Path) -> Catalog:
 
 
 def test_operations_are_a_mean_over_the_images_of_all_sources(index: Catalog) -> None:
-    encoder = Encoder.random(EncoderConfig("Ti", 8, 2), Preprocessing(32), 0)
+    encoder = Encoder.random(EncoderConfig("Ti", 8, 2).architecture, Preprocessing(32), 0)
     shapes = [(36, 56), (20, 200)]
     (packed,) = encoder.packs([np.zeros((*shape, 3), np.uint8) for shape in shapes], 40)
     expected = encoder_flops(encoder.config, packed.segments.lengths, 0.2)
@@ -113,7 +113,7 @@ def of_sizes(index: Catalog, shapes: list[tuple[int, int]]) -> Catalog:
 
 def test_memory_is_that_of_the_fullest_pack(index: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "TOKENS_PER_PACK", 1000)
-    encoder = Encoder.random(EncoderConfig("Ti", 8, 1), Preprocessing(32), 0)
+    encoder = Encoder.random(EncoderConfig("Ti", 8, 1).architecture, Preprocessing(32), 0)
     large = of_sizes(index, [(200, 200)] * 3)
     # 625 patches each, of which two do not fit one pack; the ten images of the index have 22 to 32.
     packed = Packed.of_grids(np.zeros((625, 192), np.uint8), np.array([[25, 25]]))
@@ -133,7 +133,7 @@ def test_speed_is_in_images_of_the_mean_number_of_patches(index: Catalog, monkey
     """Whatever images the timed pack holds: here two seconds a pack, of 625 patches, are given."""
     monkeypatch.setattr(sweep, "interleaved_seconds", lambda runs, device: [2.0] * len(runs))
     monkeypatch.setattr(sweep, "TOKENS_PER_PACK", 1000)
-    encoder = Encoder.random(EncoderConfig("Ti", 8, 1), Preprocessing(32), 0)
+    encoder = Encoder.random(EncoderConfig("Ti", 8, 1).architecture, Preprocessing(32), 0)
     sizes = of_sizes(index, [(200, 200), (200, 200), (80, 80)])
     (cost,) = network_costs(encoder, [sizes], [(None, 0.0)], torch.float32)
     # The last two fit one pack.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.merge_plan import plan_merges
 from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
+from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.packed import Packed, Segments
 
 
@@ -19,7 +20,7 @@ def positions_of(rows: int, cols: int) -> torch.Tensor:
 @pytest.fixture
 def table() -> FactorizedPositions:
     """Row r is 10 r in the first of two dimensions, column c is c in the second."""
-    positions = FactorizedPositions(2, 4)
+    positions = FactorizedPositions(2, (4, 4))
     with torch.no_grad():
         positions.rows.copy_(torch.tensor([[0.0, 0], [10, 0], [20, 0], [30, 0]]))
         positions.cols.copy_(torch.tensor([[0.0, 0], [0, 1], [0, 2], [0, 3]]))
@@ -58,7 +59,7 @@ def test_positions_stay_float32_under_autocast(table: FactorizedPositions) -> No
 
 
 def test_sincos_positions_of_a_long_grid_are_squeezed_onto_the_trained_one() -> None:
-    positions = SinCosPositions(8, 3)
+    positions = SinCosPositions(8, (3, 3))
     found = positions(positions_of(5, 1), torch.tensor([[5, 1]]), Segments.of([5]).cu_seqlens)
     for row, vector in zip((0, 0.5, 1, 1.5, 2), found, strict=True):
         # Column 0 first: sines of 0, cosines of 0. Then the row with frequencies 1 and 10000 ** (-1 / 2).
@@ -67,7 +68,7 @@ def test_sincos_positions_of_a_long_grid_are_squeezed_onto_the_trained_one() -> 
 
 
 def test_a_block_without_its_two_writers_is_the_identity() -> None:
-    blocks = Blocks(12, 3, 2, 4.0)
+    blocks = Blocks(Architecture(12, 3, 2, 48))
     with torch.no_grad():
         for layer in blocks.layers:
             for part in (layer.proj, layer.fc2):
@@ -82,7 +83,7 @@ def test_a_block_without_its_two_writers_is_the_identity() -> None:
 def test_the_start_is_i_jepas() -> None:
     """Deviation 0.02, the two writers of layer l divided by sqrt(2 l), no bias."""
     torch.manual_seed(0)
-    module = nn.ModuleDict({"blocks": Blocks(192, 4, 3, 4.0)})
+    module = nn.ModuleDict({"blocks": Blocks(Architecture(192, 4, 3, 768))})
     init_weights(module)
     # A deviation of n numbers is off by 1 / sqrt(2 n): five times that for the smallest of 24,576.
     close = {"rel": 5 / math.sqrt(2 * 24_576)}
@@ -95,7 +96,7 @@ def test_the_start_is_i_jepas() -> None:
 
 
 def test_learnable_positions_start_as_the_sine_cosine_ones() -> None:
-    learnable, fixed = FactorizedPositions(192, 16), SinCosPositions(192, 16)
+    learnable, fixed = FactorizedPositions(192, (16, 16)), SinCosPositions(192, (16, 16))
     init_weights(learnable)
     arguments = positions_of(16, 9), torch.tensor([[16, 9]]), Segments.of([16 * 9]).cu_seqlens
     # Each number is read from one table and has a zero of the other added; the matrix product rounds once.
@@ -104,7 +105,9 @@ def test_learnable_positions_start_as_the_sine_cosine_ones() -> None:
 
 
 def test_the_epsilon_is_vits() -> None:
-    assert {part.eps for part in Blocks(8, 2, 2, 4.0).modules() if isinstance(part, nn.LayerNorm)} == {1e-6}
+    assert {part.eps for part in Blocks(Architecture(8, 2, 2, 32)).modules() if isinstance(part, nn.LayerNorm)} == {
+        1e-6
+    }
 
 
 def test_activations_that_are_computed_again_take_less_memory_and_change_not_one_bit(
@@ -113,7 +116,7 @@ def test_activations_that_are_computed_again_take_less_memory_and_change_not_one
     torch.manual_seed(0)
     stream = make_stream([(6, 5), (3, 8), (4, 4)])
     plan = plan_merges(stream.segments.lengths, 0.2, depth=3)
-    blocks = Blocks(32, 3, 2, 4.0)
+    blocks = Blocks(Architecture(32, 3, 2, 128))
     init_weights(blocks)
     x = torch.randn(stream.segments.total, 32)
 

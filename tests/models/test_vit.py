@@ -15,7 +15,7 @@ from ijepa_enhanced.models.vit import PatchMLP, VisionTransformer
 from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed
 
-TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8)
+TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_parameters_are_counted_by_hand(variant: str, width: int, depth: int) ->
     positions = 2 * 32 * width
     expected = patches + positions + depth * block + 2 * width
     with torch.device("meta"):
-        network = VisionTransformer(EncoderConfig(variant=variant, patch_size=16))
+        network = VisionTransformer(EncoderConfig(variant=variant, patch_size=16).architecture)
     assert sum(value.numel() for value in network.parameters()) == expected
     # The published 22 and 86 million of DeiT and ViT have a class token and a head as well.
     assert round(expected / 1e6) == {"S": 22, "B": 86}[variant]
@@ -136,9 +136,9 @@ def test_a_wrong_setting_is_an_error(settings: dict[str, str | int], message: st
 
 
 def test_a_variants_depth_can_be_changed_alone() -> None:
-    shape = EncoderConfig("g").shape
-    assert (shape.width, shape.depth, shape.heads, round(shape.width * shape.mlp_ratio)) == (1408, 40, 16, 6144)
-    assert EncoderConfig("g", depth=3).shape == dataclasses.replace(shape, depth=3)
+    whole = EncoderConfig("g").architecture
+    assert (whole.width, whole.depth, whole.heads, whole.hidden) == (1408, 40, 16, 6144)
+    assert EncoderConfig("g", depth=3).architecture == dataclasses.replace(whole, depth=3)
 
 
 def test_sincos_positions_learn_nothing(network: VisionTransformer) -> None:

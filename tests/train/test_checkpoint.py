@@ -19,7 +19,7 @@ from ijepa_enhanced.train.optimizer import make_optimizer, set_step, step_settin
 def trained(seed: int) -> tuple[JEPA, torch.optim.Optimizer]:
     """A model with one optimizer step behind it, so that there are moments to save."""
     torch.manual_seed(seed)
-    model = JEPA(EncoderConfig("Ti", 8, depth=1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    model = JEPA(EncoderConfig("Ti", 8, depth=1).architecture, PredictorConfig(32, 1, 2), ObjectiveConfig())
     optimizer = make_optimizer(model)
     set_step(optimizer, step_settings(OptimConfig(), 5, 10))
     for value in model.parameters():
@@ -131,6 +131,6 @@ def test_a_foreign_checkpoint_executes_nothing(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path, 3, *trained(seed=1), {})
-    model = JEPA(EncoderConfig("Ti", 8, depth=2), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    model = JEPA(EncoderConfig("Ti", 8, depth=2).architecture, PredictorConfig(32, 1, 2), ObjectiveConfig())
     with pytest.raises(CheckpointError, match=r"^Could not read checkpoint "):
         load_checkpoint(checkpoint, model, make_optimizer(model))

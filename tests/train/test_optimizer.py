@@ -11,7 +11,7 @@ from ijepa_enhanced.train.optimizer import make_optimizer, set_step, step_settin
 
 
 def tiny_model() -> JEPA:
-    return JEPA(EncoderConfig("Ti", 8, depth=1), PredictorConfig(32, 1, 2), ObjectiveConfig())
+    return JEPA(EncoderConfig("Ti", 8, depth=1).architecture, PredictorConfig(32, 1, 2), ObjectiveConfig())
 
 
 def test_schedules_of_the_first_middle_and_last_step() -> None:

@@ -27,7 +27,7 @@ def correlated(seed: int = 0, width: int = 16) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.random(EncoderConfig("Ti", PATCH, depth=1), Preprocessing(resolution=64), seed=0)
+    return Encoder.random(EncoderConfig("Ti", PATCH, depth=1).architecture, Preprocessing(resolution=64), seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ CELL = round(RESOLUTION / (ROWS * COLS) ** 0.5)
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.random(EncoderConfig("Ti", PATCH, 4), Preprocessing(resolution=64), seed=0)
+    return Encoder.random(EncoderConfig("Ti", PATCH, 4).architecture, Preprocessing(resolution=64), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_any_shape_can_be_drawn(encoder: Encoder, size: tuple[int, int]) -> None
 
 
 def test_fewer_layers_than_stages_are_all_shown() -> None:
-    encoder = Encoder.random(EncoderConfig("Ti", PATCH, 2), Preprocessing(), seed=0)
+    encoder = Encoder.random(EncoderConfig("Ti", PATCH, 2).architecture, Preprocessing(), seed=0)
     image = np.zeros((16, 16, 3), np.uint8)
     assert DEPTHS > 2
     sheet = np.asarray(draw_merges(encoder, image, "native", 0.5))

@@ -24,7 +24,7 @@ from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.evaluate.cost import interleaved_seconds
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.config import Architecture, EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.pooling import segment_mean
@@ -55,7 +55,7 @@ def run(
     device = best_device()
     # On CUDA ragged streams have no kernel in float32 (ops/attention.py).
     precisions = [autocast_dtype("auto", device)] if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    config = EncoderConfig(variant, patch)
+    config = EncoderConfig(variant, patch).architecture
     images = read(source, count or IMAGES[device.type], patch)
     lengths = [image.shape[0] * image.shape[1] // patch**2 for image in images]
     with torch.inference_mode():
@@ -81,7 +81,7 @@ def run(
 
 
 def methods_of(
-    config: EncoderConfig, images: Images, device: torch.device
+    config: Architecture, images: Images, device: torch.device
 ) -> tuple[dict[tuple[str, float], Embed], dict[str, str]]:
     """Return the methods that can be compared here, by name and merge rate, and why each other peer is absent."""
     encoder = Encoder(VisionTransformer(config), Preprocessing()).eval().to(device)
@@ -97,7 +97,7 @@ def methods_of(
 
 def speed_rows(
     precision: str,
-    config: EncoderConfig,
+    config: Architecture,
     lengths: Sequence[int],
     taken: dict[tuple[str, float], float],
     absent: dict[str, str],

@@ -18,7 +18,7 @@ from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.merge_plan import MergePlan, merged_lengths
 from ijepa_enhanced.models.blocks import Block
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.config import Architecture, EncoderConfig
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed
@@ -62,7 +62,7 @@ def cost(view: int, width: int, device: torch.device) -> dict[str, Any]:
     lengths = [view] * (COST_TOKENS // view)
     plan = MergePlan.of(lengths, COST_RATE, 1).to(device)
     tokens, segments = plan.totals[0], plan.segments[0]
-    block = Block(width, width // 64, 4 * width).to(device)
+    block = Block(Architecture(width, 1, width // 64, 4 * width)).to(device)
     x, sizes = torch.randn(tokens, width, device=device), torch.ones(tokens, device=device)
     _, keys = block.attend(x, segments)
     merging = match(keys.mean(dim=1, dtype=torch.float32), plan, 0)
@@ -94,13 +94,13 @@ def speed(source: str, device: torch.device) -> list[dict[str, Any]]:
     opened = open_source(source)
     rows = open_catalog(opened).rows
     images = [opened.open(row) for row in rows[np.linspace(0, len(rows) - 1, IMAGES).astype(int)].tolist()]
-    encoder = Encoder(VisionTransformer(EncoderConfig(VARIANT)), Preprocessing()).eval().to(device)
+    encoder = Encoder(VisionTransformer(EncoderConfig(VARIANT).architecture), Preprocessing()).eval().to(device)
     packed = Packed.concatenate(list(encoder.packs(images, RESOLUTION)))
     plans = [encoder.merge_plan(packed.segments, rate) for rate in RATES]
     moved = [plan and plan.to(device) for plan in plans]
     stream = packed.to(device)
     seconds = interleaved_seconds([lambda plan=plan: encoder(stream, plan) for plan in moved], device, TURNS)  # type: ignore[misc]
-    lengths, depth = packed.segments.lengths, encoder.config.shape.depth
+    lengths, depth = packed.segments.lengths, encoder.config.depth
     return [
         {
             "merge_rate": rate,

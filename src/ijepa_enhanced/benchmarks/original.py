@@ -22,7 +22,7 @@ from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.jepa import Losses, StepSize
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.models.blocks import Block, Blocks, FactorizedPositions
-from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.linear import Linear
 from ijepa_enhanced.ops.preprocess import CHANNELS, IMAGENET_MEAN, IMAGENET_STD
@@ -69,7 +69,7 @@ class Rows(NamedTuple):
         return Rows(*(x.pin_memory() for x in self))
 
 
-def lay_out(batch: MaskedBatch, masks: Sequence[ViewMasks], config: EncoderConfig) -> Rows:
+def lay_out(batch: MaskedBatch, masks: Sequence[ViewMasks], config: Architecture) -> Rows:
     """Return a batch as rows, with `masks` of its views; at least `PADDING` of their tokens is padding."""
     lengths = np.array(batch.packed.segments.lengths)
     rows, slots = assign(lengths)
@@ -79,7 +79,7 @@ def lay_out(batch: MaskedBatch, masks: Sequence[ViewMasks], config: EncoderConfi
     pixels = batch.packed.values.unflatten(1, (-1, CHANNELS)) / 255
     patches[where] = ((pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).flatten(1)
     places = torch.zeros(count * ROW, 2, dtype=torch.int64)
-    places[where] = batch.packed.positions.long().clamp(max=config.max_grid - 1)
+    places[where] = batch.packed.positions.long().clamp(max=min(config.position_grid) - 1)
     views = torch.full((count * ROW,), -1)
     views[where] = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
 
@@ -135,16 +135,17 @@ def padded(rows: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
 class Original(nn.Module):
     """The original's method with our widths, on `Rows`; it has the methods of `JEPA` that `train_step` calls."""
 
-    def __init__(self, encoder: EncoderConfig, predictor: PredictorConfig) -> None:
+    def __init__(self, encoder: Architecture, predictor: PredictorConfig) -> None:
         super().__init__()
         self.student = VisionTransformer(encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.embed = Linear(self.student.width, predictor.width)
         self.mask_token = nn.Parameter(torch.randn(predictor.width))
-        self.positions = FactorizedPositions(predictor.width, encoder.max_grid)
+        self.positions = FactorizedPositions(predictor.width, encoder.position_grid)
         nn.init.normal_(self.positions.rows)
         nn.init.normal_(self.positions.cols)
-        self.predictor = Blocks(predictor.width, predictor.depth, predictor.heads, 4.0)
+        width = predictor.width
+        self.predictor = Blocks(Architecture(width, predictor.depth, predictor.heads, 4 * width))
         self.head = Linear(predictor.width, self.student.width)
 
     def step_size(self, rows: Rows) -> StepSize:

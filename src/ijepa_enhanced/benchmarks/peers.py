@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.data.decode import patchify
 from ijepa_enhanced.encoder import CPU_TOKENS, TOKENS_PER_PACK
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 TOKENS = {"cpu": CPU_TOKENS, "cuda": TOKENS_PER_PACK}
@@ -24,18 +24,18 @@ Embed = Callable[[], Tensor]
 """Returns one feature an image: [N, D]."""
 
 
-def timm_naflexvit(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
+def timm_naflexvit(config: Architecture, images: Images, device: torch.device) -> Embed:
     """Use timm's own collator, which pads all images to the longest."""
     naflexvit, dataset = (import_module(f"timm.{name}") for name in ("models.naflexvit", "data.naflex_dataset"))
-    shape, side = config.shape, config.patch_size
+    side = config.patch_size
     cfg = naflexvit.NaFlexVitCfg(
         patch_size=side,
-        embed_dim=shape.width,
-        depth=shape.depth,
-        num_heads=shape.heads,
-        mlp_ratio=shape.mlp_ratio,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.hidden / config.width,
         pos_embed="factorized",
-        pos_embed_grid_size=(config.max_grid, config.max_grid),
+        pos_embed_grid_size=config.position_grid,
         global_pool="avg",
     )
     network = naflexvit.NaFlexVit(cfg, num_classes=0).eval().to(device)
@@ -60,19 +60,19 @@ def timm_naflexvit(config: EncoderConfig, images: Images, device: torch.device) 
     return lambda: torch.cat([network(batch) for batch in batches])
 
 
-def vit_pytorch_navit(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
+def vit_pytorch_navit(config: Architecture, images: Images, device: torch.device) -> Embed:
     """Use its own grouping into rows of at most 2,048 tokens (its default)."""
     na_vit = import_module("vit_pytorch.na_vit")
-    shape, side = config.shape, config.patch_size
+    side = config.patch_size
     network = na_vit.NaViT(
         image_size=max(max(image.shape[:2]) for image in images),
         patch_size=side,
-        num_classes=shape.width,
-        dim=shape.width,
-        depth=shape.depth,
-        heads=shape.heads,
-        dim_head=shape.width // shape.heads,
-        mlp_dim=round(shape.width * shape.mlp_ratio),
+        num_classes=config.width,
+        dim=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.width // config.heads,
+        mlp_dim=config.hidden,
     )
     network.mlp_head = nn.Identity()
     network.eval().to(device)
@@ -80,16 +80,16 @@ def vit_pytorch_navit(config: EncoderConfig, images: Images, device: torch.devic
     return lambda: network(tensors, group_images=True)
 
 
-def transformers_ijepa(config: EncoderConfig, images: Images, device: torch.device) -> Embed:
+def transformers_ijepa(config: Architecture, images: Images, device: torch.device) -> Embed:
     """Embed one image after another, with interpolated positions: a batch has one size."""
     transformers = import_module("transformers")
-    shape, side = config.shape, config.patch_size
+    side = config.patch_size
     network = transformers.IJepaModel(
         transformers.IJepaConfig(
-            hidden_size=shape.width,
-            num_hidden_layers=shape.depth,
-            num_attention_heads=shape.heads,
-            intermediate_size=round(shape.width * shape.mlp_ratio),
+            hidden_size=config.width,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            intermediate_size=config.hidden,
             image_size=side * (224 // side),
             patch_size=side,
         )

@@ -194,18 +194,18 @@ def our_training(config: EncoderConfig, device: torch.device, compiled: bool) ->
     """Return our model of an encoder and its predictor, ready to train."""
     clock = Clock(device)
     with device:  # where the weights of large encoders are drawn much faster
-        model = TimedJEPA(config, PREDICTORS.get(config.variant, PredictorConfig()), clock, compiled)
+        model = TimedJEPA(config.architecture, PREDICTORS.get(config.variant, PredictorConfig()), clock, compiled)
     return Training(model, device, clock)
 
 
 def original_method(config: EncoderConfig, batches: Sequence[MaskedBatch], device: torch.device) -> Method | None:
     """Return the original's method on the same packs, or None if it does not fit into memory."""
-    rows = [lay_out(batch, masks_of(batch, MaskConfig(), 0), config) for batch in batches]
+    rows = [lay_out(batch, masks_of(batch, MaskConfig(), 0), config.architecture) for batch in batches]
     used = sum(len(batch.packed.values) for batch in batches) / sum(row.views.numel() for row in rows)
     packs: list[Rows] = pinned(rows, device)
     try:
         with device:
-            model = Original(config, PREDICTORS.get(config.variant, PredictorConfig()))
+            model = Original(config.architecture, PREDICTORS.get(config.variant, PredictorConfig()))
         training = Training(model, device, Clock(device))
         # The packs of the turn that only warms up. The second step is the first beside AdamW's own numbers.
         training.steps(packs[:PACKS])
@@ -242,7 +242,7 @@ class Work(NamedTuple):
             lengths, contexts, targets = (
                 part.segments.lengths for part in (batch.packed, batch.context, batch.targets)
             )
-            flops += int(step_flops(config, predictor, lengths, contexts, targets).sum())
+            flops += int(step_flops(config.architecture, predictor, lengths, contexts, targets).sum())
         images = sum(len(batch.image_ids) for batch in batches)
         tokens = sum(len(batch.packed.values) for batch in batches)
         return cls(images / len(batches), tokens / len(batches), flops / len(batches))

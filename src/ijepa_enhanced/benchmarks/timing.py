@@ -15,7 +15,7 @@ from ijepa_enhanced.benchmarks.original import Original
 from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.jepa import JEPA, Losses, StepSize
-from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.train.config import OptimConfig
 from ijepa_enhanced.train.optimizer import StepSettings, make_optimizer
@@ -61,7 +61,7 @@ class Clock:
 class TimedJEPA(JEPA):
     """The product's own model; `train_step` calls its methods in order, and each begins a part of the step."""
 
-    def __init__(self, encoder: EncoderConfig, predictor: PredictorConfig, clock: Clock, compiled: bool) -> None:
+    def __init__(self, encoder: Architecture, predictor: PredictorConfig, clock: Clock, compiled: bool) -> None:
         super().__init__(encoder, predictor, ObjectiveConfig())
         self.clock = clock
         if compiled:

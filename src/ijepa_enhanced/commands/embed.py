@@ -75,8 +75,9 @@ def run(options: EmbedOptions) -> int:
             ranks,
         )
         budget = encoder.at_once(TOKENS_PER_PACK)
-        plan = EmbedPlan(settings, catalog, encoder.config.patch_size, TOKENS_PER_PACK, budget)
-        tables = RowTables(settings, source, encoder.config.shape.depth)
+        network = encoder.config
+        plan = EmbedPlan(settings, catalog, network.patch_size, TOKENS_PER_PACK, budget, network.prefix)
+        tables = RowTables(settings, source, network.depth)
         with progress_bar(settings, missing) as progress:
             images = LabelledSource(source, catalog)
             engine = local_engine(encoder, images, settings, config, progress.clock)
@@ -92,7 +93,7 @@ def wanted(options: EmbedOptions, encoder: Encoder, source: Source) -> EmbedSett
     Raises:
         RequestError: the encoder has fewer layers.
     """
-    depth = encoder.config.shape.depth
+    depth = encoder.config.depth
     if options.layers > depth:
         raise RequestError(
             f"--layers must be at most {depth}, the number of layers of the encoder, not {options.layers}."

@@ -49,10 +49,12 @@ class PackBuilder:
 
     Args:
         budget: largest number of tokens, unless one image alone has more.
+        prefix: see `Packed.prefix`.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, prefix: int = 0) -> None:
         self.budget = budget
+        self.prefix = prefix
         self.tokens = 0
         self.views: list[NDArray[np.uint8]] = []
         self.grids: list[NDArray[np.int64]] = []
@@ -62,36 +64,36 @@ class PackBuilder:
 
     def fits(self, patches: NDArray[np.uint8]) -> bool:
         """Return whether an image with these patches fits into the budget. An empty pack takes any image."""
-        return not self.views or self.tokens + len(patches) <= self.budget
+        return not self.views or self.tokens + len(patches) + self.prefix <= self.budget
 
     def add(self, patches: NDArray[np.uint8], grid: NDArray[np.int64]) -> None:
         """Add an image to the pack."""
-        self.tokens += len(patches)
+        self.tokens += len(patches) + self.prefix
         self.views.append(patches)
         self.grids.append(grid)
 
     def take(self) -> Packed:
         """Return the images as one stream, and start a new pack."""
-        packed = Packed.of_grids(np.concatenate(self.views), np.concatenate(self.grids))
+        packed = Packed.of_grids(np.concatenate(self.views), np.concatenate(self.grids), self.prefix)
         self.tokens, self.views, self.grids = 0, [], []
         return packed
 
 
 def in_packs(
-    images: Iterable[Decoded], budget: int, on_error: str = "raise"
+    images: Iterable[Decoded], budget: int, on_error: str = "raise", prefix: int = 0
 ) -> Iterator[tuple[list[tuple[str, bool]], Packed | None]]:
     """Yield packs of decoded images, in order.
 
     Args:
         images: decoded images, or images with an error.
-        budget: as for `PackBuilder`.
+        budget, prefix: as for `PackBuilder`.
         on_error: whether to "raise" the error of an image. The images before it come first.
 
     Yields:
         The key of each image (its number as text if it has none) and whether the image is in the pack, which it is
         unless it has an error; and the pack, or None if no image is in it.
     """
-    pack = PackBuilder(budget)
+    pack = PackBuilder(budget, prefix)
     members: list[tuple[str, bool]] = []
     failure: Exception | None = None
     for number, image in enumerate(images):

@@ -71,6 +71,8 @@ class PackDataset(Dataset[Batch]):
     """Of what the student sees of them."""
     changes: AugmentConfig | None = None
     """How to change the pixels of views."""
+    prefix: int = 0
+    """See `Packed.prefix`."""
 
     def __post_init__(self) -> None:
         if self.changes == AugmentConfig():  # drawing only to change nothing costs time too
@@ -108,7 +110,7 @@ class PackDataset(Dataset[Batch]):
                 kept[first:last] = False
         masked_views, unmasked_views = (pack.select(kept & own) for own in (~pack.unmasked, pack.unmasked))
         packed, unmasked = (
-            Packed.of_grids(own[:count], views.grids)
+            Packed.of_grids(own[:count], views.grids, self.prefix)
             for own, count, views in zip(patches, filled, (masked_views, unmasked_views), strict=True)
         )
         batch = Batch(
@@ -118,7 +120,7 @@ class PackDataset(Dataset[Batch]):
             pack.cursor,
             tuple(unreadable),
             unmasked=unmasked if pack.unmasked.any() else None,
-            merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth),
+            merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth, self.prefix),
         )
         if self.masks is None:
             return batch

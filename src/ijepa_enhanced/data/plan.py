@@ -240,7 +240,9 @@ class Plan:
             epoch, first = epoch + 1, 0
 
 
-def inference_packs(catalog: Catalog, resolution: int | None, patch_size: int, limit: int, budget: int) -> list[Pack]:
+def inference_packs(
+    catalog: Catalog, resolution: int | None, patch_size: int, limit: int, budget: int, prefix: int = 0
+) -> list[Pack]:
     """Packs that show every image of the catalog once, whole, in order.
 
     Args:
@@ -249,11 +251,12 @@ def inference_packs(catalog: Catalog, resolution: int | None, patch_size: int, l
         patch_size: P.
         limit: most tokens of a view.
         budget: most tokens of a pack, unless one view alone has more.
+        prefix: tokens of each view that are no patches, see `Packed.prefix`.
     """
     grids = fit_grids(catalog.heights, catalog.widths, resolution, patch_size, limit)
     zeros = np.zeros_like(catalog.heights)
     boxes = np.stack([zeros, zeros, catalog.heights, catalog.widths], axis=1).astype(np.float32)
-    ends = [stop for _, stop in cut_into_packs(grids.prod(axis=1), budget)]
+    ends = [stop for _, stop in cut_into_packs(grids.prod(axis=1) + prefix, budget)]
     images, offsets = np.arange(len(grids)), np.array([0, *ends])
     plan = EpochPlan(0, images, offsets, boxes[:, None], grids[:, None], 1, budget, too_small=0, limited=0)
     return [plan[number] for number in range(len(plan))]

@@ -13,8 +13,8 @@ from torch import Tensor
 from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.embed.settings import METADATA, EmbedSettings
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
-from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import segment_ids
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class PackFeatures(NamedTuple):
     rows: NDArray[np.int64]
     """[n] rows of the source, ascending."""
     vectors: NDArray[np.floating]
-    """[n, L, D]: for each of the last L layers, the mean of each image's tokens."""
+    """[n, L, D]: for each of the last L layers, the feature of each image."""
     unreadable: dict[int, str]
     """Row and reason of each image that cannot be decoded."""
     grids: NDArray[np.int32] | None = None
@@ -39,13 +39,16 @@ class PackFeatures(NamedTuple):
     """[T, D] features of all patches, image after image, after the last LayerNorm."""
 
 
-def features_of(batch: Batch, outputs: list[Tensor], settings: EmbedSettings, source: Source) -> PackFeatures:
+def features_of(
+    batch: Batch, outputs: list[Tensor], settings: EmbedSettings, encoder: Encoder, source: Source
+) -> PackFeatures:
     """Return what is stored of a pack.
 
     Args:
         batch: the pack, on the encoder's device.
         outputs: the features [T, D] of the last layers; empty if no image of the pack can be decoded.
         settings: what to store.
+        encoder: pools the features.
         source: knows the names of the images.
 
     Raises:
@@ -54,19 +57,19 @@ def features_of(batch: Batch, outputs: list[Tensor], settings: EmbedSettings, so
     rows, unreadable = batch.image_ids.cpu().numpy(), dict(batch.unreadable)
     if not outputs:
         return PackFeatures(rows, np.empty((0, settings.layers, settings.width), settings.dtype), unreadable)
-    segments = batch.packed.segments
-    means = torch.stack([segment_mean(x, segments.cu_seqlens) for x in outputs], dim=1)
-    vectors = means.to(getattr(torch, settings.dtype))
+    pooled = torch.stack([encoder.pool(x, batch.packed) for x in outputs], dim=1)
+    vectors = pooled.to(getattr(torch, settings.dtype))
     overflow = ~vectors.isfinite().flatten(1).all(dim=1)
     if overflow.any():
         key = source.key(int(rows[int(overflow.nonzero()[0])]))
         raise RequestError(f"The features of {key} are too large for float16. Use --dtype float32.")
     if not settings.tokens:
         return PackFeatures(rows, vectors.cpu().numpy(), unreadable)
-    tokens = outputs[-1].to(torch.float16)
+    patches = batch.packed.patches
+    tokens = outputs[-1][patches].to(torch.float16)
     overflow = ~tokens.isfinite().all(dim=1)
     if overflow.any():
-        view = segment_ids(segments.cu_seqlens, len(tokens))[overflow][0]
+        view = segment_ids(batch.packed.segments.cu_seqlens, len(patches))[patches][overflow][0]
         key = source.key(int(rows[int(view)]))
         raise RequestError(f"The features of patches of {key} are too large for float16. Remove --tokens.")
     grids = batch.packed.grids.to("cpu", torch.int32).numpy()

@@ -76,7 +76,7 @@ def local_engine(
             images,
             packs,
             config,
-            lambda batch, outputs: features_of(batch, outputs, settings, images.source),
+            lambda batch, outputs: features_of(batch, outputs, settings, encoder, images.source),
             settings.layers,
             clock,
         )

@@ -131,7 +131,7 @@ def attentive(
         fitted, held_out = stratified_split(numbers, generator(seed, Purpose.HOLDOUT))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(generator(seed, Purpose.PROTOCOL).integers(2**63)))
-            start = AttentiveClassifier(encoder.width, encoder.config.shape.heads, len(classes))
+            start = AttentiveClassifier(encoder.width, encoder.config.heads, len(classes))
         start.to(encoder.device)
         best = RATES[len(RATES) // 2]
         if len(held_out):

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import PIL
@@ -24,7 +25,6 @@ from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.cache import FeatureCache, Part, cache_limit
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, need_images, packs_of, reduced_packs
-from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.ops.preprocess import CHANNELS
 
 LAYERS = 4
@@ -86,7 +86,7 @@ def extract(
         RequestError: the limit of the cache is not a number.
         ValueError: a merge rate out of range.
     """
-    ranks, count = config.ranks, min(layers, encoder.config.shape.depth)
+    ranks, count = config.ranks, min(layers, encoder.config.depth)
     packs = packs_of(encoder, images.catalog, config)
     cuts = [packs[start : start + PACKS_PER_PART] for start in range(0, len(packs), PACKS_PER_PART)]
     found: list[Part | None] = [None] * len(cuts)
@@ -98,7 +98,7 @@ def extract(
             found = [store.load(number) for number in range(len(cuts))]
     wanted = ranks.gather([part is None for part in found])[0]
     missing = [pack for cut, want in zip(cuts, wanted, strict=True) if want for pack in cut]
-    pooled = reduced_packs(encoder, images, missing, config, _pooled, count)
+    pooled = reduced_packs(encoder, images, missing, config, partial(_pooled, encoder), count)
     if not ranks.main:
         for _ in pooled:
             pass
@@ -143,10 +143,9 @@ def _features(parts: list[Part], catalog: Catalog, several: bool, seconds: float
     )
 
 
-def _pooled(batch: Batch, layers: list[Tensor]) -> Part:
-    cu_seqlens = batch.packed.segments.cu_seqlens
-    means = torch.stack([segment_mean(x, cu_seqlens) for x in layers], dim=1).cpu() if layers else torch.empty(0)
-    return Part(means, batch.image_ids.cpu(), dict(batch.unreadable), 0.0, "")
+def _pooled(encoder: Encoder, batch: Batch, layers: list[Tensor]) -> Part:
+    pooled = torch.stack([encoder.pool(x, batch.packed) for x in layers], dim=1).cpu() if layers else torch.empty(0)
+    return Part(pooled, batch.image_ids.cpu(), dict(batch.unreadable), 0.0, "")
 
 
 def _joined(packs: Iterable[Part], done: int, progress: Callable[[int], None] | None) -> Part:

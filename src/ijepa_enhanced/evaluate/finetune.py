@@ -33,7 +33,6 @@ from ijepa_enhanced.evaluate.tokens import (
     warn_of_unreadable,
 )
 from ijepa_enhanced.merge_plan import MergePlan
-from ijepa_enhanced.ops.pooling import segment_mean
 from ijepa_enhanced.packed import Packed, segment_ids
 from ijepa_enhanced.randomness import Purpose, generator
 from ijepa_enhanced.schedules import warmup_cosine
@@ -81,7 +80,7 @@ class Classifier(nn.Module):
         """Patches of V views -> the means of their tokens [V, D]."""
         streams = [packed.segments] * (len(self.encoder.network.blocks.layers) + 1) if plan is None else plan.segments
         self.cu_seqlens = [segments.cu_seqlens for segments in streams]
-        return segment_mean(self.encoder(packed, plan), packed.segments.cu_seqlens)
+        return self.encoder.pool(self.encoder(packed, plan), packed)
 
 
 def finetune(
@@ -148,7 +147,7 @@ def _train(
     steps = training.epochs * len(first)
     own = slice(ranks.rank, None, ranks.world)
     packs = (epoch[n].select(own) for epoch in map(plan.epoch, itertools.count()) for n in range(len(epoch)))
-    depth, device = encoder.config.shape.depth, encoder.device
+    depth, device = encoder.config.depth, encoder.device
     dataset = PackDataset(
         source,
         catalog,
@@ -222,7 +221,7 @@ def _predict(
         if not layers:
             return dict(batch.unreadable), []
         assert batch.labels is not None
-        logits = model.head(segment_mean(layers[-1], batch.packed.segments.cu_seqlens))
+        logits = model.head(model.encoder.pool(layers[-1], batch.packed))
         return dict(batch.unreadable), [(logits.cpu(), batch.labels.cpu())]
 
     packs = packs_of(model.encoder, images.catalog, config)

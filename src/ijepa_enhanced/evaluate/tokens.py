@@ -100,7 +100,8 @@ class LabelledSource:
 def packs_of(encoder: Encoder, catalog: Catalog, config: InferenceConfig) -> list[Pack]:
     """Every image of the catalog once, whole, in order, in packs that suit the encoder's device."""
     limit = config.tokens_per_pack
-    return inference_packs(catalog, config.resolution, encoder.config.patch_size, limit, encoder.at_once(limit))
+    budget, network = encoder.at_once(limit), encoder.config
+    return inference_packs(catalog, config.resolution, network.patch_size, limit, budget, network.prefix)
 
 
 def reduced_packs(
@@ -136,16 +137,21 @@ def token_batches(
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
     """Yield each pack on the encoder's device, and the outputs [T, D] of the last `layers` blocks for its patches.
 
-    Outputs are after the last LayerNorm. With merging, each patch has that of the token that holds it. The list is
-    empty for a pack none of whose images can be decoded.
+    Outputs are after the last LayerNorm, with the class token and registers (`Packed.prefix`). With merging, each
+    patch has that of the token that holds it. The list is empty for a pack none of whose images can be decoded.
 
     Raises:
         NotFiniteError: a feature of the last layer is not finite.
     """
     source, dtype = images.source, config.dtype
-    device, shape = encoder.device, encoder.config.shape
+    device, network = encoder.device, encoder.config
     dataset = PackDataset(
-        source, images.catalog, encoder.config.patch_size, depth=shape.depth, merge_rate=config.merge_rate
+        source,
+        images.catalog,
+        network.patch_size,
+        depth=network.depth,
+        merge_rate=config.merge_rate,
+        prefix=network.prefix,
     )
     loader = make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda")
     for batch in loader if clock is None else clock.timed(loader):
@@ -254,9 +260,9 @@ def _tokens_of_packs(
     """Yield the tokens of each pack's images, on the CPU, and row and reason of those that could not be decoded."""
 
     def reduce(batch: Batch, layers: list[Tensor]) -> tuple[Tokens, dict[int, str]]:
-        values = layers[-1].to("cpu", torch.bfloat16) if layers else torch.empty(0)
+        values = layers[-1][batch.packed.patches].to("cpu", torch.bfloat16) if layers else torch.empty(0)
         shown = batch.to("cpu")
-        lengths = torch.tensor(shown.packed.segments.lengths)
+        lengths = torch.tensor(shown.packed.segments.lengths) - shown.packed.prefix
         return Tokens(values, lengths, shown.packed.grids, shown.image_ids, shown.labels), dict(batch.unreadable)
 
     return reduced_packs(encoder, images, packs_of(encoder, images.catalog, config), config, reduce)

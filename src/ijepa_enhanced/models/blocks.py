@@ -5,14 +5,23 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ijepa_enhanced.merge_plan import MergePlan
+from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.ops.attention import attention
 from ijepa_enhanced.ops.linear import Linear, pad_rows
 from ijepa_enhanced.ops.merging import Merge, match, merge
-from ijepa_enhanced.ops.positions import axis_coordinates, interpolation_weights, sincos_2d
+from ijepa_enhanced.ops.positions import (
+    Resampling,
+    axis_coordinates,
+    axis_weights,
+    rotate,
+    rotations,
+    sincos_2d,
+)
 from ijepa_enhanced.packed import Segments, segment_ids
 
 LAYER_NORM_EPS = 1e-6
@@ -25,43 +34,65 @@ class FeedForward(nn.Module):
     Args:
         width: D.
         hidden: width of the MLP's hidden layer.
+        eps: of the LayerNorm.
+        gated: whether the MLP is SwiGLU (arXiv 2002.05202), whose first layer gives gates, then values.
+        layer_scale: whether learned factors scale the branch (CaiT, arXiv 2103.17239, section 2).
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(
+        self, width: int, hidden: int, eps: float = LAYER_NORM_EPS, gated: bool = False, layer_scale: bool = False
+    ) -> None:
         super().__init__()
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.fc1 = Linear(width, hidden)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.gated = gated
+        self.fc1 = Linear(width, hidden * (2 if gated else 1))
         self.fc2 = Linear(hidden, width)
+        self.scale2 = nn.Parameter(torch.ones(width)) if layer_scale else None
 
     def transform(self, x: Tensor) -> Tensor:
         """Transform each token on its own, with a residual connection: [T, D] -> [T, D]."""
-        transformed: Tensor = self.fc2(self.fc1(self.norm2(x), gelu=True))
-        return x + transformed
+        if self.gated:
+            gates, values = self.fc1(self.norm2(x)).chunk(2, dim=1)
+            hidden = F.silu(gates) * values
+        else:
+            hidden = self.fc1(self.norm2(x), gelu=True)
+        return x + scaled(self.fc2(hidden), self.scale2)
+
+
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Multiply the channels of `x` [T, D] by learned factors [D], if there are any."""
+    return x if scale is None else x * scale
 
 
 class Block(FeedForward):
     """A pre-norm block whose tokens attend to all tokens of their view.
 
     Args:
-        width: D.
-        heads: H, a divisor of D.
-        hidden: width of the MLP's hidden layer.
+        config: the architecture.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__(width, hidden)
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+    def __init__(self, config: Architecture) -> None:
+        width = config.width
+        super().__init__(width, config.hidden, config.norm_eps, config.gated, config.layer_scale)
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
+        self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
     def forward(
-        self, x: Tensor, segments: Segments, sizes: Tensor | None = None, plan: MergePlan | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        segments: Segments,
+        sizes: Tensor | None = None,
+        plan: MergePlan | None = None,
+        layer: int = 0,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Merge | None]:
         """Attend, merge the tokens that the plan says, and transform each token.
 
         Merging comes between attention and MLP. Tokens are compared by their keys, averaged over heads (ToMe,
-        arXiv 2210.09461, section 3).
+        arXiv 2210.09461, section 3), before these are rotated: by what they show, not by where they lie.
 
         Args:
             x: [T, D], followed by pad rows on a CPU (`ops.linear.pad_rows`).
@@ -69,12 +100,13 @@ class Block(FeedForward):
             sizes: float32 [T], patches that each token stands for; None: one each.
             plan: the merge plan; None: nothing merges.
             layer: number of this block in the plan.
+            rotation: of queries and keys, see `ops.positions.rotations`, pad rows included; None: none.
 
         Returns:
             [T', D], followed by pad rows; the sizes of the T' tokens, or None if all are 1; and the merges of this
             block, or None if it merges nothing.
         """
-        x, keys = self.attend(x, segments, sizes)
+        x, keys = self.attend(x, segments, sizes, rotation)
         if plan is None or not plan.active[layer]:
             return self.transform(x), sizes, None
         tokens = plan.totals[layer]  # without pad rows, which must not merge
@@ -83,13 +115,20 @@ class Block(FeedForward):
         x, sizes = merge(x[:tokens], sizes, merging)
         return self.transform(pad_rows(x)), sizes, merging
 
-    def attend(self, x: Tensor, segments: Segments, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self,
+        x: Tensor,
+        segments: Segments,
+        sizes: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Run the first half of the block: [T, D] -> [T, D]. Return also the keys of all tokens, [T, H, K].
 
         `sizes` is that of `ops.attention.attention`.
         """
         q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)).unbind(1)  # [T, H, K] each
-        return x + self.proj(attention(q, k, v, segments, sizes).flatten(1)), k
+        queries, keys = (q, k) if rotation is None else (rotate(q, rotation), rotate(k, rotation))
+        return x + scaled(self.proj(attention(queries, keys, v, segments, sizes).flatten(1)), self.scale1), k
 
 
 class CrossBlock(FeedForward):
@@ -122,22 +161,26 @@ class Blocks(nn.Module):
     """A stack of blocks and the final LayerNorm.
 
     Args:
-        width: D.
-        depth: number of blocks.
-        heads: H, a divisor of D.
-        mlp_ratio: width of the MLPs' hidden layer, divided by D.
+        config: the architecture.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, config: Architecture) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(width, heads, round(width * mlp_ratio)) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.rope = (config.width // config.heads, config.rope_base) if config.positions == "rope" else None
+        """Head width and base of rotary positions, if there are any."""
         self.recompute = False
         """Whether the backward pass recomputes the activations inside a block, so that only its input [T, D] is stored
         (activation checkpointing, arXiv 1604.06174)."""
 
     def forward(
-        self, x: Tensor, segments: Segments, plan: MergePlan | None = None, count: int = 1
+        self,
+        x: Tensor,
+        segments: Segments,
+        plan: MergePlan | None = None,
+        count: int = 1,
+        coordinates: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Merge | None]]:
         """Run all blocks.
 
@@ -146,22 +189,32 @@ class Blocks(nn.Module):
             segments: of the T tokens.
             plan: the merge plan; None: nothing merges.
             count: number of last blocks whose outputs to return; all outputs if there are fewer blocks.
+            coordinates: [T, 2], see `ops.positions.centered`, for rotary positions; otherwise not read. A merged token
+                is at the mean place of its patches.
 
         Returns:
             The outputs of the last `count` blocks after the final LayerNorm, [T', D] each, where T' shrinks as tokens
             merge; and the merges of each block, None for blocks that merge nothing.
         """
         tokens, sizes = len(x), None
+        rotation: tuple[Tensor, Tensor] | None = None
+        merging: Merge | None = None
         x = pad_rows(x)
         outputs: list[Tensor] = []
         merges: list[Merge | None] = []
         for number, block in enumerate(self.layers):
+            if self.rope is not None and coordinates is not None and (rotation is None or merging is not None):
+                rotation = rotations(pad_rows(coordinates), *self.rope)
             call: Callable[..., Any] = block
             if self.recompute and torch.is_grad_enabled():
                 # There is no dropout, so no state of the random generator to restore.
                 call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            x, sizes, merging = call(x, segments, sizes, plan, number)
+            before = sizes
+            x, sizes, merging = call(x, segments, sizes, plan, number, rotation)
             merges.append(merging)
+            if merging is not None and self.rope is not None and coordinates is not None:
+                weights = coordinates.new_ones(tokens) if before is None else before
+                coordinates, _ = merge(coordinates, weights, merging)
             if plan is not None:
                 # The plan's host-side number and not len(x), because pad rows follow the tokens on a CPU.
                 segments, tokens = plan.segments[number + 1], plan.totals[number + 1]
@@ -175,23 +228,54 @@ class FactorizedPositions(nn.Module):
 
     Args:
         width: D, a multiple of 4.
-        size: entries of each table. For longer grids, the table is interpolated.
+        size: entries of the table of rows and of that of columns.
+        resampling: how grids of another size read them, see `ops.positions.axis_weights`.
     """
 
-    def __init__(self, width: int, size: int) -> None:
+    def __init__(self, width: int, size: tuple[int, int], resampling: Resampling = "squeeze") -> None:
         super().__init__()
         self.size = size
-        self.rows = nn.Parameter(torch.empty(size, width))
-        self.cols = nn.Parameter(torch.empty(size, width))
+        self.resampling: Resampling = resampling
+        self.rows = nn.Parameter(torch.empty(size[0], width))
+        self.cols = nn.Parameter(torch.empty(size[1], width))
 
     def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
-        coordinates = _coordinates(positions, grids, cu_seqlens, self.size)
-        rows, cols = (interpolation_weights(axis, self.size) for axis in coordinates)  # [T, size] each
+        extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
+        rows, cols = (
+            axis_weights(positions[:, axis], extents[:, axis], self.size[axis], self.resampling) for axis in range(2)
+        )
         # At least float32, under autocast too: the residual stream starts here and keeps this precision.
         dtype = torch.promote_types(torch.float32, self.rows.dtype)
         with torch.autocast(rows.device.type, enabled=False):
             return rows.to(dtype) @ self.rows.to(dtype) + cols.to(dtype) @ self.cols.to(dtype)
+
+
+class TablePositions(nn.Module):
+    """A learnable table of all places of a grid, resized to the grid of each view (ViT, arXiv 2010.11929, section 3.2).
+
+    Args:
+        width: D.
+        size: rows and columns of the table.
+        resampling: see `ops.positions.axis_weights`.
+    """
+
+    def __init__(self, width: int, size: tuple[int, int], resampling: Resampling) -> None:
+        super().__init__()
+        self.size = size
+        self.resampling: Resampling = resampling
+        self.table = nn.Parameter(torch.empty(*size, width))
+
+    def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
+        extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
+        rows, cols = (
+            axis_weights(positions[:, axis], extents[:, axis], self.size[axis], self.resampling) for axis in range(2)
+        )
+        dtype = torch.promote_types(torch.float32, self.table.dtype)  # as in `FactorizedPositions`
+        with torch.autocast(rows.device.type, enabled=False):
+            weights = (rows[:, :, None] * cols[:, None]).flatten(1)  # [T, rows * columns]
+            return weights.to(dtype) @ self.table.flatten(0, 1).to(dtype)
 
 
 class SinCosPositions(nn.Module):
@@ -202,21 +286,26 @@ class SinCosPositions(nn.Module):
         size: rows and columns of the grid that the weights were trained on. Longer grids are squeezed onto it.
     """
 
-    def __init__(self, width: int, size: int) -> None:
+    def __init__(self, width: int, size: tuple[int, int]) -> None:
         super().__init__()
         self.width = width
         self.size = size
 
     def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
-        return sincos_2d(*_coordinates(positions, grids, cu_seqlens, self.size), self.width)
+        extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
+        rows, cols = (axis_coordinates(positions[:, axis], extents[:, axis], self.size[axis]) for axis in range(2))
+        return sincos_2d(rows, cols, self.width)
 
 
-def _coordinates(positions: Tensor, grids: Tensor, cu_seqlens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the row and the column of every token on a table of `size` entries: float32 [T] each."""
-    extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
-    rows, cols = (axis_coordinates(positions[:, axis], extents[:, axis], size) for axis in range(2))
-    return rows, cols
+def make_positions(config: Architecture) -> nn.Module | None:
+    """Return the embedding of positions that is added to the patches; None for rotary positions."""
+    if config.positions == "rope":
+        return None
+    if config.positions == "sincos":
+        return SinCosPositions(config.width, config.position_grid)
+    kind = FactorizedPositions if config.positions == "factorized" else TablePositions
+    return kind(config.width, config.position_grid, config.resampling)
 
 
 @torch.no_grad()
@@ -234,12 +323,15 @@ def init_weights(module: nn.Module) -> None:
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, FactorizedPositions):
-            entries = torch.arange(part.size)
-            waves = sincos_2d(entries, entries, part.rows.shape[1])  # [size, D]
             # Each table holds its half of the channels and 0 in the other, so that their sum is the fixed embedding.
-            encodes_column = torch.arange(waves.shape[1]) < waves.shape[1] // 2
-            part.cols.copy_(waves * encodes_column)
-            part.rows.copy_(waves * ~encodes_column)
+            width = part.rows.shape[1]
+            encodes_column = torch.arange(width) < width // 2
+            for table, own in ((part.cols, encodes_column), (part.rows, ~encodes_column)):
+                entries = torch.arange(len(table))
+                table.copy_(sincos_2d(entries, entries, width) * own)
+        elif isinstance(part, TablePositions):
+            rows, cols = torch.meshgrid(*map(torch.arange, part.size), indexing="ij")
+            part.table.copy_(sincos_2d(rows.flatten(), cols.flatten(), part.table.shape[2]).view(part.table.shape))
     # After the loop above, which sets the weights that are divided here.
     for part in module.modules():
         if isinstance(part, nn.ModuleList):

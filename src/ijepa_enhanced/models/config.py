@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS, Variant
+from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS
+from ijepa_enhanced.ops.positions import Resampling
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that the arithmetic of a Vision Transformer depends on, beside its weights."""
+
+    width: int
+    """D."""
+    depth: int
+    """Number of blocks."""
+    heads: int
+    """H, a divisor of D."""
+    hidden: int
+    """Width of the hidden layer of each MLP."""
+    patch_size: int = 16
+    """P."""
+    patch_embed: Literal["linear", "mlp"] = "linear"
+    """One linear layer, or two with a GELU in between."""
+    positions: Literal["factorized", "table", "sincos", "rope"] = "factorized"
+    """factorized: the sum of a learned table for rows and one for columns. table: a learned table of all places of a
+    grid. sincos: fixed. rope: queries and keys are rotated by their position (DINOv3)."""
+    position_grid: tuple[int, int] = (32, 32)
+    """Rows and columns of the learned tables; of the grid that longer ones are squeezed onto, for sincos."""
+    resampling: Resampling = "squeeze"
+    """How a view reads a learned table of another size than its grid; see `ops.positions`."""
+    rope_base: float = 100.0
+    """Base of the frequencies of rope; DINOv3's is the default."""
+    class_token: bool = False
+    """Whether a learned token, whose feature stands for the whole view, leads each view."""
+    registers: int = 0
+    """Number of further learned tokens before the patches (arXiv 2309.16588)."""
+    layer_scale: bool = False
+    """Whether each branch of a block is scaled by learned factors (CaiT, arXiv 2103.17239, section 2)."""
+    gated: bool = False
+    """Whether MLPs are SwiGLU (arXiv 2002.05202): silu(a) * b in place of gelu(a)."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm. The default is that of ViT (arXiv 2010.11929) and I-JEPA's code."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "hidden", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads}).")
+        if self.registers < 0:
+            raise ValueError(f"registers must be at least 0, not {self.registers}.")
+
+    @property
+    def prefix(self) -> int:
+        """Return the number of tokens before the patches of each view: the class token and the registers."""
+        return int(self.class_token) + self.registers
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The architecture of an encoder."""
+    """The options of an encoder that is trained from scratch."""
 
     variant: str = field(default="S", metadata={"metavar": "|".join(VARIANTS)})
     """Size of the Vision Transformer."""
@@ -44,10 +95,19 @@ class EncoderConfig:
             raise ValueError(f"encoder.max_grid must be at least 1, not {self.max_grid}.")
 
     @property
-    def shape(self) -> Variant:
-        """Return the size of the variant, with `depth` if it is set."""
+    def architecture(self) -> Architecture:
+        """Return all that follows from these options."""
         variant = VARIANTS[self.variant]
-        return dataclasses.replace(variant, depth=self.depth or variant.depth)
+        return Architecture(
+            variant.width,
+            self.depth or variant.depth,
+            variant.heads,
+            round(variant.width * variant.mlp_ratio),
+            self.patch_size,
+            self.patch_embed,
+            self.positions,
+            (self.max_grid, self.max_grid),
+        )
 
 
 HEAD_MULTIPLE = 8

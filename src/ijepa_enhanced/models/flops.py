@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.merge_plan import layer_rates, merged_lengths
-from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.models.vit import PATCH_MLP_RATIO
 from ijepa_enhanced.ops.preprocess import CHANNELS
 
@@ -17,22 +18,24 @@ Lengths = Sequence[int] | NDArray[np.integer]
 Counts = NDArray[np.int64]
 
 
-def encoder_flops(config: EncoderConfig, lengths: Lengths, rate: float | Sequence[float] = 0.0) -> Counts:
+def encoder_flops(config: Architecture, lengths: Lengths, rate: float | Sequence[float] = 0.0) -> Counts:
     """Return the operations of a forward pass over each view: int64 [V].
 
     Each multiply-add of a matrix product counts as two operations, and nothing else counts, as in
-    `torch.utils.flop_counter`. A view of n patches costs
+    `torch.utils.flop_counter`. A view of n tokens, its patches and its prefix, costs
 
         n * 2 * (P * P * C * D)             patch embedding, linear
         n * 2 * (P * P * C + D) * R * D     patch embedding, with a hidden layer of width R * D
-        n * 2 * (2 * max_grid * D)          factorized positions: rows and columns
+        n * 2 * ((rows + columns) * D)      factorized positions, with tables of so many entries
+        n * 2 * (rows * columns * D)        positions in a table of so many entries
 
     and, in each layer that it enters with b tokens and leaves with a,
 
         b * 2 * (3 * D * D + D * D)         queries, keys and values; projection
         b * b * 2 * (D + D)                 logits; weighted sums of values
-        (b / 2) * (b / 2) * 2 * (D / H)     similarities, if the layer merges (one half rounded up, the other down)
-        a * 2 * (D * M + M * D)             MLP with a hidden layer of width M
+        (p / 2) * (p / 2) * 2 * (D / H)     similarities, if the layer merges: p of the b tokens are no prefix (one half
+                                            rounded up, the other down)
+        a * 2 * (D * M + M * D)             MLP with a hidden layer of width M; SwiGLU: half as much again
 
     Args:
         config: the encoder.
@@ -45,13 +48,13 @@ def encoder_flops(config: EncoderConfig, lengths: Lengths, rate: float | Sequenc
     return _encoder(config, lengths, rate).forward
 
 
-def predictor_flops(config: PredictorConfig, encoder: EncoderConfig, contexts: Lengths, targets: Lengths) -> Counts:
+def predictor_flops(config: PredictorConfig, encoder: Architecture, contexts: Lengths, targets: Lengths) -> Counts:
     """Return the operations of the predictor's forward pass over each view: int64 [V]; see `encoder_flops`.
 
     For a predictor of width W and an encoder of width D, a view of c context tokens and t target tokens costs
 
         c * 2 * (D * W)                     from the encoder's width
-        (c + t) * 2 * (2 * max_grid * W)    factorized positions: rows and columns
+        (c + t) * 2 * (rows + columns) * W  factorized positions, with tables of so many entries
         t * 2 * (W * D)                     to the encoder's width
 
     and, in each layer,
@@ -71,7 +74,7 @@ def predictor_flops(config: PredictorConfig, encoder: EncoderConfig, contexts: L
 
 
 def step_flops(
-    encoder: EncoderConfig,
+    encoder: Architecture,
     predictor: PredictorConfig,
     lengths: Lengths,
     contexts: Lengths,
@@ -125,31 +128,31 @@ class _Parts(NamedTuple):
         return 2 * self.inputs + 3 * self.layers + self.matching
 
 
-def _encoder(config: EncoderConfig, lengths: Lengths, rate: float | Sequence[float]) -> _Parts:
+def _encoder(config: Architecture, lengths: Lengths, rate: float | Sequence[float]) -> _Parts:
     """Count as `encoder_flops` says."""
-    shape = config.shape
-    width, hidden = shape.width, round(shape.width * shape.mlp_ratio)
-    table = merged_lengths(lengths, rate, shape.depth)  # [depth + 1, V]
-    patches, before, after = table[0], table[:-1], table[1:]
-    merges = np.array([layer_rate > 0 for layer_rate in layer_rates(rate, shape.depth)])[:, None]
+    width, prefix = config.width, config.prefix
+    table = merged_lengths(np.asarray(lengths, np.int64) + prefix, rate, config.depth, prefix=prefix)  # [depth + 1, V]
+    tokens, before, after = table[0], table[:-1], table[1:]
+    merges = np.array([layer_rate > 0 for layer_rate in layer_rates(rate, config.depth)])[:, None]
     # All counts below are multiply-adds, and doubled at the end.
-    entries = 2 * config.max_grid if config.positions == "factorized" else 0
-    pixels, second_layer = config.patch_size**2 * CHANNELS, np.zeros_like(patches)
+    entries = {"factorized": sum(config.position_grid), "table": math.prod(config.position_grid)}
+    pixels, second_layer = config.patch_size**2 * CHANNELS, np.zeros_like(tokens)
     if config.patch_embed == "mlp":
         pixels *= PATCH_MLP_RATIO
         # Its input, the hidden layer, needs a gradient, so it does not count among the inputs.
-        second_layer = patches * PATCH_MLP_RATIO * width**2
-    embedding = patches * width * (pixels + entries)
+        second_layer = tokens * PATCH_MLP_RATIO * width**2
+    embedding = tokens * width * (pixels + entries.get(config.positions, 0))
     attention = before * 4 * width**2 + before**2 * 2 * width
-    matching = merges * ((before + 1) // 2) * (before // 2) * (width // shape.heads)
-    mlp = after * 2 * width * hidden
+    even, odd = (before - prefix + 1) // 2, (before - prefix) // 2
+    matching = merges * even * odd * (width // config.heads)
+    mlp = after * (3 if config.gated else 2) * width * config.hidden
     return _Parts(2 * embedding, 2 * (second_layer + (attention + mlp).sum(axis=0)), 2 * matching.sum(axis=0))
 
 
-def _predictor(config: PredictorConfig, encoder: EncoderConfig, contexts: Lengths, targets: Lengths) -> _Parts:
+def _predictor(config: PredictorConfig, encoder: Architecture, contexts: Lengths, targets: Lengths) -> _Parts:
     """Count as `predictor_flops` says."""
     c, t = np.asarray(contexts, dtype=np.int64), np.asarray(targets, dtype=np.int64)
-    width, ends = config.width, encoder.shape.width * config.width  # ends: `embed` and `head`
+    width, ends = config.width, encoder.width * config.width  # ends: `embed` and `head`
     layer = c * 2 * width**2 + t * (2 + 8) * width**2 + t * c * 2 * width  # 2 + 8: attention and MLP
-    positions = (c + t) * 2 * encoder.max_grid * width
+    positions = (c + t) * sum(encoder.position_grid) * width
     return _Parts(2 * positions, 2 * ((c + t) * ends + config.depth * layer), np.zeros_like(c))

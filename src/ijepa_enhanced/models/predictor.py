@@ -19,15 +19,15 @@ class Predictor(nn.Module):
     Args:
         config: size of the predictor.
         encoder_width: D, width of the features that it reads and predicts.
-        max_grid: entries of the position table of each axis.
+        grid: entries of the position table of rows and of that of columns.
     """
 
-    def __init__(self, config: PredictorConfig, encoder_width: int, max_grid: int) -> None:
+    def __init__(self, config: PredictorConfig, encoder_width: int, grid: tuple[int, int]) -> None:
         super().__init__()
         width = config.width
         self.embed = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.positions = FactorizedPositions(width, max_grid)
+        self.positions = FactorizedPositions(width, grid)
         self.layers = nn.ModuleList(CrossBlock(width, config.heads, 4 * width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.head = Linear(width, encoder_width)

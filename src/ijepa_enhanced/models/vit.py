@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_enhanced.merge_plan import MergePlan
-from ijepa_enhanced.models.blocks import Blocks, FactorizedPositions, SinCosPositions, init_weights
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.blocks import Blocks, init_weights, make_positions
+from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.ops.linear import Linear, pad_rows
 from ijepa_enhanced.ops.merging import Merge, chain, unmerge
+from ijepa_enhanced.ops.positions import centered
 from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.packed import Packed
 
@@ -38,22 +39,24 @@ class PatchMLP(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A Vision Transformer (arXiv 2010.11929) without class token, over a packed stream of normalized patches.
+    """A Vision Transformer (arXiv 2010.11929) over a packed stream of normalized patches.
 
     Args:
         config: the architecture.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: Architecture) -> None:
         super().__init__()
         self.config = config
-        shape = config.shape
         embedding = Linear if config.patch_embed == "linear" else PatchMLP
-        self.patch_embed = embedding(config.patch_size**2 * CHANNELS, shape.width)
-        positions = FactorizedPositions if config.positions == "factorized" else SinCosPositions
-        self.positions = positions(shape.width, config.max_grid)
-        self.blocks = Blocks(shape.width, shape.depth, shape.heads, shape.mlp_ratio)
+        self.patch_embed = embedding(config.patch_size**2 * CHANNELS, config.width)
+        self.prefix = nn.Parameter(torch.empty(config.prefix, config.width)) if config.prefix else None
+        """The class token, if there is one, then the registers."""
+        self.positions = make_positions(config)
+        self.blocks = Blocks(config)
         init_weights(self)
+        if self.prefix is not None:
+            nn.init.trunc_normal_(self.prefix, std=0.02)
         if isinstance(self.patch_embed, PatchMLP):
             # He initialization (arXiv 1502.01852): with a standard deviation of 0.02, the layer would start where GELU
             # is almost linear.
@@ -62,7 +65,7 @@ class VisionTransformer(nn.Module):
     @property
     def width(self) -> int:
         """Return D, the width of a feature."""
-        return self.config.shape.width
+        return self.config.width
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,6 +74,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
         """Return the features [T, D], after the final LayerNorm, of normalized patches [T, P * P * C].
+
+        If the network has a class token or registers, `packed.prefix` rows at the beginning of each view are theirs.
 
         With a plan, tokens merge on the way, and each patch gets the feature of the token that holds it. So a mean over
         patches weighs tokens by their sizes, and targets, maps and pooling need no code for merging.
@@ -87,8 +92,14 @@ class VisionTransformer(nn.Module):
     def tokens(self, packed: Packed, plan: MergePlan | None, count: int = 1) -> tuple[list[Tensor], list[Merge | None]]:
         """Return the merged tokens after each of the last `count` blocks, and the merges; see `Blocks.forward`."""
         x = self.patch_embed(pad_rows(packed.values.to(self.dtype)))[: len(packed.values)]  # [T, D]
-        x = x + self.positions(packed.positions, packed.grids, packed.segments.cu_seqlens).to(self.dtype)
-        return self.blocks(x, packed.segments, plan, count)
+        if self.positions is not None:
+            x = x + self.positions(packed.positions, packed.grids, packed.segments.cu_seqlens).to(self.dtype)
+        if self.prefix is not None:
+            starts = packed.segments.cu_seqlens[:-1].long()
+            rows = (starts[:, None] + torch.arange(len(self.prefix), device=x.device)).flatten()
+            x = x.index_copy(0, rows, self.prefix.to(x.dtype).repeat(len(starts), 1))
+        coordinates = None if self.positions is not None else centered(packed)
+        return self.blocks(x, packed.segments, plan, count, coordinates)
 
 
 def patches_to_tokens(merges: list[Merge | None]) -> list[Merge | None]:

@@ -1,8 +1,9 @@
 """Token merging within each view of a packed stream (ToMe, arXiv 2210.09461, section 3).
 
-In each view, every even token (0, 2, 4, ...) is matched with the most similar odd token (1, 3, 5, ...). Of these pairs,
-the most similar ones are merged into one token each, as many as the `MergePlan` says. Ties go to the earlier token. The
-merged stream keeps the order of its tokens. Views do not interact, so a view merges the same way alone and in any pack.
+In each view, every even token (0, 2, 4, ...) is matched with the most similar odd token (1, 3, 5, ...). Counting starts
+at the first patch: a class token and registers never merge. Of these pairs, the most similar ones are merged into one
+token each, as many as the `MergePlan` says. Ties go to the earlier token. The merged stream keeps the order of its
+tokens. Views do not interact, so a view merges the same way alone and in any pack.
 """
 
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def best_matches(directions: Tensor, tiles: Tensor, start: int, stop: int) -> Te
 
     A match packs two numbers into 64 bits, so that the larger one is the better match. The upper 32 bits order the
     similarity. The lower 32 bits hold `LOW` minus the row of the odd token, so that ties go to the lower row. Odd
-    tokens hold the least similarity and row 0.
+    tokens, class tokens and registers hold the least similarity and row 0.
 
     Args:
         directions: float32 [T, K], of length 1 or 0.

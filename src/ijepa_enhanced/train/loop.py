@@ -163,7 +163,7 @@ class Run:
         self.ranks = ranks
         self.total = config.steps or max(1, round(config.epochs * len(images.first_epoch) / config.data.packs_per_step))
         torch.manual_seed(config.seed)  # every rank starts with the same weights
-        self.model = JEPA(config.encoder, config.predictor, config.objective, config.data.masked_views)
+        self.model = JEPA(config.encoder.architecture, config.predictor, config.objective, config.data.masked_views)
         self.model.to(ranks.device)
         self.optimizer = make_optimizer(self.model)
         # Recorded with the encoder: position embeddings beyond this grid stay untrained.
@@ -188,7 +188,7 @@ class Run:
             config.encoder.patch_size,
             config.masks,
             config.seed,
-            config.encoder.shape.depth,
+            self.model.student.config.depth,
             config.merging.teacher_rate,
             config.merging.student_rate,
             config.augment,

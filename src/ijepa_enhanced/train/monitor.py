@@ -221,7 +221,9 @@ def start_monitor(
         return None
     try:
         images = config.monitor.images or default_images(plan.catalog)
-        probe_set = ProbeSet(source, plan, first_epoch.images, images, config.encoder, config.merging.teacher_rate)
+        probe_set = ProbeSet(
+            source, plan, first_epoch.images, images, config.encoder.architecture, config.merging.teacher_rate
+        )
     except PlanError:
         logger.warning(
             "Monitoring is off: fewer than two images are large enough for its crops. Add larger images, or set "

@@ -17,8 +17,7 @@ from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
-from ijepa_enhanced.models.config import EncoderConfig
-from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.randomness import Purpose, generator
 
 VIEWS = 8
@@ -51,13 +50,13 @@ class ProbeSet:
         plan: Plan,
         candidates: NDArray[np.int64],
         images: int,
-        encoder: EncoderConfig,
+        encoder: Architecture,
         merge_rate: float,
     ) -> None:
         rng = generator(plan.seed, Purpose.PROBE)
         drawn = rng.permutation(np.sort(candidates))[:images]
         catalog = plan.catalog.select(drawn)
-        objects = plan.catalog.select(drawn[: max(2, encoder.shape.width // OBJECT_SHARE)])
+        objects = plan.catalog.select(drawn[: max(2, encoder.width // OBJECT_SHARE)])
         seed = int(rng.integers(2**63))  # not the seed of the run, whose numbers training draws
         crop = dataclasses.replace(plan.config, masked_views=1, global_views=0, local_views=0)
         whole = dataclasses.replace(crop, min_crop=1.0, max_crop=1.0, min_resolution=crop.max_resolution)
@@ -67,7 +66,14 @@ class ProbeSet:
         """Packs of uncropped images, at the largest resolution of training."""
         self.crops = [pack for epoch in range(VIEWS) for pack in _packs(cropping.epoch(epoch))]
         """Packs of crops as in training: `VIEWS` of each of the first D / `OBJECT_SHARE` images."""
-        self.dataset = PackDataset(source, catalog, plan.patch_size, depth=encoder.shape.depth, merge_rate=merge_rate)
+        self.dataset = PackDataset(
+            source,
+            catalog,
+            plan.patch_size,
+            depth=encoder.depth,
+            merge_rate=merge_rate,
+            prefix=encoder.prefix,
+        )
         self.decoded: dict[int, Batch] = {}
 
     @property
@@ -142,7 +148,7 @@ def pooled(encoder: Encoder, batch: Batch, autocast: torch.autocast) -> tuple[Te
     packed, plan = batch.packed.to(encoder.device), batch.merge_plan and batch.merge_plan.to(encoder.device)
     with autocast:
         features = encoder(packed, plan)
-    return batch.image_ids, labels, segment_mean(features, packed.segments.cu_seqlens).cpu()
+    return batch.image_ids, labels, encoder.pool(features, packed).cpu()
 
 
 def knn_of_halves(features: Tensor, labels: Tensor) -> dict[str, float]:
