@@ -52,7 +52,7 @@ def make_packs(make_batch: MakeBatch, make_stream: MakeStream) -> list[MaskedBat
 
 def make_jepa() -> JEPA:
     torch.manual_seed(0)
-    encoder = EncoderConfig("Ti", 8, DEPTH, patch_embed="mlp")
+    encoder = EncoderConfig("Ti", 8, DEPTH, patch_embed="mlp").architecture
     return JEPA(encoder, PredictorConfig(32, 1, 2), ObjectiveConfig(contrastive_weight=1.0), views=2)
 
 

@@ -44,7 +44,7 @@ GRIDS = [(5, 4), (2, 9), (7, 7), (1, 4), (3, 2)]
 def make_jepa(vicreg_weight: float) -> JEPA:
     """Student, predictor and a teacher of its own, with weights large enough that every part matters."""
     torch.manual_seed(0)
-    encoder = EncoderConfig(variant="Ti", depth=2, patch_size=8, max_grid=MAX_GRID)
+    encoder = EncoderConfig(variant="Ti", depth=2, patch_size=8, max_grid=MAX_GRID).architecture
     model = JEPA(
         encoder, PredictorConfig(width=32, depth=2, heads=PREDICTOR_HEADS), ObjectiveConfig(vicreg_weight=vicreg_weight)
     )
@@ -270,7 +270,7 @@ def test_weight_zero_is_the_plain_method(make_batch: MakeBatch) -> None:
 def test_the_contrast_is_of_an_images_own_views_and_a_mean_over_the_packs(make_batch: MakeBatch) -> None:
     """Views 0 and 1, 2 and 3 of a pack belong together."""
     torch.manual_seed(0)
-    encoder = EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID)
+    encoder = EncoderConfig("Ti", 8, 1, max_grid=MAX_GRID).architecture
     model = JEPA(
         encoder, PredictorConfig(32, 1, 2), ObjectiveConfig(vicreg_weight=0.0, contrastive_weight=0.5), views=2
     )

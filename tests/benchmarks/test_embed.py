@@ -71,7 +71,7 @@ def test_the_table(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def peer(config: EncoderConfig, images: embed.Images, device: torch.device) -> embed.Embed:
-        return lambda: torch.zeros(len(images), config.shape.width)
+        return lambda: torch.zeros(len(images), config.width)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

@@ -214,7 +214,7 @@ def test_features_of_anything_else_are_not_taken_for_these(encoder: Encoder, pic
     with torch.no_grad():
         other.network.patch_embed.bias[0] += 1e-3  # one number of all the weights
     deeper = copy.deepcopy(encoder)
-    deeper.network.config = dataclasses.replace(encoder.config, max_grid=31)
+    deeper.network.config = dataclasses.replace(encoder.config, position_grid=(31, 31))
     cases = [
         (other, index, 32, 0.0),
         (deeper, index, 32, 0.0),

@@ -247,7 +247,7 @@ def test_whole_images_once_and_eight_crops_of_each_object(tiny: TrainConfig) -> 
 def test_lidar_has_enough_views_for_the_width() -> None:
     config = small_run(0, monitor=MonitorConfig(every=5, images=512))
     objects = Counter(image for pack in probe_of(config).crops for image in pack.images.tolist())
-    assert len(objects) * (VIEWS - 1) > config.encoder.shape.width
+    assert len(objects) * (VIEWS - 1) > config.encoder.architecture.width
     assert set(objects.values()) == {VIEWS}
 
 
