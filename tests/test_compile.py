@@ -51,7 +51,7 @@ def test_packs_of_any_shape_run_on_one_compilation_and_agree_with_eager(
     make_batch: Callable[..., MaskedBatch], depth: int, rates: tuple[float, float], backend: str
 ) -> None:
     torch.manual_seed(0)
-    config = EncoderConfig(variant="Ti", depth=depth, patch_size=8)
+    config = EncoderConfig(variant="Ti", depth=depth, patch_size=8).architecture
     jepa = JEPA(config, PredictorConfig(width=32, depth=1, heads=2), ObjectiveConfig())
 
     def run(batch: MaskedBatch) -> list[Tensor]:
