@@ -42,10 +42,12 @@ class MaskedBatch(Batch):
     """A batch with I-JEPA's masks for every view of `packed`."""
 
     context: Selection
-    """The Tc tokens of `packed` that the student sees."""
+    """The Tc tokens of `packed` that the student sees: visible patches, and the class token and registers."""
     targets: Selection
     """The Tq tokens of the target blocks, each once, whose features the predictor predicts."""
     seen: Segments
     """Segments of the student's stream: the context of each masked view, then each unmasked view."""
+    in_context: Selection | None = dataclasses.field(default=None, kw_only=True)
+    """Which tokens of `context` are patches, as rows of that stream; None if all are."""
     seen_merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
     """How the student merges the tokens of its stream; None if it does not merge."""

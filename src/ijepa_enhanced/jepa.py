@@ -100,7 +100,10 @@ class JEPA(nn.Module):
             return None
         context, hidden = batch.packed.select(batch.context), batch.packed.select(batch.targets)
         # Contexts come first in the student's stream; unmasked views, which come after them, predict nothing.
-        predicted: Tensor = self.predictor(features[: len(context.positions)], context, hidden)
+        features = features[: len(context.positions)]
+        if batch.in_context is not None:  # a class token and registers have no place that a prediction could refer to
+            context, features = context.select(batch.in_context), features[batch.in_context.index]
+        predicted: Tensor = self.predictor(features, context, hidden)
         return predicted
 
     def losses(
@@ -124,7 +127,9 @@ class JEPA(nn.Module):
             # Smooth L1, as in I-JEPA's code; its paper says L2.
             distance = F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
             prediction = distance / targets.shape[1] / step.target_tokens
-        pooled = segment_mean(features, batch.seen.cu_seqlens)  # [masked views, then unmasked views, D]
+        pooled = segment_mean(
+            features, batch.seen.cu_seqlens, batch.packed.prefix
+        )  # [masked views, then unmasked views, D]
         masked = len(batch.image_ids)
         images = masked // self.views
         # A single view has no variance, and a single image has no negatives.

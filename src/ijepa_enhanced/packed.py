@@ -100,6 +100,8 @@ class Selection(Movable):
     """int64 [N]: rows of the tokens in the stream."""
     segments: Segments
     """How the N tokens divide into the V views of the stream."""
+    prefix: int = 0
+    """How many of the tokens of each view are no patches, see `Packed.prefix`."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Packed(Movable):
     def select(self, selection: Selection) -> Packed:
         """Return the stream of the selected tokens. Each view keeps its whole grid."""
         index = selection.index
-        return Packed(self.values[index], self.positions[index], self.grids, selection.segments, self.prefix)
+        return Packed(self.values[index], self.positions[index], self.grids, selection.segments, selection.prefix)
 
     @property
     def patches(self) -> Tensor:

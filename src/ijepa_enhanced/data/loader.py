@@ -155,25 +155,39 @@ def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:
 
 def masked(batch: Batch, masks: Sequence[ViewMasks], student_merge_rate: float = 0.0, depth: int = 0) -> MaskedBatch:
     """Return a batch with the masks of its V masked views."""
-    context = _selection(batch.packed.segments, [view.context for view in masks])
+    packed, prefix = batch.packed, batch.packed.prefix
+    context, in_context = _selection(packed, [view.context for view in masks]), None
+    if prefix:
+        leading = np.arange(-prefix, 0)  # as numbers of patches
+        context = _selection(packed, [np.concatenate([leading, view.context]) for view in masks], prefix)
+        in_context = _selection(
+            dataclasses.replace(packed, segments=context.segments), [np.arange(len(view.context)) for view in masks]
+        )
     seen = context.segments
     if batch.unmasked is not None:
         seen = Segments.of([*seen.lengths, *batch.unmasked.segments.lengths])
     return MaskedBatch(
         **{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)},
         context=context,
-        targets=_selection(batch.packed.segments, [view.hidden for view in masks]),
+        in_context=in_context,
+        targets=_selection(packed, [view.hidden for view in masks]),
         seen=seen,
-        seen_merge_plan=plan_merges(seen.lengths, student_merge_rate, depth),
+        seen_merge_plan=plan_merges(seen.lengths, student_merge_rate, depth, prefix),
     )
 
 
-def _selection(segments: Segments, tokens: Sequence[NDArray[np.int64]]) -> Selection:
-    """Rows of the stream from the tokens of each view, counted in the view."""
-    starts = np.cumsum([0, *segments.lengths])[:-1]
-    rows = [start + view for start, view in zip(starts, tokens, strict=True)]
+def _selection(packed: Packed, patches: Sequence[NDArray[np.int64]], prefix: int = 0) -> Selection:
+    """Return rows of the stream from the patches of each view, counted in the view.
+
+    Args:
+        packed: the stream.
+        patches: of each view. Its class token and registers have numbers below 0.
+        prefix: how many of these are among them.
+    """
+    starts = np.cumsum([0, *packed.segments.lengths])[:-1] + packed.prefix
+    rows = [start + view for start, view in zip(starts, patches, strict=True)]
     index = np.concatenate([np.empty(0, np.int64), *rows])
-    return Selection(torch.from_numpy(index), Segments.of([len(view) for view in tokens]))
+    return Selection(torch.from_numpy(index), Segments.of([len(view) for view in patches]), prefix)
 
 
 def make_loader(

@@ -31,14 +31,14 @@ def step_settings(config: OptimConfig, step: int, total: int) -> StepSettings:
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Return AdamW (arXiv 1711.05101) for all trainable parameters.
 
-    Weight decay applies to matrices, and not to biases, norms, the mask token and positions. It must be decoupled: with
-    Adam's coupled decay, I-JEPA collapses.
+    Weight decay applies to matrices, and not to biases, norms, positions, the mask token, class tokens and registers.
+    It must be decoupled: with Adam's coupled decay, I-JEPA collapses.
     """
     trainable = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     no_decay = {
         name
         for name, value in trainable
-        if value.ndim < 2 or name.endswith(("mask_token", "positions.rows", "positions.cols"))
+        if value.ndim < 2 or name.endswith(("mask_token", "prefix")) or "positions." in name
     }
     groups = [
         {"params": [value for name, value in trainable if name not in no_decay], "decay": True},
