@@ -117,7 +117,7 @@ class Packed(Movable):
     segments: Segments
     prefix: int = 0
     """Number of rows at the beginning of each view that are no patches: the network puts its class token and registers
-    there. Their values and positions are 0."""
+    there. Their values and positions are 0. Budgets of packs do not count them."""
 
     def select(self, selection: Selection) -> Packed:
         """Return the stream of the selected tokens. Each view keeps its whole grid."""

@@ -76,7 +76,7 @@ def run(options: EmbedOptions) -> int:
         )
         budget = encoder.at_once(TOKENS_PER_PACK)
         network = encoder.config
-        plan = EmbedPlan(settings, catalog, network.patch_size, TOKENS_PER_PACK, budget, network.prefix)
+        plan = EmbedPlan(settings, catalog, network.patch_size, TOKENS_PER_PACK, budget)
         tables = RowTables(settings, source, network.depth)
         with progress_bar(settings, missing) as progress:
             images = LabelledSource(source, catalog)

@@ -64,11 +64,11 @@ class PackBuilder:
 
     def fits(self, patches: NDArray[np.uint8]) -> bool:
         """Return whether an image with these patches fits into the budget. An empty pack takes any image."""
-        return not self.views or self.tokens + len(patches) + self.prefix <= self.budget
+        return not self.views or self.tokens + len(patches) <= self.budget
 
     def add(self, patches: NDArray[np.uint8], grid: NDArray[np.int64]) -> None:
         """Add an image to the pack."""
-        self.tokens += len(patches) + self.prefix
+        self.tokens += len(patches)
         self.views.append(patches)
         self.grids.append(grid)
 

@@ -82,8 +82,6 @@ class EpochPlan:
     """Images left out of this epoch because a view of theirs has fewer tokens than a mask needs."""
     limited: int
     """Views scaled down to the limit of tokens a view."""
-    prefix: int = 0
-    """Tokens of each view that are no patches."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -103,7 +101,7 @@ class EpochPlan:
     @property
     def pack_tokens(self) -> NDArray[np.int64]:
         """Tokens of each pack: int64 [packs]."""
-        return np.add.reduceat((self.grids.prod(axis=2) + self.prefix).sum(axis=1), self.offsets[:-1])
+        return np.add.reduceat(self.grids.prod(axis=2).sum(axis=1), self.offsets[:-1])
 
     @property
     def budget_use(self) -> float:
@@ -130,15 +128,13 @@ class Plan:
         config: how they become packs.
         patch_size: P.
         seed: of everything drawn.
-        prefix: tokens of each view that are no patches, see `Packed.prefix`. They count for the budget of a pack.
     """
 
-    def __init__(self, catalog: Catalog, config: DataConfig, patch_size: int, seed: int, prefix: int = 0) -> None:
+    def __init__(self, catalog: Catalog, config: DataConfig, patch_size: int, seed: int) -> None:
         self.catalog = catalog
         self.config = config
         self.patch_size = patch_size
         self.seed = seed
-        self.prefix = prefix
 
     @property
     def hash(self) -> str:
@@ -149,8 +145,7 @@ class Plan:
         settings |= {name: float(settings[name]) for name in floats}
         for free in ("source", "max_unreadable", "workers", "cache"):
             del settings[free]
-        settings |= {"patch_size": self.patch_size, "prefix": self.prefix}
-        settings |= {"seed": self.seed, "catalog": self.catalog.hash}
+        settings |= {"patch_size": self.patch_size, "seed": self.seed, "catalog": self.catalog.hash}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def epoch(self, epoch: int) -> EpochPlan:
@@ -195,7 +190,7 @@ class Plan:
                 f"x {side} px, but {found}. Add images{more}."
             )
         images = np.flatnonzero(enough & shown)
-        tokens = (grids[images].prod(axis=2) + self.prefix).sum(axis=1)
+        tokens = grids[images].prod(axis=2).sum(axis=1)
         packs = balance(tokens, config.tokens_per_pack, generator(self.seed, Purpose.ORDER, epoch))
         images = images[np.argsort(packs, kind="stable")]
         boxes = np.stack([tops, lefts, heights, widths], axis=2).astype(np.float32)
@@ -209,7 +204,6 @@ class Plan:
             config.tokens_per_pack,
             too_small=int((~enough & shown).sum()),
             limited=int((wanted[images] / self.patch_size**2 > limit).sum()),
-            prefix=self.prefix,
         )
 
     def share(self, world: int) -> int:
@@ -246,9 +240,7 @@ class Plan:
             epoch, first = epoch + 1, 0
 
 
-def inference_packs(
-    catalog: Catalog, resolution: int | None, patch_size: int, limit: int, budget: int, prefix: int = 0
-) -> list[Pack]:
+def inference_packs(catalog: Catalog, resolution: int | None, patch_size: int, limit: int, budget: int) -> list[Pack]:
     """Packs that show every image of the catalog once, whole, in order.
 
     Args:
@@ -257,12 +249,11 @@ def inference_packs(
         patch_size: P.
         limit: most tokens of a view.
         budget: most tokens of a pack, unless one view alone has more.
-        prefix: tokens of each view that are no patches, see `Packed.prefix`.
     """
     grids = fit_grids(catalog.heights, catalog.widths, resolution, patch_size, limit)
     zeros = np.zeros_like(catalog.heights)
     boxes = np.stack([zeros, zeros, catalog.heights, catalog.widths], axis=1).astype(np.float32)
-    ends = [stop for _, stop in cut_into_packs(grids.prod(axis=1) + prefix, budget)]
+    ends = [stop for _, stop in cut_into_packs(grids.prod(axis=1), budget)]
     images, offsets = np.arange(len(grids)), np.array([0, *ends])
-    plan = EpochPlan(0, images, offsets, boxes[:, None], grids[:, None], 1, budget, 0, 0, prefix)
+    plan = EpochPlan(0, images, offsets, boxes[:, None], grids[:, None], 1, budget, too_small=0, limited=0)
     return [plan[number] for number in range(len(plan))]

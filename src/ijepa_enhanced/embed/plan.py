@@ -26,15 +26,13 @@ class EmbedPlan:
     """Most tokens of an image."""
     budget: int
     """Most tokens of a pack, unless one image alone has more."""
-    prefix: int
-    """See `Packed.prefix`."""
 
     def packs(self, file: int) -> list[Pack]:
         """Return the packs of a file: its readable images, once each, in order."""
         rows = self.settings.rows_of(file)
         first, last = np.searchsorted(self.catalog.rows, [rows.start, rows.stop]).tolist()
         part = self.catalog.select(np.arange(first, last))
-        packs = inference_packs(part, self.settings.resolution, self.patch_size, self.limit, self.budget, self.prefix)
+        packs = inference_packs(part, self.settings.resolution, self.patch_size, self.limit, self.budget)
         return [dataclasses.replace(pack, images=pack.images + first) for pack in packs]
 
     def stream(self, files: Iterable[int]) -> Iterator[Pack]:

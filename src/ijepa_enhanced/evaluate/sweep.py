@@ -130,9 +130,7 @@ def network_costs(
             fit_grids(each.heights, each.widths, resolution, config.patch_size, TOKENS_PER_PACK) for each in catalogs
         ]
         lengths = np.concatenate(grids).prod(axis=1)
-        packs = [
-            part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1) + config.prefix, budget)
-        ]
+        packs = [part[slice(*run)] for part in grids for run in cut_into_packs(part.prod(axis=1), budget)]
         fullest = max(packs, key=lambda pack: int(pack.prod(axis=1).sum()))
         tokens = int(fullest.prod(axis=1).sum())
         packed = Packed.of_grids(np.zeros((tokens, len(encoder.normalize.scale)), np.uint8), fullest, config.prefix)

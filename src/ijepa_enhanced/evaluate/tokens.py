@@ -100,8 +100,7 @@ class LabelledSource:
 def packs_of(encoder: Encoder, catalog: Catalog, config: InferenceConfig) -> list[Pack]:
     """Every image of the catalog once, whole, in order, in packs that suit the encoder's device."""
     limit = config.tokens_per_pack
-    budget, network = encoder.at_once(limit), encoder.config
-    return inference_packs(catalog, config.resolution, network.patch_size, limit, budget, network.prefix)
+    return inference_packs(catalog, config.resolution, encoder.config.patch_size, limit, encoder.at_once(limit))
 
 
 def reduced_packs(
