@@ -33,8 +33,9 @@ class Batch(Movable):
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens of all views, unmasked ones included."""
-        return self.packed.segments.total + (0 if self.unmasked is None else self.unmasked.segments.total)
+        """Return the number of patches of all views, unmasked ones included."""
+        streams = [self.packed] if self.unmasked is None else [self.packed, self.unmasked]
+        return sum(stream.segments.total - stream.prefix * len(stream.segments) for stream in streams)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.vit import VisionTransformer
-from ijepa_enhanced.ops.pooling import segment_first, segment_mean
+from ijepa_enhanced.ops.pooling import pool
 from ijepa_enhanced.ops.positions import within_grid
 from ijepa_enhanced.ops.preprocess import CHANNELS, IMAGENET_MEAN, IMAGENET_STD, Normalize
 from ijepa_enhanced.packed import Packed, Segments
@@ -145,10 +145,7 @@ class Encoder(nn.Module):
 
     def pool(self, features: Tensor, packed: Packed) -> Tensor:
         """Return the feature of each view, float32 [V, D], from those of its tokens [T, D]; see `Preprocessing`."""
-        cu_seqlens = packed.segments.cu_seqlens
-        if self.preprocessing.pooling == "cls":
-            return segment_first(features, cu_seqlens)
-        return segment_mean(features, cu_seqlens, packed.prefix)
+        return pool(features, packed.segments.cu_seqlens, self.preprocessing.pooling, packed.prefix)
 
     def preprocess(self, packed: Packed) -> Packed:
         """Return the input of the network for uint8 patches: normalized, on grids no longer than in training."""

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
+from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.losses import nt_xent, variance_covariance
 from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.models.predictor import Predictor
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import Linear
-from ijepa_enhanced.ops.pooling import segment_mean
-from ijepa_enhanced.ops.preprocess import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from ijepa_enhanced.ops.pooling import pool
+from ijepa_enhanced.ops.preprocess import Convert, Normalize
 from ijepa_enhanced.packed import Packed
 
 PROJECTOR_HIDDEN, PROJECTED = 512, 64
@@ -48,26 +49,54 @@ class JEPA(nn.Module):
     """Student, teacher and predictor, and the loss between them. `train.step.train_step` calls the methods in order.
 
     Args:
-        encoder: architecture of student and teacher.
+        encoder: architecture of the student, and of the teacher unless one is given.
         predictor: size of the predictor.
         objective: weights of the loss.
         views: masked views of each image, which follow each other in a pack.
+        preprocessing: of the student. None: ImageNet's statistics, and the mean of the patches as feature.
+        teacher: a trained encoder that stays as it is. None: the teacher starts as a copy of the student and follows it
+            as a moving average.
     """
 
     def __init__(
-        self, encoder: Architecture, predictor: PredictorConfig, objective: ObjectiveConfig, views: int = 1
+        self,
+        encoder: Architecture,
+        predictor: PredictorConfig,
+        objective: ObjectiveConfig,
+        views: int = 1,
+        preprocessing: Preprocessing | None = None,
+        teacher: Encoder | None = None,
     ) -> None:
         super().__init__()
+        own = preprocessing or Preprocessing()
         self.objective = objective
         self.views = views
-        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, encoder.patch_size)
+        self.pooling = own.pooling
+        self.normalize = Normalize(own.mean, own.std, encoder.patch_size)
         self.student = VisionTransformer(encoder)
-        # The teacher starts as a copy of the student and then follows it as a moving average (`update_teacher`).
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.frozen = teacher is not None
+        self.to_teacher: Convert | None = None
+        if teacher is None:
+            self.teacher = copy.deepcopy(self.student)
+        else:
+            self.teacher = teacher.network
+            theirs, sizes = teacher.preprocessing, (encoder.patch_size, teacher.config.patch_size)
+            self.to_teacher = Convert((own.mean, own.std), (theirs.mean, theirs.std), sizes)
+        self.teacher.requires_grad_(False)
         width = self.student.width
         # A term of weight 0 gets no network.
-        self.predictor = Predictor(predictor, width, encoder.position_grid) if objective.prediction_weight else None
+        self.predictor = (
+            Predictor(predictor, width, self.teacher.width, encoder.position_grid)
+            if objective.prediction_weight
+            else None
+        )
         self.projector = projector(width) if objective.contrastive_weight else None
+
+    def start_from(self, network: VisionTransformer) -> None:
+        """Copy the weights of a network like the student into the student, and into the teacher if it follows it."""
+        self.student.load_state_dict(network.state_dict())
+        if not self.frozen:
+            self.teacher.load_state_dict(network.state_dict())
 
     def preprocess(self, batch: MaskedBatch) -> MaskedBatch:
         """Return a batch with normalized patches in place of uint8 ones."""
@@ -82,7 +111,8 @@ class JEPA(nn.Module):
         """
         if self.predictor is None:
             return None
-        features = self.teacher(batch.packed, batch.merge_plan)  # [T, D]: the teacher sees all tokens of masked views
+        packed = batch.packed if self.to_teacher is None else self.to_teacher(batch.packed)
+        features = self.teacher(packed, batch.merge_plan)  # [T, D]: the teacher sees all tokens of masked views
         # A LayerNorm without weights, in float32 under autocast too.
         return F.layer_norm(features[batch.targets.index].float(), features.shape[-1:])
 
@@ -127,9 +157,8 @@ class JEPA(nn.Module):
             # Smooth L1, as in I-JEPA's code; its paper says L2.
             distance = F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
             prediction = distance / targets.shape[1] / step.target_tokens
-        pooled = segment_mean(
-            features, batch.seen.cu_seqlens, batch.packed.prefix
-        )  # [masked views, then unmasked views, D]
+        # [masked views, then unmasked views, D]
+        pooled = pool(features, batch.seen.cu_seqlens, self.pooling, self.student.config.prefix)
         masked = len(batch.image_ids)
         images = masked // self.views
         # A single view has no variance, and a single image has no negatives.
@@ -153,7 +182,9 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Update the moving average: teacher = momentum * teacher + (1 - momentum) * student."""
+        """Update the moving average: teacher = momentum * teacher + (1 - momentum) * student. A frozen one stays."""
+        if self.frozen:
+            return
         # A few kernels for all parameters, instead of one for each.
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
 

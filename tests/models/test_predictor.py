@@ -19,7 +19,7 @@ WIDTH = 24
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
     torch.manual_seed(0)
-    return Predictor(PredictorConfig(width=32, depth=2, heads=2), WIDTH, (8, 8))
+    return Predictor(PredictorConfig(width=32, depth=2, heads=2), WIDTH, WIDTH, (8, 8))
 
 
 def streams(batch: MaskedBatch) -> tuple[Packed, Packed]:
@@ -37,7 +37,7 @@ def test_answers_come_in_the_order_of_the_targets_of_the_batch() -> None:
     batch = masked(Batch(packed, torch.arange(2), None, (0, 0), ()), masks)
     assert batch.targets.index.tolist() == [2, 4, 5, 6, 7, 11]
     assert batch.targets.segments.lengths == (3, 3)
-    silent = Predictor(PredictorConfig(width=32, depth=1, heads=2), WIDTH, (8, 8))
+    silent = Predictor(PredictorConfig(width=32, depth=1, heads=2), WIDTH, WIDTH, (8, 8))
     with torch.no_grad():
         for layer in silent.layers:
             for part in (layer.proj, layer.fc2):

@@ -125,7 +125,7 @@ class Training:
         self.model = model.to(device)
         self.device = device
         self.clock = clock
-        self.optimizer = make_optimizer(model)
+        self.optimizer = make_optimizer(cast(JEPA, model))  # `Original` has the same parts
         self.dtype = autocast_dtype("auto", device)
         self.settings = OptimConfig()
 

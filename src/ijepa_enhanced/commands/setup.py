@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,10 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 
 from ijepa_enhanced.commands.options import Common, TrainOptions
-from ijepa_enhanced.config import as_options, build, find_config, keys_of
+from ijepa_enhanced.config import as_options, build, either, find_config, keys_of
 from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.distributed import is_main
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
+from ijepa_enhanced.models.variants import PATCH_SIZES
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.saved import config_of_run, read_train_config
 
@@ -48,11 +51,33 @@ def train_config(options: TrainOptions) -> TrainConfig:
         if "data.source" in given:
             raise RequestError("SOURCE and --data.source both set the images. Use only one of them.")
         given["data.source"] = options.source
+    if options.resume is not None:
+        return configuration(options.config, given, read_train_config(config_of_run(Path(options.resume))))
     recipe = options.config
-    if options.source is not None and options.config is None and options.resume is None:
-        recipe = recipe_of_machine()
-    saved = read_train_config(config_of_run(Path(options.resume))) if options.resume is not None else {}
-    return configuration(recipe, given, saved)
+    if options.source is not None and recipe is None:
+        recipe = "from-teacher" if "teacher" in given else "continue" if "init" in given else recipe_of_machine()
+    config = configuration(recipe, given)
+    return config if config.init is None else with_architecture_of(config.init, config, given)
+
+
+def with_architecture_of(weights: str, config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """Return a configuration with the patch size of the weights that training starts from.
+
+    Raises:
+        RequestError: the weights cannot be loaded, an option of the encoder is given too, or training does not support
+            the patch size.
+    """
+    for key in given:
+        if key.startswith("encoder."):
+            raise RequestError(
+                f"--{key} has no effect with --init, because the weights determine the encoder. Remove it."
+            )
+    patch_size = Encoder.from_pretrained(weights).config.patch_size
+    if patch_size not in PATCH_SIZES:
+        raise RequestError(
+            f"{weights} has patches of {patch_size} px. Training supports only {either([*map(str, PATCH_SIZES)])} px."
+        )
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, patch_size=patch_size))
 
 
 def recipe_of_machine() -> str:

@@ -64,7 +64,7 @@ class PackDataset(Dataset[Batch]):
     seed: int = 0
     """Of the masks and of what changes pixels."""
     depth: int = 0
-    """Layers of the encoder, for which merging is planned."""
+    """Layers of the network that sees `packed`, for which merging is planned."""
     merge_rate: float | Sequence[float] = 0.0
     """Of `packed`, see `merge_plan.merged_lengths`."""
     student_merge_rate: float = 0.0
@@ -72,7 +72,11 @@ class PackDataset(Dataset[Batch]):
     changes: AugmentConfig | None = None
     """How to change the pixels of views."""
     prefix: int = 0
-    """See `Packed.prefix`."""
+    """Of `packed`, see `Packed.prefix`: that of the teacher, or of an encoder that is only run."""
+    student_depth: int | None = None
+    """Layers of the student; None: as many as `depth`."""
+    student_prefix: int = 0
+    """Of what the student sees."""
 
     def __post_init__(self) -> None:
         if self.changes == AugmentConfig():  # drawing only to change nothing costs time too
@@ -110,8 +114,10 @@ class PackDataset(Dataset[Batch]):
                 kept[first:last] = False
         masked_views, unmasked_views = (pack.select(kept & own) for own in (~pack.unmasked, pack.unmasked))
         packed, unmasked = (
-            Packed.of_grids(own[:count], views.grids, self.prefix)
-            for own, count, views in zip(patches, filled, (masked_views, unmasked_views), strict=True)
+            Packed.of_grids(own[:count], views.grids, prefix)
+            for own, count, views, prefix in zip(
+                patches, filled, (masked_views, unmasked_views), (self.prefix, self.student_prefix), strict=True
+            )
         )
         batch = Batch(
             packed,
@@ -125,7 +131,8 @@ class PackDataset(Dataset[Batch]):
         if self.masks is None:
             return batch
         masks = masks_of(batch, self.masks, self.seed)
-        return masked(batch, masks, self.student_merge_rate, self.depth)
+        depth = self.depth if self.student_depth is None else self.student_depth
+        return masked(batch, masks, self.student_merge_rate, depth, self.student_prefix)
 
 
 def check_unchanged(image: Image.Image, catalog: Catalog, position: int) -> None:
@@ -153,16 +160,26 @@ def masks_of(batch: Batch, config: MaskConfig, seed: int) -> list[ViewMasks]:
     return masks
 
 
-def masked(batch: Batch, masks: Sequence[ViewMasks], student_merge_rate: float = 0.0, depth: int = 0) -> MaskedBatch:
-    """Return a batch with the masks of its V masked views."""
-    packed, prefix = batch.packed, batch.packed.prefix
-    context, in_context = _selection(packed, [view.context for view in masks]), None
+def masked(
+    batch: Batch, masks: Sequence[ViewMasks], student_merge_rate: float = 0.0, depth: int = 0, prefix: int = 0
+) -> MaskedBatch:
+    """Return a batch with the masks of its V masked views.
+
+    Args:
+        batch: without masks.
+        masks: of each view.
+        student_merge_rate, depth: as for `PackDataset`.
+        prefix: of the student, see `Packed.prefix`.
+    """
+    packed = batch.packed
+    visible = [view.context for view in masks]
+    context, in_context = _selection(packed, visible), None
     if prefix:
-        leading = np.arange(-prefix, 0)  # as numbers of patches
-        context = _selection(packed, [np.concatenate([leading, view.context]) for view in masks], prefix)
-        in_context = _selection(
-            dataclasses.replace(packed, segments=context.segments), [np.arange(len(view.context)) for view in masks]
-        )
+        # The network overwrites these rows, so that any will do: the stream may have fewer of them than the student.
+        context = _selection(packed, [np.concatenate([np.repeat(view[:1], prefix), view]) for view in visible], prefix)
+        starts = np.cumsum([0, *context.segments.lengths])[:-1] + prefix
+        rows = [start + np.arange(len(view)) for start, view in zip(starts, visible, strict=True)]
+        in_context = Selection(torch.from_numpy(np.concatenate(rows)), Segments.of([len(view) for view in visible]))
     seen = context.segments
     if batch.unmasked is not None:
         seen = Segments.of([*seen.lengths, *batch.unmasked.segments.lengths])
@@ -177,13 +194,7 @@ def masked(batch: Batch, masks: Sequence[ViewMasks], student_merge_rate: float =
 
 
 def _selection(packed: Packed, patches: Sequence[NDArray[np.int64]], prefix: int = 0) -> Selection:
-    """Return rows of the stream from the patches of each view, counted in the view.
-
-    Args:
-        packed: the stream.
-        patches: of each view. Its class token and registers have numbers below 0.
-        prefix: how many of these are among them.
-    """
+    """Return rows of the stream from the patches of each view, counted in the view; `prefix` as in `Selection`."""
     starts = np.cumsum([0, *packed.segments.lengths])[:-1] + packed.prefix
     rows = [start + view for start, view in zip(starts, patches, strict=True)]
     index = np.concatenate([np.empty(0, np.int64), *rows])

@@ -18,11 +18,12 @@ class Predictor(nn.Module):
 
     Args:
         config: size of the predictor.
-        encoder_width: D, width of the features that it reads and predicts.
+        encoder_width: D, width of the features that it reads.
+        target_width: width of the features that it predicts.
         grid: entries of the position table of rows and of that of columns.
     """
 
-    def __init__(self, config: PredictorConfig, encoder_width: int, grid: tuple[int, int]) -> None:
+    def __init__(self, config: PredictorConfig, encoder_width: int, target_width: int, grid: tuple[int, int]) -> None:
         super().__init__()
         width = config.width
         self.embed = Linear(encoder_width, width)
@@ -30,7 +31,7 @@ class Predictor(nn.Module):
         self.positions = FactorizedPositions(width, grid)
         self.layers = nn.ModuleList(CrossBlock(width, config.heads, 4 * width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.head = Linear(width, encoder_width)
+        self.head = Linear(width, target_width)
         init_weights(self)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 

@@ -26,3 +26,15 @@ def segment_mean(x: Tensor, cu_seqlens: Tensor, prefix: int = 0) -> Tensor:
 def segment_first(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the first token of each segment: [T, D] -> float32 [V, D]."""
     return x.index_select(0, cu_seqlens[:-1]).float()
+
+
+def pool(x: Tensor, cu_seqlens: Tensor, pooling: str, prefix: int = 0) -> Tensor:
+    """Return the feature of each view: [T, D] -> float32 [V, D].
+
+    Args:
+        x: [T, D].
+        cu_seqlens: int32 [V + 1], see `Segments`.
+        pooling: `mean` of the patches, or `cls`, the class token, which is the first token.
+        prefix: tokens of each view that are no patches.
+    """
+    return segment_first(x, cu_seqlens) if pooling == "cls" else segment_mean(x, cu_seqlens, prefix)

@@ -31,6 +31,12 @@ class OptimConfig:
     """EMA momentum of the teacher at the first step."""
     final_ema: float = 1.0
     """EMA momentum at the last step, reached by a linear schedule (arXiv 2301.08243, appendix A.1)."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block of the student to the one below it, to change early layers less when
+    continuing from weights (BEiT, arXiv 2106.08254, appendix H). 1: the same rate for all."""
+    freeze: float = 0.0
+    """Fraction of all steps, at the beginning, in which the student does not change: the predictor and the projector
+    learn to read its features first."""
     clip: float = 1.0
     """Maximum global gradient norm. Larger gradients are scaled down to it."""
 
@@ -45,7 +51,9 @@ class OptimConfig:
         for name in ("lr", "final_lr", "weight_decay", "final_weight_decay"):  # clip may be inf: no clipping
             if math.isinf(getattr(self, name)):
                 raise ValueError(f"optim.{name} must be finite, not {getattr(self, name)}.")
-        for name in ("warmup", "ema", "final_ema"):
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must be above 0 and at most 1, not {self.layer_decay}.")
+        for name in ("warmup", "freeze", "ema", "final_ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name} must be between 0 and 1, not {getattr(self, name)}.")
 
@@ -83,6 +91,12 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    init: str | None = None
+    """Encoder that the student and the teacher start from: a run, an encoder folder, or released weights
+    (docs/weights.md). It determines the architecture, so that options of the encoder have no effect."""
+    teacher: str | None = None
+    """Encoder whose features are predicted, in place of a moving average of the student (EMA). It does not change
+    (SALT, arXiv 2509.24317). The student sees patches of its own size on the same patch grid."""
     steps: int | None = None
     """Number of optimizer steps. null: train for `epochs` instead."""
     epochs: float = 100.0
@@ -120,6 +134,12 @@ class TrainConfig:
                     f"data.{name} has no effect unless objective.contrastive_weight > 0. Set data.{name} to 0, or set "
                     "objective.contrastive_weight above 0."
                 )
+        if self.teacher is not None and not self.objective.prediction_weight:
+            raise ValueError(
+                "teacher has no effect unless objective.prediction_weight > 0. Set objective.prediction_weight."
+            )
+        if self.optim.freeze and self.init is None:
+            raise ValueError("optim.freeze has no effect without init. Set init, or set optim.freeze to 0.")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
         if math.isinf(self.epochs):

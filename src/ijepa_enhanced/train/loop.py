@@ -26,7 +26,7 @@ from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.files import make_folder, remove_partials, replacing
 from ijepa_enhanced.jepa import JEPA, StepSize
@@ -37,6 +37,7 @@ from ijepa_enhanced.train.meter import describe
 from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
 from ijepa_enhanced.train.signals import StopSignals
+from ijepa_enhanced.train.start import START, Start, load_start
 from ijepa_enhanced.train.state import TrainState
 from ijepa_enhanced.train.step import train_step
 from ijepa_enhanced.train.unreadable import Unreadable
@@ -80,11 +81,14 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         OSError: the configuration, the log or an encoder cannot be written.
     """
     with ranks_of_run() as ranks:
-        # Opened first, so that a wrong source leaves no folder behind.
+        # Opened first, so that a wrong encoder or source leaves no folder behind.
+        start = load_start(config, folder, resume)
         images = open_images(config, ranks, resume)
         if not resume and ranks.main:
             write_config(config, folder)
-        run = Run(config, folder, images, ranks)
+            if start.encoder is not None:
+                start.encoder.save_pretrained(folder / START)
+        run = Run(config, folder, images, start, ranks)
         state = TrainState(images.plan.hash, images.unreadable)
         if resume and not state.load(run.checkpoints, run.model, run.optimizer, ranks):
             logger.warning("%s has no checkpoint yet. Training starts from the first step.", folder)
@@ -152,10 +156,11 @@ class Run:
         config: of the run.
         folder: that it writes to.
         images: that it trains on.
+        start: the encoders that it begins with.
         ranks: the processes that share it.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, images: TrainingImages, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, images: TrainingImages, start: Start, ranks: Ranks) -> None:
         self.config = config
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
@@ -163,15 +168,23 @@ class Run:
         self.ranks = ranks
         self.total = config.steps or max(1, round(config.epochs * len(images.first_epoch) / config.data.packs_per_step))
         torch.manual_seed(config.seed)  # every rank starts with the same weights
-        self.model = JEPA(config.encoder.architecture, config.predictor, config.objective, config.data.masked_views)
-        self.model.to(ranks.device)
-        self.optimizer = make_optimizer(self.model)
         # Recorded with the encoder: position embeddings beyond this grid stay untrained.
         longest_rows, longest_cols = images.first_epoch.grids.reshape(-1, 2).max(axis=0).tolist()
-        # Fixed positions have no untrained part.
-        trained_grid = (longest_rows, longest_cols) if config.encoder.positions == "factorized" else None
-        preprocessing = Preprocessing(config.data.max_resolution, trained_grid=trained_grid)
-        self.encoder = Encoder(self.model.teacher, preprocessing)
+        preprocessing = start.preprocessing(config, (longest_rows, longest_cols))
+        self.model = JEPA(
+            start.architecture(config),
+            config.predictor,
+            config.objective,
+            config.data.masked_views,
+            preprocessing,
+            start.teacher,
+        )
+        if start.encoder is not None:
+            self.model.start_from(start.encoder.network)
+        self.model.to(ranks.device)
+        self.optimizer = make_optimizer(self.model, config.optim.layer_decay)
+        # What is trained: the moving average, or the student of a teacher that does not change.
+        self.encoder = Encoder(self.model.student if self.model.frozen else self.model.teacher, preprocessing)
         self.autocast = autocast(ranks.device, autocast_dtype(config.precision, ranks.device))
         self.model.student.blocks.recompute = config.activation_checkpointing
         if config.compile:
@@ -181,17 +194,20 @@ class Run:
     @cached_property
     def dataset(self) -> PackDataset:
         """Return the dataset that makes the batch of a pack."""
-        config = self.config
+        config, student, teacher = self.config, self.model.student.config, self.model.teacher.config
         return PackDataset(
             self.images.source,
             self.images.catalog,
             config.encoder.patch_size,
             config.masks,
             config.seed,
-            self.model.student.config.depth,
+            teacher.depth,
             config.merging.teacher_rate,
             config.merging.student_rate,
             config.augment,
+            teacher.prefix,
+            student.depth,
+            student.prefix,
         )
 
     def introduce(self, state: TrainState) -> None:
@@ -222,7 +238,9 @@ class Run:
     def loop(self, state: TrainState) -> Outcome:
         """Train from `state` to the last step, or until a signal asks to stop."""
         config, images, ranks, total = self.config, self.images, self.ranks, self.total
-        monitor = start_monitor(config, images.source, images.plan, images.first_epoch, total, state.history)
+        monitor = start_monitor(
+            config, images.source, images.plan, images.first_epoch, total, state.history, self.encoder.config
+        )
         packs = images.plan.packs(state.cursor, ranks.rank, ranks.world)
         stream = iter(make_loader(self.dataset, packs, config.data.workers, pin_memory=ranks.device.type == "cuda"))
         own_packs = images.plan.share(ranks.world)
@@ -234,7 +252,7 @@ class Run:
             explaining_memory(config.data),
         ):
             if monitor and not state.step:
-                monitor.probe(0, self.encoder, self.autocast, ranks)  # a baseline for collapse, not in log.jsonl
+                self.probe(state, monitor)  # a baseline for collapse, not in log.jsonl
             state.meter.restart_clock()
             while state.step < total:
                 with state.meter.waiting():
@@ -253,6 +271,12 @@ class Run:
             # Not at step 0: the optimizer has no state yet, and to save it PyTorch would run a step.
             if 0 < state.step < total:
                 self.save(state, grad_norm, log)
+        if state.history.best_step == 0 and state.step == total:
+            logger.warning(
+                "The encoder that this run started from scored better than every later one. It is in %s. Use it, or "
+                "start a new run with a lower --optim.lr or more images.",
+                self.folder / "best",
+            )
         return Outcome(state.step, state.images, finished=state.step == total)
 
     def step(self, state: TrainState, batches: Sequence[Batch], shares: Sequence[Share]) -> Tensor:
@@ -294,20 +318,25 @@ class Run:
         if not means and not monitor:
             return  # no image could be read since the last line
         settings = step_settings(self.config.optim, state.step - 1, self.total)  # of the step that was just made
-        values = means | settings._asdict()
+        values = means | {"lr": settings.lr, "weight_decay": settings.weight_decay, "ema": settings.ema}
         values |= {"grad_norm": grad_norm.item(), "epoch": state.epoch, "unreadable": len(state.unreadable)}
         if not (math.isfinite(means.get("loss", 0.0)) and math.isfinite(values["grad_norm"])):
             raise diverged(state.step)
         if bar and means:
             bar.update(state.step, describe(means))
         if monitor:
-            values |= monitor.probe(state.step, self.encoder, self.autocast, self.ranks)
-            if self.ranks.main and state.history.best_step == state.step:
-                self.save_encoder("best")
-                state.history.save_best(self.folder / "best")
+            values |= self.probe(state, monitor)
             state.meter.restart_clock()  # the time of the probe is not training time
         if log:
             log.write(state.step, values)
+
+    def probe(self, state: TrainState, monitor: Monitor) -> dict[str, float]:
+        """Probe the encoder, save it if it is the best so far, and return what to log."""
+        values = monitor.probe(state.step, self.encoder, self.autocast, self.ranks)
+        if self.ranks.main and state.history.best_step == state.step:
+            self.save_encoder("best")
+            state.history.save_best(self.folder / "best")
+        return values
 
     def save(self, state: TrainState, grad_norm: Tensor, log: RunLog | None) -> None:
         """Write a checkpoint and the encoder.

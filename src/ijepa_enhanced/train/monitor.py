@@ -24,6 +24,7 @@ from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import PlanError
 from ijepa_enhanced.files import replacing
+from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.train.config import MonitorConfig, TrainConfig
 from ijepa_enhanced.train.probe import ProbeSet
 
@@ -91,16 +92,21 @@ class History:
     """Number of last probes in a row at which at least `FALLEN` diversity metrics were below `FALL` of their peak."""
     best: float = 0.0
     """The highest score of a teacher, see `add`."""
-    best_step: int = 0
-    """The step of that teacher; 0: none yet."""
+    best_step: int | None = None
+    """The step of that teacher; None: none yet."""
 
-    def add(self, step: int, metrics: dict[str, float]) -> list[str]:
+    def add(self, step: int, metrics: dict[str, float], trained: bool = True) -> list[str]:
         """Record the metrics of one probe, and return the names of the diversity metrics that have fallen.
 
         Diversity metrics are RankMe, LiDAR, spread and 1 - cosine. They are lowest if all features are equal. The score
         of a teacher is `knn`. Without labels it is the product of the diversity metrics, so that a gain in one cannot
         hide a loss in another. A teacher whose diversity metrics have fallen is never the best. kNN alone would not
         show that, because it standardizes the features.
+
+        Args:
+            step: steps done.
+            metrics: of the probe.
+            trained: whether the teacher can be the best: at step 0, random weights are not.
         """
         diversity = {name: value for name, value in metrics.items() if name in ("rankme", "lidar", "spread")}
         diversity |= {"1 - cosine": 1 - metrics["cosine"]} if "cosine" in metrics else {}
@@ -109,8 +115,8 @@ class History:
         fallen = [name for name, value in diversity.items() if value < FALL * self.peaks[name]]
         self.low = self.low + 1 if len(fallen) >= FALLEN else 0
         score = metrics.get("knn", math.prod(diversity.values()))
-        # >=: of two equal teachers, prefer the one that was trained longer. Step 0 is untrained and never the best.
-        if step and diversity and not self.low and score >= self.best:
+        # >=: of two equal teachers, prefer the one that was trained longer.
+        if trained and diversity and not self.low and score >= self.best:
             self.best, self.best_step = score, step
         return fallen
 
@@ -126,7 +132,7 @@ class History:
         """
         with suppress(FileNotFoundError):
             saved = json.loads((folder / BEST).read_text())
-            if saved["best_step"] > step:
+            if saved["best_step"] is not None and saved["best_step"] > step:
                 self.best, self.best_step = saved["best"], saved["best_step"]
 
     @property
@@ -143,13 +149,15 @@ class Monitor:
         every: steps between probes.
         steps: of the whole run.
         history: of earlier probes, which this monitor updates.
+        starts_trained: whether the encoder that the run starts from can be the best.
     """
 
-    def __init__(self, probe_set: ProbeSet, every: int, steps: int, history: History) -> None:
+    def __init__(self, probe_set: ProbeSet, every: int, steps: int, history: History, starts_trained: bool) -> None:
         self.probe_set = probe_set
         self.every = every
         self.steps = steps
         self.history = history
+        self.starts_trained = starts_trained
         self.started, self.seconds = time.perf_counter(), 0.0
 
     def due(self, step: int) -> bool:
@@ -177,13 +185,13 @@ class Monitor:
         metrics = self.probe_set.metrics(encoder, autocast, ranks)
         if not ranks.main:
             return {}
-        fallen = self.history.add(step, metrics)
+        fallen = self.history.add(step, metrics, trained=step > 0 or self.starts_trained)
         history = self.history
         found = ", ".join(
             f"{TITLES.get(name, name)} {value:.1%}" if name == "knn" else f"{TITLES.get(name, name)} {value:.3g}"
             for name, value in metrics.items()
         )
-        logger.info("Monitor at step %d: %s%s", step, found, " (best so far)" if history.best_step == step > 0 else "")
+        logger.info("Monitor at step %d: %s%s", step, found, " (best so far)" if history.best_step == step else "")
         if history.low == PATIENCE:  # once per collapse
             logger.warning(
                 "The run is collapsing: in the last %d checks, %s were below a quarter of their maximum, so the "
@@ -192,7 +200,7 @@ class Monitor:
                 PATIENCE,
                 " and ".join(TITLES.get(name, name) for name in fallen),
                 f"The best encoder (step {history.best_step}) is in best/."
-                if history.best_step
+                if history.best_step is not None
                 else "No good encoder has been saved.",
             )
         now = time.perf_counter()
@@ -202,11 +210,17 @@ class Monitor:
             "monitor_seconds": now - start,
             "monitor_share": self.seconds / (now - self.started),
         }
-        return values | ({"best": history.best_step} if history.best_step else {})
+        return values | ({} if history.best_step is None else {"best": history.best_step})
 
 
 def start_monitor(
-    config: TrainConfig, source: Source, plan: Plan, first_epoch: EpochPlan, steps: int, history: History
+    config: TrainConfig,
+    source: Source,
+    plan: Plan,
+    first_epoch: EpochPlan,
+    steps: int,
+    history: History,
+    encoder: Architecture,
 ) -> Monitor | None:
     """Return the monitor of a run, or None if the run is not monitored.
 
@@ -216,14 +230,13 @@ def start_monitor(
         plan, first_epoch: of the run.
         steps: of the whole run.
         history: of the probes before the run was resumed. The monitor updates it.
+        encoder: the architecture that is probed.
     """
     if config.monitor.every == 0:
         return None
     try:
         images = config.monitor.images or default_images(plan.catalog)
-        probe_set = ProbeSet(
-            source, plan, first_epoch.images, images, config.encoder.architecture, config.merging.teacher_rate
-        )
+        probe_set = ProbeSet(source, plan, first_epoch.images, images, encoder, config.merging.teacher_rate)
     except PlanError:
         logger.warning(
             "Monitoring is off: fewer than two images are large enough for its crops. Add larger images, or set "
@@ -240,4 +253,4 @@ def start_monitor(
         )
         return None
     logger.info("The monitor checks the teacher every %d steps.", every)
-    return Monitor(probe_set, every, steps, history)
+    return Monitor(probe_set, every, steps, history, starts_trained=config.init is not None)

@@ -1,0 +1,59 @@
+"""What a run begins with: random weights, those of a trained encoder, and perhaps a teacher that does not change."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.train.config import TrainConfig
+
+START = "start"
+"""The encoder in a run's folder that the run started from, if it did not start from random weights."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The encoders that a run begins with."""
+
+    encoder: Encoder | None
+    """What the student starts from; None: random weights."""
+    teacher: Encoder | None
+    """A teacher that does not change; None: a moving average of the student."""
+
+    def architecture(self, config: TrainConfig) -> Architecture:
+        """Return the architecture of the student."""
+        return config.encoder.architecture if self.encoder is None else self.encoder.config
+
+    def preprocessing(self, config: TrainConfig, longest: tuple[int, int]) -> Preprocessing:
+        """Return the preprocessing of the encoder that is trained.
+
+        Args:
+            config: of the run.
+            longest: rows and columns of the longest grids of training.
+        """
+        before = Preprocessing() if self.encoder is None else self.encoder.preprocessing
+        architecture = self.architecture(config)
+        grid = None
+        # Other positions have no untrained part, or are resized to every grid.
+        if architecture.positions == "factorized" and architecture.resampling == "squeeze":
+            rows, cols = before.trained_grid or (0, 0)
+            grid = (max(rows, longest[0]), max(cols, longest[1]))
+        return dataclasses.replace(before, resolution=config.data.max_resolution, trained_grid=grid)
+
+
+def load_start(config: TrainConfig, folder: Path, resume: bool) -> Start:
+    """Load the encoders that a run begins with.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        resume: whether it resumes, and has kept the encoder that it started from.
+
+    Raises:
+        EncoderError: an encoder cannot be loaded.
+    """
+    start = None if config.init is None else Encoder.from_pretrained(folder / START if resume else config.init)
+    return Start(start, None if config.teacher is None else Encoder.from_pretrained(config.teacher))
