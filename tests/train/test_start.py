@@ -1,0 +1,196 @@
+"""Runs that start from weights, and runs with a teacher that does not change."""
+
+import dataclasses
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_enhanced.cli import main
+from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.errors import EncoderError
+from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.train import loop
+from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
+from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.monitor import History
+from ijepa_enhanced.train.optimizer import block_of, make_optimizer, set_step, step_settings
+
+WEIGHTS = Architecture(
+    48, 2, 3, 96, 8, positions="table", position_grid=(5, 5), resampling="bicubic", class_token=True, layer_scale=True
+)
+TEACHER = Architecture(32, 1, 2, 64, 14, positions="rope", class_token=True, registers=2, gated=True)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """An encoder with a class token and statistics of its own."""
+    preprocessing = Preprocessing(40, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pooling="cls")
+    Encoder.random(WEIGHTS, preprocessing, 3).save_pretrained(tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """An encoder of another width, another patch size and with registers."""
+    Encoder.random(TEACHER, Preprocessing(40, mean=(0.5, 0.5, 0.5)), 4).save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, other = (Encoder.from_pretrained(path).network.state_dict() for path in (a, b))
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_run_starts_from_weights_and_keeps_their_preprocessing(
+    tiny: TrainConfig, weights: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny, init=str(weights), steps=4)
+    train(config, tmp_path / "run")
+    start, end = (Encoder.from_pretrained(tmp_path / "run" / name) for name in ("start", "encoder"))
+    assert same_weights(tmp_path / "run" / "start", weights)
+    assert not same_weights(tmp_path / "run" / "encoder", weights)
+    assert end.config == WEIGHTS
+    assert end.preprocessing == dataclasses.replace(start.preprocessing, resolution=48)
+    # Adam's steps are at most the learning rate each.
+    moved = end.network.blocks.layers[0].qkv.weight - start.network.blocks.layers[0].qkv.weight
+    assert 0 < moved.abs().max() <= 4 * config.optim.lr
+
+
+def test_it_resumes_without_the_weights_that_it_started_from(
+    tiny: TrainConfig, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, init=str(weights), optim=OptimConfig(freeze=0.5, layer_decay=0.5))
+    train(config, tmp_path / "whole")
+    original, steps = loop.JEPA.update_teacher, []
+
+    def stop(model: loop.JEPA, momentum: float) -> None:
+        original(model, momentum)
+        steps.append(momentum)
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.JEPA, "update_teacher", stop)
+    assert not train(config, tmp_path / "run").finished
+    shutil.rmtree(weights)
+    assert train(config, tmp_path / "run", resume=True).finished
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_teacher_does_not_change_and_the_student_is_what_is_saved(
+    tiny: TrainConfig, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[loop.JEPA] = []
+    make = loop.JEPA
+    monkeypatch.setattr(loop, "JEPA", lambda *args: models.append(make(*args)) or models[0])
+    train(dataclasses.replace(tiny, teacher=str(teacher), steps=4), tmp_path / "run")
+    (model,) = models
+    before = Encoder.from_pretrained(teacher).network.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
+    saved = Encoder.from_pretrained(tmp_path / "run")
+    assert saved.config == tiny.encoder.architecture
+    assert all(
+        torch.equal(value, model.student.state_dict()[name]) for name, value in saved.network.state_dict().items()
+    )
+
+
+def test_the_targets_are_the_teachers_own_features(tiny: TrainConfig, teacher: Path) -> None:
+    """Its own statistics and patch size: those of pixels at 14/8 of the size, patch by patch."""
+    frozen = Encoder.from_pretrained(teacher)
+    same_size = Encoder.random(dataclasses.replace(TEACHER, patch_size=8), frozen.preprocessing, 0)
+    student = dataclasses.replace(tiny.encoder.architecture)
+    model = loop.JEPA(student, tiny.predictor, tiny.objective, 1, None, same_size)
+    packed = next(same_size.packs([torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)]))
+    assert model.to_teacher is not None
+    seen = model.to_teacher(model.normalize(packed))
+    # Two roundings of float32 instead of one, of values up to 3.
+    torch.testing.assert_close(seen.values, same_size.preprocess(packed).values, rtol=0, atol=1e-6)
+    model = loop.JEPA(student, tiny.predictor, tiny.objective, 1, None, frozen)
+    flat = packed.with_values(torch.full_like(packed.values, 90))
+    assert model.to_teacher is not None
+    seen = model.to_teacher(model.normalize(flat))
+    assert seen.values.shape[1] == 14 * 14 * 3
+    expected = (90 / 255 - 0.5) / torch.tensor(frozen.preprocessing.std)
+    torch.testing.assert_close(
+        seen.values.unflatten(1, (-1, 3)), expected.expand(len(seen.values), 196, 3), rtol=0, atol=1e-6
+    )
+
+
+def test_the_student_rests_while_the_rest_warms_up(tiny: TrainConfig, weights: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(freeze=1.0)
+    train(dataclasses.replace(tiny, init=str(weights), steps=3, optim=optim), tmp_path / "run")
+    assert same_weights(tmp_path / "run" / "encoder", weights)
+
+
+def test_early_blocks_learn_more_slowly(tiny: TrainConfig) -> None:
+    model = loop.JEPA(WEIGHTS, tiny.predictor, tiny.objective)
+    optimizer = make_optimizer(model, layer_decay=0.5)
+    set_step(optimizer, step_settings(OptimConfig(lr=1.0, warmup=0.0), 0, 10))
+    names = {id(value): name for name, value in model.named_parameters()}
+    rates = {names[id(value)]: group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    assert rates["predictor.head.weight"] == rates["student.blocks.norm.weight"] == 1
+    assert rates["student.blocks.layers.1.qkv.weight"] == 1
+    assert rates["student.blocks.layers.0.qkv.weight"] == 0.5
+    assert rates["student.patch_embed.weight"] == rates["student.positions.table"] == rates["student.prefix"] == 0.25
+    assert block_of("student.blocks.layers.11.fc1.bias", 12) == 12
+
+
+def test_the_start_can_be_the_best(
+    tiny: TrainConfig, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scores = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(
+        "ijepa_enhanced.train.probe.ProbeSet.metrics",
+        lambda *_: {"knn": next(scores), "rankme": 5.0, "lidar": 5.0, "spread": 1.0, "cosine": 0.5},
+    )
+    config = dataclasses.replace(tiny, init=str(weights), monitor=MonitorConfig(every=4, images=16))
+    train(config, tmp_path / "run")
+    assert same_weights(tmp_path / "run" / "best", weights)
+    assert "The encoder that this run started from scored better than every later one." in caplog.text
+    assert History().best_step is None
+
+
+def test_random_weights_are_never_the_best() -> None:
+    history, metrics = History(), {"knn": 0.9, "rankme": 5.0}
+    history.add(0, metrics, trained=False)
+    assert history.best_step is None
+    history.add(4, metrics | {"knn": 0.1})
+    assert (history.best_step, history.best) == (4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--encoder.depth", "2"],
+            "--encoder.depth has no effect with --init, because the weights determine the encoder. Remove it.",
+        ),
+        (["--init", "nowhere"], "No such folder: nowhere."),
+        (["--teacher", "nowhere"], "No such folder: nowhere."),
+        (["--teacher", "nowhere", "--objective.prediction_weight", "0"], "teacher has no effect unless"),
+    ],
+)
+def test_wrong_requests(
+    more: list[str], message: str, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(photos), "--run", str(run), "--init", str(weights), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_weights_whose_patches_training_does_not_support(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = tmp_path / "large"
+    Encoder.random(dataclasses.replace(WEIGHTS, patch_size=32), Preprocessing(), 0).save_pretrained(large)
+    assert main(["train", str(photos), "--run", str(tmp_path / "run"), "--init", str(large)]) == 2
+    assert f"{large} has patches of 32 px. Training supports only 8, 14 or 16 px." in capsys.readouterr().err
+
+
+def test_a_folder_without_weights_leaves_no_run(tiny: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="No such folder"):
+        train(dataclasses.replace(tiny, init="nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
