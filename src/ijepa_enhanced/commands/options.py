@@ -394,7 +394,7 @@ class BenchmarkOptions(Common):
     """Benchmark to run: packing (padding and use of the token budget), loader (data loading), attention (attention
     kernels), merging (token merging), step (training step), embed (feature extraction) or search (similar images)."""
     source: str | None = option(None, metavar="SOURCE")
-    """Images to use. The attention benchmark uses none. (default: synthetic)"""
+    """Images to use. The attention and search benchmarks use none. (default: synthetic)"""
     tokens: int | None = option(None)
     """Number of tokens in a pack. Only the step benchmark uses it. (default: 2048 on a CPU, 32768 on a GPU)"""
     csv: bool = option(False)

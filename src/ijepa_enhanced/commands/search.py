@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from ijepa_enhanced.commands.options import SearchOptions
@@ -82,7 +82,7 @@ def find_matches(options: SearchOptions, folder: EmbeddingFolder, pictures: Pict
         found = index.nearest(vectors, own, count)
     rows = folder.rows([*keys, *(match.row for matches in found for match in matches)])
     results: Results = []
-    table = Table("query", "score", "key", "label")
+    table = Table(folded("query"), "score", folded("key"), "label")
     for name, matches in zip(names, found, strict=True):
         for match in matches:
             row = rows[match.row]
@@ -115,7 +115,7 @@ def find_duplicates(options: SearchOptions, folder: EmbeddingFolder, pictures: P
         results.append({"key": row.key, "path": row.path, "duplicate_of": of.key, "score": each.score})
     # The least similar pairs show best whether the threshold is too low, so some of all are shown.
     shown = [found[place] for place in np.linspace(0, len(found) - 1, min(PAIRS, len(found))).round().astype(int)]
-    table = Table("key", "duplicate of", "score")
+    table = Table(folded("key"), folded("duplicate of"), "score")
     lines = []
     for each in shown:
         row, of = rows[each.row], rows[each.of]
@@ -179,6 +179,11 @@ def counting(title: str, folder: EmbeddingFolder) -> Iterator[Report]:
     with counting_bars() as bar:
         task = bar.add_task(title, total=folder.images)
         yield lambda rows: bar.update(task, advance=rows)
+
+
+def folded(title: str) -> Column:
+    """Return a column of names, which are broken instead of cut off."""
+    return Column(title, overflow="fold")
 
 
 def log_limit(what: str, most: int, there: int) -> None:
