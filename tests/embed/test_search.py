@@ -321,7 +321,7 @@ def test_matches_of_images_and_keys(here: Path) -> None:
     assert "light/0.png" not in [match["key"] for match in found[3:]]
     for matches in (found[:3], found[3:]):
         assert [match["score"] for match in matches] == sorted((match["score"] for match in matches), reverse=True)
-    assert answer.out[-2] == "embeddings/search.png"
+    assert answer.out[-2] == "embeddings/_search.png"
     assert any("dark/1.jpg" in line and "dark" in line for line in answer.out[:-2])
 
 
@@ -342,11 +342,19 @@ def test_duplicates_of_photos(here: Path) -> None:
     assert Path("pairs.png").is_file()
 
 
+def test_the_folder_is_still_a_parquet_folder(here: Path) -> None:
+    """Its own readers take a folder: what search adds to it must not be read as rows."""
+    pytest.importorskip("usearch")
+    assert ijepa("search", "embeddings", "photos/dark/1.jpg", "--index").code == 0
+    assert len([path for path in Path("embeddings").iterdir() if path.suffix != ".parquet"]) == 3
+    assert pq.read_table("embeddings").num_rows == 10
+
+
 def test_without_duplicates_there_is_no_sheet(here: Path) -> None:
     answer = ijepa("search", "embeddings", "--duplicates", "--threshold", "1", "--json")
     assert (answer.matches, answer.err) == ([], [])
     assert answer.out[:-1] == ["0 of 10 images have an earlier near-duplicate (cosine of at least 1.0)."]
-    assert not Path("embeddings/search.png").exists()
+    assert not Path("embeddings/_search.png").exists()
 
 
 def test_an_index_is_used_for_many_images(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +398,7 @@ def test_a_sheet_shows_each_query_and_its_matches(here: Path) -> None:
     embed("photos", "--weights", "run", "--out", "colored")
     Image.new("RGB", (64, 32), (255, 0, 0)).save("query.png")
     assert ijepa("search", "colored", "query.png", "--key", "dark/lime.png", "--count", "2").code == 0
-    sheet = colors("colored/search.png")
+    sheet = colors("colored/_search.png")
     # The query and the match are red, the other query is lime: 128 x 64 px each, and a frame outside of it.
     assert (sheet == [255, 0, 0]).all(axis=2).sum() == 2 * 128 * 64
     assert (sheet == [0, 114, 178]).all(axis=2).sum() == 2 * 3 * 2 * (128 + 64 + 2 * 3)
@@ -411,7 +419,7 @@ def test_images_that_are_gone_are_gray(here: Path) -> None:
         f"{answer.err[0].partition('The first: ')[2]}"
     ]
     assert answer.err[0].endswith("No such file or directory: '" + str(here / answer.err[0].split("'")[1]) + "'")
-    gray = (colors("new/search.png") == 210).all(axis=2).sum()
+    gray = (colors("new/_search.png") == 210).all(axis=2).sum()
     assert 0 <= gray - 5 * 128 * 128 < 1000  # some pixels of letters are of this gray too
 
 
@@ -444,7 +452,7 @@ def test_a_sheet_has_a_limit(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "The contact sheet shows only the first 2 of 3 queries.",
         "The contact sheet shows only the first 3 of 5 matches of each query.",
     ]
-    blue = (colors("embeddings/search.png") == [0, 114, 178]).all(axis=2)
+    blue = (colors("embeddings/_search.png") == [0, 114, 178]).all(axis=2)
     assert np.diff(np.pad(blue.any(axis=1).astype(int), 1)).clip(0).sum() == 2  # frames, one below the other
 
 
@@ -578,7 +586,7 @@ WRONG: dict[str, tuple[Callable[[], None], str, str]] = {
     "a folder of photos": (
         nothing,
         f"photos {PHOTO}",
-        "photos contains no embeddings: it has no embedding.json. Run `ijepa embed` first.",
+        "photos contains no embeddings: it has no _embedding.json. Run `ijepa embed` first.",
     ),
     "no file yet": (
         no_file_yet,
@@ -636,7 +644,7 @@ def test_a_wrong_request_is_named(name: str, here: Path, place: Path) -> None:
     prepare()
     answer = ijepa("search", *arguments.split())
     assert answer == (2, [], [f"ijepa: {message.replace('RUN', str(place / 'run'))}"])
-    assert not [*Path("embeddings").glob("*.usearch"), *Path("embeddings").glob("search.png")]
+    assert not [*Path("embeddings").glob("*.usearch"), *Path("embeddings").glob("*.png")]
 
 
 def test_no_index_of_nan_is_left(here: Path) -> None:

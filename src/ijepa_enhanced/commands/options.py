@@ -261,7 +261,7 @@ class SearchOptions(Common):
     weights: str | None = option(None, metavar="RUN")
     """Folder of the encoder that DIR was made with, if it has moved."""
     out: str | None = option(None, metavar="FILE")
-    """Contact sheet to write, a PNG file. (default: DIR/search.png)"""
+    """Contact sheet to write, a PNG file. (default: DIR/_search.png)"""
 
     def __post_init__(self) -> None:
         at_least(1, count=self.count)

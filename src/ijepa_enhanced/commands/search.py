@@ -26,6 +26,8 @@ from ijepa_enhanced.errors import EncoderError, RequestError, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
+SHEET = "_search.png"
+"""Readers of Parquet folders ignore names that start with an underscore."""
 EXACT_ROWS = 1_000_000
 """Folders of more rows than this are searched with an index."""
 COUNT = 10
@@ -58,7 +60,7 @@ def run(options: SearchOptions) -> int:
     pictures = Pictures(folder.settings)
     results, lines = (find_duplicates if options.duplicates else find_matches)(options, folder, pictures)
     if lines:
-        sheet = folder.path / "search.png" if options.out is None else Path(options.out)
+        sheet = folder.path / SHEET if options.out is None else Path(options.out)
         draw_sheet(lines, sheet, side_by_side=options.duplicates)
         pictures.report()
         print(sheet)

@@ -20,13 +20,14 @@ if TYPE_CHECKING:  # an extra
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".usearch"
+PREFIX, SUFFIX = "_index-", ".usearch"
+"""Readers of Parquet folders ignore names that start with an underscore."""
 SHAPE: dict[str, Any] = {
     "metric": "cos",
     "dtype": "f16",
-    "connectivity": 16,
+    "connectivity": 32,
     "expansion_add": 128,
-    "expansion_search": 64,
+    "expansion_search": 128,
 }
 """Of the graph. Recall@10 on 200,000 vectors of a random walk: see docs/log.md, 2026-11-28."""
 NEIGHBORS = 16
@@ -54,14 +55,14 @@ class SearchIndex:
                 "pip install 'ijepa-enhanced[search]'"
             ) from error
         self.folder = folder
-        self.path = folder.path / f"index-{digest(folder)}{SUFFIX}"
+        self.path = folder.path / f"{PREFIX}{digest(folder)}{SUFFIX}"
         if not self.path.is_file():
             logger.info("Building %s.", self.path)
             index = Index(ndim=folder.settings.width, **SHAPE)
             add_all(index, folder, report)
             with replacing(self.path) as temporary:
                 index.save(temporary)
-            for other in folder.path.glob(f"index-*{SUFFIX}"):
+            for other in folder.path.glob(f"{PREFIX}*{SUFFIX}"):
                 if other != self.path:
                     other.unlink(missing_ok=True)
         self.index = Index(path=self.path, view=True, ndim=folder.settings.width, **SHAPE)
