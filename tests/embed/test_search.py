@@ -25,7 +25,7 @@ from ijepa_enhanced.commands.options import SearchOptions
 from ijepa_enhanced.embed import folder as folder_module
 from ijepa_enhanced.embed import search as search_module
 from ijepa_enhanced.embed.folder import EmbeddingFolder
-from ijepa_enhanced.embed.index import SearchIndex
+from ijepa_enhanced.embed.index import SearchIndex, add_all
 from ijepa_enhanced.embed.search import SCALE, Match, duplicates, nearest
 from ijepa_enhanced.embed.settings import EmbedSettings, load_settings, save_settings
 from ijepa_enhanced.encoder import Encoder, Preprocessing
@@ -192,6 +192,21 @@ def test_an_index_finds_duplicates(clustered: EmbeddingFolder) -> None:
     # Pairs near the threshold are on its other side in float16.
     assert len(exact ^ {each.row for each in found}) <= 0.01 * len(exact)
     assert all(each.of < each.row for each in found)
+
+
+def test_images_are_added_to_an_index_in_random_order(plain: EmbeddingFolder) -> None:
+    """In the order of the source, some could not be reached later (docs/log.md, 2026-11-28)."""
+    added: list[int] = []
+
+    class Index:
+        def add(self, rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+            added.extend(rows.tolist())
+            assert np.array_equal(vectors, plain.vectors(rows.tolist()))
+
+    add_all(Index(), plain, ignored)
+    assert sorted(added) == [row for row in range(2500) if row not in MISSING]
+    assert [row // 1024 for row in added] != sorted(row // 1024 for row in added)  # files
+    assert np.mean(np.abs(np.diff(added)) > 1) > 0.95  # rows
 
 
 def test_an_index_is_made_once_and_again_when_files_change(clustered: EmbeddingFolder) -> None:
