@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command | Group] = {
         less_memory="lower --resolution",
     ),
     "search": Command(
-        "Find the images of an embedding folder that are most similar to others, or near-duplicates among them.",
+        "Find images that are similar to a query, or near-duplicates, in a folder of `ijepa embed`.",
         (
             "ijepa search embeddings cat.jpg",
             "ijepa search embeddings --key pets/cat1.jpg pets/cat2.jpg --count 5",
