@@ -686,7 +686,7 @@ def test_help_says_what_a_command_does_and_gives_examples(path: str, command: Co
         "--json": True,
         "--optim.lr FLOAT": path == "ijepa train",
         "--masks.targets INT": path == "ijepa train" or drawn,
-        "--merge-rate FLOAT": path in ("ijepa evaluate", "ijepa inspect merges"),
+        "--merge-rate FLOAT": path in ("ijepa evaluate", "ijepa embed", "ijepa inspect merges"),
     }.items():
         assert (option in text) == listed, option
 
