@@ -350,7 +350,7 @@ class Encoder(nn.Module):
 
     def at_once(self, tokens: int) -> int:
         """Return the largest number of tokens to compute at once: `tokens`, but at most `CPU_TOKENS` on a CPU."""
-        return min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens
+        return tokens_at_once(self.device, tokens)
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
         """Return the plan for merging views of these lengths at `rate`, on the CPU, or None if nothing merges."""
@@ -427,3 +427,8 @@ class Encoder(nn.Module):
                     "Use an encoder from another run, or RUN/best if the run has one."
                 )
         return cls(network, preprocessing).eval()
+
+
+def tokens_at_once(device: torch.device, tokens: int) -> int:
+    """Return the largest number of tokens to compute at once on a device; see `Encoder.at_once`."""
+    return min(tokens, CPU_TOKENS) if device.type == "cpu" else tokens
