@@ -46,6 +46,14 @@ logger = logging.getLogger(__name__)
 CONNECTION_TIMEOUT = 10.0
 """Seconds in which the head of a cluster must answer. Ray itself tries for two minutes."""
 
+QUIET = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_enable_output_error_log_if_still_retry": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of Ray, unless it is set: no messages of its C++ part, since Ray repairs what they report or raises it in
+Python; none about what is tried again; and no usage statistics sent to its makers."""
+
 MOST_TASKS = 4096
 """Tasks of a run, each of one pack or several. Ray 2.60 spends 17 ms on each, and 3 ms of that before the first starts
 (12,000 empty tasks, 2 virtual cores of an AMD EPYC, 2026-11-28)."""
@@ -104,19 +112,21 @@ def connect(address: str) -> None:
     """
     import ray
 
-    # Read by Ray's C++ part, which writes to stderr: what it reports is either mended by Ray or raised in Python.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends reports home otherwise
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     more = {"include_dashboard": False} if address == "local" else {}
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address not in ("local", "auto") and not (host and port.isdecimal()):
+        raise RequestError(f"RAY_ADDRESS must be HOST:PORT, for example 127.0.0.1:6379, not {address}.")
     try:
-        if address not in ("local", "auto"):
-            host, _, port = address.removeprefix("ray://").rpartition(":")
+        if host:
             socket.create_connection((host, int(port)), CONNECTION_TIMEOUT).close()
         with _silent():  # it also reports which level it was given
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **more)
     except (OSError, ValueError, RuntimeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0].rstrip(".")
         raise RequestError(
-            f"No Ray cluster answers at RAY_ADDRESS={address} ({error}). Correct the address, or unset RAY_ADDRESS to "
+            f"No Ray cluster answers at RAY_ADDRESS={address}: {reason}. Correct the address, or unset RAY_ADDRESS to "
             "start Ray on this machine."
         ) from error
 
