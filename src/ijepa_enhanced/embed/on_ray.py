@@ -144,13 +144,18 @@ def _silent() -> Iterator[None]:
             os.close(before)
 
 
-def actors() -> tuple[int, dict[str, float]]:
-    """Return how many actors the cluster has room for, and what each needs: a GPU, or where there are none, a CPU."""
+def actors() -> tuple[int, dict[str, Any]]:
+    """Return how many actors the cluster has room for, and what each needs: a GPU, or where there are none, a CPU.
+
+    An actor with a GPU takes no CPU from the tasks that decode. Ray Data would reserve one for it, and wait for ever
+    where there are no more CPUs than GPUs.
+    """
     import ray
 
     resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU", 0) >= 1 else "CPU"
-    return max(1, int(resources.get(kind, 0))), {f"num_{kind.lower()}s": 1}
+    if gpus := int(resources.get("GPU", 0)):
+        return gpus, {"num_gpus": 1, "num_cpus": 0}
+    return max(1, int(resources.get("CPU", 0))), {"num_cpus": 1}
 
 
 def device_of_actors() -> tuple[torch.device, torch.dtype]:
@@ -183,16 +188,15 @@ def ray_engine(plan: EmbedPlan, depth: int) -> Engine:
         if not ends[-1]:  # Ray has no empty range
             return
         number, needs = actors()
-        context = ray.data.DataContext.get_current().copy()
+        context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
-        with ray.data.DataContext.current(context):
-            packs = ray.data.range(int(ends[-1]), override_num_blocks=min(int(ends[-1]), MOST_TASKS))
-            batches = packs.map(partial(_read, work, np.array(files), ends))
-            pool = ray.data.ActorPoolStrategy(size=number)
-            features = batches.map(_Actor, fn_constructor_args=(work,), compute=pool, **needs)
-            for row in features.iter_rows():
-                yield _received(row["value"])
+        tasks = min(int(ends[-1]), MOST_TASKS)
+        packs = ray.data.range(int(ends[-1]), override_num_blocks=tasks)
+        batches = packs.map(partial(_read, work, np.array(files), ends))
+        pool = ray.data.ActorPoolStrategy(size=min(number, tasks))
+        for row in batches.map(_Actor, fn_constructor_args=(work,), compute=pool, **needs).iter_rows():
+            yield _received(row["value"])
 
     return embed
 
