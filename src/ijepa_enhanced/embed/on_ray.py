@@ -114,20 +114,25 @@ def connect(address: str) -> None:
 
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    more = {"include_dashboard": False} if address == "local" else {}
+    more: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address not in ("local", "auto") and not (host and port.isdecimal()):
         raise RequestError(f"RAY_ADDRESS must be HOST:PORT, for example 127.0.0.1:6379, not {address}.")
+    advice = "Correct the address, or unset RAY_ADDRESS to start Ray on this machine."
     try:
         if host:
             socket.create_connection((host, int(port)), CONNECTION_TIMEOUT).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise RequestError(f"No Ray cluster answers at RAY_ADDRESS={address}: {reason}. {advice}") from error
+    try:
         with _silent():  # it also reports which level it was given
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **more)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0].rstrip(".")
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise RequestError(
-            f"No Ray cluster answers at RAY_ADDRESS={address}: {reason}. Correct the address, or unset RAY_ADDRESS to "
-            "start Ray on this machine."
+            f"Ray cannot connect to RAY_ADDRESS={address}: {reason}. {advice} If the cluster requires a token, set "
+            "RAY_AUTH_MODE=token too."
         ) from error
 
 
@@ -195,7 +200,8 @@ def ray_engine(plan: EmbedPlan, depth: int) -> Engine:
         packs = ray.data.range(int(ends[-1]), override_num_blocks=tasks)
         batches = packs.map(partial(_read, work, np.array(files), ends))
         pool = ray.data.ActorPoolStrategy(size=min(number, tasks))
-        for row in batches.map(_Actor, fn_constructor_args=(work,), compute=pool, **needs).iter_rows():
+        embedder: Any = _Actor  # Ray knows no types of classes
+        for row in batches.map(embedder, fn_constructor_args=(work,), compute=pool, **needs).iter_rows():
             yield _received(row["value"])
 
     return embed
@@ -228,7 +234,7 @@ class _Actor:
     def __init__(self, work: Work) -> None:
         self.work = work
 
-    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the features of a batch."""
 
         def embed() -> PackFeatures:
@@ -246,7 +252,8 @@ def _sent(make: Callable[[], Any]) -> dict[str, bytes]:
     try:
         value = make()
     except Exception as error:
-        error.add_note(traceback.format_exc())
+        if not hasattr(error, "__notes__"):  # else the task that decodes has sent it
+            error.add_note(traceback.format_exc())
         value = error
     return {"value": pickle.dumps(value)}
 
