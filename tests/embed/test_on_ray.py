@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 OPTIONS = ["--resolution", "32", "--merge-rate", "0.2", "--layers", "2", "--tokens", "--dtype", "float16"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster(index_cache: Path) -> Iterator[None]:
     """Ray on this machine; its processes inherit the cache folder."""
     with pytest.MonkeyPatch.context() as patch:
@@ -63,6 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("needs", [{"num_gpus": 1, "num_cpus": 0}, {"num_cpus": 1}])
 def test_the_files_are_those_of_the_local_engine(
     needs: dict[str, int], photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,6 +107,7 @@ def parent_of(process: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_nothing_is_lost_when_an_actor_and_tasks_are_killed(
     stamps: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +145,8 @@ def scaled(encoder: Path, factor: float, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_our_errors_arrive_as_they_are(
     photos: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +161,8 @@ def test_our_errors_arrive_as_they_are(
     assert "ray::" not in errors
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_a_machine_with_other_files_is_named(photos: Path, encoder: Path, tmp_path: Path) -> None:
     assert embed(photos, encoder, tmp_path / "local", "--workers", "0") == 0
     settings, catalog = load_settings(tmp_path / "local"), open_catalog(open_source(str(photos)))

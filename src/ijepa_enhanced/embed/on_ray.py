@@ -97,7 +97,7 @@ def ray_cluster() -> Iterator[None]:
             connect(os.environ.get("RAY_ADDRESS") or "local")
         yield
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise RunError(f"Ray has failed: {reason}. When this is solved, run the same command with --resume.") from error
     finally:
         if not connected:
