@@ -63,6 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("needs", [{"num_gpus": 1, "num_cpus": 0}, {"num_cpus": 1}])
 def test_the_files_are_those_of_the_local_engine(
