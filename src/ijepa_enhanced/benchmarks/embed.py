@@ -9,8 +9,8 @@ compute our features, up to rounding; and IJepaModel on batches of images that a
 as many patches as the images have on average. What is not installed is left out.
 
 Speed is that of the network alone: pixels are resized, batched and on the device beforehand, and normalized where the
-network does not do that itself. With `--train` each method also embeds all labeled images of both sources, and images
-of SOURCE are classified by their nearest neighbors in TRAIN. Compare these scores with each other only: they say how
+network does not do that itself. With `--train` each method also embeds up to 1,500 labeled images of each source, and
+those of VAL are classified by their nearest neighbors in TRAIN. Compare these scores with each other only: they say how
 good the features of each method are, not how good the encoder is. Without `--weights`, weights are random.
 """
 
@@ -48,6 +48,8 @@ TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
 SCALE, MOST_TOKENS = 2, 1024
 """Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs."""
+LABELED = 1500
+"""Most images of each source for the nearest neighbors: scores then have a standard error of about 1.3 points."""
 CHUNK = 64
 """Images in memory at once while features are computed."""
 
@@ -80,29 +82,20 @@ def run(
         RequestError: see `load` and `labelled_pair`.
     """
     device = best_device()
+    encoder = load(weights, variant, patch).to(device)
+    config, pair = encoder.config, [some(images) for images in labelled_pair(train, source)] if train else None
+    images = read(source, count or IMAGES[device.type], config.patch_size)
+    patches = float(np.mean(patches_of(images, config)))
     # On CUDA ragged streams have no kernel in float32 (ops/attention.py).
     fast = autocast_dtype("auto", device)
     precisions = [fast] if device.type == "cuda" else list(dict.fromkeys([torch.float32, fast]))
-    encoder = load(weights, variant, patch).to(device)
-    config, pair = encoder.config, labelled_pair(train, source) if train else None
-    images = read(source, count or IMAGES[device.type], config.patch_size)
-    patches = float(np.mean(patches_of(images, config)))
     with torch.inference_mode():
         methods, absent = methods_of(encoder, patches)
-        prepared = [method.prepare(method.shown(images)) for method in methods]
-        calls = [partial(under, dtype, device, embed) for dtype in precisions for embed in prepared]
-        products, operations = zip(*(matrix_products(device, dtype) for dtype in precisions), strict=True)
-        seconds = interleaved_seconds([*calls, *products], device, TURNS)
-        del prepared, calls
-        scores = knn_scores(methods, pair, config.patch_size, partial(under, precisions[0], device)) if pair else None
-    rows: list[dict[str, Any]] = []
-    for number, dtype in enumerate(precisions):
-        taken = seconds[number * len(methods) : (number + 1) * len(methods)]
-        peak = operations[number] / seconds[len(precisions) * len(methods) + number]
-        rows += speed_rows(str(dtype).removeprefix("torch."), config, images, methods, taken, absent, peak)
-    if scores:
-        none = dict.fromkeys(scores[0], "")
-        rows = [row | (scores[number] if number < len(methods) else none) for number, row in enumerate(rows)]
+        rows = speed_rows(methods, absent, images, config, device, precisions)
+        if pair is not None:
+            scores = knn_scores(methods, pair, config.patch_size, partial(under, precisions[0], device))
+            none = dict.fromkeys(scores[0], "")
+            rows = [row | (scores[number] if number < len(methods) else none) for number, row in enumerate(rows)]
     print(f"Embedding {len(images)} images of {source} with ViT-{config.variant}/{config.patch_size}, ", end="")
     print(f"{patches:.0f} patches each")
     print_table(rows)
@@ -134,43 +127,56 @@ def load(weights: str | None, variant: str, patch: int) -> Encoder:
 
 
 def speed_rows(
-    precision: str,
-    config: EncoderConfig,
-    images: Images,
     methods: Sequence[Method],
-    taken: Sequence[float],
     absent: dict[str, str],
-    peak: float,
+    images: Images,
+    config: EncoderConfig,
+    device: torch.device,
+    precisions: Sequence[torch.dtype],
 ) -> list[dict[str, Any]]:
-    """Return a row for each method in one precision.
+    """Return the speed of each method in each precision.
 
     Args:
-        precision: its name.
-        config: the encoder.
-        images: N images.
         methods: M methods.
-        taken: seconds of each method for all images.
         absent: the peers that cannot run, and why.
-        peak: operations a second that the device reaches in this precision.
+        images: N images.
+        config: the encoder.
+        device: where it is.
+        precisions: of matrix products.
+
+    Returns:
+        For each precision, a row for each method and one for each absent peer.
     """
-    timed = list(zip(methods, taken, strict=True))
+    prepared = [method.prepare(method.shown(images)) for method in methods]
+    calls = [partial(under, dtype, device, embed) for dtype in precisions for embed in prepared]
+    products, operations = zip(*(matrix_products(device, dtype) for dtype in precisions), strict=True)
+    seconds = interleaved_seconds([*calls, *products], device, TURNS)
+    flops = [
+        float(encoder_flops(config, patches_of(method.shown(images), config), method.merge_rate).sum())
+        for method in methods
+    ]
     # Squares are other images, of fewer patches.
-    best = min((time for method, time in timed if method.name != OURS and method.square is None), default=None)
+    peers = [number for number, method in enumerate(methods) if method.name != OURS and method.square is None]
     rows: list[dict[str, Any]] = []
-    for method, time in timed:
-        operations = encoder_flops(config, patches_of(method.shown(images), config), method.merge_rate).sum()
-        rows.append(
-            {
-                "method": method.name,
-                "precision": precision,
-                "merge_rate": method.merge_rate,
-                "images_per_second": len(images) / time,
-                "mfu": float(operations) / time / peak,
-                "over_best_peer": best / time if best else "",
-            }
-        )
-    empty = dict.fromkeys(rows[0], "") | {"precision": precision}
-    return [*rows, *(empty | {"method": name, "images_per_second": why} for name, why in absent.items())]
+    for number, dtype in enumerate(precisions):
+        taken = seconds[number * len(methods) : (number + 1) * len(methods)]
+        peak = operations[number] / seconds[len(calls) + number]
+        best = min((taken[peer] for peer in peers), default=None)
+        precision = str(dtype).removeprefix("torch.")
+        for method, time, count in zip(methods, taken, flops, strict=True):
+            rows.append(
+                {
+                    "method": method.name,
+                    "precision": precision,
+                    "merge_rate": method.merge_rate,
+                    "images_per_second": len(images) / time,
+                    "mfu": count / time / peak,
+                    "over_best_peer": best / time if best else "",
+                }
+            )
+        empty = dict.fromkeys(rows[0], "") | {"precision": precision}
+        rows += [empty | {"method": name, "images_per_second": why} for name, why in absent.items()]
+    return rows
 
 
 def knn_scores(
@@ -218,7 +224,17 @@ def read(source: str, count: int, patch: int) -> Images:
     """Return `count` images spread over a source; see `enlarged`."""
     opened = open_source(source)
     rows = open_catalog(opened, cache=False).rows  # as in `step`
-    return enlarged(opened, rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)], patch)
+    return enlarged(opened, rows[spread(len(rows), count)], patch)
+
+
+def some(images: LabelledSource) -> LabelledSource:
+    """Return `LABELED` of the images, spread over the source, or all if there are fewer."""
+    return LabelledSource(images.source, images.catalog.select(spread(len(images.catalog.rows), LABELED)))
+
+
+def spread(total: int, count: int) -> NDArray[np.int64]:
+    """Return `count` numbers below `total`, evenly spread, or all of them if there are fewer: int64."""
+    return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
 
 
 def enlarged(source: Source, rows: NDArray[np.integer], patch: int) -> Images:
