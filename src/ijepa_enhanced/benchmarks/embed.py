@@ -9,7 +9,7 @@ compute our features, up to rounding; and IJepaModel on batches of images that a
 as many patches as the images have on average. What is not installed is left out.
 
 Speed is that of the network alone: pixels are resized, batched and on the device beforehand, and normalized where the
-network does not do that itself. With `--train` each method also embeds up to 1,500 labeled images of each source, and
+network does not do that itself. With `--train` each method also embeds up to 1,000 labeled images of each source, and
 those of VAL are classified by their nearest neighbors in TRAIN. Compare these scores with each other only: they say how
 good the features of each method are, not how good the encoder is. Without `--weights`, weights are random.
 """
@@ -48,8 +48,8 @@ TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
 SCALE, MOST_TOKENS = 2, 1024
 """Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs."""
-LABELED = 1500
-"""Most images of each source for the nearest neighbors: scores then have a standard error of about 1.3 points."""
+LABELED = 1000
+"""Most images of each source for the nearest neighbors: scores then have a standard error of at most 1.6 points."""
 CHUNK = 64
 """Images in memory at once while features are computed."""
 
