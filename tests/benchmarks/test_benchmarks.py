@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_enhanced.benchmarks import attention, ceilings, embed, loader, merging, packing, search, step, table
+from ijepa_enhanced.benchmarks import attention, ceilings, embed, loader, merging, methods, packing, search, step, table
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.embed.folder import EmbeddingFolder
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
@@ -45,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "TOKENS", {"cpu": 256})
     monkeypatch.setattr(step, "GROWTH_TOKENS", (256, 512))
     monkeypatch.setattr(embed, "IMAGES", {"cpu": 2})
-    monkeypatch.setattr(embed, "PEERS", {})
+    monkeypatch.setattr(methods, "PEERS", {})
     for name, value in {"VECTORS": 2400, "WIDTH": 24, "WALKS": (4,), "QUERIES": 50}.items():
         monkeypatch.setattr(search, name, value)
 
