@@ -727,7 +727,7 @@ WRONG_REQUESTS = {
     "no such theme": (
         nothing,
         "benchmark speed",
-        "BENCHMARK must be packing, loader, attention, merging, step or embed, not 'speed'.",
+        "BENCHMARK must be packing, loader, attention, merging, step, embed or search, not 'speed'.",
     ),
     "nowhere to prepare to": (
         nothing,

@@ -686,7 +686,7 @@ def test_help_says_what_a_command_does_and_gives_examples(path: str, command: Co
         "--json": True,
         "--optim.lr FLOAT": path == "ijepa train",
         "--masks.targets INT": path == "ijepa train" or drawn,
-        "--merge-rate FLOAT": path in ("ijepa evaluate", "ijepa inspect merges"),
+        "--merge-rate FLOAT": path in ("ijepa evaluate", "ijepa embed", "ijepa inspect merges"),
     }.items():
         assert (option in text) == listed, option
 
@@ -842,10 +842,14 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, picture
     assert ijepa("scan", pictures) == (1, [], ["ijepa: Interrupted."])
 
 
-def test_torchrun_shares_training_and_evaluation_only(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+def test_torchrun_shares_only_training_evaluation_and_embedding(
+    monkeypatch: pytest.MonkeyPatch, pictures: Path
+) -> None:
     for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    said = "ijepa: `ijepa scan` does not run under torchrun: only train and evaluate do. Run it without torchrun."
+    said = (
+        "ijepa: `ijepa scan` does not run under torchrun: only train, evaluate and embed do. Run it without torchrun."
+    )
     assert ijepa("scan", pictures) == (2, [], [said])
 
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("ops", "data"),
     ("models", "encoder"),
     ("objective", "losses", "jepa", "evaluate"),
-    ("embed", "train", "visualize", "benchmarks", "study"),
+    ("train", "visualize", "embed", "benchmarks", "study"),
     ("commands", "cli", "__main__"),
 )
 READ_FLOORS, MOST_LINES = range(4), 6600

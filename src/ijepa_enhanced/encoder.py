@@ -358,7 +358,7 @@ class Encoder(nn.Module):
 
     def at_once(self, tokens: int) -> int:
         """Return the largest number of tokens to compute at once: `tokens`, but at most `CPU_TOKENS` on a CPU."""
-        return min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens
+        return tokens_at_once(self.device, tokens)
 
     def merge_plan(self, segments: Segments, rate: float | Sequence[float]) -> MergePlan | None:
         """Return the plan for merging views of these lengths at `rate`, on the CPU, or None if nothing merges."""
@@ -437,3 +437,8 @@ class Encoder(nn.Module):
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     """Return values from a JSON file, which has no tuples, with tuples in place of lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def tokens_at_once(device: torch.device, tokens: int) -> int:
+    """Return the largest number of tokens to compute at once on a device; see `Encoder.at_once`."""
+    return min(tokens, CPU_TOKENS) if device.type == "cpu" else tokens

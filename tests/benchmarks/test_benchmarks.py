@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_enhanced.benchmarks import attention, ceilings, embed, loader, merging, packing, step, table
+from ijepa_enhanced.benchmarks import attention, ceilings, embed, loader, merging, methods, packing, search, step, table
 from ijepa_enhanced.cli import main
+from ijepa_enhanced.embed.folder import EmbeddingFolder
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 
 
@@ -44,7 +45,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "TOKENS", {"cpu": 256})
     monkeypatch.setattr(step, "GROWTH_TOKENS", (256, 512))
     monkeypatch.setattr(embed, "IMAGES", {"cpu": 2})
-    monkeypatch.setattr(embed, "PEERS", {})
+    monkeypatch.setattr(methods, "PEERS", {})
+    for name, value in {"VECTORS": 2400, "WIDTH": 24, "WALKS": (4,), "QUERIES": 50}.items():
+        monkeypatch.setattr(search, name, value)
 
 
 def test_packing_counts_no_padding_in_packs_within_the_budget(
@@ -100,6 +103,25 @@ def test_merging_prints_cost_speed_and_memory(pictures: Path, capsys: pytest.Cap
     assert found["speedup"] > 0
 
 
+def test_search_compares_an_index_with_exact_search(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("usearch")
+    assert search.run()["recall"] > 0.98
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["walks", "search", "recall", "build_seconds", "seconds_of_all", "seconds_of_one", "MB"]
+    assert lines[2][:3] == ["4", "exact", "1"]
+    assert lines[3][:2] == ["4", "usearch"]
+    # Two bytes for each number, and the graph.
+    assert 2 * 24 * 2400 / 1e6 < float(lines[3][-1]) < 2
+
+
+def test_neighbors_in_a_walk_are_similar(tmp_path: Path) -> None:
+    search.write_walks(tmp_path, 4)
+    vectors = EmbeddingFolder.open(tmp_path).vectors([*range(2400)])
+    cosines = (vectors[:-1] * vectors[1:]).sum(dim=1).view(-1)
+    assert cosines[100:599].min() > 0.95
+    assert cosines[[599, 1199, 1799]].max() < 0.9  # where the next walk starts
+
+
 def test_the_mean_of_tokens_by_hand() -> None:
     """Layers that find 8, 4, 2 and leave 4, 2, 1 of a view of 8; one of 2 is down to 1 after the first."""
     assert merging.mean_tokens((8,), 0.5, 3) == (8 + 4 + 2 + 4 + 2 + 1) / 6
@@ -131,12 +153,15 @@ def test_the_last_rate_halves_the_mean_tokens() -> None:
             ],
         ),
         ("embed", ["images_per_second", "over_best_peer", "bfloat16_gain"]),
+        ("search", ["recall"]),
     ],
 )
 def test_the_last_line_is_json_for_programs(
     pictures: Path, capsys: pytest.CaptureFixture[str], theme: str, keys: list[str]
 ) -> None:
-    source = [] if theme == "attention" else ["--source", str(pictures)]
+    if theme == "search":
+        pytest.importorskip("usearch")
+    source = [] if theme in ("attention", "search") else ["--source", str(pictures)]
     assert main(["benchmark", theme, *source, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(found) == keys

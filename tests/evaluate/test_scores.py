@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_enhanced.evaluate.scores import classification, interval, mean_per_class, top1
+from ijepa_enhanced.evaluate.scores import classification, interval, mcnemar, mean_per_class, top1
 
 
 def test_imbalanced_by_hand():
@@ -79,3 +79,18 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
         held = [low <= share <= high for low, high in (interval(int(count), 50) for count in right)]
         # The number of right images is discrete, so coverage swings about 95% by a few points.
         assert 0.92 < np.mean(held) < 0.99
+
+
+def test_mcnemar_by_hand():
+    """Of 10 images, both are right on 2 and wrong on 2; of the other six, one classifier is right on five."""
+    right = torch.tensor([1, 1, 0, 0, 1, 1, 1, 1, 1, 0]).bool()
+    others = torch.tensor([1, 1, 0, 0, 0, 0, 0, 0, 0, 1]).bool()
+    # 1 and 6 of the 64 ways in which six coins can fall have no or one head; two-sided.
+    assert mcnemar(right, others) == mcnemar(others, right) == 2 * (1 + 6) / 64
+
+
+def test_mcnemar_of_equals():
+    right = torch.tensor([True, False, True])
+    assert mcnemar(right, right) == 1.0
+    # As many favor one as the other: twice the tail would be more than 1.
+    assert mcnemar(torch.tensor([True, False]), torch.tensor([False, True])) == 1.0

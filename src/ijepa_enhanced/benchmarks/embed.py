@@ -1,78 +1,109 @@
-"""How many images of mixed sizes a second are embedded: `python -m ijepa_enhanced.benchmarks.embed --source SOURCE`.
+"""How many images of mixed sizes a second are embedded, and how good the features are.
 
-It compares ours, at several merge rates, with other networks of the same size that are installed: timm's NaFlexViT on
-padded batches, vit-pytorch's NaViT on rows of its own grouping, transformers' IJepaModel on one image after another.
-Weights are random. All read the same pixels, which are resized, batched and on the device beforehand, and normalized
-where the network does not do that itself. So the time is that of the network alone, in one precision of autocast.
+    python -m ijepa_enhanced.benchmarks.embed --source SOURCE
+    python -m ijepa_enhanced.benchmarks.embed --source VAL --train TRAIN --weights RUN
+
+It compares ours, at several merge rates, with what people use today, with the same weights and the same images: timm's
+NaFlexViT on padded batches and transformers' IJepaModel on one image after another, both with our positions, which
+compute our features, up to rounding; and IJepaModel on batches of images that are squashed to squares, of 224 px and of
+as many patches as the images have on average. What is not installed is left out.
+
+Speed is that of the network alone: pixels are resized, batched and on the device beforehand, and normalized where the
+network does not do that itself. With `--train` each method also embeds up to 1,000 labeled images of each source, and
+those of VAL are classified by their nearest neighbors in TRAIN. Compare these scores with each other only: they say how
+good the features of each method are, not how good the encoder is. Without `--weights`, weights are random.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ijepa_enhanced.benchmarks.ceilings import matrix_products
-from ijepa_enhanced.benchmarks.peers import PEERS, Embed, Images
+from ijepa_enhanced.benchmarks.methods import OURS, Method, methods_of, patches_of
+from ijepa_enhanced.benchmarks.peers import Embed, Images
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_views, upright_size
 from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
 from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate.cost import interleaved_seconds
+from ijepa_enhanced.evaluate.knn import knn_classify
+from ijepa_enhanced.evaluate.labelled import labelled_pair
+from ijepa_enhanced.evaluate.scores import interval, mcnemar
+from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.models.config import Architecture, EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
-from ijepa_enhanced.models.vit import VisionTransformer
-from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.models.variants import variant_name
 
 TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
 SCALE, MOST_TOKENS = 2, 1024
 """Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs."""
-RATES = (0.0, 0.05, 0.12)
+LABELED = 1000
+"""Most images of each source for the nearest neighbors: scores then have a standard error of at most 1.6 points."""
+CHUNK = 64
+"""Images in memory at once while features are computed."""
 
 
 def run(
-    source: str = "synthetic", csv: bool = False, variant: str = "S", patch: int = 16, count: int | None = None
+    source: str = "synthetic",
+    csv: bool = False,
+    variant: str = "S",
+    patch: int = 16,
+    count: int | None = None,
+    weights: str | None = None,
+    train: str | None = None,
 ) -> dict[str, Any]:
     """Print the table and return the speed of ours without merging: in float32 on a CPU, in bfloat16 on CUDA.
 
     Args:
-        source: the images.
+        source: the images; with `train`, labeled ones to classify.
         csv: write the table.
-        variant: width, depth and heads of all networks.
-        patch: P.
-        count: of images; None: those of `IMAGES`.
+        variant: width, depth and heads of all networks, if `weights` is None.
+        patch: P, if `weights` is None.
+        count: of images whose speed is measured; None: those of `IMAGES`.
+        weights: folder of an encoder; None: random weights.
+        train: labeled images whose classes are known; None: classify none.
 
     Returns:
         `images_per_second`, `over_best_peer` (None where no peer is installed) and `bfloat16_gain`, how many times as
-        fast bfloat16 is (1 on CUDA).
+        fast bfloat16 is (1 on CUDA, and on a CPU that does not multiply it).
+
+    Raises:
+        RequestError: see `load` and `labelled_pair`.
     """
     device = best_device()
+    encoder = load(weights, variant, patch).to(device)
+    name = f"{variant_name(encoder.width)}/{encoder.config.patch_size}"
+    config, pair = encoder.config, [some(images) for images in labelled_pair(train, source)] if train else None
+    images = read(source, count or IMAGES[device.type], config.patch_size)
+    patches = float(np.mean(patches_of(images, config)))
     # On CUDA ragged streams have no kernel in float32 (ops/attention.py).
-    precisions = [autocast_dtype("auto", device)] if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    config = EncoderConfig(variant, patch).architecture
-    images = read(source, count or IMAGES[device.type], patch)
-    lengths = [image.shape[0] * image.shape[1] // patch**2 for image in images]
+    fast = autocast_dtype("auto", device)
+    precisions = [fast] if device.type == "cuda" else list(dict.fromkeys([torch.float32, fast]))
     with torch.inference_mode():
-        methods, absent = methods_of(config, images, device)
-        calls = [partial(under, dtype, device, embed) for dtype in precisions for embed in methods.values()]
-        products, operations = zip(*(matrix_products(device, dtype) for dtype in precisions), strict=True)
-        seconds = interleaved_seconds([*calls, *products], device, TURNS)
-    rows: list[dict[str, Any]] = []
-    for number, dtype in enumerate(precisions):
-        taken = dict(zip(methods, seconds[number * len(methods) :], strict=False))
-        peak = operations[number] / seconds[len(calls) + number]
-        rows += speed_rows(str(dtype).removeprefix("torch."), config, lengths, taken, absent, peak)
-    print(f"Embedding {len(images)} images of {source} with ViT-{variant}/{patch}, {np.mean(lengths):.0f} patches each")
+        methods, absent = methods_of(encoder, patches)
+        rows = speed_rows(methods, absent, images, config, device, precisions)
+        if pair is not None:
+            scores = knn_scores(methods, pair, config.patch_size, partial(under, precisions[0], device))
+            none = dict.fromkeys(scores[0], "")
+            rows = [row | (scores[number] if number < len(methods) else none) for number, row in enumerate(rows)]
+    print(f"Embedding {len(images)} images of {source} with ViT-{name}, ", end="")
+    print(f"{patches:.0f} patches each")
     print_table(rows)
     if csv:
-        print(write_csv(f"embed-{variant}{patch}", rows))
-    plain = [row for row in rows if (row["method"], row["merge_rate"]) == ("ours", 0.0)]
+        print(write_csv(f"embed-{name.replace('/', '')}", rows))
+    plain = [row for row in rows if (row["method"], row["merge_rate"]) == (OURS, 0.0)]
     return {
         "images_per_second": plain[0]["images_per_second"],
         "over_best_peer": plain[0]["over_best_peer"] or None,
@@ -80,91 +111,158 @@ def run(
     }
 
 
-def methods_of(
-    config: Architecture, images: Images, device: torch.device
-) -> tuple[dict[tuple[str, float], Embed], dict[str, str]]:
-    """Return the methods that can be compared here, by name and merge rate, and why each other peer is absent."""
-    encoder = Encoder(VisionTransformer(config), Preprocessing()).eval().to(device)
-    methods: dict[tuple[str, float], Embed] = {("ours", rate): ours(encoder, images, rate) for rate in RATES}
-    absent: dict[str, str] = {}
-    for name, peer in PEERS.items():
-        try:
-            methods[name, 0.0] = peer(config, images, device)
-        except ModuleNotFoundError as error:
-            absent[name] = "not installed" if error.name in name.split() else f"needs {error.name}"
-    return methods, absent
+def load(weights: str | None, variant: str, patch: int) -> Encoder:
+    """Return a saved encoder, or a random one.
+
+    Raises:
+        RequestError: there is none in the folder, or other networks have no such patch embedding.
+    """
+    if weights is None:
+        return Encoder.random(EncoderConfig(variant, patch).architecture, Preprocessing(), seed=0)
+    encoder = Encoder.from_pretrained(weights)
+    if encoder.config.patch_embed != "linear":
+        raise RequestError(
+            f"The encoder in {weights} has encoder.patch_embed '{encoder.config.patch_embed}', which timm and "
+            "transformers do not have. Train one with --encoder.patch_embed linear."
+        )
+    return encoder
 
 
 def speed_rows(
-    precision: str,
-    config: Architecture,
-    lengths: Sequence[int],
-    taken: dict[tuple[str, float], float],
+    methods: Sequence[Method],
     absent: dict[str, str],
-    peak: float,
+    images: Images,
+    config: Architecture,
+    device: torch.device,
+    precisions: Sequence[torch.dtype],
 ) -> list[dict[str, Any]]:
-    """Return a row for each method in one precision.
+    """Return the speed of each method in each precision.
 
     Args:
-        precision: its name.
-        config: the encoder.
-        lengths: patches of each of N images.
-        taken: seconds for all images, by method and merge rate.
+        methods: M methods.
         absent: the peers that cannot run, and why.
-        peak: operations a second that the device reaches in this precision.
+        images: N images.
+        config: the encoder.
+        device: where it is.
+        precisions: of matrix products.
+
+    Returns:
+        For each precision, a row for each method and one for each absent peer.
     """
-    best = min((time for (name, _), time in taken.items() if name != "ours"), default=None)
-    rows: list[dict[str, Any]] = [
-        {
-            "method": name,
-            "precision": precision,
-            "merge_rate": rate,
-            "images_per_second": len(lengths) / time,
-            "mfu": float(encoder_flops(config, lengths, rate).sum()) / time / peak,
-            "over_best_peer": best / time if best else "",
-        }
-        for (name, rate), time in taken.items()
+    prepared = [method.prepare(method.shown(images)) for method in methods]
+    calls = [partial(under, dtype, device, embed) for dtype in precisions for embed in prepared]
+    products, operations = zip(*(matrix_products(device, dtype) for dtype in precisions), strict=True)
+    seconds = interleaved_seconds([*calls, *products], device, TURNS)
+    flops = [
+        float(encoder_flops(config, patches_of(method.shown(images), config), method.merge_rate).sum())
+        for method in methods
     ]
-    empty = dict.fromkeys(rows[0], "") | {"precision": precision}
-    return [*rows, *(empty | {"method": name, "images_per_second": why} for name, why in absent.items())]
+    # Squares are other images, of fewer patches.
+    peers = [number for number, method in enumerate(methods) if method.name != OURS and method.square is None]
+    rows: list[dict[str, Any]] = []
+    for number, dtype in enumerate(precisions):
+        taken = seconds[number * len(methods) : (number + 1) * len(methods)]
+        peak = operations[number] / seconds[len(calls) + number]
+        best = min((taken[peer] for peer in peers), default=None)
+        precision = str(dtype).removeprefix("torch.")
+        for method, time, count in zip(methods, taken, flops, strict=True):
+            rows.append(
+                {
+                    "method": method.name,
+                    "precision": precision,
+                    "merge_rate": method.merge_rate,
+                    "images_per_second": len(images) / time,
+                    "mfu": count / time / peak,
+                    "over_best_peer": best / time if best else "",
+                }
+            )
+        empty = dict.fromkeys(rows[0], "") | {"precision": precision}
+        rows += [empty | {"method": name, "images_per_second": why} for name, why in absent.items()]
+    return rows
+
+
+def knn_scores(
+    methods: Sequence[Method],
+    pair: Sequence[LabelledSource],
+    patch: int,
+    within: Callable[[Embed], Tensor],
+) -> list[dict[str, float]]:
+    """Return how many images each method classifies right by its 20 nearest neighbors, the first method being ours.
+
+    Args:
+        methods: M methods.
+        pair: labeled images to learn from, and labeled images to classify.
+        patch: P.
+        within: calls what embeds images.
+
+    Returns:
+        For each method `knn20`, a fraction of 1; `knn20_low` and `knn20_high`, its 95% interval; and `knn20_p`, the
+        chance to see a difference from the first method as large as this if there were none (McNemar).
+    """
+    train, val = (features_of(methods, images, patch, within) for images in pair)
+    train_labels, labels = (torch.tensor(images.catalog.labels) for images in pair)
+    right = [knn_classify(*both, k=20) == labels for both in zip(train, [train_labels] * len(train), val, strict=True)]
+    scores = []
+    for each in right:
+        low, high = interval(int(each.sum()), len(labels))
+        found = {"knn20": float(each.double().mean()), "knn20_low": low, "knn20_high": high}
+        scores.append(found | {"knn20_p": mcnemar(each, right[0])})
+    return scores
+
+
+def features_of(
+    methods: Sequence[Method], images: LabelledSource, patch: int, within: Callable[[Embed], Tensor]
+) -> list[Tensor]:
+    """Return the features of all images by each method: M tensors [N, D]; arguments as for `knn_scores`."""
+    found: list[list[Tensor]] = [[] for _ in methods]
+    for start in range(0, len(images.catalog.rows), CHUNK):
+        chunk = enlarged(images.source, images.catalog.rows[start : start + CHUNK], patch)
+        for method, features in zip(methods, found, strict=True):
+            features.append(within(method.prepare(method.shown(chunk))).float().cpu())
+    return [torch.cat(features) for features in found]
 
 
 def read(source: str, count: int, patch: int) -> Images:
-    """Return `count` images spread over a source, at `SCALE`, of at most `MOST_TOKENS`."""
+    """Return `count` images spread over a source; see `enlarged`."""
     opened = open_source(source)
     rows = open_catalog(opened, cache=False).rows  # as in `step`
+    return enlarged(opened, rows[spread(len(rows), count)], patch)
+
+
+def some(images: LabelledSource) -> LabelledSource:
+    """Return `LABELED` of the images, spread over the source, or all if there are fewer."""
+    return LabelledSource(images.source, images.catalog.select(spread(len(images.catalog.rows), LABELED)))
+
+
+def spread(total: int, count: int) -> NDArray[np.int64]:
+    """Return `count` numbers below `total`, evenly spread, or all of them if there are fewer: int64."""
+    return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
+
+
+def enlarged(source: Source, rows: NDArray[np.integer], patch: int) -> Images:
+    """Return images of a source at `SCALE`, of at most `MOST_TOKENS`."""
     images = []
-    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)].tolist():
-        image = opened.open(row)
+    for row in rows.tolist():
+        image = source.open(row)
         size = np.array([upright_size(image)])
         grid = fit_grids(SCALE * size[:, 0], SCALE * size[:, 1], None, patch, MOST_TOKENS)
         images += decode_views(image, np.concatenate([np.zeros((1, 2), np.int64), size], axis=1), grid * patch)
     return images
 
 
-def under(dtype: torch.dtype, device: torch.device, embed: Embed) -> None:
+def under(dtype: torch.dtype, device: torch.device, embed: Embed) -> Tensor:
     """Embed with matrix products in `dtype`."""
     with autocast(device, dtype):
-        embed()
-
-
-def ours(encoder: Encoder, images: Images, rate: float) -> Embed:
-    """Return what `Encoder.embed` does once it has read the images."""
-    device = encoder.device
-    packs = []
-    for packed in encoder.packs(images, "native"):
-        plan = encoder.merge_plan(packed.segments, rate)
-        packs.append((packed.to(device), plan and plan.to(device)))
-    return lambda: torch.cat(
-        [segment_mean(encoder(packed, plan), packed.segments.cu_seqlens) for packed, plan in packs]
-    )
+        return embed()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="synthetic")
     parser.add_argument("--csv", action="store_true")
-    parser.add_argument("--variant", default="S", help="Ti, S, B, L, H or g")
-    parser.add_argument("--patch", type=int, default=16, help="side of a patch in pixels")
-    parser.add_argument("--images", type=int, dest="count", help="how many")
+    parser.add_argument("--variant", default="S", help="Ti, S, B, L, H or g, for random weights")
+    parser.add_argument("--patch", type=int, default=16, help="side of a patch in pixels, for random weights")
+    parser.add_argument("--images", type=int, dest="count", help="how many to measure the speed with")
+    parser.add_argument("--weights", help="folder of a trained encoder")
+    parser.add_argument("--train", help="labeled images; then those of --source are classified")
     run(**vars(parser.parse_args()))

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast_dtype, default_workers
-from ijepa_enhanced.distributed import WORK_TIMEOUT, ranks_of_run
+from ijepa_enhanced.distributed import WORK_TIMEOUT, is_one_of_many, ranks_of_run
+from ijepa_enhanced.embed import on_ray
 from ijepa_enhanced.embed.plan import EmbedPlan, files_of_shard
 from ijepa_enhanced.embed.rows import RowTables
 from ijepa_enhanced.embed.run import (
@@ -37,7 +38,7 @@ from ijepa_enhanced.embed.settings import (
     load_settings,
     save_settings,
 )
-from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder
+from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder, tokens_at_once
 from ijepa_enhanced.errors import RequestError, RunError
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.files import make_folder, remove_partials
@@ -52,9 +53,14 @@ def run(options: EmbedOptions) -> int:
         UserError: the request is wrong, or a feature is not finite.
     """
     hush_others()
+    if options.engine == "ray" and is_one_of_many():
+        raise RequestError(
+            "--engine ray does not run under torchrun, because Ray starts its own processes. Run it alone."
+        )
     workers = default_workers() if options.workers is None else options.workers
     share_cores(workers, "--workers")
-    with ranks_of_run(WORK_TIMEOUT) as ranks:
+    ray = options.engine == "ray"
+    with ranks_of_run(WORK_TIMEOUT) as ranks, on_ray.ray_cluster() if ray else nullcontext():
         encoder = Encoder.from_pretrained(options.weights).to(ranks.device)
         with ranks.one_first():
             source = open_source(options.source)
@@ -62,7 +68,9 @@ def run(options: EmbedOptions) -> int:
         report_unreadable(catalog)
         if not len(catalog.rows):
             raise RunError(f"None of the {len(source)} images of {options.source} can be read.")
-        settings = wanted(options, encoder, source)
+        own = encoder.device, autocast_dtype("auto", encoder.device)
+        device, precision = on_ray.device_of_actors() if ray else own
+        settings = wanted(options, encoder, source, precision)
         ranks.agree({"images": settings.source_hash, "encoder": settings.encoder_hash, "PyTorch": torch.__version__})
         folder, files = Path(options.out), files_of_shard(settings.files, options.part())
         settings, missing = ranks.gather(opened(folder, settings, files, options) if ranks.main else None)[0]
@@ -74,21 +82,28 @@ def run(options: EmbedOptions) -> int:
             TOKENS_PER_PACK,
             ranks,
         )
-        budget = encoder.at_once(TOKENS_PER_PACK)
         network = encoder.config
+        budget = tokens_at_once(device, TOKENS_PER_PACK)
         plan = EmbedPlan(settings, catalog, network.patch_size, TOKENS_PER_PACK, budget)
         tables = RowTables(settings, source, network.depth)
         with progress_bar(settings, missing) as progress:
             images = LabelledSource(source, catalog)
-            engine = local_engine(encoder, images, settings, config, progress.clock)
+            local = local_engine(encoder, images, plan, config, progress.clock)
+            engine = on_ray.ray_engine(plan, network.depth, network.prefix) if ray else local
             write(plan, missing, engine, tables, folder if ranks.main else None, progress)
         if ranks.main:
             finish(options, settings, files, progress)
     return 0
 
 
-def wanted(options: EmbedOptions, encoder: Encoder, source: Source) -> EmbedSettings:
+def wanted(options: EmbedOptions, encoder: Encoder, source: Source, precision: torch.dtype) -> EmbedSettings:
     """Return the settings that the options ask for.
+
+    Args:
+        options: of the command.
+        encoder: embeds the images.
+        source: the images, with their catalog attached.
+        precision: of matrix products.
 
     Raises:
         RequestError: the encoder has fewer layers.
@@ -108,7 +123,7 @@ def wanted(options: EmbedOptions, encoder: Encoder, source: Source) -> EmbedSett
         encoder.width,
         encoder.pixels(options.resolution),
         options.merge_rate,
-        str(autocast_dtype("auto", encoder.device)).removeprefix("torch."),
+        str(precision).removeprefix("torch."),
         options.dtype,
         options.layers,
         options.tokens,

@@ -286,7 +286,7 @@ def add_option(parser: Any, option: Option) -> None:
         if inner:
             more["nargs"] = "+" if Ellipsis in inner else len(inner)
     if option.is_positional:
-        parser.add_argument(option.shown, **({} if needed else {"nargs": "?"}), **more)
+        parser.add_argument(option.shown, **(more if needed else more | {"nargs": "*" if "nargs" in more else "?"}))
     else:
         parser.add_argument(option.shown, dest=option.shown, required=needed, **more)
 

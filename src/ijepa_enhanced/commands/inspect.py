@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ijepa_enhanced.batch import Batch
 from ijepa_enhanced.commands.options import DataOptions, FeatureOptions, MergeOptions, PackOptions
-from ijepa_enhanced.commands.setup import configuration, print_counts, print_json, recipe_of_machine
+from ijepa_enhanced.commands.setup import check_files, configuration, print_counts, print_json, recipe_of_machine
 from ijepa_enhanced.commands.train import first_batch
 from ijepa_enhanced.data.catalog import LISTED, open_catalog, report_unreadable, summary
 from ijepa_enhanced.data.loader import masks_of
@@ -143,12 +143,3 @@ def features(options: FeatureOptions) -> int:
     for path, (rows, cols) in zip(options.images, grids, strict=True):
         logger.info("%s: %d rows, %d columns of patches", path, rows, cols)
     return finish(options, picture)
-
-
-def check_files(paths: Sequence[str]) -> None:
-    """Raise RequestError if one of these is not a file."""
-    for path in paths:
-        if Path(path).is_dir():
-            raise RequestError(f"{path} is a folder. Give the paths of image files.")
-        if not Path(path).is_file():
-            raise RequestError(f"No such file: {path}.")

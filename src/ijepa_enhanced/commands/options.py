@@ -221,6 +221,8 @@ class EmbedOptions(SourceOptions, InferenceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, layers=self.layers)
+        if self.engine == "ray" and self.workers is not None:
+            raise RequestError("--workers has no effect with --engine ray: the CPUs of the cluster decode. Remove it.")
         if self.tokens and self.format != "parquet":
             raise RequestError(f"--tokens requires --format parquet, not {self.format}.")
         self.part()
@@ -237,6 +239,49 @@ class EmbedOptions(SourceOptions, InferenceOptions):
         if not (number.isdecimal() and count.isdecimal()) or not 1 <= int(number) <= int(count):
             raise RequestError(f"--shard must be I/N with I from 1 to N, for example 1/4, not {self.shard}.")
         return int(number), int(count)
+
+
+@dataclass(frozen=True)
+class SearchOptions(Common):
+    """Options of `ijepa search`."""
+
+    folder: str = option(metavar="DIR", positional=True)
+    """Output folder of `ijepa embed`, with Parquet files."""
+    queries: tuple[str, ...] = option((), metavar="QUERY", positional=True)
+    """Image files to find similar images of. They are embedded with the settings of DIR."""
+    key: tuple[str, ...] = option((), metavar="KEY")
+    """Keys of images in DIR to find similar images of."""
+    count: int | None = option(None)
+    """Number of matches of each query. (default: 10)"""
+    duplicates: bool = option(False)
+    """List near-duplicates: each image that is similar to an earlier one, with the most similar earlier one."""
+    threshold: float | None = option(None, metavar="COSINE")
+    """Lowest cosine similarity of near-duplicates, above 0 and at most 1 (docs/embedding.md). (default: 0.998)"""
+    index: bool = option(False)
+    """Use an approximate index, which is built once and stored in DIR. It is always used for more than 1,000,000
+    images. Requires usearch."""
+    weights: str | None = option(None, metavar="RUN")
+    """Folder of the encoder that DIR was made with, if it has moved."""
+    out: str | None = option(None, metavar="FILE")
+    """Contact sheet to write, a PNG file. (default: DIR/_search.png)"""
+
+    def __post_init__(self) -> None:
+        at_least(1, count=self.count)
+        if not (self.queries or self.key or self.duplicates):
+            raise RequestError("Nothing to search for. Give QUERY images, --key or --duplicates.")
+        if self.duplicates and (self.queries or self.key):
+            raise RequestError("--duplicates compares all images of DIR. Remove QUERY and --key, or --duplicates.")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise RequestError(f"--threshold must be above 0 and at most 1, not {self.threshold:g}.")
+        for name, given, needs, met in (
+            ("threshold", self.threshold, "--duplicates", self.duplicates),
+            ("count", self.count, "QUERY or --key", not self.duplicates),
+            ("weights", self.weights, "QUERY images", bool(self.queries)),
+        ):
+            if given is not None and not met:
+                raise RequestError(f"--{name} only has an effect with {needs}. Remove it.")
+        if self.out is not None and not self.out.lower().endswith(".png"):
+            raise RequestError(f"--out must be a PNG file, not {self.out}.")
 
 
 @dataclass(frozen=True)
@@ -345,13 +390,13 @@ class StudyOptions(Common):
 class BenchmarkOptions(Common):
     """Options of `ijepa benchmark`."""
 
-    theme: Literal["packing", "loader", "attention", "merging", "step", "embed"] = option(
+    theme: Literal["packing", "loader", "attention", "merging", "step", "embed", "search"] = option(
         metavar="BENCHMARK", positional=True
     )
     """Benchmark to run: packing (padding and use of the token budget), loader (data loading), attention (attention
-    kernels), merging (token merging), step (training step) or embed (feature extraction)."""
+    kernels), merging (token merging), step (training step), embed (feature extraction) or search (similar images)."""
     source: str | None = option(None, metavar="SOURCE")
-    """Images to use. The attention benchmark uses none. (default: synthetic)"""
+    """Images to use. The attention and search benchmarks use none. (default: synthetic)"""
     tokens: int | None = option(None)
     """Number of tokens in a pack. Only the step benchmark uses it. (default: 2048 on a CPU, 32768 on a GPU)"""
     csv: bool = option(False)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,15 @@ def configuration(recipe: str | None, given: Mapping[str, Any], saved: Mapping[s
         if recipe is not None and key in values and key not in given:  # the file sets it
             raise RequestError(f"{recipe}: {message}") from error
         raise RequestError(as_options(message, keys_of(TrainConfig))) from error
+
+
+def check_files(paths: Sequence[str]) -> None:
+    """Raise RequestError if one of these is not a file."""
+    for path in paths:
+        if Path(path).is_dir():
+            raise RequestError(f"{path} is a folder. Give the paths of image files.")
+        if not Path(path).is_file():
+            raise RequestError(f"No such file: {path}.")
 
 
 def print_json(options: Common, values: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ijepa_enhanced.commands.options import (
     PackOptions,
     PrepareOptions,
     ReportOptions,
+    SearchOptions,
     SourceOptions,
     StudyOptions,
     TrainOptions,
@@ -148,6 +149,17 @@ COMMANDS: dict[str, Command | Group] = {
         ranks=True,
         less_memory="lower --resolution",
     ),
+    "search": Command(
+        "Find images that are similar to a query, or near-duplicates, in a folder of `ijepa embed`.",
+        (
+            "ijepa search embeddings cat.jpg",
+            "ijepa search embeddings --key pets/cat1.jpg pets/cat2.jpg --count 5",
+            "ijepa search embeddings --duplicates --out duplicates.png",
+        ),
+        SearchOptions,
+        "search.run",
+        usage="DIR (QUERY ... | --key KEY ... | --duplicates) [OPTIONS]",
+    ),
     "report": Command(
         "Write an HTML report of one run, or one that compares several runs.",
         ("ijepa report runs/pets", "ijepa report runs/pets runs/pets-mlp --out compare.html"),
@@ -182,7 +194,7 @@ COMMANDS: dict[str, Command | Group] = {
         less_memory="lower --data.tokens_per_pack in the study file",
     ),
     "benchmark": Command(
-        "Measure the speed of data loading, attention, token merging, a training step or embedding.",
+        "Measure the speed of data loading, attention, token merging, a training step, embedding or search.",
         ("ijepa benchmark packing", "ijepa benchmark step --source photos --tokens 8192"),
         BenchmarkOptions,
         "benchmark.run",

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.embed.plan import EmbedPlan
 from ijepa_enhanced.embed.rows import PackFeatures, RowTables, features_of
 from ijepa_enhanced.embed.settings import EmbedSettings
@@ -20,8 +19,8 @@ from ijepa_enhanced.evaluate.tokens import Clock, InferenceConfig, LabelledSourc
 
 logger = logging.getLogger(__name__)
 
-Engine = Callable[[Iterable[Pack]], Iterator[PackFeatures]]
-"""Embeds packs, and yields their features in order."""
+Engine = Callable[[Sequence[int]], Iterator[PackFeatures]]
+"""Embeds all packs of some files of the plan, and yields their features in order."""
 
 
 class Progress:
@@ -66,15 +65,17 @@ class Counts:
 
 
 def local_engine(
-    encoder: Encoder, images: LabelledSource, settings: EmbedSettings, config: InferenceConfig, clock: Clock
+    encoder: Encoder, images: LabelledSource, plan: EmbedPlan, config: InferenceConfig, clock: Clock
 ) -> Engine:
     """Return the engine that embeds on this process's device, or on those of all ranks; see `reduced_packs`."""
 
-    def embed(packs: Iterable[Pack]) -> Iterator[PackFeatures]:
+    settings = plan.settings
+
+    def embed(files: Sequence[int]) -> Iterator[PackFeatures]:
         return reduced_packs(
             encoder,
             images,
-            packs,
+            plan.stream(files),
             config,
             lambda batch, outputs: features_of(batch, outputs, settings, encoder, images.source),
             settings.layers,
@@ -102,7 +103,7 @@ def embed_files(
         OSError: a file cannot be written, as on a full disk.
     """
     progress.start = time.perf_counter()
-    found = engine(plan.stream(files))
+    found = engine(files)
     if folder is None:
         for _ in found:
             pass

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ijepa_enhanced.data.catalog import cache_folder
@@ -66,6 +64,8 @@ class FeatureCache:
 
     def load(self, number: int) -> Part | None:
         """Return a part, or None if it is not there or cannot be read; the latter is a warning."""
+        from safetensors import SafetensorError, safe_open
+
         path = self._path(number)
         try:
             with safe_open(path, "pt") as file:
@@ -86,6 +86,9 @@ class FeatureCache:
 
     def save(self, number: int, part: Part) -> None:
         """Write a part. The first failure is a warning, after which nothing more is written."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         if not self.writable:
             return
         tensors = {"layers": part.layers, "image_ids": part.image_ids}

@@ -54,6 +54,22 @@ def interval(right: int, images: int) -> tuple[float, float]:
     return 0.0 if right == 0 else low, 1.0 if right == images else high
 
 
+def mcnemar(right: Tensor, others: Tensor) -> float:
+    """Return how likely two classifiers differ at least as much as these if they are equally good.
+
+    Only images on which one is right and the other wrong tell them apart. If both are equally good, each of these is as
+    likely to favor one as the other: McNemar's test (Psychometrika 12, 1947), exact and two-sided.
+
+    Args:
+        right: bool [N], the images that one classifier gets right.
+        others: bool [N], those that the other one does.
+    """
+    better, worse = int((right & ~others).sum()), int((others & ~right).sum())
+    count = better + worse
+    tail = sum(math.comb(count, number) for number in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
 def top1(predicted: Tensor, labels: Tensor) -> float:
     """Return the fraction of images whose predicted label is right: both int64 [N].
 

@@ -125,7 +125,6 @@ def reduced_packs(
         yield from itertools.chain(*ranks.gather_to_rank0(found))
 
 
-@torch.inference_mode()
 def token_batches(
     encoder: Encoder,
     images: LabelledSource,
@@ -134,7 +133,30 @@ def token_batches(
     layers: int = 1,
     clock: Clock | None = None,
 ) -> Iterator[tuple[Batch, list[Tensor]]]:
-    """Yield each pack on the encoder's device, and the outputs [T, D] of the last `layers` blocks for its patches.
+    """Yield each pack on the encoder's device, and its outputs; see `last_outputs`.
+
+    Raises:
+        NotFiniteError: a feature of the last layer is not finite.
+    """
+    network = encoder.config
+    dataset = PackDataset(
+        images.source,
+        images.catalog,
+        network.patch_size,
+        depth=network.depth,
+        merge_rate=config.merge_rate,
+        prefix=network.prefix,
+    )
+    loader = make_loader(dataset, packs, config.workers, pin_memory=encoder.device.type == "cuda")
+    for batch in loader if clock is None else clock.timed(loader):
+        yield last_outputs(encoder, images.source, batch, config.dtype, layers)
+
+
+@torch.inference_mode()
+def last_outputs(
+    encoder: Encoder, source: Source, batch: Batch, dtype: torch.dtype, layers: int = 1
+) -> tuple[Batch, list[Tensor]]:
+    """Return a batch on the encoder's device, and the outputs [T, D] of the last `layers` blocks for its patches.
 
     Outputs are after the last LayerNorm, with the class token and registers (`Packed.prefix`). With merging, each
     patch has that of the token that holds it. The list is empty for a pack none of whose images can be decoded.
@@ -142,32 +164,20 @@ def token_batches(
     Raises:
         NotFiniteError: a feature of the last layer is not finite.
     """
-    source, dtype = images.source, config.dtype
-    device, network = encoder.device, encoder.config
-    dataset = PackDataset(
-        source,
-        images.catalog,
-        network.patch_size,
-        depth=network.depth,
-        merge_rate=config.merge_rate,
-        prefix=network.prefix,
-    )
-    loader = make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda")
-    for batch in loader if clock is None else clock.timed(loader):
-        moved = batch.to(device, non_blocking=True)
-        outputs: list[Tensor] = []
-        if len(batch.image_ids):
-            with autocast(device, dtype):
-                outputs = encoder.last_layers(moved.packed, moved.merge_plan, layers)
-            finite = outputs[-1].isfinite().all(dim=1)
-            if not finite.all():
-                view = segment_ids(moved.packed.segments.cu_seqlens, len(finite))[~finite][0]
-                key = source.key(int(batch.image_ids[int(view)]))
-                raise NotFiniteError(
-                    f"The features of {key} in {source.name} contain NaN or infinite values, so this encoder cannot be "
-                    "used. Use an encoder from another run, or RUN/best if the run has one."
-                )
-        yield moved, outputs
+    moved = batch.to(encoder.device, non_blocking=True)
+    if not len(batch.image_ids):
+        return moved, []
+    with autocast(encoder.device, dtype):
+        outputs = encoder.last_layers(moved.packed, moved.merge_plan, layers)
+    finite = outputs[-1].isfinite().all(dim=1)
+    if not finite.all():
+        view = segment_ids(moved.packed.segments.cu_seqlens, len(finite))[~finite][0]
+        key = source.key(int(batch.image_ids[int(view)]))
+        raise NotFiniteError(
+            f"The features of {key} in {source.name} contain NaN or infinite values, so this encoder cannot be used. "
+            "Use an encoder from another run, or RUN/best if the run has one."
+        )
+    return moved, outputs
 
 
 class Tokens(NamedTuple):

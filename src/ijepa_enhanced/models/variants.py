@@ -22,3 +22,8 @@ VARIANTS = {
     "g": Variant(1408, 40, 16, 48 / 11),  # Scaling Vision Transformers, arXiv 2106.04560, table 2: MLP 6144
 }
 PATCH_SIZES = (8, 14, 16)
+
+
+def variant_name(width: int) -> str:
+    """Return the name of the variant of a width, or the width if there is none."""
+    return next((name for name, variant in VARIANTS.items() if variant.width == width), str(width))
