@@ -168,11 +168,11 @@ def test_the_table(
     assert first["over_best_peer"] == pytest.approx(first["images_per_second"] / best["images_per_second"])
     assert found["bfloat16_gain"] == rows[7]["images_per_second"] / first["images_per_second"]
     # Utilisation is operations times images a second over one peak, of each method's own operations.
-    lengths = methods.patches_of(images, EncoderConfig("Ti", 8))
-    operations = [encoder_flops(EncoderConfig("Ti", 8), lengths, rate).sum() for rate in methods.RATES]
+    lengths = methods.patches_of(images, EncoderConfig("Ti", 8).architecture)
+    operations = [encoder_flops(EncoderConfig("Ti", 8).architecture, lengths, rate).sum() for rate in methods.RATES]
     operations += [
-        encoder_flops(EncoderConfig("Ti", 8), lengths, 0.0).sum(),
-        *(encoder_flops(EncoderConfig("Ti", 8), [(side // 8) ** 2] * 3, 0.0).sum() for side in (96, 224)),
+        encoder_flops(EncoderConfig("Ti", 8).architecture, lengths, 0.0).sum(),
+        *(encoder_flops(EncoderConfig("Ti", 8).architecture, [(side // 8) ** 2] * 3, 0.0).sum() for side in (96, 224)),
     ]
     peaks = [count * row["images_per_second"] / row["mfu"] for count, row in zip(operations, rows, strict=False)]
     assert peaks == pytest.approx([peaks[0]] * 6)

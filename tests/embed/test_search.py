@@ -257,7 +257,7 @@ def place(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an encoder, ten photos, and their embeddings."""
     place = tmp_path_factory.mktemp("place")
     shutil.copytree(pictures, place / "photos")
-    config = EncoderConfig("Ti", patch_size=8, depth=2)
+    config = EncoderConfig("Ti", patch_size=8, depth=2).architecture
     Encoder.random(config, Preprocessing(resolution=48), seed=0).save_pretrained(place / "run")
     Encoder.random(config, Preprocessing(resolution=48), seed=1).save_pretrained(place / "other")
     embed(place / "photos", "--weights", place / "run", "--out", place / "embeddings")
