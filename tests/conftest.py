@@ -24,7 +24,7 @@ torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 DATA = Path(os.environ.get("IJEPA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-MakeStream = Callable[[Sequence[tuple[int, int]], int], Packed]
+MakeStream = Callable[..., Packed]
 MakeBatch = Callable[..., MaskedBatch]
 DiskOf = Callable[[int], AbstractContextManager[None]]
 
@@ -72,14 +72,17 @@ def disk_of() -> DiskOf:
 
 @pytest.fixture(scope="session")
 def make_stream() -> MakeStream:
-    """Streams of random patches of 8 px; what a view shows depends on (seed, its place among the grids)."""
+    """Streams of random patches of 8 px; what a view shows depends on (seed, its place among the grids).
 
-    def make(grids: Sequence[tuple[int, int]], seed: int = 0) -> Packed:
+    `prefix` is that of `Packed`.
+    """
+
+    def make(grids: Sequence[tuple[int, int]], seed: int = 0, prefix: int = 0) -> Packed:
         patches = [
             np.random.default_rng([seed, view]).integers(0, 256, (rows * cols, 8 * 8 * 3), dtype=np.uint8)
             for view, (rows, cols) in enumerate(grids)
         ]
-        return Packed.of_grids(np.concatenate(patches), np.array(grids))
+        return Packed.of_grids(np.concatenate(patches), np.array(grids), prefix)
 
     return make
 

@@ -1,5 +1,6 @@
 """The encoder's sizes, its Python face, and its weights in files."""
 
+import dataclasses
 import json
 import weakref
 from collections.abc import Iterator
@@ -477,3 +478,40 @@ def test_requests_that_cannot_be_met_are_refused_at_once(encoder: Encoder, image
         Preprocessing(channels=1)
     with pytest.raises(ValueError, match=r"^mean and std must have 3 values each, not 1 and 3\.$"):
         Preprocessing(mean=(0.5,))
+
+
+def test_class_token_and_registers_are_left_out_of_maps_and_mean_pooling(images: list[Image.Image]) -> None:
+    config = dataclasses.replace(TINY, class_token=True, registers=2)
+    encoder = Encoder.random(config, Preprocessing(), seed=0)
+    by_class = Encoder(encoder.network, Preprocessing(pooling="cls"))
+    for rate in (0.0, 0.2):
+        maps = encoder.feature_maps(images, resolution=48, merge_rate=rate)
+        pooled = torch.stack([found.mean(dim=(0, 1)) for found in maps])
+        assert distance(encoder.embed(images, resolution=48, merge_rate=rate), pooled) < BOUND
+        assert [len(found) for found in encoder.patch_tokens(images, 48, rate)] == [
+            found.shape[0] * found.shape[1] for found in maps
+        ]
+        (packed,) = encoder.packs(images, resolution=48)
+        with torch.no_grad():
+            tokens = encoder(packed, encoder.merge_plan(packed.segments, rate))
+        first = torch.stack([view[0] for view in tokens.split(packed.segments.lengths)])
+        assert torch.equal(by_class.embed(images, resolution=48, merge_rate=rate), first)
+        assert distance(first, pooled) > 0.1
+    with torch.no_grad():
+        encoder.network.prefix.add_(1)
+        assert not torch.equal(encoder(packed), tokens), "patches attend to the class token"
+
+
+def test_pooling_by_a_class_token_needs_one() -> None:
+    with pytest.raises(ValueError, match=r"^pooling must be mean, because the network has no class token\.$"):
+        Encoder.random(TINY, Preprocessing(pooling="cls"), seed=0)
+
+
+def test_the_last_norm_may_follow_pooling(images: list[Image.Image]) -> None:
+    encoder = Encoder.random(dataclasses.replace(TINY, norm_pooled=True), Preprocessing(), seed=0)
+    with torch.no_grad():
+        encoder.network.blocks.norm.weight.uniform_(0.5, 2)
+        pooled = torch.stack([found.mean(dim=(0, 1)) for found in encoder.feature_maps(images, resolution=48)])
+        expected = encoder.network.blocks.norm(pooled)
+    assert distance(encoder.embed(images, resolution=48), expected) < BOUND
+    assert distance(pooled, expected) > 0.1

@@ -188,3 +188,10 @@ def test_training_merges_nothing_unless_asked_to() -> None:
 def test_a_rate_of_training_that_cannot_be_is_refused(name: str, rate: float) -> None:
     with pytest.raises(ValueError, match=rf"^merging\.{name} must be between 0 and 0\.5, not {rate}\.$"):
         MergeConfig(**{name: rate})
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=5), st.sampled_from(RATES), st.integers(0, 5))
+def test_class_tokens_and_registers_come_on_top(lengths: list[int], rate: float, prefix: int) -> None:
+    expected = merged_lengths(lengths, rate, 3) + prefix
+    assert np.array_equal(merged_lengths(np.array(lengths) + prefix, rate, 3, prefix=prefix), expected)

@@ -122,3 +122,15 @@ def test_labels_move_too_where_there_are_any() -> None:
     labels = batch.to("meta").labels
     assert labels is not None
     assert labels.device.type == "meta"
+
+
+def test_class_tokens_and_registers_lead_each_view() -> None:
+    values = np.arange(1, 8, dtype=np.float32)[:, None]
+    packed = Packed.of_grids(values, np.array([[2, 2], [1, 3]]), prefix=2)
+    assert packed.values.flatten().tolist() == [0, 0, 1, 2, 3, 4, 0, 0, 5, 6, 7]
+    assert packed.segments.lengths == (6, 5)
+    assert packed.positions.tolist()[2:6] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert packed.positions.tolist()[8:] == [[0, 0], [0, 1], [0, 2]]
+    assert packed.patches.tolist() == [False] * 2 + [True] * 4 + [False] * 2 + [True] * 3
+    assert stream((2, 2)).patches.all()
+    assert Packed.concatenate([packed, packed]).prefix == 2

@@ -12,7 +12,8 @@ from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.masks import MIN_TOKENS
-from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.blocks import Block
+from ijepa_enhanced.models.config import Architecture, EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import Packed, Segments
@@ -24,6 +25,18 @@ from one_pack import pack_losses
 BOUND = 2e-6
 
 CONFIG = EncoderConfig(variant="Ti", depth=2, patch_size=8, max_grid=6).architecture
+LEARNED = Architecture(
+    *(64, 2, 2, 128, 8),
+    positions="table",
+    position_grid=(6, 5),
+    resampling="bicubic-antialias",
+    class_token=True,
+    registers=2,
+    layer_scale=True,
+)
+"""All parts of DINOv2 with registers."""
+ROTARY = Architecture(*(64, 2, 2, 96, 8), positions="rope", class_token=True, registers=1, gated=True, layer_scale=True)
+"""All parts of DINOv3."""
 # Grids on both sides of max_grid, so that interpolated positions take part.
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
 MASKABLE = st.lists(
@@ -55,10 +68,10 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
     assert distance(whole(found), whole(expected)) < BOUND
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
+@pytest.fixture(scope="module", params=[CONFIG, LEARNED, ROTARY], ids=["factorized", "table", "rope"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
     torch.manual_seed(0)
-    encoder = Encoder(VisionTransformer(CONFIG), Preprocessing())
+    encoder = Encoder(VisionTransformer(request.param), Preprocessing())
     livelier(encoder)
     return encoder
 
@@ -82,8 +95,8 @@ def livelier(module: nn.Module) -> None:
 
 
 def alone(packed: Packed, view: int) -> Packed:
-    values = packed.split()[view]
-    return Packed.of_grids(values.numpy(), packed.grids[view : view + 1].numpy())
+    patches = packed.split()[view][packed.prefix :]
+    return Packed.of_grids(patches.numpy(), packed.grids[view : view + 1].numpy(), packed.prefix)
 
 
 def run(encoder: Encoder, packed: Packed, rate: float) -> Tensor:
@@ -98,7 +111,7 @@ def run(encoder: Encoder, packed: Packed, rate: float) -> Tensor:
 def test_the_encoders_features_and_gradients_do_not_depend_on_the_pack(
     encoder: Encoder, make_stream: Callable[..., Packed], rate: float, grids: list[tuple[int, int]], seed: int
 ) -> None:
-    packed = make_stream(grids, seed)
+    packed = make_stream(grids, seed, encoder.config.prefix)
     weights = torch.randn(packed.segments.total, encoder.width, generator=torch.Generator().manual_seed(seed))
     features = run(encoder, packed, rate)
     (features * weights).sum().backward()
@@ -117,7 +130,7 @@ def test_the_encoders_features_do_not_depend_on_the_place_in_the_pack(
     encoder: Encoder, make_stream: Callable[..., Packed], grids: list[tuple[int, int]], seed: int, data: st.DataObject
 ) -> None:
     order = data.draw(st.permutations(range(len(grids))))
-    packed = make_stream(grids, seed)
+    packed = make_stream(grids, seed, encoder.config.prefix)
     moved = Packed.concatenate([alone(packed, view) for view in order])
     with torch.no_grad():
         features = encoder(packed).split(packed.segments.lengths)
@@ -132,13 +145,13 @@ def test_another_views_pixels_change_not_one_bit(
 ) -> None:
     """The same shapes are added in the same order, so here equality is exact."""
     changed = data.draw(st.integers(0, len(grids) - 1))
-    packed = make_stream(grids, seed)
+    packed = make_stream(grids, seed, encoder.config.prefix)
     start, stop = packed.segments.cu_seqlens[changed : changed + 2].tolist()
     values = packed.values.clone()
     values[start:stop] = 255 - values[start:stop]
     with torch.no_grad():
         before = encoder(packed)
-        after = encoder(Packed(values, packed.positions, packed.grids, packed.segments))
+        after = encoder(packed.with_values(values))
     assert torch.equal(before[:start], after[:start])
     assert torch.equal(before[stop:], after[stop:])
     assert not torch.equal(before[start:stop], after[start:stop])
@@ -181,13 +194,15 @@ def test_the_loss_of_jepa_and_its_gradients_do_not_depend_on_the_pack(
     assert_same_gradients(gradients(jepa), in_pack)
 
 
-def test_the_bound_catches_a_thousandth_of_a_leak(encoder: Encoder, make_stream: Callable[..., Packed]) -> None:
+def test_the_bound_catches_a_thousandth_of_a_leak(
+    encoder: Encoder, make_stream: Callable[..., Packed], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the bound is worth: of what two views would make of each other, it notices a thousandth."""
-    packed = make_stream([(3, 4), (4, 3)], 0)
+    packed = make_stream([(3, 4), (4, 3)], 0, encoder.config.prefix)
     with torch.no_grad():
         features = encoder(packed)
-        network = encoder.network
-        x = network.patch_embed(encoder.normalize(packed).values)
-        x = x + network.positions(packed.positions, packed.grids, packed.segments.cu_seqlens)
-        (leaked,), _ = network.blocks(x, Segments.of([packed.segments.total]))
+        attend = Block.attend
+        one = Segments.of([packed.segments.total])
+        monkeypatch.setattr(Block, "attend", lambda self, x, _, *rest: attend(self, x, one, *rest))
+        leaked = encoder(packed)
     assert distance(features + 1e-3 * (leaked - features), features) > 10 * BOUND

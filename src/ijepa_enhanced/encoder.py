@@ -145,7 +145,12 @@ class Encoder(nn.Module):
 
     def pool(self, features: Tensor, packed: Packed) -> Tensor:
         """Return the feature of each view, float32 [V, D], from those of its tokens [T, D]; see `Preprocessing`."""
-        return pool(features, packed.segments.cu_seqlens, self.preprocessing.pooling, packed.prefix)
+        pooled = pool(features, packed.segments.cu_seqlens, self.preprocessing.pooling, packed.prefix)
+        if not self.config.norm_pooled:
+            return pooled
+        # Features that were computed without gradients stay without, though the norm has weights.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and features.requires_grad):
+            return self.network.blocks.norm(pooled)
 
     def preprocess(self, packed: Packed) -> Packed:
         """Return the input of the network for uint8 patches: normalized, on grids no longer than in training."""

@@ -363,3 +363,23 @@ def test_cuda_agrees_with_the_cpu_and_never_waits_for_the_device() -> None:
     assert torch.equal(found.origin.cpu(), expected.origin)
     for ours, theirs in zip((means, counts), merge(x, sizes, expected), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=4 * 5 * 2**-24)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@FEW
+@given(lengths=VIEWS, prefix=st.integers(1, 5), seed=st.integers(0, 100))
+def test_class_tokens_and_registers_never_merge_and_patches_merge_as_without_them(
+    rate: float, lengths: list[int], prefix: int, seed: int
+) -> None:
+    without = MergePlan.of(lengths, rate, 1)
+    plan = MergePlan.of([length + prefix for length in lengths], rate, 1, prefix=prefix)
+    keys = draw(sum(lengths), 8, seed)
+    # Class tokens are like the first patch of their view, the most similar token there could be.
+    views = [torch.cat([part[:1].expand(prefix, -1), part]) for part in keys.split(lengths)]
+    expected = groups_of(match(keys, without, 0))
+    found = groups_of(match(torch.cat(views), plan, 0))
+    rows = torch.cat([torch.arange(length) + prefix * (view + 1) for view, length in enumerate(lengths)])
+    rows += torch.repeat_interleave(torch.tensor([0, *lengths[:-1]]).cumsum(0), torch.tensor(lengths))
+    is_patch = torch.zeros(sum(lengths) + prefix * len(lengths), dtype=torch.bool).index_fill(0, rows, True)
+    assert [group for group in found if is_patch[group[0]]] == [rows[group].tolist() for group in expected]
+    assert all(len(group) == 1 for group in found if not is_patch[group].all())

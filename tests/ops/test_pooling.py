@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_enhanced.ops.pooling import segment_mean
+from ijepa_enhanced.ops.pooling import segment_first, segment_mean
 from ijepa_enhanced.packed import Segments
 
 
@@ -51,3 +51,32 @@ def test_no_segment_hears_of_another() -> None:
 @pytest.mark.parametrize("width", [1, 7])
 def test_an_empty_stream_has_no_means(width: int) -> None:
     assert segment_mean(torch.empty(0, width), Segments.of([]).cu_seqlens).shape == (0, width)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 5))
+def test_class_tokens_and_registers_are_left_out_of_the_mean_and_of_its_gradient(
+    lengths: list[int], prefix: int
+) -> None:
+    segments = Segments.of([length + prefix for length in lengths])
+    x = torch.randn(segments.total, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    means = segment_mean(x, segments.cu_seqlens, prefix)
+    patches = [part[prefix:] for part in x.split(segments.lengths)]
+    # Numbers up to 5, of which 20 are added up.
+    torch.testing.assert_close(means, torch.stack([part.mean(dim=0) for part in patches]), rtol=0, atol=5 * 20 * 2**-24)
+    (grad,) = torch.autograd.grad(means.sum(), x)
+    for part, length in zip(grad.split(segments.lengths), lengths, strict=True):
+        assert not part[:prefix].any()
+        torch.testing.assert_close(part[prefix:], torch.full((length, 3), 1 / length), rtol=2**-22, atol=0)
+
+
+def test_a_class_token_that_is_not_finite_does_not_reach_the_mean() -> None:
+    x = torch.tensor([[torch.nan], [1.0], [3.0]])
+    assert segment_mean(x, Segments.of([3]).cu_seqlens, 1).tolist() == [[2]]
+
+
+def test_the_first_token_is_the_class_token() -> None:
+    x = torch.arange(6.0)[:, None].to(torch.bfloat16)
+    first = segment_first(x, Segments.of([2, 3, 1]).cu_seqlens)
+    assert first.tolist() == [[0], [2], [5]]
+    assert first.dtype == torch.float32

@@ -168,6 +168,7 @@ class Blocks(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm_pooled = config.norm_pooled
         self.rope = (config.width // config.heads, config.rope_base) if config.positions == "rope" else None
         """Head width and base of rotary positions, if there are any."""
         self.recompute = False
@@ -193,8 +194,8 @@ class Blocks(nn.Module):
                 is at the mean place of its patches.
 
         Returns:
-            The outputs of the last `count` blocks after the final LayerNorm, [T', D] each, where T' shrinks as tokens
-            merge; and the merges of each block, None for blocks that merge nothing.
+            The outputs of the last `count` blocks after the final LayerNorm (before it if `norm_pooled`), [T', D] each,
+            where T' shrinks as tokens merge; and the merges of each block, None for blocks that merge nothing.
         """
         tokens, sizes = len(x), None
         rotation: tuple[Tensor, Tensor] | None = None
@@ -219,59 +220,76 @@ class Blocks(nn.Module):
                 # The plan's host-side number and not len(x), because pad rows follow the tokens on a CPU.
                 segments, tokens = plan.segments[number + 1], plan.totals[number + 1]
             if number >= len(self.layers) - count:
-                outputs.append(self.norm(x)[:tokens])
+                outputs.append((x if self.norm_pooled else self.norm(x))[:tokens])
         return outputs, merges
 
 
-class FactorizedPositions(nn.Module):
+class LearnedPositions(nn.Module):
+    """What the two kinds of learned positions share: how a view reads a table of another size than its grid.
+
+    Args:
+        size: rows and columns of the table.
+        resampling: see `ops.positions.axis_weights`.
+        square: see `Architecture.square_positions`.
+    """
+
+    def __init__(self, size: tuple[int, int], resampling: Resampling, square: bool) -> None:
+        super().__init__()
+        self.size = size
+        self.resampling: Resampling = resampling
+        self.square = square
+
+    def weights(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+        """Return how tokens read the rows and the columns of the table, see `ops.positions.axis_weights`."""
+        if self.square:
+            grids = grids.amax(dim=1, keepdim=True).expand(-1, 2)
+        extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
+        return [
+            axis_weights(positions[:, axis], extents[:, axis], self.size[axis], self.resampling) for axis in range(2)
+        ]
+
+
+class FactorizedPositions(LearnedPositions):
     """The sum of a learnable table for rows and one for columns (NaViT, arXiv 2307.06304, section 2.1).
 
     Args:
         width: D, a multiple of 4.
         size: entries of the table of rows and of that of columns.
-        resampling: how grids of another size read them, see `ops.positions.axis_weights`.
+        resampling, square: see `LearnedPositions`.
     """
 
-    def __init__(self, width: int, size: tuple[int, int], resampling: Resampling = "squeeze") -> None:
-        super().__init__()
-        self.size = size
-        self.resampling: Resampling = resampling
+    def __init__(
+        self, width: int, size: tuple[int, int], resampling: Resampling = "squeeze", square: bool = False
+    ) -> None:
+        super().__init__(size, resampling, square)
         self.rows = nn.Parameter(torch.empty(size[0], width))
         self.cols = nn.Parameter(torch.empty(size[1], width))
 
     def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
-        extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
-        rows, cols = (
-            axis_weights(positions[:, axis], extents[:, axis], self.size[axis], self.resampling) for axis in range(2)
-        )
+        rows, cols = self.weights(positions, grids, cu_seqlens)
         # At least float32, under autocast too: the residual stream starts here and keeps this precision.
         dtype = torch.promote_types(torch.float32, self.rows.dtype)
         with torch.autocast(rows.device.type, enabled=False):
             return rows.to(dtype) @ self.rows.to(dtype) + cols.to(dtype) @ self.cols.to(dtype)
 
 
-class TablePositions(nn.Module):
+class TablePositions(LearnedPositions):
     """A learnable table of all places of a grid, resized to the grid of each view (ViT, arXiv 2010.11929, section 3.2).
 
     Args:
-        width: D.
+        width: D, a multiple of 4.
         size: rows and columns of the table.
-        resampling: see `ops.positions.axis_weights`.
+        resampling, square: see `LearnedPositions`.
     """
 
-    def __init__(self, width: int, size: tuple[int, int], resampling: Resampling) -> None:
-        super().__init__()
-        self.size = size
-        self.resampling: Resampling = resampling
+    def __init__(self, width: int, size: tuple[int, int], resampling: Resampling, square: bool = False) -> None:
+        super().__init__(size, resampling, square)
         self.table = nn.Parameter(torch.empty(*size, width))
 
     def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
-        extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
-        rows, cols = (
-            axis_weights(positions[:, axis], extents[:, axis], self.size[axis], self.resampling) for axis in range(2)
-        )
+        rows, cols = self.weights(positions, grids, cu_seqlens)
         dtype = torch.promote_types(torch.float32, self.table.dtype)  # as in `FactorizedPositions`
         with torch.autocast(rows.device.type, enabled=False):
             weights = (rows[:, :, None] * cols[:, None]).flatten(1)  # [T, rows * columns]
@@ -283,16 +301,20 @@ class SinCosPositions(nn.Module):
 
     Args:
         width: D, a multiple of 4.
-        size: rows and columns of the grid that the weights were trained on. Longer grids are squeezed onto it.
+        size: rows and columns of the grid that longer ones are squeezed onto.
+        resampling: squeeze or none; see `Architecture.resampling`.
     """
 
-    def __init__(self, width: int, size: tuple[int, int]) -> None:
+    def __init__(self, width: int, size: tuple[int, int], resampling: Resampling = "squeeze") -> None:
         super().__init__()
         self.width = width
         self.size = size
+        self.squeezes = resampling == "squeeze"
 
     def forward(self, positions: Tensor, grids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the embedding [T, D] of `positions` [T, 2] in the `grids` [V, 2]."""
+        if not self.squeezes:
+            return sincos_2d(positions[:, 0], positions[:, 1], self.width)
         extents = grids[segment_ids(cu_seqlens, positions.shape[0])]  # [T, 2]
         rows, cols = (axis_coordinates(positions[:, axis], extents[:, axis], self.size[axis]) for axis in range(2))
         return sincos_2d(rows, cols, self.width)
@@ -303,9 +325,9 @@ def make_positions(config: Architecture) -> nn.Module | None:
     if config.positions == "rope":
         return None
     if config.positions == "sincos":
-        return SinCosPositions(config.width, config.position_grid)
+        return SinCosPositions(config.width, config.position_grid, config.resampling)
     kind = FactorizedPositions if config.positions == "factorized" else TablePositions
-    return kind(config.width, config.position_grid, config.resampling)
+    return kind(config.width, config.position_grid, config.resampling, config.square_positions)
 
 
 @torch.no_grad()

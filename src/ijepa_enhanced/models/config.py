@@ -31,7 +31,11 @@ class Architecture:
     position_grid: tuple[int, int] = (32, 32)
     """Rows and columns of the learned tables; of the grid that longer ones are squeezed onto, for sincos."""
     resampling: Resampling = "squeeze"
-    """How a view reads a learned table of another size than its grid; see `ops.positions`."""
+    """How a view reads a learned table of another size than its grid; see `ops.positions.axis_weights`. For sincos,
+    squeeze or none: longer grids are squeezed onto `position_grid`, or their positions are computed."""
+    square_positions: bool = False
+    """Whether a view reads both axes of a learned table as if its grid were the square around it (NaFlexViT), so that
+    positions keep the aspect ratio. False: each axis is resampled to its own length."""
     rope_base: float = 100.0
     """Base of the frequencies of rope; DINOv3's is the default."""
     class_token: bool = False
@@ -44,6 +48,9 @@ class Architecture:
     """Whether MLPs are SwiGLU (arXiv 2002.05202): silu(a) * b in place of gelu(a)."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm. The default is that of ViT (arXiv 2010.11929) and I-JEPA's code."""
+    norm_pooled: bool = False
+    """Whether the final LayerNorm is applied to the feature of a view after pooling (timm's `fc_norm`). False: to each
+    token before."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "hidden", "patch_size"):
@@ -53,6 +60,8 @@ class Architecture:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads}).")
         if self.registers < 0:
             raise ValueError(f"registers must be at least 0, not {self.registers}.")
+        if self.resampling == "none" and self.positions in ("factorized", "table"):
+            raise ValueError(f"resampling must not be none for learned positions ({self.positions}).")
 
     @property
     def prefix(self) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ijepa_enhanced.packed import Packed, segment_ids
 
-Resampling = Literal["squeeze", "linear", "bicubic", "bicubic-antialias"]
+Resampling = Literal["squeeze", "linear", "bicubic", "bicubic-antialias", "none"]
+"""How a view of another grid reads positions; see `axis_weights`. none: only fixed positions, which need no table."""
 
 CUBIC_SHARPNESS, ANTIALIAS_SHARPNESS = -0.75, -0.5
 """The parameter of the cubic kernel in `F.interpolate`, without and with `antialias`."""
@@ -74,16 +75,14 @@ def axis_weights(positions: Tensor, extents: Tensor, size: int, resampling: Resa
     """
     if resampling == "squeeze":
         return interpolation_weights(axis_coordinates(positions, extents, size), size)
-    # Pixel centers: position p of n lies at (p + 1/2) * size / n on the table.
-    step = size / extents.float()  # [T]
-    entries = torch.arange(size, device=positions.device)
+    # Pixel centers: position p of n lies at (p + 1/2) * size / n on the table. Only the division rounds.
+    center = (positions + 0.5) * size / extents - 0.5  # [T]
     if resampling == "bicubic-antialias":
         # A kernel that widens where the table shrinks, normalized over the entries that exist.
-        stretch = step.clamp(min=1.0)[:, None]
-        distance = (entries + 0.5 - ((positions + 0.5) * step)[:, None]) / stretch
+        stretch = (size / extents).clamp(min=1.0)[:, None]
+        distance = (torch.arange(size, device=positions.device) - center[:, None]) / stretch
         weights = _cubic(distance.abs(), ANTIALIAS_SHARPNESS)
         return weights / weights.sum(dim=1, keepdim=True)
-    center = (positions + 0.5) * step - 0.5
     if resampling == "linear":
         return interpolation_weights(center.clamp(0, size - 1), size)
     first = center.floor() - 1
