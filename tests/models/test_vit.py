@@ -2,15 +2,17 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ijepa_enhanced.merge_plan import MergePlan
 from ijepa_enhanced.models.blocks import SinCosPositions
-from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.config import Architecture, EncoderConfig
 from ijepa_enhanced.models.vit import PatchMLP, VisionTransformer
 from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed
@@ -161,3 +163,56 @@ def test_a_patch_embedding_may_have_a_hidden_layer() -> None:
         # He's start for unit variance; 384 units of 192 weights each leave less than 1% to chance.
         assert float(hidden.std()) == pytest.approx(2**0.5, rel=0.01)
         torch.testing.assert_close(layers(x), torch.nn.functional.gelu(hidden) @ layers.out.weight.T)
+
+
+def plain(network: VisionTransformer, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """One view, by the formulas of the papers: [patches, P * P * 3] -> [prefix + patches, D]."""
+    config, x = network.config, network.patch_embed(patches)
+    rows, cols = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).unbind(1)
+    if config.positions == "table":  # of this grid
+        x = x + network.positions.table[rows, cols]
+    x = torch.cat([network.prefix, x])
+
+    def turned(heads: Tensor) -> Tensor:
+        """Queries or keys [tokens, H, K], rotated if the architecture says so; a class token is not."""
+        if config.positions != "rope":
+            return heads
+        width = heads.shape[2]
+        frequencies = config.rope_base ** -(torch.arange(width // 4) / (width // 4))
+        places = [2 * math.pi * (2 * (axis + 0.5) / size - 1) for axis, size in zip((rows, cols), grid, strict=True)]
+        angles = torch.cat([place[:, None] * frequencies for place in places], dim=1)[:, None]  # [patches, 1, K / 2]
+        turn = torch.polar(torch.ones_like(angles), angles)
+        first, second = heads[config.prefix :].chunk(2, dim=2)
+        moved = torch.complex(first, second) * turn
+        return torch.cat([heads[: config.prefix], torch.cat([moved.real, moved.imag], dim=2)])
+
+    for block in network.blocks.layers:
+        q, k, v = block.qkv(block.norm1(x)).unflatten(1, (3, config.heads, -1)).unbind(1)
+        logits = torch.einsum("ihk,jhk->hij", turned(q), turned(k)) / q.shape[2] ** 0.5
+        x = x + block.scale1 * block.proj(torch.einsum("hij,jhk->ihk", logits.softmax(dim=2), v).flatten(1))
+        hidden = block.fc1(block.norm2(x))
+        if config.gated:
+            gate, value = hidden.chunk(2, dim=1)
+            hidden = gate * gate.sigmoid() * value
+        else:
+            hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        x = x + block.scale2 * block.fc2(hidden)
+    return network.blocks.norm(x)
+
+
+@pytest.mark.parametrize("parts", [{"positions": "table", "position_grid": (3, 5)}, {"positions": "rope", "gated": True}])
+def test_the_network_is_that_of_the_papers(make_stream: Callable[..., Packed], parts: dict[str, Any]) -> None:
+    config = Architecture(
+        *(64, 3, 2, 96, 8), resampling="bicubic", class_token=True, registers=2, layer_scale=True, norm_eps=1e-3, **parts
+    )
+    torch.manual_seed(0)
+    network = VisionTransformer(config).eval()
+    with torch.no_grad():
+        for value in network.parameters():  # as after training: nothing is 0 or 1
+            value.add_(torch.randn_like(value) * 0.2)
+        packed = make_stream([(3, 5), (2, 2)], 0, config.prefix)
+        packed = packed.with_values(packed.values / 127.5 - 1)
+        found = network(packed)[: 3 + 15]
+        expected = plain(network, packed.values[3 : 3 + 15], (3, 5))
+    # Norm of the difference by the norm: three blocks of sums of up to 192 numbers, each rounded at 6e-8.
+    assert float((found - expected).norm() / expected.norm()) < 5e-6
