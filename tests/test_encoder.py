@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa_enhanced.data.decode import patchify
-from ijepa_enhanced.encoder import Encoder, Preprocessing, Resolution
+from ijepa_enhanced.encoder import Encoder, Resolution
 from ijepa_enhanced.errors import EncoderError, NotFiniteError, UnreadableImage
 from ijepa_enhanced.models.config import Architecture, EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.packed import Packed
 
 TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture

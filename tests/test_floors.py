@@ -17,7 +17,7 @@ FLOORS = (
         *("devices", "packed", "merge_plan", "batch", "distributed"),
     ),
     ("ops", "data"),
-    ("models", "encoder"),
+    ("models", "pretrained", "encoder"),
     ("objective", "losses", "jepa", "evaluate"),
     ("train", "visualize", "embed", "benchmarks", "study"),
     ("commands", "cli", "__main__"),

@@ -13,10 +13,11 @@ from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.sweep import network_costs
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import Packed, Segments
 from one_pack import pack_losses

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.models.blocks import Block
 from ijepa_enhanced.models.config import Architecture, EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import Packed, Segments

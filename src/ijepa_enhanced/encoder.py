@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +24,17 @@ from ijepa_enhanced.data.inputs import (
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, default_workers
-from ijepa_enhanced.errors import EncoderError, NotFiniteError
-from ijepa_enhanced.files import replacing
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.pooling import pool
 from ijepa_enhanced.ops.positions import within_grid
-from ijepa_enhanced.ops.preprocess import CHANNELS, IMAGENET_MEAN, IMAGENET_STD, Normalize
+from ijepa_enhanced.ops.preprocess import Normalize
 from ijepa_enhanced.packed import Packed, Segments
+from ijepa_enhanced.pretrained import Pretrained, WhichEncoder, load, save
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 3
-"""Version of config.json, raised whenever older files can no longer be read. Version 1 had no preprocessing, version 2
-named the architecture by a variant."""
 
 TOKENS_PER_PACK = 16384
 """Default for the largest number of tokens of an image, and in memory at once."""
@@ -61,35 +54,6 @@ the resolution that the encoder was trained at."""
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes the input of a network, and how its tokens become one feature."""
-
-    resolution: int | None = None
-    """Resolution that the network was trained at, sqrt(height * width) in pixels; if there were several, the largest.
-    None: native size."""
-    channels: int = CHANNELS
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    """Mean of each channel, for pixel values on [0, 1]."""
-    std: tuple[float, ...] = IMAGENET_STD
-    """Standard deviation of each channel, for pixel values on [0, 1]."""
-    trained_grid: tuple[int, int] | None = None
-    """Rows and columns of the longest grids of training. Longer grids are interpolated onto this size, because
-    positions beyond it are untrained. None: no limit, as for fixed positions."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """The feature of an image. mean: the mean of the features of its patches. cls: the feature of the class token."""
-
-    def __post_init__(self) -> None:
-        if self.channels != CHANNELS:
-            raise ValueError(f"channels must be {CHANNELS}, not {self.channels}.")
-        if not len(self.mean) == len(self.std) == CHANNELS:
-            raise ValueError(
-                f"mean and std must have {CHANNELS} values each, not {len(self.mean)} and {len(self.std)}."
-            )
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling must be mean or cls, not '{self.pooling}'.")
-
-
 class Encoder(nn.Module):
     """A network with its preprocessing: it turns images of any size into features.
 
@@ -99,14 +63,16 @@ class Encoder(nn.Module):
     Args:
         network: the vision transformer, which is not copied.
         preprocessing: how images become its input.
+        origin: the released weights that it was imported from, or that its training started from; None: none.
     """
 
-    def __init__(self, network: VisionTransformer, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: VisionTransformer, preprocessing: Preprocessing, origin: Origin | None = None) -> None:
         super().__init__()
         if preprocessing.pooling == "cls" and not network.config.class_token:
             raise ValueError("pooling must be mean, because the network has no class token.")
         self.network = network
         self.preprocessing = preprocessing
+        self.origin = origin
         self.normalize = Normalize(preprocessing.mean, preprocessing.std, network.config.patch_size)
         self.to(next(network.parameters()).device)  # the buffers of `normalize` join the network
         self.warned: set[int] = set()
@@ -375,73 +341,25 @@ class Encoder(nn.Module):
         Raises:
             OSError: a file cannot be written, as on a full disk.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "format": FORMAT,
-            "architecture": dataclasses.asdict(self.config),
-            "preprocessing": dataclasses.asdict(self.preprocessing),
-        }
-        # Each file is written under a temporary name and renamed, so that a reader never sees half of one.
-        with replacing(folder / "model.safetensors") as temporary:
-            try:
-                save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, temporary)
-            except SafetensorError as error:  # safetensors reports failed writes as its own errors
-                raise OSError(f"{folder / 'model.safetensors'} cannot be written: {error}") from error
-        with replacing(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
+        save(Path(folder), Pretrained(self.network, self.preprocessing, self.origin))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Encoder:
-        """Load an encoder, in evaluation mode, on the CPU.
+    def from_pretrained(cls, path: str | Path, encoder: WhichEncoder = "target") -> Encoder:
+        """Load an encoder, in evaluation mode, on the CPU (docs/weights.md).
 
         Args:
-            path: folder of a run, or a folder that `save_pretrained` wrote.
+            path: a run; a folder that `save_pretrained`, transformers or timm wrote; a checkpoint of I-JEPA's own code;
+                a file of weights with their config.json beside it; or the id of a model on the Hugging Face Hub, such
+                as `facebook/dinov2-small`.
+            encoder: which encoder of an I-JEPA checkpoint.
 
         Raises:
-            EncoderError: the folder holds no encoder, or one of an older version, or a damaged one.
+            EncoderError: there is no encoder, or one of an older version, or a damaged one, or one whose architecture
+                is not known.
             NotFiniteError: a weight is not finite.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(path)
-        if (folder / "encoder").is_dir():
-            folder = folder / "encoder"
-        if not folder.exists():
-            raise EncoderError(f"No such folder: {path}.")
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'"
-            raise EncoderError(f"{path} contains no encoder: {needed}.")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            if not isinstance(config, dict) or config.get("format") != FORMAT:
-                raise EncoderError(
-                    f"{folder} was saved by an older version of ijepa-enhanced. Train the encoder again, or rewrite "
-                    "config.json as docs/decisions.md describes."
-                )
-            preprocessing = Preprocessing(**_tuples(config["preprocessing"]))
-            network = VisionTransformer(Architecture(**_tuples(config["architecture"])))
-            network.load_state_dict(load_file(folder / "model.safetensors"))
-        except EncoderError:  # the one raised above; it is a ValueError too, which the next line would wrap
-            raise
-        except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-            raise EncoderError(f"The encoder in {folder} cannot be loaded: {error}") from error
-        for name, value in network.state_dict().items():
-            if not value.isfinite().all():
-                raise NotFiniteError(
-                    f"The weights {name} in {folder} contain NaN or infinite values, so this encoder cannot be used. "
-                    "Use an encoder from another run, or RUN/best if the run has one."
-                )
-        return cls(network, preprocessing).eval()
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values from a JSON file, which has no tuples, with tuples in place of lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        loaded = load(path, encoder)
+        return cls(loaded.network, loaded.preprocessing, loaded.origin).eval()
 
 
 def tokens_at_once(device: torch.device, tokens: int) -> int:

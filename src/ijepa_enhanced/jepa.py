@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.losses import nt_xent, variance_covariance
 from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.models.predictor import Predictor
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import Linear

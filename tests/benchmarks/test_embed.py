@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ijepa_enhanced.benchmarks import ceilings, embed, methods, peers
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
+from ijepa_enhanced.models.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 IMAGES = [

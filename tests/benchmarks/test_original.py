@@ -8,10 +8,11 @@ import torch
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.benchmarks.original import Original, Rows, encode, lay_out
 from ijepa_enhanced.data.loader import masks_of
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import Losses
 from ijepa_enhanced.masks import MaskConfig
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.models.vit import VisionTransformer
 
 GRIDS = [(5, 7), (12, 15), (3, 3), (9, 9), (16, 16), (2, 11)]

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.embed import settings
-from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 
 ROWS = 8
 """Rows of a file, so that a few images make several files."""

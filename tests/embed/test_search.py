@@ -28,8 +28,9 @@ from ijepa_enhanced.embed.folder import EmbeddingFolder
 from ijepa_enhanced.embed.index import SearchIndex, add_all
 from ijepa_enhanced.embed.search import SCALE, Match, duplicates, nearest
 from ijepa_enhanced.embed.settings import EmbedSettings, load_settings, save_settings
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 ROUNDING = 1 / SCALE

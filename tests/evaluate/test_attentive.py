@@ -15,7 +15,6 @@ from torch import Tensor
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate import attentive as attentive_module
 from ijepa_enhanced.evaluate.attentive import AttentiveClassifier, attentive, segment_softmax
@@ -29,6 +28,7 @@ from ijepa_enhanced.evaluate.tokens import (
     uncounted,
 )
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.packed import Segments
 
 

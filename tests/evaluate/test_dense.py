@@ -11,7 +11,6 @@ from PIL import Image
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.data.sources.folder import FolderSource
-from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate import dense as dense_module
 from ijepa_enhanced.evaluate import linear
@@ -19,6 +18,7 @@ from ijepa_enhanced.evaluate.dense import dense, mean_iou, patch_labels
 from ijepa_enhanced.evaluate.label_maps import map_of, open_maps
 from ijepa_enhanced.evaluate.tokens import InferenceConfig
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.randomness import Purpose, generator
 
 SETTING = InferenceConfig(48, workers=0)

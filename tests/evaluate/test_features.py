@@ -15,13 +15,13 @@ from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.errors import NotFiniteError, RequestError
 from ijepa_enhanced.evaluate import cache as cache_module
 from ijepa_enhanced.evaluate import features
 from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 
 # Norm of the difference by the norm, as in test_encoder.py: float32 rounding in other sizes of pack.
 BOUND = 2e-6

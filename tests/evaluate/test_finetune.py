@@ -13,12 +13,12 @@ from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.loader import PackDataset
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.evaluate import finetune as finetune_module
 from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.evaluate.finetune import Classifier, finetune, parameter_groups
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.packed import Packed, Segments
 
 

@@ -12,8 +12,8 @@ import torch
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.encoder import Preprocessing
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 
 PROTOCOLS = """
 import dataclasses, json, sys

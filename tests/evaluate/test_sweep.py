@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate import sweep
 from ijepa_enhanced.evaluate.cost import peak_bytes
 from ijepa_enhanced.evaluate.sweep import Point, advice, choose, frontier, network_costs, write_points
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.packed import Packed
 
 

@@ -200,10 +200,18 @@ def plain(network: VisionTransformer, patches: Tensor, grid: tuple[int, int]) ->
     return network.blocks.norm(x)
 
 
-@pytest.mark.parametrize("parts", [{"positions": "table", "position_grid": (3, 5)}, {"positions": "rope", "gated": True}])
+@pytest.mark.parametrize(
+    "parts", [{"positions": "table", "position_grid": (3, 5)}, {"positions": "rope", "gated": True}]
+)
 def test_the_network_is_that_of_the_papers(make_stream: Callable[..., Packed], parts: dict[str, Any]) -> None:
     config = Architecture(
-        *(64, 3, 2, 96, 8), resampling="bicubic", class_token=True, registers=2, layer_scale=True, norm_eps=1e-3, **parts
+        *(64, 3, 2, 96, 8),
+        resampling="bicubic",
+        class_token=True,
+        registers=2,
+        layer_scale=True,
+        norm_eps=1e-3,
+        **parts,
     )
     torch.manual_seed(0)
     network = VisionTransformer(config).eval()

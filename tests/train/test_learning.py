@@ -9,10 +9,11 @@ from ijepa_enhanced.cli import parse
 from ijepa_enhanced.commands.setup import train_config
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.features import extract
 from ijepa_enhanced.evaluate.protocol import score
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.train.loop import train
 
 # The difference of two accuracies near 10% on 2,048 images has a standard error of 0.94 points.

@@ -24,11 +24,12 @@ from ijepa_enhanced.data.plan import Pack, Plan
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
 from ijepa_enhanced.jepa import JEPA
 from ijepa_enhanced.models.config import EncoderConfig, MergeConfig, PredictorConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.logging import read_log

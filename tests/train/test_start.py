@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ijepa_enhanced.cli import main
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import EncoderError
 from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.loop import train

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.visualize.features import MARK, RAMP, RESOLUTION, draw_features, pca_maps, similarity_map
 from ijepa_enhanced.visualize.views import MARGIN
 

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data.decode import patchify
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.merge_plan import merged_lengths
 from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.packed import Packed
 from ijepa_enhanced.visualize.merges import CAPTION, DEPTHS, RESOLUTION, draw_merges, regions
 from ijepa_enhanced.visualize.views import MARGIN

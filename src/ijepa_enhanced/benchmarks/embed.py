@@ -34,7 +34,7 @@ from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate.cost import interleaved_seconds
 from ijepa_enhanced.evaluate.knn import knn_classify
@@ -43,6 +43,7 @@ from ijepa_enhanced.evaluate.scores import interval, mcnemar
 from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.models.config import Architecture, EncoderConfig
 from ijepa_enhanced.models.flops import encoder_flops
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.models.variants import variant_name
 
 TURNS = 3

@@ -14,11 +14,12 @@ from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.merge_plan import MergePlan, merged_lengths
 from ijepa_enhanced.models.blocks import Block
 from ijepa_enhanced.models.config import Architecture, EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.merging import match, merge
 from ijepa_enhanced.packed import Packed

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ijepa_enhanced.encoder import Encoder, Preprocessing
+from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.train.config import TrainConfig
 
 START = "start"

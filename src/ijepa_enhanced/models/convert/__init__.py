@@ -1,0 +1,1 @@
+"""Released weights in other layouts, one file each."""

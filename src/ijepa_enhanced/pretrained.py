@@ -1,0 +1,283 @@
+"""Encoders in files: ours, released weights in other layouts, and the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ijepa_enhanced.errors import EncoderError, NotFiniteError, UserError
+from ijepa_enhanced.files import replacing
+from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.models.convert.layouts import convert, is_foreign
+from ijepa_enhanced.models.convert.reader import Reader
+from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
+from ijepa_enhanced.models.vit import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
+"""Version of config.json, raised whenever older files can no longer be read. Version 1 had no preprocessing, version 2
+named the architecture by a variant."""
+
+PICKLES = (".pth", ".pt", ".bin", ".tar")
+"""Endings of files that `torch.load` reads. Only tensors and plain values are loaded from them."""
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", "README.md"]
+"""What is downloaded; README.md has the license."""
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for the Hub's first answer."""
+
+WhichEncoder = Literal["target", "context"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What an encoder is made of."""
+
+    network: VisionTransformer
+    preprocessing: Preprocessing
+    origin: Origin | None
+    """None: not from released weights."""
+
+
+def save(folder: Path, pretrained: Pretrained) -> None:
+    """Write `config.json` and `model.safetensors` into `folder`, and create it if needed.
+
+    Raises:
+        OSError: a file cannot be written, as on a full disk.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "architecture": dataclasses.asdict(pretrained.network.config),
+        "preprocessing": dataclasses.asdict(pretrained.preprocessing),
+        "origin": pretrained.origin and dataclasses.asdict(pretrained.origin),
+    }
+    state = {name: value.contiguous() for name, value in pretrained.network.state_dict().items()}
+    # Each file is written under a temporary name and renamed, so that a reader never sees half of one.
+    with replacing(folder / "model.safetensors") as temporary:
+        try:
+            save_file(state, temporary)
+        except SafetensorError as error:  # safetensors reports failed writes as its own errors
+            raise OSError(f"{folder / 'model.safetensors'} cannot be written: {error}") from error
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
+    """Load an encoder on the CPU; arguments and errors are those of `Encoder.from_pretrained`."""
+    place = find(path)
+    folder = place if place.is_dir() else place.parent
+    config = read_json(folder / "config.json")
+    if not is_foreign(config) and (place.is_dir() or (config and place.name == "model.safetensors")):
+        return load_ours(folder, config, encoder)
+    weights = place if place.is_file() else weights_in(place)
+    processor = read_json(folder / "preprocessor_config.json")
+    try:
+        imported = convert(read_weights(weights), config if is_foreign(config) else None, processor or {}, encoder)
+        network = network_of(imported.architecture, imported.weights)
+    except UserError:
+        raise
+    except ValueError as error:  # of a dataclass
+        raise EncoderError(f"{path} cannot be loaded: {error}") from error
+    check_finite(network, place)
+    if imported.note:
+        logger.warning("%s: %s", path, imported.note)
+    # A Hub id is not a path, and its files lie in a folder that is named by a hash.
+    name = place.resolve().name if Path(path).exists() else str(path)
+    which = encoder if imported.layout == "I-JEPA" else None
+    origin = Origin(name, imported.layout, license_of(folder / "README.md") or imported.license, which)
+    return Pretrained(network, imported.preprocessing, origin)
+
+
+def load_ours(folder: Path, config: Any, encoder: WhichEncoder) -> Pretrained:
+    """Load an encoder that `save` wrote.
+
+    Raises:
+        EncoderError: it is none, or was written by an older version, or is damaged.
+        NotFiniteError: a weight is not finite.
+    """
+    if config is None or not (folder / "model.safetensors").is_file():
+        needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'"
+        raise EncoderError(f"{folder} contains no encoder: {needed}.")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise EncoderError(
+            f"{folder} was saved by an older version of ijepa-enhanced. Train the encoder again, or rewrite "
+            "config.json as docs/decisions.md describes."
+        )
+    origin = config.get("origin")
+    if encoder == "context" and not (origin and origin.get("encoder") == "context"):
+        raise EncoderError(f"{folder} has no context encoder: only checkpoints of I-JEPA's own code have one.")
+    try:
+        architecture = Architecture(**_tuples(config["architecture"]))
+        preprocessing = Preprocessing(**_tuples(config["preprocessing"]))
+        with torch.device("meta"):
+            expected = VisionTransformer(architecture).state_dict()
+        reader = Reader(read_weights(folder / "model.safetensors"))
+        state = {name: reader.take(name, *value.shape) for name, value in expected.items()}
+        reader.finish()
+        network = network_of(architecture, state)
+        pretrained = Pretrained(network, preprocessing, Origin(**origin) if origin else None)
+    except (EncoderError, ValueError, TypeError, LookupError) as error:
+        raise EncoderError(f"The encoder in {folder} cannot be loaded: {error}") from error
+    check_finite(network, folder)
+    return pretrained
+
+
+def network_of(architecture: Architecture, weights: dict[str, Tensor]) -> VisionTransformer:
+    """Return a network in evaluation mode with these weights, which are not copied."""
+    with torch.device("meta"):  # its own weights would be drawn in vain
+        network = VisionTransformer(architecture)
+    network.load_state_dict({name: value.contiguous() for name, value in weights.items()}, assign=True)
+    return network.eval()
+
+
+def check_finite(network: VisionTransformer, place: Path) -> None:
+    """Raise NotFiniteError if a weight is not finite."""
+    for name, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise NotFiniteError(
+                f"The weights {name} in {place} contain NaN or infinite values, so this encoder cannot be used. "
+                "Use an encoder from another run, or RUN/best if the run has one."
+            )
+
+
+def find(path: str | Path) -> Path:
+    """Return the folder or file that a path, a run or a Hub id means.
+
+    Raises:
+        EncoderError: there is none.
+    """
+    place = Path(path)
+    if (place / "encoder").is_dir():
+        return place / "encoder"
+    if place.exists():
+        return place
+    # The first half of a Hub id is a name. If there is a folder of this name, the path is meant.
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not place.parent.exists():
+        return download(str(path))
+    raise EncoderError(f"No such folder: {path}.")
+
+
+def download(name: str) -> Path:
+    """Return the folder with the files of a model on the Hugging Face Hub, downloading those that are not cached.
+
+    Raises:
+        EncoderError: it cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT))
+    except GatedRepoError as error:
+        raise EncoderError(
+            f"You may not download {name} yet. Accept its license at https://huggingface.co/{name} and log in with "
+            "`hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise EncoderError(f"There is no folder {name}, and no such model on the Hugging Face Hub.") from error
+    except LocalEntryNotFoundError as error:
+        raise EncoderError(
+            f"There is no folder {name}, and the Hugging Face Hub cannot be reached to download a model of this name. "
+            "Download its files where there is a network, and give the folder that holds them."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{name} cannot be downloaded from the Hugging Face Hub: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or None if there is no such file.
+
+    Raises:
+        EncoderError: it is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"The encoder in {path.parent} cannot be loaded: {path.name}: {error}") from error
+
+
+def weights_in(folder: Path) -> Path:
+    """Return the file of a folder that has the weights, or that lists the files that have them.
+
+    Raises:
+        EncoderError: there is none.
+    """
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise EncoderError(f"{folder} contains no weights: it needs {', '.join(names[:-1])} or {names[-1]}.")
+
+
+def read_weights(path: Path) -> Any:
+    """Return what a file holds, without executing code from it: usually tensors by name.
+
+    Raises:
+        EncoderError: it is damaged, or in a format that is not known, or holds more than tensors and plain values.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.name.endswith(".index.json"):
+            files = sorted(set(read_json(path)["weight_map"].values()))
+            return {name: value for file in files for name, value in load_file(path.parent / file).items()}
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix not in PICKLES:
+            raise EncoderError(f"{path} is no file of weights: these end in .safetensors, {', '.join(PICKLES)}.")
+        # Only the parts of a checkpoint that are used are read from the disk, if its format allows it.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+            raise EncoderError(f"{path} is damaged or no file of weights: {first_line(error)}") from error
+        raise EncoderError(
+            f"{path} holds Python objects besides tensors, which could run any code when loaded, so it is not loaded. "
+            "Save the tensors alone, for example as safetensors."
+        ) from error
+    except (SafetensorError, OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise EncoderError(f"{path} is damaged or no file of weights: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message."""
+    return str(error).partition("\n")[0]
+
+
+def license_of(card: Path) -> str | None:
+    """Return the license that a model card states in its header, or None."""
+    import yaml
+
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    found = values.get("license_name" if values.get("license") == "other" else "license")
+    return found if isinstance(found, str) else None
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values from a JSON file, which has no tuples, with tuples in place of lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
