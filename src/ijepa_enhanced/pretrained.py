@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ijepa_enhanced.errors import EncoderError, NotFiniteError, UserError
+from ijepa_enhanced.errors import EncoderError, NotFiniteError
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.convert.layouts import convert, is_foreign
@@ -84,13 +84,11 @@ def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
     if not is_foreign(config) and (place.is_dir() or (config and place.name == "model.safetensors")):
         return load_ours(folder, config, encoder)
     weights = place if place.is_file() else weights_in(place)
-    processor = read_json(folder / "preprocessor_config.json")
+    content, processor = read_weights(weights), read_json(folder / "preprocessor_config.json") or {}
     try:
-        imported = convert(read_weights(weights), config if is_foreign(config) else None, processor or {}, encoder)
+        imported = convert(content, config if is_foreign(config) else None, processor, encoder)
         network = network_of(imported.architecture, imported.weights)
-    except UserError:
-        raise
-    except ValueError as error:  # of a dataclass
+    except ValueError as error:  # EncoderError, or one of a dataclass
         raise EncoderError(f"{path} cannot be loaded: {error}") from error
     check_finite(network, place)
     if imported.note:

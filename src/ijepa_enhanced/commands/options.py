@@ -122,7 +122,7 @@ class EncoderOptions(ResolutionOptions):
     """Options of every command that takes the encoder as its argument."""
 
     run: str = option(metavar="RUN", positional=True)
-    """Folder of a run, or a folder that contains config.json and model.safetensors."""
+    """A run, a folder with an encoder, or released weights: a folder, a file or a Hub id (docs/weights.md)."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class EmbedOptions(SourceOptions, InferenceOptions):
     """Options of `ijepa embed`."""
 
     weights: str = option(metavar="RUN")
-    """Folder of a run, or a folder that contains config.json and model.safetensors."""
+    """A run, a folder with an encoder, or released weights: a folder, a file or a Hub id (docs/weights.md)."""
     out: str = option(metavar="DIR")
     """Output folder. Each file in it holds the rows of 1,024 images or more."""
     format: Literal["parquet", "npy", "csv"] = option("parquet")
@@ -282,6 +282,19 @@ class SearchOptions(Common):
                 raise RequestError(f"--{name} only has an effect with {needs}. Remove it.")
         if self.out is not None and not self.out.lower().endswith(".png"):
             raise RequestError(f"--out must be a PNG file, not {self.out}.")
+
+
+@dataclass(frozen=True)
+class ConvertOptions(Common):
+    """Options of `ijepa convert`."""
+
+    weights: str = option(metavar="IN", positional=True)
+    """Released weights: a folder of transformers or timm, a checkpoint of I-JEPA's own code, a file of weights with its
+    config.json beside it, or a Hub id such as facebook/dinov2-small."""
+    out: str = option(metavar="OUT", positional=True)
+    """Folder to write config.json and model.safetensors to."""
+    encoder: Literal["target", "context"] = option("target")
+    """Which encoder of an I-JEPA checkpoint. The paper evaluates the target encoder."""
 
 
 @dataclass(frozen=True)

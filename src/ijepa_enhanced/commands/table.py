@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ijepa_enhanced.commands.options import (
     BenchmarkOptions,
     Common,
+    ConvertOptions,
     DataOptions,
     EmbedOptions,
     EvaluateOptions,
@@ -184,6 +185,15 @@ COMMANDS: dict[str, Command | Group] = {
         ("ijepa inspect masks photos --out pictures",),
         INSPECT,
         "subcommand",
+    ),
+    "convert": Command(
+        "Import released weights: I-JEPA, DINOv2, DINOv3, ViT and NaFlexViT.",
+        (
+            "ijepa convert facebook/dinov2-small weights/dinov2-small",
+            "ijepa convert IN1K-vit.h.14-300e.pth.tar weights/ijepa-huge",
+        ),
+        ConvertOptions,
+        "convert.run",
     ),
     "study": Command(
         "Train several configurations with several seeds each, and compare their scores.",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ijepa_enhanced.models.variants import PATCH_SIZES, VARIANTS
-from ijepa_enhanced.ops.positions import Resampling
+
+if TYPE_CHECKING:
+    from ijepa_enhanced.ops.positions import Resampling  # it imports torch, and `--help` must not wait for that
 
 
 @dataclass(frozen=True)
