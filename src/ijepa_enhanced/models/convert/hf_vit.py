@@ -69,12 +69,13 @@ def convert(tensors: Mapping[str, Tensor], config: Config, processor: Config) ->
     unbiased = () if config.values.get("qkv_bias", True) else QKV
     state = take_trunk(reader, architecture, NAMES, unbiased)
     prefix, channels = architecture.prefix, architecture.width
+    dtype = reader.peek("embeddings.position_embeddings").dtype
     table = reader.take("embeddings.position_embeddings", 1, prefix + grid[0] * grid[1], channels)[0]
     if prefix:
         state["prefix"] = reader.take("embeddings.cls_token", 1, 1, channels)[0] + table[:1]
     reader.finish()
     state["positions.table"] = table[prefix:].view(*grid, channels)
-    if kind == "ijepa" and is_sincos(state["positions.table"]):
+    if kind == "ijepa" and is_sincos(state["positions.table"], dtype):
         del state["positions.table"]
         architecture = dataclasses.replace(architecture, positions="sincos", resampling="none")
     pooling, default = ("cls", (0.5, 0.5, 0.5)) if prefix else ("mean", None)  # default of ViTImageProcessor

@@ -53,8 +53,8 @@ def convert(checkpoint: Mapping[str, Any], encoder: Literal["target", "context"]
     if width not in heads:
         known = ", ".join(map(str, heads))
         raise EncoderError(f"The encoder has a width of {width}, and I-JEPA's have {known}.")
-    places = reader.peek("pos_embed").shape[1]
-    grid = math.isqrt(places)
+    positions = reader.peek("pos_embed")
+    grid = math.isqrt(positions.shape[1])
     architecture = Architecture(
         width,
         reader.count(NAMES.block),
@@ -68,7 +68,7 @@ def convert(checkpoint: Mapping[str, Any], encoder: Literal["target", "context"]
     table = reader.take("pos_embed", 1, grid * grid, width)
     state = take_trunk(reader, architecture, NAMES)
     reader.finish()
-    if not is_sincos(table.view(grid, grid, width)):
+    if not is_sincos(table.view(grid, grid, width), positions.dtype):
         raise EncoderError(
             "The positions in pos_embed are not the sine-cosine positions of I-JEPA, so features would differ."
         )

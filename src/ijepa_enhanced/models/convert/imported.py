@@ -136,13 +136,18 @@ def processed(
     )
 
 
-def is_sincos(table: Tensor) -> bool:
-    """Return whether a table [rows, columns, D] holds I-JEPA's fixed positions, to the rounding of its type."""
+def is_sincos(table: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a table [rows, columns, D] holds I-JEPA's fixed positions.
+
+    Args:
+        table: in float32.
+        dtype: in which it was saved, whose rounding is allowed.
+    """
     height, width, channels = table.shape
     if channels % 4:
         return False
     rows, cols = torch.cartesian_prod(torch.arange(height), torch.arange(width)).unbind(1)
     fixed = sincos_2d(rows, cols, channels)
     # Angles below 64, rounded to float32 twice; and numbers up to 1 in the type of the file.
-    bound = 2 * 64 * 2**-24 + torch.finfo(table.dtype).eps
-    return bool((table.flatten(0, 1).float() - fixed).abs().max() <= bound)
+    bound = 2 * 64 * 2**-24 + torch.finfo(dtype).eps
+    return bool((table.flatten(0, 1) - fixed).abs().max() <= bound)
