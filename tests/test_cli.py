@@ -746,7 +746,19 @@ def test_help_lists_the_commands() -> None:
         assert any(re.search(rf"{name} +{re.escape(command.purpose)}", line) for line in answer.out)
 
 
-HEAVY = ("torch", "PIL", "pyarrow", "rich", "matplotlib", "safetensors", "scipy", "pandas", "datasets", "fsspec")
+HEAVY = (
+    "torch",
+    "PIL",
+    "pyarrow",
+    "rich",
+    "matplotlib",
+    "safetensors",
+    "huggingface_hub",
+    "scipy",
+    "pandas",
+    "datasets",
+    "fsspec",
+)
 
 
 def test_help_imports_no_heavy_library() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,22 +241,23 @@ def read_weights(path: Path) -> Any:
             return load_file(path)
         if path.suffix not in PICKLES:
             raise EncoderError(f"{path} is no file of weights: these end in .safetensors, {', '.join(PICKLES)}.")
-        # Only the parts of a checkpoint that are used are read from the disk, if its format allows it.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
-            raise EncoderError(f"{path} is damaged or no file of weights: {first_line(error)}") from error
-        raise EncoderError(
-            f"{path} holds Python objects besides tensors, which could run any code when loaded, so it is not loaded. "
-            "Save the tensors alone, for example as safetensors."
-        ) from error
-    except (SafetensorError, OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise EncoderError(f"{path} is damaged or no file of weights: {first_line(error)}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is an error
+            # Only the parts of a checkpoint that are used are read from the disk, if its format allows it.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, TypeError) as error:
+        if "GLOBAL" in str(error):  # as pickles call what they import
+            raise EncoderError(
+                f"{path} holds Python objects besides tensors, which could run any code when loaded, so it is not "
+                "loaded. Save the tensors alone, for example as safetensors."
+            ) from error
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {first_sentence(error)}"
+        raise EncoderError(f"{path} is damaged or no file of weights{reason or '.'}") from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of a message."""
-    return str(error).partition("\n")[0]
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of a message."""
+    return str(error).partition("\n")[0].partition(". ")[0].removesuffix(".") + "."
 
 
 def license_of(card: Path) -> str | None:

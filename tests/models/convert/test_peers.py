@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import EncoderError
+from ijepa_enhanced.models.convert.layouts import convert
+from ijepa_enhanced.models.convert.timm_vit import OTHER_ARITHMETIC
 from ijepa_enhanced.ops.positions import sincos_2d
 from ijepa_enhanced.packed import Packed
 
@@ -224,3 +227,33 @@ def test_folders_that_timm_writes(tmp_path: Path) -> None:
     assert encoder.preprocessing.resolution == 40
     assert encoder.preprocessing.mean == model.pretrained_cfg["mean"]
     assert_equal(encoder, lambda image: model.forward_features(image)[0], lambda x: x[0])
+
+
+@pytest.mark.slow
+def test_no_vit_of_timm_is_taken_for_another() -> None:
+    """Whatever converts by the name of its architecture has the heads, activations and norms that we assume."""
+    timm = pytest.importorskip("timm", reason="needs timm")
+    converted = 0
+    for name in timm.list_models(["vit_*", "deit*", "naflexvit_*"]):
+        if any(part in name for part in (*OTHER_ARITHMETIC, "sapiens", "lingbot", "_pe_", "relpos")):
+            continue  # refused, or of classes whose weights have other names
+        with torch.device("meta"):
+            model = timm.create_model(name)
+            config = {
+                "architecture": name,
+                "global_pool": model.global_pool,
+                "pretrained_cfg": {"input_size": [3, *model.pretrained_cfg["input_size"][1:]]},
+            }
+            try:
+                found = convert(dict(model.state_dict()), config, {}).architecture
+            except EncoderError:
+                continue
+        converted += 1
+        block = model.blocks[0]
+        assert type(block) is timm.models.vision_transformer.Block, name
+        assert not getattr(model, "pool_include_prefix", False), name
+        assert (block.attn.num_heads, block.norm1.eps) == (found.heads, found.norm_eps), name
+        assert type(block.mlp.act).__name__ == ("SiLU" if found.gated else "GELU"), name
+        if name.startswith("naflexvit"):
+            assert model.embeds.pos_embed_ar_preserving == found.square_positions, name
+    assert converted > 50

@@ -27,8 +27,8 @@ WITHOUT_EFFECT = (
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
 )
 READ = ("img_size", "num_heads", "global_pool")
-OTHER_ARITHMETIC = ("clip", "siglip", "beit3")
-"""Parts of the names of architectures whose activations or epsilons differ, which their weights do not show."""
+OTHER_ARITHMETIC = ("clip", "siglip", "beit3", "rpn", "rope", "dinov3")
+"""Parts of the names of architectures whose activations, norms or positions differ. Weights do not always show it."""
 HEADS = {variant.width: variant.heads for variant in VARIANTS.values()} | {1152: 16, 1664: 16}
 """Number of heads by width. Other architectures have heads of 64 channels."""
 HEADS_BY_NAME = {"vit_base_patch16_gap_224": 16}
