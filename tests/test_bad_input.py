@@ -706,7 +706,7 @@ WRONG_REQUESTS = {
     "an encoder of an older version": (
         older_encoder,
         EVALUATE,
-        "run/encoder was saved by an older version of ijepa-enhanced that did not record the preprocessing. "
+        "run/encoder was saved by an older version of ijepa-enhanced. "
         "Train the encoder again, or rewrite config.json as docs/decisions.md describes.",
     ),
     "a source for a theme without images": (
