@@ -383,7 +383,7 @@ def test_a_folder_of_an_older_version_says_so(encoder: Encoder, tmp_path: Path) 
         Encoder.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["not JSON", '{"format": 3}', "weights"])
+@pytest.mark.parametrize("damage", ["not JSON", "[3]", '{"format": 3}', "weights"])
 def test_a_damaged_folder_says_so(encoder: Encoder, tmp_path: Path, damage: str) -> None:
     encoder.save_pretrained(tmp_path)
     if damage == "weights":

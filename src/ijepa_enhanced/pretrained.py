@@ -89,7 +89,7 @@ def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
     try:
         imported = convert(content, config if is_foreign(config) else None, processor, encoder)
         network = network_of(imported.architecture, imported.weights)
-    except ValueError as error:  # EncoderError, or one of a dataclass
+    except (ValueError, TypeError, AttributeError) as error:  # EncoderError, or a value that is of another kind
         raise EncoderError(f"{path} cannot be loaded: {error}") from error
     check_finite(network, place)
     if imported.note:
@@ -101,7 +101,7 @@ def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
     return Pretrained(network, imported.preprocessing, origin)
 
 
-def load_ours(folder: Path, config: Any, encoder: WhichEncoder) -> Pretrained:
+def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder) -> Pretrained:
     """Load an encoder that `save` wrote.
 
     Raises:
@@ -111,7 +111,7 @@ def load_ours(folder: Path, config: Any, encoder: WhichEncoder) -> Pretrained:
     if config is None or not (folder / "model.safetensors").is_file():
         needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'"
         raise EncoderError(f"{folder} contains no encoder: {needed}.")
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if config.get("format") != FORMAT:
         raise EncoderError(
             f"{folder} was saved by an older version of ijepa-enhanced. Train the encoder again, or rewrite "
             "config.json as docs/decisions.md describes."
@@ -197,16 +197,19 @@ def download(name: str) -> Path:
         raise EncoderError(f"{name} cannot be downloaded from the Hugging Face Hub: {error}") from error
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if there is no such file.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if there is no such file.
 
     Raises:
-        EncoderError: it is not JSON.
+        EncoderError: it is no JSON object.
     """
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"an object is needed, not a {type(found).__name__}")
+        return found
     except (OSError, ValueError) as error:
         raise EncoderError(f"The encoder in {path.parent} cannot be loaded: {path.name}: {error}") from error
 
@@ -235,7 +238,7 @@ def read_weights(path: Path) -> Any:
 
     try:
         if path.name.endswith(".index.json"):
-            files = sorted(set(read_json(path)["weight_map"].values()))
+            files = sorted(set((read_json(path) or {})["weight_map"].values()))
             return {name: value for file in files for name, value in load_file(path.parent / file).items()}
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -218,7 +218,7 @@ def test_all_that_does_not_fit_is_listed_at_once() -> None:
     assert str(error.value) == (
         "The weights do not fit: missing: layers.0.attention.q_proj.weight, layers.0.attention.k_proj.weight, "
         "layers.0.attention.v_proj.weight, layers.1.attention.q_proj.weight, layers.1.attention.k_proj.weight and "
-        "1 more; wrong shape: encoder.layer.1.norm1.bias is [47], not [48]; unknown: decoder.weight."
+        "1 more; wrong shape or type: encoder.layer.1.norm1.bias is [47], not [48]; unknown: decoder.weight."
     )
 
 
@@ -232,7 +232,11 @@ def test_all_that_does_not_fit_is_listed_at_once() -> None:
         ("vit", {"hidden_size": None}, "config.json must give hidden_size as a number, not None."),
         ("vit", {"image_size": "big"}, "config.json must give image_size as one or two integers, not 'big'."),
         ("vit", {"num_attention_heads": 5}, "width (48) must be a multiple of heads (5)."),
-        ("vit", {"image_size": 48}, "The weights do not fit: wrong shape: embeddings.position_embeddings is [1, 26, "),
+        (
+            "vit",
+            {"image_size": 48},
+            "The weights do not fit: wrong shape or type: embeddings.position_embeddings is [1, 26, ",
+        ),
         ("vit", {"num_hidden_layers": 1}, "The weights do not fit: unknown: encoder.layer.1."),
         ("dinov3", {"hidden_act": "silu"}, "hidden_act is 'silu' in config.json, but only 'gelu' can be loaded."),
         ("timm vit", {"architecture": "resnet18"}, "The architecture resnet18 of timm cannot be loaded. Those that "),
@@ -272,3 +276,18 @@ def test_a_width_that_ijepa_does_not_have_is_refused() -> None:
     other = network_of(small(positions="sincos", position_grid=(2, 2), resampling="none"))
     with pytest.raises(EncoderError, match=r"^The encoder has a width of 48, and I-JEPA's have 192, 384, 768, 1024, "):
         convert(ijepa_checkpoint(other, other), None, {})
+
+
+def test_quantized_weights_are_refused() -> None:
+    state, description = damaged("vit")
+    state["encoder.layer.0.output.dense.weight"] = torch.zeros(48, 64, dtype=torch.int8)
+    with pytest.raises(EncoderError, match=r"type: encoder\.layer\.0\.output\.dense\.weight is of type int8\.$"):
+        convert(state, description, {})
+
+
+def test_weights_do_not_depend_on_the_file_once_they_are_loaded(tmp_path: Path) -> None:
+    torch.save(ijepa_checkpoint(network_of(IJEPA, 0), network_of(IJEPA, 1)), tmp_path / "a.pth")
+    encoder = Encoder.from_pretrained(tmp_path / "a.pth")
+    size = (tmp_path / "a.pth").stat().st_size
+    (tmp_path / "a.pth").write_bytes(bytes(size))
+    assert_same(encoder, network_of(IJEPA, 0))

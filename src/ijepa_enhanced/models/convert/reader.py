@@ -68,14 +68,19 @@ class Reader:
         return max(numbers, default=-1) + 1
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """Return a tensor in float32. If it does not fit, return one of zeros, and let `finish` complain."""
+        """Return a copy of a tensor, in float32. If it does not fit, return zeros, and let `finish` complain.
+
+        A copy, because a tensor may be a part of a file, which may change.
+        """
         found = self.left.pop(name, None)
         if found is None:
             self.missing.append(name)
         elif tuple(found.shape) != shape:
             self.misshapen.append(f"{self.names[name]} is {list(found.shape)}, not {list(shape)}")
+        elif not found.is_floating_point():
+            self.misshapen.append(f"{self.names[name]} is of type {str(found.dtype).removeprefix('torch.')}")
         else:
-            return found.float()
+            return found.to(torch.float32, copy=True)
         return torch.zeros(shape)
 
     def take_linear(
@@ -100,7 +105,11 @@ class Reader:
         unknown = self.unknown + [self.names[name] for name in self.left]
         problems = [
             f"{title}: {some(names)}"
-            for title, names in (("missing", self.missing), ("wrong shape", self.misshapen), ("unknown", unknown))
+            for title, names in (
+                ("missing", self.missing),
+                ("wrong shape or type", self.misshapen),
+                ("unknown", unknown),
+            )
             if names
         ]
         if problems:
