@@ -28,7 +28,7 @@ from ijepa_enhanced.embed import search as search_module
 from ijepa_enhanced.embed.folder import EmbeddingFolder
 from ijepa_enhanced.embed.index import SearchIndex, add_all
 from ijepa_enhanced.embed.search import SCALE, Match, duplicates, nearest
-from ijepa_enhanced.embed.settings import FILE, EmbedSettings, load_settings, save_settings
+from ijepa_enhanced.embed.settings import EmbedSettings, load_settings, save_settings
 from ijepa_enhanced.encoder import Encoder, Preprocessing
 from ijepa_enhanced.models.config import EncoderConfig
 
@@ -553,12 +553,12 @@ def unreadable_image() -> None:
 
 def moved_encoder() -> None:
     settings = load_settings(Path("embeddings"))
-    Path("embeddings", FILE).write_text(dataclasses.replace(settings, encoder="gone").to_json())
+    Path("embeddings", "_embedding.json").write_text(dataclasses.replace(settings, encoder="gone").to_json())
 
 
 def changed_encoder() -> None:
     settings = load_settings(Path("embeddings"))
-    Path("embeddings", FILE).write_text(dataclasses.replace(settings, encoder="other").to_json())
+    Path("embeddings", "_embedding.json").write_text(dataclasses.replace(settings, encoder="other").to_json())
 
 
 FILE = "embeddings/part-00000-of-00001.parquet"
