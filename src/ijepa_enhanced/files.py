@@ -30,11 +30,18 @@ def make_folder(folder: Path, new: bool = False) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, new: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to, and rename it to `path` at the end, or remove it on an error.
 
     No other process has the same temporary path, not even one in another container that shares the folder. The file
     gets the mode that the umask gives to new files. It is on disk when the context ends.
+
+    Args:
+        path: of the file.
+        new: `path` must not exist.
+
+    Raises:
+        FileExistsError: `path` exists and should not.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
@@ -47,10 +54,23 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(mode)  # safetensors writes a file that only its owner can read
         flush(temporary)  # first: after a power cut, a renamed file must have its contents
-        temporary.replace(path)
+        if new:
+            _link(temporary, path)
+        else:
+            temporary.replace(path)
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file the name `path`, unless another file has it: then raise FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except OSError:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.replace(path)  # the file system has no links
 
 
 def flush(path: Path) -> None:

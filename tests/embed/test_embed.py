@@ -1,10 +1,12 @@
 """`ijepa embed`: every image is one row, in order, whatever happens on the way."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,11 +23,12 @@ import torch
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.data.catalog import open_catalog
+from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.embed import rows as embed_rows
 from ijepa_enhanced.embed import run as embed_run
 from ijepa_enhanced.embed.plan import EmbedPlan, files_of_shard
-from ijepa_enhanced.embed.settings import LEAST_ROWS, METADATA, EmbedSettings, load_settings
+from ijepa_enhanced.embed.settings import LEAST_ROWS, METADATA, EmbedSettings, load_settings, save_settings
 from ijepa_enhanced.evaluate.tokens import Clock
 
 from .conftest import BROKEN, CUT, ROWS
@@ -101,6 +104,22 @@ def test_every_image_is_one_row_in_order(photos: Path, encoder: Path, tmp_path: 
         else:
             # The same products in packs of another length, which the CPU's kernels round in another order.
             torch.testing.assert_close(torch.tensor(vector), model.embed([photos / key])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_many_packs_are_those_of_their_images(
+    photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ijepa_enhanced.encoder.CPU_TOKENS", 36)  # two images a pack
+    embed(photos, encoder, tmp_path / "out", "--tokens")
+    (path,) = (tmp_path / "out").glob("*.parquet")
+    assert pq.ParquetFile(path).num_row_groups == 1
+    found, model = table(tmp_path / "out"), Encoder.from_pretrained(encoder)
+    for row, key in enumerate(ALL):
+        if key not in (BROKEN, CUT):
+            (patches,) = model.patch_tokens([photos / key])
+            # Rounding as above, and that of float16.
+            torch.testing.assert_close(torch.tensor(found["embedding"][row]), patches.mean(dim=0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.tensor(found["tokens"][row]), patches, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.usefixtures("small_files")
@@ -223,13 +242,16 @@ def start(*arguments: Any) -> subprocess.Popen[str]:
 def test_killed_at_any_time_and_resumed(photos: Path, encoder: Path, tmp_path: Path) -> None:
     """The rows are those of an undisturbed run, bit for bit, and no half-written file is left."""
     moments, out = random.Random(0), tmp_path / "out"
-    for files in (0, 2):
+    for partial in ("_embedding.json", "part-00000*", "part-00002*"):
         process = start("embed", photos, "--weights", encoder, "--resume", "--workers", 1, "--out", out)
-        while len([*out.glob("*.parquet")]) < files and process.poll() is None:
+        while not [*out.glob(partial)] and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.02))
+        time.sleep(moments.uniform(0, 0.01))
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        for complete in out.glob("part-00002*"):  # it was too fast
+            complete.unlink()
     (out / ".part-00002-of-00003.parquet.abc.partial").write_text("left by a process that was killed")
     embed(photos, encoder, out, "--resume")
     embed(photos, encoder, tmp_path / "whole")
@@ -407,3 +429,49 @@ def test_interrupted(photos: Path, encoder: Path, tmp_path: Path, monkeypatch: p
     message = refused("embed", photos, "--weights", encoder, "--workers", 0, "--out", out, code=1)
     assert message == "Interrupted. To continue, run the same command with --resume."
     assert {path.name for path in out.iterdir()} == {"_embedding.json", "part-00000-of-00003.parquet"}
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_killed_worker(photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("ijepa_enhanced.commands.embed.embed_files", killed)
+    message = refused("embed", photos, "--weights", encoder, "--out", tmp_path / "out", code=1)
+    assert message == (
+        "A process that decodes images was killed, which happens if memory is full. Use fewer --workers, and run the "
+        "same command with --resume."
+    )
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_disk_that_fails_leaves_no_row_with_an_error(
+    photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a row would never be tried again."""
+    out, command = tmp_path / "out", ("embed", photos, "--weights", encoder, "--workers", 0, "--resume", "--out")
+    embed(photos, encoder, tmp_path / "whole")
+    original = FolderSource._open
+
+    def fail(source: FolderSource, row: int) -> Any:
+        if source.key(row) == ALL[12]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(source, row)
+
+    monkeypatch.setattr(FolderSource, "_open", fail)
+    assert refused(*command, out, code=1) == (
+        f"{ALL[12]} cannot be read: Input/output error. The disk or the network may have failed. When this is solved, "
+        "run the same command with --resume."
+    )
+    assert {path.name for path in out.iterdir()} == {"_embedding.json", "part-00000-of-00003.parquet"}
+    monkeypatch.setattr(FolderSource, "_open", original)
+    embed(photos, encoder, out, "--resume")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_of_processes_that_start_together_one_decides(tmp_path: Path) -> None:
+    first = EmbedSettings("a", "", "", "", 8, 192, 32, 0.0, "float32", "float32", 1, False, "parquet")
+    other = EmbedSettings("b", "", "", "", 8, 192, 48, 0.0, "bfloat16", "float32", 1, False, "parquet")
+    assert save_settings(first, tmp_path) == first
+    assert save_settings(other, tmp_path) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["_embedding.json"]

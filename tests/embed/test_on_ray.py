@@ -63,9 +63,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("needs", [{"num_gpus": 1, "num_cpus": 0}, {"num_cpus": 1}])
+@pytest.mark.parametrize(
+    "needs", [pytest.param({"num_gpus": 1, "num_cpus": 0}, marks=pytest.mark.slow), {"num_cpus": 1}]
+)
 def test_the_files_are_those_of_the_local_engine(
     needs: dict[str, int], photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import shutil
@@ -226,6 +227,24 @@ def test_an_index_is_made_once_and_again_when_files_change(clustered: EmbeddingF
     assert [*clustered.path.glob("*.usearch")] == [second] != [first]
 
 
+@pytest.mark.parametrize("damage", [b"", b"noise" * 1000, None])
+def test_an_index_that_is_damaged_is_made_again(clustered: EmbeddingFolder, damage: bytes | None) -> None:
+    pytest.importorskip("usearch")
+    path = SearchIndex(clustered, ignored).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    counted: list[int] = []
+    index = SearchIndex(clustered, counted.append).index
+    assert (sum(counted), len(index)) == (2100, 2100)
+
+
+def test_an_index_on_a_full_disk(clustered: EmbeddingFolder, disk_of: Callable[[int], Any]) -> None:
+    pytest.importorskip("usearch")
+    with disk_of(2048), pytest.raises(OSError, match="No space left on device"):
+        SearchIndex(clustered, ignored)
+    assert not [*clustered.path.glob("*_index*")]
+
+
 # The command, on ten pictures.
 
 
@@ -446,7 +465,9 @@ def test_images_of_shards_are_read_from_the_source(here: Path) -> None:
         tar.add("photos/dark/0.png", "a.png")
         tar.add("photos/light/0.png", "b.png")
     embed("photos.tar", "--weights", "run", "--out", "new")
-    assert ijepa("search", "new", "--key", "photos.tar:a.png").err == []
+    Path("elsewhere").mkdir()
+    with contextlib.chdir("elsewhere"):
+        assert ijepa("search", "../new", "--key", "photos.tar:a.png").err == []
     with tarfile.open("photos.tar", "w") as tar:
         tar.add("photos/dark/0.png", "a.png")
         tar.add("photos/dark/2.png", "b.png")
@@ -454,7 +475,7 @@ def test_images_of_shards_are_read_from_the_source(here: Path) -> None:
     assert answer.code == 0
     assert answer.err[-1] == (
         "2 images cannot be read any more, so the contact sheet shows gray tiles. The first: photos.tar:a.png: the "
-        "images of photos.tar have changed since they were embedded"
+        f"images of {here / 'photos.tar'} have changed since they were embedded"
     )
 
 
@@ -533,12 +554,12 @@ def unreadable_image() -> None:
 
 def moved_encoder() -> None:
     settings = load_settings(Path("embeddings"))
-    save_settings(dataclasses.replace(settings, encoder="gone"), Path("embeddings"))
+    Path("embeddings", "_embedding.json").write_text(dataclasses.replace(settings, encoder="gone").to_json())
 
 
 def changed_encoder() -> None:
     settings = load_settings(Path("embeddings"))
-    save_settings(dataclasses.replace(settings, encoder="other"), Path("embeddings"))
+    Path("embeddings", "_embedding.json").write_text(dataclasses.replace(settings, encoder="other").to_json())
 
 
 FILE = "embeddings/part-00000-of-00001.parquet"
@@ -696,3 +717,19 @@ def test_an_encoder_that_has_moved_can_be_named(here: Path) -> None:
     moved_encoder()
     answer = ijepa("search", "embeddings", PHOTO, "--weights", "run", "--count", "1", "--json")
     assert answer.matches[0]["key"] == "dark/0.png"
+
+
+def test_matches_are_printed_if_the_sheet_cannot_be_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(command, "draw_sheet", read_only)
+    answer = ijepa("search", "embeddings", "photos/dark/1.jpg", "--json")
+    assert (answer.code, len(answer.matches)) == (0, 10)
+    assert answer.err == ["embeddings/_search.png cannot be written: Read-only file system. Use --out FILE."]
+
+
+def test_a_key_that_is_not_text(here: Path) -> None:
+    answer = ijepa("search", "embeddings", "--key", "bad\udcff.jpg")
+    assert answer.code == 2
+    assert answer.err[0].startswith(r"ijepa: embeddings has no image with the key 'bad\xff.jpg'.")

@@ -31,11 +31,9 @@ from ijepa_enhanced.embed.run import (
     missing_files,
 )
 from ijepa_enhanced.embed.settings import (
-    FILE,
     EmbedSettings,
     check_same,
     hash_encoder,
-    load_settings,
     save_settings,
 )
 from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder, tokens_at_once
@@ -86,7 +84,7 @@ def run(options: EmbedOptions) -> int:
         budget = tokens_at_once(device, TOKENS_PER_PACK)
         plan = EmbedPlan(settings, catalog, network.patch_size, TOKENS_PER_PACK, budget)
         tables = RowTables(settings, source, network.depth)
-        with progress_bar(settings, missing) as progress:
+        with progress_bar(plan, missing) as progress:
             images = LabelledSource(source, catalog)
             local = local_engine(encoder, images, plan, config, progress.clock)
             engine = on_ray.ray_engine(plan, network.depth, network.prefix) if ray else local
@@ -113,11 +111,10 @@ def wanted(options: EmbedOptions, encoder: Encoder, source: Source, precision: t
         raise RequestError(
             f"--layers must be at most {depth}, the number of layers of the encoder, not {options.layers}."
         )
-    path = Path(options.weights)
     return EmbedSettings(
-        os.path.abspath(path) if path.exists() else options.weights,
+        whole_path(options.weights),
         hash_encoder(encoder),
-        options.source,
+        whole_path(options.source),
         source.listing.hash,
         len(source),
         encoder.width,
@@ -132,6 +129,11 @@ def wanted(options: EmbedOptions, encoder: Encoder, source: Source, precision: t
     )
 
 
+def whole_path(name: str) -> str:
+    """Return the absolute path of what exists on this machine, and other names, such as those on the Hub, as they are."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
 def opened(
     folder: Path, settings: EmbedSettings, files: Sequence[int], options: EmbedOptions
 ) -> tuple[EmbedSettings, list[int]]:
@@ -143,13 +145,10 @@ def opened(
         OSError: the folder cannot be written to.
     """
     make_folder(folder)
-    if (folder / FILE).exists():
-        saved = load_settings(folder)
-        check_same(saved, settings, folder)
-        # Another machine may choose another precision. All rows should have the same one.
-        settings = dataclasses.replace(settings, precision=saved.precision)
-    else:
-        save_settings(settings, folder)
+    # Those that are there, with their names and their precision: another machine may choose another one.
+    saved = save_settings(settings, folder)
+    check_same(saved, settings, folder)
+    settings = saved
     missing = missing_files(folder, settings, files)
     there = len(files) - len(missing)
     if there and not options.resume:
@@ -165,10 +164,11 @@ def opened(
 
 
 @contextmanager
-def progress_bar(settings: EmbedSettings, files: Sequence[int]) -> Iterator[Progress]:
-    """Show a bar on stderr if that is a terminal, and yield what counts images."""
+def progress_bar(plan: EmbedPlan, files: Sequence[int]) -> Iterator[Progress]:
+    """Show a bar on stderr if that is a terminal, and yield what counts the readable images of some files."""
     with counting_bars(TextColumn("{task.fields[speed]}", markup=False)) as bar:
-        total = sum(len(settings.rows_of(file)) for file in files)
+        parts = map(plan.readable, files)
+        total = sum(part.stop - part.start for part in parts)
         task = bar.add_task("Embedding", total=total, speed="")
         yield Progress(lambda done, speed: bar.update(task, completed=done, speed=speed))
 
@@ -184,10 +184,17 @@ def write(
     """Write files; see `embed_files`.
 
     Raises:
-        RunError: the run is interrupted, or a file cannot be written. Both can be continued.
+        RunError: the run is interrupted, a process is killed, or a file cannot be written. It can be continued.
     """
     try:
         embed_files(plan, files, engine, tables, folder, progress)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "A process that decodes images was killed, which happens if memory is full. Use fewer --workers, and run "
+            "the same command with --resume."
+        ) from error
     except KeyboardInterrupt as error:
         raise RunError("Interrupted. To continue, run the same command with --resume.") from error
     except OSError as error:
@@ -200,10 +207,10 @@ def write(
 def finish(options: EmbedOptions, settings: EmbedSettings, files: Sequence[int], progress: Progress) -> None:
     """Print what the folder contains now."""
     folder = Path(options.out)
+    speed = progress.images / progress.seconds if progress.images else None  # before the files are read again
     counts = dataclasses.asdict(count_rows(folder, settings, files))
-    counts["images_per_second"] = progress.images / progress.seconds if progress.images else None
     if counts["unreadable"]:
         logger.warning("%d images cannot be decoded: see the column `error`.", counts["unreadable"])
-    print_counts(counts)
+    print_counts(counts | ({} if speed is None else {"images_per_second": f"{speed:.1f}"}))
     print(folder)
-    print_json(options, counts)
+    print_json(options, counts | {"images_per_second": speed})

@@ -61,9 +61,12 @@ def run(options: SearchOptions) -> int:
     results, lines = (find_duplicates if options.duplicates else find_matches)(options, folder, pictures)
     if lines:
         sheet = folder.path / SHEET if options.out is None else Path(options.out)
-        draw_sheet(lines, sheet, side_by_side=options.duplicates)
-        pictures.report()
-        print(sheet)
+        try:
+            draw_sheet(lines, sheet, side_by_side=options.duplicates)
+            pictures.report()
+            print(sheet)
+        except OSError as error:  # the folder may be read-only, and the matches are found
+            logger.warning("%s cannot be written: %s. Use --out FILE.", sheet, error.strerror or error)
     print_json(options, {"matches": results})
     return 0
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ijepa_enhanced.embed.rows import valid_text
 from ijepa_enhanced.embed.run import missing_files, path_of
 from ijepa_enhanced.embed.settings import EmbedSettings, load_settings
 from ijepa_enhanced.errors import RequestError
@@ -148,6 +149,7 @@ class EmbeddingFolder:
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        keys = [valid_text(key) or "" for key in keys]
         found: dict[str, int] = {}
         known: list[str] = []
         for file in self.files:

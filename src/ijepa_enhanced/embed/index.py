@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +17,7 @@ from torch import Tensor
 from ijepa_enhanced.embed.folder import EmbeddingFolder
 from ijepa_enhanced.embed.search import SCALE, Duplicate, Match, Report, chunks
 from ijepa_enhanced.errors import RequestError
-from ijepa_enhanced.files import replacing
+from ijepa_enhanced.files import remove_partials, replacing
 
 if TYPE_CHECKING:  # an extra
     from usearch.index import Index
@@ -57,16 +61,33 @@ class SearchIndex:
             ) from error
         self.folder = folder
         self.path = folder.path / f"{PREFIX}{digest(folder)}{SUFFIX}"
-        if not self.path.is_file():
+        self.index = self._mapped(self.path)
+        if self.index is None:
             logger.info("Building %s.", self.path)
+            remove_partials(folder.path, PREFIX)
             index = Index(ndim=folder.settings.width, **SHAPE)
             add_all(index, folder, report)
             with replacing(self.path) as temporary:
-                index.save(temporary)
+                with suppress(RuntimeError):  # usearch's word for a full disk, if it notices it
+                    index.save(temporary)
+                written = self._mapped(temporary)
+                if written is None or len(written) != len(index):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             for other in folder.path.glob(f"{PREFIX}*{SUFFIX}"):
                 if other != self.path:
                     other.unlink(missing_ok=True)
-        self.index = Index(path=self.path, view=True, ndim=folder.settings.width, **SHAPE)
+            self.index = index
+
+    def _mapped(self, path: Path) -> Index | None:
+        """Return the index in a file, or None if there is none or it is damaged."""
+        from usearch.index import Index
+
+        if not path.is_file():
+            return None
+        try:
+            return Index(path=path, view=True, ndim=self.folder.settings.width, **SHAPE)
+        except (RuntimeError, ValueError):
+            return None
 
     def nearest(self, queries: Tensor, own: Tensor, count: int) -> list[list[Match]]:
         """Return the most similar images of each query; see `search.nearest`, which this approximates."""
@@ -94,6 +115,7 @@ class SearchIndex:
 
     def _search(self, queries: Tensor, count: int) -> list[list[Match]]:
         """Return the `count` most similar images of each query, the best first; fewer if there are fewer."""
+        assert self.index is not None
         found = self.index.search(queries.cpu().numpy(), count)
         # usearch returns no batch for a single query.
         batch: list[Any] = [found] if len(queries) == 1 else [found[number] for number in range(len(queries))]

@@ -156,13 +156,19 @@ def actors() -> tuple[int, dict[str, Any]]:
 
     An actor with a GPU takes no CPU from the tasks that decode. Ray Data would reserve one for it, and wait for ever
     where there are no more CPUs than GPUs.
+
+    Raises:
+        RequestError: the cluster has neither.
     """
     import ray
 
     resources = ray.cluster_resources()
     if gpus := int(resources.get("GPU", 0)):
         return gpus, {"num_gpus": 1, "num_cpus": 0}
-    return max(1, int(resources.get("CPU", 0))), {"num_cpus": 1}
+    cpus = int(resources.get("CPU", 0))
+    if not cpus:
+        raise RequestError("The Ray cluster has no CPU and no GPU to embed with. Add a machine to it.")
+    return cpus, {"num_cpus": 1}
 
 
 def device_of_actors() -> tuple[torch.device, torch.dtype]:
@@ -170,7 +176,7 @@ def device_of_actors() -> tuple[torch.device, torch.dtype]:
     import ray
 
     number, needs = actors()
-    logger.info("Embedding with Ray: %d actors with one %s each.", number, "GPU" if "num_gpus" in needs else "CPU")
+    logger.info("Embedding with Ray: %d actor(s) with one %s each.", number, "GPU" if "num_gpus" in needs else "CPU")
     return ray.get(ray.remote(**needs)(_own_device).remote())
 
 

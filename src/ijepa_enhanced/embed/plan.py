@@ -29,11 +29,15 @@ class EmbedPlan:
 
     def packs(self, file: int) -> list[Pack]:
         """Return the packs of a file: its readable images, once each, in order."""
+        part = self.readable(file)
+        images = self.catalog.select(np.arange(part.start, part.stop))
+        packs = inference_packs(images, self.settings.resolution, self.patch_size, self.limit, self.budget)
+        return [dataclasses.replace(pack, images=pack.images + part.start) for pack in packs]
+
+    def readable(self, file: int) -> slice:
+        """Return the positions in the catalog of a file's readable images."""
         rows = self.settings.rows_of(file)
-        first, last = np.searchsorted(self.catalog.rows, [rows.start, rows.stop]).tolist()
-        part = self.catalog.select(np.arange(first, last))
-        packs = inference_packs(part, self.settings.resolution, self.patch_size, self.limit, self.budget)
-        return [dataclasses.replace(pack, images=pack.images + first) for pack in packs]
+        return slice(*np.searchsorted(self.catalog.rows, [rows.start, rows.stop]).tolist())
 
     def stream(self, files: Iterable[int]) -> Iterator[Pack]:
         """Yield the packs of some files, one file after another. Only those of one file are in memory."""

@@ -138,11 +138,11 @@ class RowTables:
             for values in (listing.sizes.heights, listing.sizes.widths)
         ]
         columns = [
-            pa.array([_text(source.key(row)) for row in rows]),
-            pa.array([_text(source.file_of(row)) for row in rows], pa.string()),
+            pa.array([valid_text(source.key(row)) for row in rows]),
+            pa.array([valid_text(source.file_of(row)) for row in rows], pa.string()),
             pa.array([self._label(row) for row in rows], pa.string()),
             *(pa.array(values, pa.int32()) for values in sizes),
-            pa.array([_text(reasons.get(row)) for row in rows], pa.string()),
+            pa.array([valid_text(reasons.get(row)) for row in rows], pa.string()),
         ]
         for layer in range(len(self.vectors)):
             values = np.zeros((len(rows), self.settings.width), self.settings.dtype)
@@ -158,7 +158,7 @@ class RowTables:
         labels, classes = self.source.labels, self.source.classes
         if labels is None or labels[row] < 0:
             return None
-        return _text(str(labels[row]) if classes is None else classes[labels[row]])
+        return valid_text(str(labels[row]) if classes is None else classes[labels[row]])
 
     def _tokens(self, missing: NDArray[np.bool_], packs: list[PackFeatures]) -> list[Any]:
         """Return the columns `grid` and `tokens`."""
@@ -181,6 +181,6 @@ def _fixed(values: NDArray[Any], missing: NDArray[np.bool_]) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1], mask=pa.array(missing))
 
 
-def _text(text: str | None) -> str | None:
+def valid_text(text: str | None) -> str | None:
     """Return a text that is valid Unicode: names of files may not be."""
     return None if text is None else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ijepa_enhanced.data.sources.base import UNREAD, Source
 from ijepa_enhanced.embed.plan import EmbedPlan
 from ijepa_enhanced.embed.rows import PackFeatures, RowTables, features_of
 from ijepa_enhanced.embed.settings import EmbedSettings
 from ijepa_enhanced.embed.writers import WRITERS, count_errors
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import RequestError
+from ijepa_enhanced.errors import RequestError, RunError
 from ijepa_enhanced.evaluate.tokens import Clock, InferenceConfig, LabelledSource, reduced_packs
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def embed_files(
     Raises:
         NotFiniteError, RequestError: a feature is not finite, or too large for float16.
         OSError: a file cannot be written, as on a full disk.
+        RunError: see `counted`.
     """
     progress.start = time.perf_counter()
     found = engine(files)
@@ -110,15 +112,26 @@ def embed_files(
         return
     suffix, write = WRITERS[plan.settings.file_format]
     for number, file in enumerate(files, start=1):
-        packs = counted(itertools.islice(found, len(plan.packs(file))), progress)
+        packs = counted(itertools.islice(found, len(plan.packs(file))), progress, tables.source)
         name = plan.settings.name_of(file) + suffix
         write(tables.tables(plan.settings.rows_of(file), packs), tables.schema(), folder / name)
         logger.info("%s (%d of %d): %s", name, number, len(files), progress.text())
 
 
-def counted(packs: Iterable[PackFeatures], progress: Progress) -> Iterator[PackFeatures]:
-    """Yield packs, and count their images."""
+def counted(packs: Iterable[PackFeatures], progress: Progress, source: Source) -> Iterator[PackFeatures]:
+    """Yield packs, and count their images.
+
+    Raises:
+        RunError: the disk or the network does not give an image that it gave to the scan. As a row with an error, it
+            would never be tried again.
+    """
     for pack in packs:
+        for row, reason in pack.unreadable.items():
+            if reason.startswith(UNREAD):
+                raise RunError(
+                    f"{source.key(row)} {reason}. The disk or the network may have failed. When this is solved, run "
+                    "the same command with --resume."
+                )
         progress.add(len(pack.rows) + len(pack.unreadable))
         yield pack
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,19 @@ def hash_encoder(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def save_settings(settings: EmbedSettings, folder: Path) -> None:
-    """Write the settings into a folder.
+def save_settings(settings: EmbedSettings, folder: Path) -> EmbedSettings:
+    """Write the settings into a folder, or return those that it already has.
+
+    Of several processes that start together, one writes, and the others get what it has written.
 
     Raises:
+        RequestError: the file that is there cannot be read.
         OSError: the file cannot be written.
     """
-    with replacing(folder / FILE) as temporary:
+    path = folder / FILE
+    with suppress(FileExistsError), replacing(path, new=True) as temporary:
         temporary.write_text(settings.to_json() + "\n")
+    return load_settings(folder)
 
 
 def load_settings(folder: Path) -> EmbedSettings:

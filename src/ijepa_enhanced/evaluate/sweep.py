@@ -16,11 +16,10 @@ from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.packing import cut_into_packs
 from ijepa_enhanced.devices import autocast
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder
 from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.evaluate.features import Features
 from ijepa_enhanced.evaluate.protocol import Scoring, halves, score_parts
-from ijepa_enhanced.evaluate.tokens import TOKENS_PER_PACK
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.flops import encoder_flops
 from ijepa_enhanced.packed import Packed

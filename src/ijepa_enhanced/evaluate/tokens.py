@@ -23,14 +23,11 @@ from ijepa_enhanced.data.plan import Pack, inference_packs
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import autocast, default_workers
 from ijepa_enhanced.distributed import Ranks
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder
 from ijepa_enhanced.errors import NotFiniteError, RequestError, UnreadableImage
 from ijepa_enhanced.packed import segment_ids
 
 logger = logging.getLogger(__name__)
-
-TOKENS_PER_PACK = 16384
-"""Most tokens of an image, and of what an encoder sees at once."""
 
 TOKEN_BYTES = 2
 """Of each number of a stored token: bfloat16."""
