@@ -130,7 +130,7 @@ def wanted(options: EmbedOptions, encoder: Encoder, source: Source, precision: t
 
 
 def whole_path(name: str) -> str:
-    """Return the absolute path of what exists on this machine, and other names, such as those on the Hub, as they are."""
+    """Return the absolute path of what exists on this machine. Other names, such as those on the Hub, stay."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
