@@ -28,7 +28,6 @@ from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
 from ijepa_enhanced.models.vit import VisionTransformer
-from ijepa_enhanced.ops.pooling import pool
 from ijepa_enhanced.ops.positions import within_grid
 from ijepa_enhanced.ops.preprocess import Normalize
 from ijepa_enhanced.packed import Packed, Segments
@@ -111,12 +110,7 @@ class Encoder(nn.Module):
 
     def pool(self, features: Tensor, packed: Packed) -> Tensor:
         """Return the feature of each view, float32 [V, D], from those of its tokens [T, D]; see `Preprocessing`."""
-        pooled = pool(features, packed.segments.cu_seqlens, self.preprocessing.pooling, packed.prefix)
-        if not self.config.norm_pooled:
-            return pooled
-        # Features that were computed without gradients stay without, though the norm has weights.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and features.requires_grad):
-            return self.network.blocks.norm(pooled)
+        return self.network.pool(features, packed.segments.cu_seqlens, self.preprocessing.pooling)
 
     def preprocess(self, packed: Packed) -> Packed:
         """Return the input of the network for uint8 patches: normalized, on grids no longer than in training."""

@@ -20,7 +20,6 @@ from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.ops.linear import Linear
-from ijepa_enhanced.ops.pooling import pool
 from ijepa_enhanced.ops.preprocess import Convert, Normalize
 from ijepa_enhanced.packed import Packed
 
@@ -159,7 +158,7 @@ class JEPA(nn.Module):
             distance = F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
             prediction = distance / targets.shape[1] / step.target_tokens
         # [masked views, then unmasked views, D]
-        pooled = pool(features, batch.seen.cu_seqlens, self.pooling, self.student.config.prefix)
+        pooled = self.student.pool(features, batch.seen.cu_seqlens, self.pooling)
         masked = len(batch.image_ids)
         images = masked // self.views
         # A single view has no variance, and a single image has no negatives.

@@ -1,6 +1,7 @@
 """Runs that start from weights, and runs with a teacher that does not change."""
 
 import dataclasses
+import logging
 import shutil
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ from ijepa_enhanced.cli import main
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import EncoderError
 from ijepa_enhanced.models.config import Architecture
-from ijepa_enhanced.models.preprocessing import Preprocessing
+from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
 from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.loop import train
@@ -29,7 +30,9 @@ TEACHER = Architecture(32, 1, 2, 64, 14, positions="rope", class_token=True, reg
 def weights(tmp_path: Path) -> Path:
     """An encoder with a class token and statistics of its own."""
     preprocessing = Preprocessing(40, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), pooling="cls")
-    Encoder.random(WEIGHTS, preprocessing, 3).save_pretrained(tmp_path / "weights")
+    encoder = Encoder.random(WEIGHTS, preprocessing, 3)
+    encoder.origin = Origin("somebody/weights", "transformers vit", "cc-by-nc-4.0")
+    encoder.save_pretrained(tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -46,14 +49,17 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def test_a_run_starts_from_weights_and_keeps_their_preprocessing(
-    tiny: TrainConfig, weights: Path, tmp_path: Path
+    tiny: TrainConfig, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     config = dataclasses.replace(tiny, init=str(weights), steps=4)
     train(config, tmp_path / "run")
     start, end = (Encoder.from_pretrained(tmp_path / "run" / name) for name in ("start", "encoder"))
     assert same_weights(tmp_path / "run" / "start", weights)
     assert not same_weights(tmp_path / "run" / "encoder", weights)
     assert end.config == WEIGHTS
+    assert end.origin == start.origin
+    assert "Its license (cc-by-nc-4.0) applies to what is trained from it too." in caplog.text
     assert end.preprocessing == dataclasses.replace(start.preprocessing, resolution=48)
     # Adam's steps are at most the learning rate each.
     moved = end.network.blocks.layers[0].qkv.weight - start.network.blocks.layers[0].qkv.weight

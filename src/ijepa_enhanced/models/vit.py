@@ -12,6 +12,7 @@ from ijepa_enhanced.models.blocks import Blocks, init_weights, make_positions
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.ops.linear import Linear, pad_rows
 from ijepa_enhanced.ops.merging import Merge, chain, unmerge
+from ijepa_enhanced.ops.pooling import pool
 from ijepa_enhanced.ops.positions import centered
 from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.packed import Packed
@@ -88,6 +89,21 @@ class VisionTransformer(nn.Module):
         # For each output, which token holds each patch.
         to_patches = patches_to_tokens(merges)[-len(outputs) :]
         return [x if merge is None else unmerge(x, merge) for x, merge in zip(outputs, to_patches, strict=True)]
+
+    def pool(self, features: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+        """Return the feature of each view, float32 [V, D].
+
+        Args:
+            features: [T, D], from `forward`.
+            cu_seqlens: int32 [V + 1], boundaries of the views.
+            pooling: see `ops.pooling.pool`.
+        """
+        pooled = pool(features, cu_seqlens, pooling, self.config.prefix)
+        if not self.config.norm_pooled:
+            return pooled
+        # Features that were computed without gradients stay without, though the norm has weights.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and features.requires_grad):
+            return self.blocks.norm(pooled)
 
     def tokens(self, packed: Packed, plan: MergePlan | None, count: int = 1) -> tuple[list[Tensor], list[Merge | None]]:
         """Return the merged tokens after each of the last `count` blocks, and the merges; see `Blocks.forward`."""

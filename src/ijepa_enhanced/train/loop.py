@@ -184,7 +184,8 @@ class Run:
         self.model.to(ranks.device)
         self.optimizer = make_optimizer(self.model, config.optim.layer_decay)
         # What is trained: the moving average, or the student of a teacher that does not change.
-        self.encoder = Encoder(self.model.student if self.model.frozen else self.model.teacher, preprocessing)
+        trained = self.model.student if self.model.frozen else self.model.teacher
+        self.encoder = Encoder(trained, preprocessing, start.origin)
         self.autocast = autocast(ranks.device, autocast_dtype(config.precision, ranks.device))
         self.model.student.blocks.recompute = config.activation_checkpointing
         if config.compile:

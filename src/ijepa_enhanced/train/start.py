@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import Architecture
-from ijepa_enhanced.models.preprocessing import Preprocessing
+from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
 from ijepa_enhanced.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 START = "start"
 """The encoder in a run's folder that the run started from, if it did not start from random weights."""
@@ -27,6 +30,11 @@ class Start:
     def architecture(self, config: TrainConfig) -> Architecture:
         """Return the architecture of the student."""
         return config.encoder.architecture if self.encoder is None else self.encoder.config
+
+    @property
+    def origin(self) -> Origin | None:
+        """Return where the weights come from that the student starts from, with their license."""
+        return None if self.encoder is None else self.encoder.origin
 
     def preprocessing(self, config: TrainConfig, longest: tuple[int, int]) -> Preprocessing:
         """Return the preprocessing of the encoder that is trained.
@@ -57,4 +65,7 @@ def load_start(config: TrainConfig, folder: Path, resume: bool) -> Start:
         EncoderError: an encoder cannot be loaded.
     """
     start = None if config.init is None else Encoder.from_pretrained(folder / START if resume else config.init)
+    if start is not None and start.origin is not None and not resume:
+        terms = start.origin.license or "unknown"
+        logger.info("Starting from %s. Its license (%s) applies to what is trained from it too.", config.init, terms)
     return Start(start, None if config.teacher is None else Encoder.from_pretrained(config.teacher))
