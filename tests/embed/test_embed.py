@@ -376,6 +376,13 @@ def test_wrong_requests(photos: Path, encoder: Path, tmp_path: Path) -> None:
         "--tokens requires --format parquet, not csv."
     )
     assert not (tmp_path / "out").exists()
+    inside = photos / "cats" / "new"
+    assert refused("embed", photos, "--weights", encoder, "--out", inside) == (
+        f"--out {inside} is inside {photos}, where its files would be read as images or tables. Choose a folder "
+        "elsewhere."
+    )
+    assert not inside.exists()
+    assert refused("embed", photos, "--weights", encoder, "--out=") == "--out must not be empty."
     (tmp_path / "file").write_text("")
     assert refused("embed", photos, "--weights", encoder, "--out", tmp_path / "file") == (
         f"Cannot create the folder {tmp_path / 'file'}: it is a file."

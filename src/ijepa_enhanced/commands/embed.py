@@ -14,7 +14,7 @@ from rich.progress import TextColumn
 
 from ijepa_enhanced.commands.options import EmbedOptions
 from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_counts, print_json, share_cores
-from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
+from ijepa_enhanced.data.catalog import open_catalog, report_notes
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast_dtype, default_workers
@@ -63,7 +63,7 @@ def run(options: EmbedOptions) -> int:
         with ranks.one_first():
             source = open_source(options.source)
             catalog = open_catalog(source)
-        report_unreadable(catalog)
+        report_notes(source)
         if not len(catalog.rows):
             raise RunError(f"None of the {len(source)} images of {options.source} can be read.")
         own = encoder.device, autocast_dtype("auto", encoder.device)
@@ -144,6 +144,13 @@ def opened(
             not given.
         OSError: the folder cannot be written to.
     """
+    if Path(options.source).is_dir() and folder.resolve().is_relative_to(Path(options.source).resolve()):
+        raise RequestError(
+            f"--out {folder} is inside {options.source}, where its files would be read as images or tables. Choose a "
+            "folder elsewhere."
+        )
+    if not files:
+        logger.warning("--shard %s contains no file, because there are only %d.", options.shard, settings.files)
     make_folder(folder)
     # Those that are there, with their names and their precision: another machine may choose another one.
     saved = save_settings(settings, folder)
@@ -210,7 +217,7 @@ def finish(options: EmbedOptions, settings: EmbedSettings, files: Sequence[int],
     speed = progress.images / progress.seconds if progress.images else None  # before the files are read again
     counts = dataclasses.asdict(count_rows(folder, settings, files))
     if counts["unreadable"]:
-        logger.warning("%d images cannot be decoded: see the column `error`.", counts["unreadable"])
+        logger.warning("Images that cannot be decoded: %d. The column `error` says why.", counts["unreadable"])
     print_counts(counts | ({} if speed is None else {"images_per_second": f"{speed:.1f}"}))
     print(folder)
     print_json(options, counts | {"images_per_second": speed})

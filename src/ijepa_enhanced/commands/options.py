@@ -221,6 +221,8 @@ class EmbedOptions(SourceOptions, InferenceOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, layers=self.layers)
+        if not self.out:
+            raise RequestError("--out must not be empty.")
         if self.engine == "ray" and self.workers is not None:
             raise RequestError("--workers has no effect with --engine ray: the CPUs of the cluster decode. Remove it.")
         if self.tokens and self.format != "parquet":

@@ -51,6 +51,8 @@ def run(options: SearchOptions) -> int:
     Raises:
         UserError: the request is wrong, or the folder cannot be read.
     """
+    if Path(options.folder).is_file():
+        raise RequestError(f"{options.folder} is a file. The first argument is the folder that `ijepa embed` wrote.")
     check_files(options.queries)
     folder = EmbeddingFolder.open(Path(options.folder))
     if len(folder.files) < folder.settings.files:
