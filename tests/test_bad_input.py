@@ -487,8 +487,8 @@ WRONG_REQUESTS = {
     "an option before the command": (
         nothing,
         "--debug-me scan photos",
-        "Put the command first, then its options. Commands: train, evaluate, report, scan, prepare, inspect, study, "
-        "benchmark.",
+        "Put the command first, then its options. Commands: train, evaluate, embed, search, report, scan, prepare, "
+        "inspect, convert, study, benchmark.",
     ),
     "an unknown recipe": (
         nothing,
@@ -630,7 +630,7 @@ WRONG_REQUESTS = {
     "an option of another picture": (
         nothing,
         "inspect masks photos --out new --merge-rate 0.1",
-        "`ijepa inspect masks` has no option '--merge-rate'. It is an option of `ijepa evaluate` or "
+        "`ijepa inspect masks` has no option '--merge-rate'. It is an option of `ijepa evaluate`, `ijepa embed` or "
         "`ijepa inspect merges`.",
     ),
     "a merge rate too high": (

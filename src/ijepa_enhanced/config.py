@@ -108,7 +108,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
         RequestError: it is not of that type.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for each in kinds:
+    for each in sorted(kinds, key=lambda kind: kind is not NoneType):  # `null` is not the name of a file
         found = _converted(each, value)
         if found is not _NO:
             return found

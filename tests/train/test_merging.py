@@ -30,9 +30,9 @@ def test_each_network_merges_at_its_own_rate(
     plans: list[tuple[bool, MergePlan | None]] = []
     original = Blocks.forward
 
-    def forward(blocks: Blocks, x, segments, plan=None, count=1):  # type: ignore[no-untyped-def]
+    def forward(blocks: Blocks, x, segments, plan=None, *more):  # type: ignore[no-untyped-def]
         plans.append((torch.is_grad_enabled(), plan))
-        return original(blocks, x, segments, plan, count)
+        return original(blocks, x, segments, plan, *more)
 
     monkeypatch.setattr(Blocks, "forward", forward)
     train(dataclasses.replace(merging, steps=1, monitor=dataclasses.replace(merging.monitor, every=0)), tmp_path / "r")

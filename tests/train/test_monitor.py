@@ -205,7 +205,12 @@ def probe_of(config: TrainConfig) -> ProbeSet:
     source = open_source(config.data.source)
     plan = Plan(open_catalog(source), config.data, config.encoder.patch_size, config.seed)
     return ProbeSet(
-        source, plan, plan.epoch(0).images, config.monitor.images or 512, config.encoder, config.merging.teacher_rate
+        source,
+        plan,
+        plan.epoch(0).images,
+        config.monitor.images or 512,
+        config.encoder.architecture,
+        config.merging.teacher_rate,
     )
 
 
@@ -382,7 +387,7 @@ def test_the_alarm_takes_two_signs_at_two_looks() -> None:
 def test_best_is_the_highest_knn_and_of_equals_the_last() -> None:
     history = History()
     for step, knn in enumerate([0.9, 0.1, 0.3, 0.2, 0.3, 0.25]):
-        history.add(step, found(8, 6, 0.4, 0.8, knn=knn))
+        history.add(step, found(8, 6, 0.4, 0.8, knn=knn), trained=step > 0)
     assert (history.best_step, history.best) == (4, 0.3)
     history.add(6, found(1, 1, 0.01, 0.99, knn=0.5))
     assert history.best_step == 4  # collapsed

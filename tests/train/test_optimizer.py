@@ -19,10 +19,10 @@ def test_schedules_of_the_first_middle_and_last_step() -> None:
         lr=1.0, final_lr=0.1, warmup=0.5, weight_decay=0.0, final_weight_decay=1.0, ema=0.9, final_ema=1.0
     )
     first, third, middle, last = (step_settings(config, step, 9) for step in (0, 3, 4, 8))
-    assert first == pytest.approx((1 / 4, 0.0, 0.9))
+    assert first[:3] == pytest.approx((1 / 4, 0.0, 0.9))
     assert third.lr == pytest.approx(1.0)
-    assert middle == pytest.approx((1.0, 0.5, 0.95))
-    assert last == pytest.approx((0.1, 1.0, 1.0))
+    assert middle[:3] == pytest.approx((1.0, 0.5, 0.95))
+    assert last[:3] == pytest.approx((0.1, 1.0, 1.0))
 
 
 def test_only_matrices_decay_and_the_teacher_is_not_optimized() -> None:

@@ -55,7 +55,7 @@ def train_config(options: TrainOptions) -> TrainConfig:
         return configuration(options.config, given, read_train_config(config_of_run(Path(options.resume))))
     recipe = options.config
     if options.source is not None and recipe is None:
-        recipe = "from-teacher" if "teacher" in given else "continue" if "init" in given else recipe_of_machine()
+        recipe = "from-teacher" if given.get("teacher") else "continue" if given.get("init") else recipe_of_machine()
     config = configuration(recipe, given)
     return config if config.init is None else with_architecture_of(config.init, config, given)
 

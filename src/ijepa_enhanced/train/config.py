@@ -36,7 +36,7 @@ class OptimConfig:
     continuing from weights (BEiT, arXiv 2106.08254, appendix H). 1: the same rate for all."""
     freeze: float = 0.0
     """Fraction of all steps, at the beginning, in which the student does not change: the predictor and the projector
-    learn to read its features first."""
+    learn to read its features first. It makes sense only with init."""
     clip: float = 1.0
     """Maximum global gradient norm. Larger gradients are scaled down to it."""
 
@@ -138,8 +138,6 @@ class TrainConfig:
             raise ValueError(
                 "teacher has no effect unless objective.prediction_weight > 0. Set objective.prediction_weight."
             )
-        if self.optim.freeze and self.init is None:
-            raise ValueError("optim.freeze has no effect without init. Set init, or set optim.freeze to 0.")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")
         if math.isinf(self.epochs):
