@@ -198,7 +198,7 @@ def test_a_best_that_a_killed_run_saved_after_its_last_checkpoint_stays_the_best
 
 
 def encoder_of(config: TrainConfig) -> Encoder:
-    return Encoder.random(config.encoder, Preprocessing(), seed=0)
+    return Encoder.random(config.encoder.architecture, Preprocessing(), seed=0)
 
 
 def probe_of(config: TrainConfig) -> ProbeSet:
