@@ -105,7 +105,7 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
     """Load an encoder that `save` wrote.
 
     Raises:
-        EncoderError: it is none, or was written by an older version, or is damaged.
+        EncoderError: the folder has no encoder, or one of an older version, or a damaged one.
         NotFiniteError: a weight is not finite.
     """
     if config is None or not (folder / "model.safetensors").is_file():

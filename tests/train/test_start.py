@@ -201,3 +201,15 @@ def test_a_folder_without_weights_leaves_no_run(tiny: TrainConfig, tmp_path: Pat
     with pytest.raises(EncoderError, match="No such folder"):
         train(dataclasses.replace(tiny, init="nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_killed_before_it_kept_its_start_resumes(
+    tiny: TrainConfig, weights: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny, init=str(weights), steps=3)
+    train(config, tmp_path / "whole")
+    run = tmp_path / "run"
+    loop.write_config(config, run)
+    (run / "start").mkdir()
+    assert train(config, run, resume=True).finished
+    assert same_weights(run, tmp_path / "whole")

@@ -116,7 +116,7 @@ def load(weights: str | None, variant: str, patch: int) -> Encoder:
     """Return a saved encoder, or a random one.
 
     Raises:
-        RequestError: there is none in the folder, or other networks have no such patch embedding.
+        RequestError: the folder has no encoder, or its patch embedding does not exist in other networks.
     """
     if weights is None:
         return Encoder.random(EncoderConfig(variant, patch).architecture, Preprocessing(), seed=0)

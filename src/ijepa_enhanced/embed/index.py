@@ -79,7 +79,7 @@ class SearchIndex:
             self.index = index
 
     def _mapped(self, path: Path) -> Index | None:
-        """Return the index in a file, or None if there is none or it is damaged."""
+        """Map the index in a file. Return None if the file is missing or damaged."""
         from usearch.index import Index
 
         if not path.is_file():

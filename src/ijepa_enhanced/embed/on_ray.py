@@ -152,7 +152,7 @@ def _silent() -> Iterator[None]:
 
 
 def actors() -> tuple[int, dict[str, Any]]:
-    """Return how many actors the cluster has room for, and what each needs: a GPU, or where there are none, a CPU.
+    """Return how many actors fit into the cluster, and what each needs: a GPU, or a CPU on a cluster without GPUs.
 
     An actor with a GPU takes no CPU from the tasks that decode. Ray Data would reserve one for it, and wait for ever
     where there are no more CPUs than GPUs.

@@ -94,14 +94,14 @@ def axis_weights(positions: Tensor, extents: Tensor, size: int, resampling: Resa
 
 
 def _cubic(distance: Tensor, sharpness: float) -> Tensor:
-    """Return the cubic convolution kernel (Keys, 1981, equation 4) at distances of 0 or more."""
+    """Return the cubic convolution kernel (Keys, 1981) at distances of 0 or more."""
     near = ((sharpness + 2) * distance - (sharpness + 3)) * distance * distance + 1
     far = ((distance - 5) * distance + 8) * distance - 4
     return torch.where(distance <= 1, near, torch.where(distance < 2, sharpness * far, 0.0))
 
 
 def rotations(coordinates: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of axial rotary positions (DINOv3, arXiv 2508.10104, section 3.2): float32 [T, K] each.
+    """Return cosine and sine of axial rotary positions (DINOv3, arXiv 2508.10104): float32 [T, K] each.
 
     Half of the frequencies encode the row and half the column. A token at (0, 0) is not rotated.
 

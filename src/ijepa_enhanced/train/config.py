@@ -33,7 +33,7 @@ class OptimConfig:
     """EMA momentum at the last step, reached by a linear schedule (arXiv 2301.08243, appendix A.1)."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each block of the student to the one below it, to change early layers less when
-    continuing from weights (BEiT, arXiv 2106.08254, appendix H). 1: the same rate for all."""
+    continuing from weights (BEiT, arXiv 2106.08254). 1: the same rate for all."""
     freeze: float = 0.0
     """Fraction of all steps, at the beginning, in which the student does not change: the predictor and the projector
     learn to read its features first. It makes sense only with init."""

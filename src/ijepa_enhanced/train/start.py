@@ -64,7 +64,11 @@ def load_start(config: TrainConfig, folder: Path, resume: bool) -> Start:
     Raises:
         EncoderError: an encoder cannot be loaded.
     """
-    start = None if config.init is None else Encoder.from_pretrained(folder / START if resume else config.init)
+    start, kept = None, folder / START
+    if config.init is not None:
+        # config.json is written last: a run that was killed before has only the weights that it was given.
+        whole = resume and (kept / "config.json").is_file()
+        start = Encoder.from_pretrained(kept if whole else config.init)
     if start is not None and start.origin is not None and not resume:
         terms = start.origin.license or "unknown"
         logger.info("Starting from %s. Its license (%s) applies to what is trained from it too.", config.init, terms)

@@ -8,17 +8,13 @@ import torch
 from torch import Tensor
 
 from ijepa_enhanced.models.config import Architecture
-from ijepa_enhanced.models.convert.hf_vit import QKV
+from ijepa_enhanced.models.convert.hf_vit import QKV, SHARED_RENAMES
 from ijepa_enhanced.models.convert.imported import Config, Imported, processed, square_patch
 from ijepa_enhanced.models.convert.reader import Names, Reader, take_trunk
 
 RENAMES = (
     (r"^(dinov2|dinov2_with_registers)\.", ""),  # of models with a head
-    (r"^encoder\.layer\.", "layers."),
-    (r"attention\.attention\.query", "attention.q_proj"),
-    (r"attention\.attention\.key", "attention.k_proj"),
-    (r"attention\.attention\.value", "attention.v_proj"),
-    (r"attention\.output\.dense", "attention.o_proj"),
+    *SHARED_RENAMES,
     (r"mlp\.weights_out", "mlp.down_proj"),
 )
 """From the names in files to those in memory since transformers 5, except SwiGLU, see `names_of`."""

@@ -11,17 +11,20 @@ from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.convert.imported import Config, Imported, is_sincos, processed, square_patch
 from ijepa_enhanced.models.convert.reader import Names, Reader, take_trunk
 
-RENAMES = (
-    (r"^(ijepa|vit)\.", ""),  # of models with a head
+SHARED_RENAMES = (
     (r"^encoder\.layer\.", "layers."),
     (r"attention\.attention\.query", "attention.q_proj"),
     (r"attention\.attention\.key", "attention.k_proj"),
     (r"attention\.attention\.value", "attention.v_proj"),
     (r"attention\.output\.dense", "attention.o_proj"),
+)
+"""From the names in files to those in memory since transformers 5, of ViT and of models that follow it."""
+RENAMES = (
+    (r"^(ijepa|vit)\.", ""),  # of models with a head
+    *SHARED_RENAMES,
     (r"intermediate\.dense", "mlp.fc1"),
     (r"(layers\.\d+)\.output\.dense", r"\1.mlp.fc2"),
 )
-"""From the names in files to those in memory since transformers 5."""
 IGNORED = (r"embeddings\.mask_token", r"pooler\.dense\.\w+", r"classifier\.\w+")
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 NAMES = Names(

@@ -81,7 +81,7 @@ def four(weight: Tensor) -> tuple[int, int, int, int]:
     """Return the shape of the weight of a convolution.
 
     Raises:
-        EncoderError: it is none.
+        EncoderError: the weight does not have four dimensions.
     """
     if weight.ndim != 4:
         raise EncoderError(f"The patch embedding must be a convolution, but its weight is {list(weight.shape)}.")
