@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 .PHONY: quickstart test lint bench clean
 
-## Train a small encoder on the built-in images and score it against its random start.
+## Train a small encoder on the built-in images and score it against its untrained start.
 quickstart: .venv/installed
 	rm -rf runs/quickstart
 	$(BIN)/ijepa train --config quickstart --run runs/quickstart

@@ -450,7 +450,7 @@ WRONG_REQUESTS = {
     "an option cut short": (
         nothing,
         f"{EVALUATE} --random",
-        "Unknown option '--random'. Did you mean '--random-init'?",
+        "Unknown option '--random'. Did you mean '--start'?",
     ),
     "an option like no other": (
         nothing,
@@ -1000,7 +1000,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         damaged_headers_and_body,
         f"{EVALUATE} --baselines --json",
         [line.replace(":", " of photos:", 1) for line in SKIPPED]
-        + ["Scoring: random start", "Scoring: raw 16x16 pixels", "Scoring: trained", FEW.format(6), SAME],
+        + ["Scoring: start", "Scoring: raw 16x16 pixels", "Scoring: trained", FEW.format(6), SAME],
         {},
     ),
     "evaluate beside many that are not readable": (

@@ -185,21 +185,21 @@ def test_evaluating_prints_the_scores(run: Run, pictures: Path) -> None:
     assert answer.err == [SAME.format(pictures), "Scoring: trained", FEW.format(pictures)]
 
 
-def test_the_random_start_is_the_one_that_the_run_had(run: Run, pictures: Path, tmp_path: Path) -> None:
+def test_the_start_is_the_one_that_the_run_had(run: Run, pictures: Path, tmp_path: Path) -> None:
     """A rate too small to change any weight leaves the trained encoder what it was at the start."""
     assert train(pictures, tmp_path / "run", optim__lr=1e-30, optim__final_lr=0, seed=3).code == 0
     untrained = scores(evaluate(tmp_path / "run", pictures, pictures))
-    start = scores(evaluate(tmp_path / "run", pictures, pictures, "--random-init"))
+    start = scores(evaluate(tmp_path / "run", pictures, pictures, "--start"))
     assert start == untrained
-    assert start != scores(evaluate(run.folder, pictures, pictures, "--random-init")), "the seed is the run's"
+    assert start != scores(evaluate(run.folder, pictures, pictures, "--start")), "the seed is the run's"
     with contextlib.chdir(tmp_path / "run" / "encoder"):
-        assert start == scores(evaluate(Path(), pictures, pictures, "--random-init"))
+        assert start == scores(evaluate(Path(), pictures, pictures, "--start"))
 
 
-def test_the_random_start_is_not_what_was_trained(run: Run, pictures: Path) -> None:
-    trained, start = (evaluate(run.folder, pictures, pictures, *more) for more in ([], ["--random-init"]))
+def test_the_start_is_not_what_was_trained(run: Run, pictures: Path) -> None:
+    trained, start = (evaluate(run.folder, pictures, pictures, *more) for more in ([], ["--start"]))
     assert start.json.keys() == trained.json.keys()
-    assert start.err == [SAME.format(pictures), "Scoring: random start", FEW.format(pictures)]
+    assert start.err == [SAME.format(pictures), "Scoring: start", FEW.format(pictures)]
     # Rounding is 1e-6; four steps change it by 4e-3.
     assert scores(start)["rankme"] != pytest.approx(scores(trained)["rankme"], rel=0.001)
 
@@ -209,8 +209,8 @@ def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in answer.out if line.startswith("│")]
     assert [row[0] for row in rows] == ["kNN-1", "kNN-5", "kNN-20", "linear", "", "RankMe"]
     (head,) = [line for line in answer.out if line.startswith("┃")]
-    assert [cell.strip() for cell in head.split("┃")[2:5]] == ["random start", "raw 16x16 pixels", "trained"]
-    start, trained = (scores(evaluate(run.folder, pictures, pictures, *more)) for more in (["--random-init"], []))
+    assert [cell.strip() for cell in head.split("┃")[2:5]] == ["start", "raw 16x16 pixels", "trained"]
+    start, trained = (scores(evaluate(run.folder, pictures, pictures, *more)) for more in (["--start"], []))
     for place, expected in ((1, start), (3, trained)):
         # Wilson's interval of 10 of 10 has a line of its own.
         cells = ["100.0% (100.0%)", "100.0% (100.0%)", "[72.2%, 100.0%]", f"{expected['rankme']:.4g}"]
@@ -218,7 +218,7 @@ def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
     assert answer.out[-2] == "Images: 10 for training, 10 for validation."
     # Programs get the scores of what was asked about.
     assert scores(answer) == trained
-    assert scores(evaluate(run.folder, pictures, pictures, "--baselines", "--random-init")) == start
+    assert scores(evaluate(run.folder, pictures, pictures, "--baselines", "--start")) == start
 
 
 @pytest.mark.parametrize("more", [[], ["--sweep", "merge_rate=0,0.5"]])
@@ -346,12 +346,12 @@ def test_a_sweep_says_what_to_take_and_where_its_results_are(swept: tuple[Path, 
 
 def test_a_sweep_of_one_thing_takes_the_other_from_its_option(run: Run, pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(run.folder / "encoder", tmp_path / "encoder")
-    more = ["--merge-rate", "0.25", "--sweep", "resolution=24,native", "--random-init"]
+    more = ["--merge-rate", "0.25", "--sweep", "resolution=24,native", "--start"]
     answer = evaluate(tmp_path / "encoder", pictures, pictures, *more)
     assert answer.code == 0, answer.err
     points = answer.json["sweep"]
     assert [(point["resolution"], point["merge_rate"]) for point in points] == [(24, 0.25), (None, 0.25)]
-    assert answer.err[2] == "Scoring: random start, resolution 24, merge rate 0.25"
+    assert answer.err[2] == "Scoring: start, resolution 24, merge rate 0.25"
     assert {path.name for path in (tmp_path / "encoder").iterdir()} >= {"sweep.csv", "sweep.png"}
 
 
@@ -506,13 +506,13 @@ def test_inspecting_features_draws_a_picture_and_says_how_patches_are_counted(
 def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path, tmp_path: Path) -> None:
     found = evaluate(run.folder, pictures, pictures, "--baselines")
     kept = json.loads((run.folder / "evaluation.json").read_text())
-    assert {"random start", "raw 16x16 pixels", "trained"} <= kept["scores"].keys()
+    assert {"start", "raw 16x16 pixels", "trained"} <= kept["scores"].keys()
     assert kept["scores"]["trained"]["linear"] == found.json["linear"]
     assert kept["settings"]["train"] == str(pictures)
     # What is not scored again stays, by subject and by protocol.
-    few = evaluate(run.folder, pictures, pictures, "--random-init", "--protocols", "lowshot")
+    few = evaluate(run.folder, pictures, pictures, "--start", "--protocols", "lowshot")
     now = json.loads((run.folder / "evaluation.json").read_text())
-    assert now["scores"].pop("random start") == kept["scores"].pop("random start") | few.json
+    assert now["scores"].pop("start") == kept["scores"].pop("start") | few.json
     assert now == kept
     # But not beside scores of other settings.
     other = evaluate(run.folder, pictures, pictures, "--resolution", "24")

@@ -19,6 +19,7 @@ from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.monitor import History
 from ijepa_enhanced.train.optimizer import block_of, make_optimizer, set_step, step_settings
+from ijepa_enhanced.train.saved import start_of
 
 WEIGHTS = Architecture(
     48, 2, 3, 96, 8, positions="table", position_grid=(5, 5), resampling="bicubic", class_token=True, layer_scale=True
@@ -46,6 +47,18 @@ def teacher(tmp_path: Path) -> Path:
 def same_weights(a: Path, b: Path) -> bool:
     one, other = (Encoder.from_pretrained(path).network.state_dict() for path in (a, b))
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_scores_are_compared_with_the_weights_that_a_run_started_from(
+    tiny: TrainConfig, weights: Path, tmp_path: Path
+) -> None:
+    train(dataclasses.replace(tiny, init=str(weights), steps=2), tmp_path / "run")
+    for folder in ("", "encoder", "start"):
+        place = tmp_path / "run" / folder
+        start = start_of(Encoder.from_pretrained(place), place)
+        expected = Encoder.from_pretrained(weights)
+        for name, value in start.state_dict().items():
+            assert torch.equal(value, expected.state_dict()[name]), name
 
 
 def test_a_run_starts_from_weights_and_keeps_their_preprocessing(

@@ -369,13 +369,13 @@ def test_a_chart_of_full_packs_is_not_called_budget_use(page: Page, trained: Pat
 def test_saved_scores_are_shown(run: Path, tmp_path: Path) -> None:
     details = {"knn20_mean_per_class": 0.162, "linear_mean_per_class": 0.2, "linear_low": 0.19, "linear_high": 0.223}
     trained = {"knn20": 0.1693, "linear": 0.21, "linear_top5": 0.6, "rankme": 51.234, "lowshot1": 0.5, **details}
-    scores = {"random start": {"knn20": 0.109, "images_per_second": None}, "trained": trained}
+    scores = {"start": {"knn20": 0.109, "images_per_second": None}, "trained": trained}
     settings = {"train": "photos/<a>", "val": "photos/b", "resolution": 64, "merge_rate": 0.0, "seed": 0}
     (run / "evaluation.json").write_text(json.dumps({"settings": settings, "scores": scores}))
     page = report(tmp_path / "report.html", run)
     assert page.rows("evaluation") == [
         ["", "kNN-20", "images/s", "linear", "RankMe", "low-shot 1%"],
-        ["random start", "10.9%", "–", "–", "–", "–"],  # noqa: RUF001
+        ["start", "10.9%", "–", "–", "–", "–"],  # noqa: RUF001
         ["trained", "16.9% (16.2%)", "–", "21.0% (20.0%) [19.0%, 22.3%]", "51.23", "50.0%"],  # noqa: RUF001
     ]
     said = page.said("evaluation")

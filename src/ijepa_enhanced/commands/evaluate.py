@@ -43,7 +43,7 @@ from ijepa_enhanced.evaluate.sweep import (
 )
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
 from ijepa_enhanced.files import make_folder, replacing
-from ijepa_enhanced.train.saved import random_start
+from ijepa_enhanced.train.saved import start_of
 from ijepa_enhanced.visualize.frontier import draw_frontier
 from ijepa_enhanced.visualize.scores import DETAILS, TITLES, explained, shown_score
 
@@ -146,11 +146,11 @@ def evaluate(work: Work) -> int:
     """Score the encoder and what it is compared with, print the scores and save them in the run."""
     options = work.options
     subjects: dict[str, Encoder | None] = {}
-    if options.baselines or options.random_init:
-        subjects["random start"] = random_start(work.encoder, Path(options.run))
+    if options.baselines or options.start:
+        subjects["start"] = start_of(work.encoder, Path(options.run))
     if options.baselines:
         subjects["raw 16x16 pixels"] = None
-    if not options.random_init:
+    if not options.start:
         subjects["trained"] = work.encoder
     evaluation: dict[str, Scores] = {}
     for name, encoder in subjects.items():
@@ -159,7 +159,7 @@ def evaluate(work: Work) -> int:
     if not work.config.ranks.main:
         return 0
     show(evaluation, work)
-    print_json(options, evaluation["random start" if options.random_init else "trained"])
+    print_json(options, evaluation["start" if options.start else "trained"])
     if Path(options.run, "config.yaml").is_file():
         path = Path(options.run, "evaluation.json")
         with only_printed(path):
@@ -317,8 +317,8 @@ def sweep(work: Work, settings: list[Combination]) -> int:
     """Score one encoder at several settings, and print and write which one to choose."""
     options, config = work.options, work.config
     name, encoder = "trained", work.encoder
-    if options.random_init:
-        name, encoder = "random start", random_start(encoder, Path(options.run))
+    if options.start:
+        name, encoder = "start", start_of(encoder, Path(options.run))
     main, folder = config.ranks.main, Path(options.out or options.run)
     if main:
         make_folder(folder)  # before hours of scoring

@@ -141,10 +141,10 @@ class EvaluateOptions(EncoderOptions, InferenceOptions):
     (linear probes with 1% and 10% of the labels), attentive (attention probe), finetune (train the whole encoder),
     dense (segmentation). See docs/evaluation.md."""
     baselines: bool = option(False)
-    """Also score two baselines: the untrained encoder that the run started from, called random start, and raw pixels
-    (16x16 thumbnails)."""
-    random_init: bool = option(False)
-    """Score the untrained encoder that the run started from instead of the trained one."""
+    """Also score two baselines: the encoder that the run started from, called start (untrained, or the weights of
+    --init), and raw pixels (16x16 thumbnails)."""
+    start: bool = option(False)
+    """Score the encoder that the run started from instead of the trained one."""
     sweep: tuple[str, ...] = option((), metavar="NAME=VALUES")
     """Score every combination of values of resolution and merge_rate, and recommend one. Example:
     --sweep resolution=112,224 merge_rate=0,0.05,0.1"""

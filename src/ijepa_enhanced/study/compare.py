@@ -30,7 +30,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return a line for each arm: its runs, the mean and the spread of its scores over the seeds, and a verdict.
 
     `failed` counts runs without scores. NAME_spread is the sample standard deviation, None for a single run. NAME_gain
-    is the score minus that of the random start. NAME_p is the p-value of the test against the first arm, after Holm's
+    is the score minus that of the start. NAME_p is the p-value of the test against the first arm, after Holm's
     correction; it is None if that cannot be tested. `verdict` says in words what the tests found.
     """
     runs = {arm: [row for row in rows if row.arm == arm] for arm in dict.fromkeys(row.arm for row in rows)}
@@ -74,7 +74,7 @@ def _failed(runs: Sequence[Row]) -> bool:
 
 
 def _values(runs: Sequence[Row], name: str) -> list[float]:
-    """Return a score of all runs that have it; NAME_gain is NAME minus that of the random start."""
+    """Return a score of all runs that have it; NAME_gain is NAME minus that of the start."""
     score, gain, _ = name.partition("_gain")
     found: list[float] = []
     for row in runs:

@@ -18,7 +18,7 @@ HEAD = ("arm", "runs", "steps", "kNN-20 (gain)", "linear (gain)", "RankMe", "dro
 """Columns of the table; the verdicts are long, so they are lines of their own on a terminal."""
 EXPLANATION = (
     "Scores are in percent: mean ± standard deviation over the seeds.",
-    "Gain: score minus the score of the untrained encoder (random start).",
+    "Gain: score minus the score of the encoder before training (start).",
     "Drop: best kNN score of the monitor during training minus its last one.",
     "Verdict: Welch's t-test over the seeds compares the kNN-20 and linear scores with those of the first arm. "
     "p-values are corrected for multiple tests (Holm): if no arm truly differs, the chance of any 'higher' or 'lower' "

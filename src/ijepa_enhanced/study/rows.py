@@ -24,9 +24,9 @@ class Row(NamedTuple):
     linear: float | None = None
     rankme: float | None = None
     start_knn20: float | None = None
-    """kNN-20 of the random start: the encoder before its first step."""
+    """kNN-20 of the start: the encoder before its first step."""
     start_linear: float | None = None
-    """Linear score of the random start."""
+    """Linear score of the start."""
     best_knn: float | None = None
     """The highest kNN score that the monitor logged."""
     fall: float | None = None

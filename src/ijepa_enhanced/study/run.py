@@ -28,7 +28,7 @@ from ijepa_enhanced.study.rows import Row, read_rows, write_rows
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
-from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_config, random_start
+from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_config, start_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _scores(folder: Path, resolution: int | str | None, images: Sequence[Labelle
         train, val = (extract(encoder, part, config, cache=True) for part in images)
         return score(train, val, how=Scoring(device=device))
 
-    found, start = of(encoder), of(random_start(encoder, folder))
+    found, start = of(encoder), of(start_of(encoder, folder))
     logged = [line["knn"] for line in read_log(folder) if "knn" in line]
     return {
         **{name: found[name] for name in ("knn20", "linear", "rankme")},

@@ -14,6 +14,7 @@ from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.checkpoint import latest_checkpoint, read_progress
 from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.start import START
 
 FREE_ON_RESUME = (
     "data.source",
@@ -110,15 +111,20 @@ def _changes(before: TrainConfig, after: TrainConfig) -> Iterator[tuple[str, Any
             yield key, values[key], value
 
 
-def random_start(encoder: Encoder, run: Path) -> Encoder:
-    """Return the untrained encoder that a run started from, on the device of `encoder`.
+def start_of(encoder: Encoder, run: Path) -> Encoder:
+    """Return the encoder that a run started from, on the device of `encoder`: untrained, or the weights of `--init`.
 
     Args:
-        encoder: the trained encoder, whose architecture and preprocessing are kept.
-        run: folder of the run, or of an encoder in it. The seed is that of the run, or 0 if this is not a run.
+        encoder: the trained encoder, whose architecture and preprocessing an untrained one has.
+        run: folder of the run, or of an encoder in it. If it is no run, the encoder is untrained with seed 0.
+
+    Raises:
+        EncoderError: the weights that the run started from cannot be loaded.
     """
     run = run.resolve()  # "." has no name
-    # A run keeps its encoders in the folders `encoder` and `best`.
-    folder = run.parent if run.name in ("encoder", "best") else run
+    # A run keeps its encoders in these folders.
+    folder = run.parent if run.name in ("encoder", "best", START) else run
+    if (folder / START).is_dir():
+        return Encoder.from_pretrained(folder / START).to(encoder.device)
     seed = load_config(folder).seed if (folder / "config.yaml").is_file() else 0
     return Encoder.random(encoder.config, encoder.preprocessing, seed).to(encoder.device)

@@ -1,0 +1,54 @@
+"""The scripts of examples/ run as they are, with random weights in the layout of DINOv2."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_enhanced.encoder import Encoder
+from released import LAYOUTS, network_of, write
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def dinov2(tmp_path: Path) -> Path:
+    architecture, layout = LAYOUTS["dinov2"]
+    return write(tmp_path / "dinov2", *layout(network_of(architecture)))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_embed_folder(
+    dinov2: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "embed_folder.py", str(pictures), "--weights", str(dinov2), "--out", str(tmp_path / "z.pt"))
+    saved = torch.load(tmp_path / "z.pt", weights_only=True)
+    paths = [pictures / key for key in saved["keys"]]
+    expected = Encoder.from_pretrained(dinov2).embed(paths)
+    torch.testing.assert_close(saved["embeddings"], expected, rtol=1e-4, atol=1e-5)
+    assert len(capsys.readouterr().out.splitlines()) == len(paths)
+
+
+def test_continue_training(
+    dinov2: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, folder = str(pictures), str(tmp_path / "run")
+    given = ["--weights", str(dinov2), "--run", folder, "--steps", "2", "--labeled", images]
+    run(monkeypatch, "continue_training.py", images, *given)
+    before, after = (Encoder.from_pretrained(f"{folder}/{name}") for name in ("start", "encoder"))
+    assert torch.equal(before.network.prefix, Encoder.from_pretrained(dinov2).network.prefix)
+    assert not torch.equal(before.network.prefix, after.network.prefix)
+    assert capsys.readouterr().out.count("linear") >= 2
+
+
+def test_an_error_ends_the_example_with_the_code_of_the_command(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "continue_training.py", str(pictures), "--weights", str(tmp_path / "none"))
