@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ijepa_enhanced import devices
-from ijepa_enhanced.devices import all_cores, default_workers, threads
+from ijepa_enhanced.devices import all_cores, default_workers, free_memory, threads
 from ijepa_enhanced.evaluate import protocol
 from ijepa_enhanced.evaluate.features import Features
 from ijepa_enhanced.evaluate.tokens import InferenceConfig
@@ -41,6 +41,28 @@ def test_a_container_has_the_cores_of_its_limit(
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
     monkeypatch.setattr(devices, "CPU_LIMIT", tmp_path / "cpu.max")
     assert default_workers() == workers
+
+
+def test_what_is_free_is_told_truly() -> None:
+    free = free_memory()
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 10**8 < free["memory"] <= machine
+    if Path("/dev/shm").is_dir():
+        room = os.statvfs("/dev/shm")
+        assert free["/dev/shm"] == pytest.approx(room.f_bavail * room.f_frsize, abs=10**9)
+
+
+def test_a_container_has_the_memory_of_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "MEMORY_LIMIT", tmp_path)
+    (tmp_path / "memory.current").write_text("7000000\n")
+    (tmp_path / "memory.stat").write_text("anon 3000000\ninactive_file 2000000\n")
+    (tmp_path / "memory.max").write_text("10000000\n")
+    assert free_memory()["memory"] == 10_000_000 - 7_000_000 + 2_000_000
+    (tmp_path / "memory.max").write_text("4000000\n")
+    assert free_memory()["memory"] == 0
+    for unlimited in ("max\n", str(2**62)):
+        (tmp_path / "memory.max").write_text(unlimited)
+        assert free_memory()["memory"] > 10**8
 
 
 @pytest.mark.usefixtures("eight_cores")

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -13,6 +14,13 @@ logger = logging.getLogger(__name__)
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of computing in each period, and the period: how Docker and Kubernetes limit the CPU of a container."""
+
+
+MEMORY_LIMIT = Path("/sys/fs/cgroup")
+"""Where `memory.max` is the memory that a container may use, in bytes, and `memory.current` what it uses."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps memory that processes share."""
+MEGABYTE = 10**6
 
 
 def best_device() -> torch.device:
@@ -86,3 +94,24 @@ def all_cores() -> AbstractContextManager[None]:
     For scoring, which starts after the workers that decode have ended.
     """
     return nullcontext() if "OMP_NUM_THREADS" in os.environ else threads(default_workers())
+
+
+def free_memory() -> dict[str, int]:
+    """Return the bytes that are free, by place: `memory`, and `SHARED_MEMORY` where that is limited on its own.
+
+    The memory of a container is what its limit leaves, if that is less than what the machine has left.
+    """
+    try:
+        (available,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+        memory = int(available.split()[1]) * 1024
+    except (OSError, ValueError):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no container, or one without a limit, which is the word `max`
+        limit, used = (int((MEMORY_LIMIT / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (MEMORY_LIMIT / "memory.stat").read_text().splitlines())
+        # Files that were read and are no longer in use count as used, although the system frees them when needed.
+        memory = min(memory, max(0, limit - used + int(stat.get("inactive_file", 0))))
+    free = {"memory": memory}
+    if SHARED_MEMORY.is_dir():
+        free[str(SHARED_MEMORY)] = shutil.disk_usage(SHARED_MEMORY).free
+    return free

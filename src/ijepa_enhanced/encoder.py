@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -44,7 +45,8 @@ are slower, except with strong merging in bfloat16."""
 
 FAR = (0.5, 1.5)
 """Resolutions below or above these multiples of the trained one cause a warning. Up to 1.5 times the trained resolution
-scores about as well (docs/measurements.md). Smaller resolutions were not measured."""
+scores about as well (docs/measurements.md). Smaller resolutions were not measured. A learned table of positions counts
+as trained too: DINOv2's is for 518 px, although its images have 224 px by default."""
 
 Resolution = int | Literal["native"] | None
 """sqrt(height * width) in pixels after resizing, which keeps the aspect ratio. `native`: images keep their size. None:
@@ -311,8 +313,11 @@ class Encoder(nn.Module):
         trained = self.preprocessing.resolution
         if resolution is None or trained is None:
             return
+        native = 0.0
+        if self.config.positions == "table":
+            native = math.prod(self.config.position_grid) ** 0.5 * self.config.patch_size
         low, high = FAR
-        if not low * trained <= resolution <= high * trained and resolution not in self.warned:
+        if not low * trained <= resolution <= high * max(trained, native) and resolution not in self.warned:
             self.warned.add(resolution)
             logger.warning(
                 "The encoder was trained at a resolution of %d px but is used at %d px, where its features may be "

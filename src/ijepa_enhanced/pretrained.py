@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ijepa_enhanced.devices import MEGABYTE, free_memory
 from ijepa_enhanced.errors import EncoderError, NotFiniteError
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.config import Architecture
@@ -236,6 +237,7 @@ def read_weights(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_memory(path)
     try:
         if path.name.endswith(".index.json"):
             files = sorted(set((read_json(path) or {})["weight_map"].values()))
@@ -256,6 +258,19 @@ def read_weights(path: Path) -> Any:
             ) from error
         reason = "" if isinstance(error, pickle.UnpicklingError) else f": {first_sentence(error)}"
         raise EncoderError(f"{path} is damaged or no file of weights{reason or '.'}") from error
+
+
+def check_memory(path: Path) -> None:
+    """Raise EncoderError if the weights in a file, or in those that it lists, are larger than the free memory."""
+    paths = [path]
+    if path.name.endswith(".index.json"):
+        paths = [*path.parent.glob("*.safetensors")]
+    size, free = sum(each.stat().st_size for each in paths), free_memory()["memory"]
+    if size > free:
+        raise EncoderError(
+            f"{path} needs {size / MEGABYTE:,.0f} MB of memory, but only {free / MEGABYTE:,.0f} MB are free. Use a "
+            "smaller model, or a machine with more memory."
+        )
 
 
 def first_sentence(error: Exception) -> str:

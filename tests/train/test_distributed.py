@@ -137,17 +137,6 @@ def test_a_signal_stops_all_ranks_after_the_same_step(whole: TrainConfig, tmp_pa
     assert "DataLoader worker" not in stderr
 
 
-def test_packs_that_ranks_cannot_share_evenly_are_refused(whole: TrainConfig, tmp_path: Path) -> None:
-    odd = dataclasses.replace(whole, data=dataclasses.replace(whole.data, packs_per_step=3))
-    code, _, stderr = finish(torchrun(odd, tmp_path / "odd"))
-    assert code != 0
-    assert (
-        "ijepa: data.packs_per_step (3) must be a multiple of the number of processes (2), for example 2."
-        in stderr.splitlines()
-    )
-    assert not (tmp_path / "odd").exists()
-
-
 def test_states_of_meters_are_one_reading() -> None:
     states = [{"steps": 2, "losses": [[1.0], [2.0]], "tokens": [8, 9]}, {"steps": 2, "losses": [[3.0]], "tokens": [7]}]
     assert Meter.merged(states) == {"steps": 2, "losses": [[1.0], [2.0], [3.0]], "tokens": [8, 9, 7]}

@@ -42,6 +42,15 @@ def test_a_gpu_that_is_too_small_says_which_settings_fit(
         train(with_data(config, masked_views=2, max_view_tokens=200), tmp_path / "other")
 
 
+def test_networks_that_a_gpu_cannot_hold(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> Never:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(JEPA, "to", exhausted)
+    with pytest.raises(RunError, match=r"^Student, teacher and predictor need 0\.0 GB, which does not fit in GPU mem"):
+        train(tiny, tmp_path / "run")
+
+
 def test_workers_are_refused_what_shared_memory_cannot_hold(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

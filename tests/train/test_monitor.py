@@ -93,7 +93,7 @@ def test_the_alarm_fires_when_a_run_collapses(
     assert log[-1]["best"] < alarms[0] - 5
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_it_never_fires_on_a_healthy_run(seed: int, tmp_path: Path) -> None:
     train(small_run(seed), tmp_path / "run")
     log = read_log(tmp_path / "run")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,15 +11,13 @@ from PIL import Image
 
 from ijepa_enhanced.data.listing import Listing
 from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.devices import MEGABYTE, free_memory
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.8
 """Of what is free that may be taken; the rest is for the run itself."""
-SHARED_MEMORY = Path("/dev/shm")
-"""Where Linux keeps it."""
-MEGABYTE = 10**6
 
 
 class InMemory(Source):
@@ -107,18 +102,3 @@ class InMemory(Source):
     def fingerprint(self) -> str:
         """See `Source`."""
         return self.source.fingerprint()
-
-
-def free_memory() -> dict[str, int]:
-    """Bytes that are free, by place: the machine's memory, and the part of it that may be shared where that is limited.
-
-    What a container may use of the machine is not known here.
-    """
-    try:
-        (available,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
-        free = {"memory": int(available.split()[1]) * 1024}
-    except (OSError, ValueError):
-        free = {"memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
-    if SHARED_MEMORY.is_dir():
-        free[str(SHARED_MEMORY)] = shutil.disk_usage(SHARED_MEMORY).free
-    return free

@@ -30,10 +30,9 @@ from ijepa_enhanced.data.augment import augment
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig
 from ijepa_enhanced.data.decode import decode_views, patchify, upright_size
-from ijepa_enhanced.data.in_memory import MEGABYTE, SHARED_MEMORY
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources.base import Source
-from ijepa_enhanced.devices import default_workers
+from ijepa_enhanced.devices import MEGABYTE, SHARED_MEMORY, default_workers
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges

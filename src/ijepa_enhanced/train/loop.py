@@ -19,12 +19,12 @@ from torch import Tensor
 from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.config import DataConfig
-from ijepa_enhanced.data.in_memory import SHARED_MEMORY, InMemory, free_memory
+from ijepa_enhanced.data.in_memory import InMemory
 from ijepa_enhanced.data.loader import PackDataset, check_shared_memory, make_loader
 from ijepa_enhanced.data.plan import EpochPlan, Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.devices import SHARED_MEMORY, autocast, autocast_dtype, free_memory
 from ijepa_enhanced.distributed import Ranks, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RunError
@@ -181,7 +181,14 @@ class Run:
         )
         if start.encoder is not None:
             self.model.start_from(start.encoder.network)
-        self.model.to(ranks.device)
+        try:
+            self.model.to(ranks.device)
+        except torch.OutOfMemoryError as error:
+            size = sum(value.nbytes for value in self.model.parameters()) / 10**9
+            raise RunError(
+                f"Student, teacher and predictor need {size:.1f} GB, which does not fit in GPU memory. Use a smaller "
+                "encoder or teacher."
+            ) from error
         self.optimizer = make_optimizer(self.model, config.optim.layer_decay)
         # What is trained: the moving average, or the student of a teacher that does not change.
         trained = self.model.student if self.model.frozen else self.model.teacher

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ijepa_enhanced import pretrained
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import EncoderError
 from ijepa_enhanced.models.convert.layouts import convert
@@ -291,3 +292,25 @@ def test_weights_do_not_depend_on_the_file_once_they_are_loaded(tmp_path: Path) 
     size = (tmp_path / "a.pth").stat().st_size
     (tmp_path / "a.pth").write_bytes(bytes(size))
     assert_same(encoder, network_of(IJEPA, 0))
+
+
+def test_weights_that_are_larger_than_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "weights", *LAYOUTS["dinov2"][1](network_of(LAYOUTS["dinov2"][0])))
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(pretrained, "free_memory", lambda: {"memory": size})
+    Encoder.from_pretrained(folder)
+    monkeypatch.setattr(pretrained, "free_memory", lambda: {"memory": size - 1})
+    with pytest.raises(EncoderError, match=r"model\.safetensors needs 0 MB of memory, but only 0 MB are free\. Use"):
+        Encoder.from_pretrained(folder)
+
+
+def test_the_size_of_learned_positions_is_a_trained_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As for DINOv2, whose positions are for 518 px and whose images have 224 px."""
+    folder = write(tmp_path / "weights", *LAYOUTS["dinov2"][1](network_of(LAYOUTS["dinov2"][0])))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 16, "width": 16}}))
+    encoder = Encoder.from_pretrained(folder)
+    assert encoder.preprocessing.resolution == 16
+    encoder.check_resolution(60)  # 1.5 times the 40 px of the positions
+    assert caplog.messages == []
+    encoder.check_resolution(61)
+    assert len(caplog.messages) == 1
