@@ -92,7 +92,7 @@ def make_batch(make_stream: MakeStream) -> MakeBatch:
     """A pack of the given views of random patches, or, with `only`, of those of them alone, in that order.
 
     A view's patches and masks depend on (seed, its place among all the grids), not on the pack it is in. `rates` are
-    those at which teacher and student merge in encoders of `depth` layers.
+    those at which teacher and student merge in encoders of `depth` layers, with `prefix` tokens before each view.
     """
 
     def make(
@@ -101,14 +101,16 @@ def make_batch(make_stream: MakeStream) -> MakeBatch:
         only: Sequence[int] | None = None,
         depth: int = 0,
         rates: tuple[float, float] = (0.0, 0.0),
+        prefix: int = 0,
     ) -> MaskedBatch:
         views = range(len(grids)) if only is None else only
         patches = make_stream(grids, seed).split()
-        packed = Packed.of_grids(torch.cat([patches[view] for view in views]).numpy(), np.array(grids)[list(views)])
+        chosen = torch.cat([patches[view] for view in views]).numpy()
+        packed = Packed.of_grids(chosen, np.array(grids)[list(views)], prefix)
         masks = [draw_masks(*grids[view], MaskConfig(), generator(seed, Purpose.MASKS, image=view)) for view in views]
-        plan = plan_merges(packed.segments.lengths, rates[0], depth)
+        plan = plan_merges(packed.segments.lengths, rates[0], depth, prefix)
         batch = Batch(packed, torch.tensor(list(views)), None, (0, 0), (), merge_plan=plan)
-        return masked(batch, masks, rates[1], depth)
+        return masked(batch, masks, rates[1], depth, prefix)
 
     return make
 

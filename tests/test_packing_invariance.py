@@ -77,10 +77,11 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
     return encoder
 
 
-@pytest.fixture(scope="module")
-def jepa() -> JEPA:
+@pytest.fixture(scope="module", params=["without prefix and merging", "with both"])
+def jepa(request: pytest.FixtureRequest) -> JEPA:
     torch.manual_seed(1)
-    jepa = JEPA(CONFIG, PredictorConfig(width=32, depth=2, heads=2), ObjectiveConfig(vicreg_weight=0.0))
+    config = LEARNED if request.param == "with both" else CONFIG
+    jepa = JEPA(config, PredictorConfig(width=32, depth=2, heads=2), ObjectiveConfig(vicreg_weight=0.0))
     livelier(jepa)
     return jepa
 
@@ -164,22 +165,21 @@ def loss_and_gradients(model: JEPA, batch: MaskedBatch, step_target_tokens: int)
     return losses.total.item()
 
 
-# Of teacher and student.
-@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.2, 0.3)])
 @FEW
 @given(grids=MASKABLE, seed=SEEDS, data=st.data())
 def test_the_loss_of_jepa_and_its_gradients_do_not_depend_on_the_pack(
     jepa: JEPA,
     make_batch: Callable[..., MaskedBatch],
-    rates: tuple[float, float],
     grids: list[tuple[int, int]],
     seed: int,
     data: st.DataObject,
 ) -> None:
+    config = jepa.student.config
+    rates = (0.2, 0.3) if config.prefix else (0.0, 0.0)  # of teacher and student
     order = data.draw(st.permutations(range(len(grids))))
 
     def batch_of(views: list[int]) -> MaskedBatch:
-        return make_batch(grids, seed, views, depth=CONFIG.depth, rates=rates)
+        return make_batch(grids, seed, views, config.depth, rates, config.prefix)
 
     pack = batch_of(list(range(len(grids))))
     tokens = len(pack.targets.index)

@@ -54,8 +54,8 @@ class JEPA(nn.Module):
         objective: weights of the loss.
         views: masked views of each image, which follow each other in a pack.
         preprocessing: of the student. None: ImageNet's statistics, and the mean of the patches as feature.
-        teacher: a trained encoder that stays as it is. None: the teacher starts as a copy of the student and follows it
-            as a moving average.
+        teacher: a trained encoder, on the device of training, that stays as it is. It is not part of the state
+            dictionary. None: the teacher starts as a copy of the student and follows it as a moving average.
     """
 
     def __init__(
@@ -76,10 +76,11 @@ class JEPA(nn.Module):
         self.student = VisionTransformer(encoder)
         self.frozen = teacher is not None
         self.to_teacher: Convert | None = None
+        self.teacher: VisionTransformer
         if teacher is None:
             self.teacher = copy.deepcopy(self.student)
         else:
-            self.teacher = teacher.network
+            object.__setattr__(self, "teacher", teacher.network)  # not a submodule, which checkpoints would contain
             theirs, sizes = teacher.preprocessing, (encoder.patch_size, teacher.config.patch_size)
             self.to_teacher = Convert((own.mean, own.std), (theirs.mean, theirs.std), sizes)
         self.teacher.requires_grad_(False)

@@ -47,7 +47,7 @@ def test_networks_that_a_gpu_cannot_hold(tiny: TrainConfig, tmp_path: Path, monk
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(JEPA, "to", exhausted)
-    with pytest.raises(RunError, match=r"^Student, teacher and predictor need 0\.0 GB, which does not fit in GPU mem"):
+    with pytest.raises(RunError, match=r"^Student, teacher and predictor do not fit in GPU memory"):
         train(tiny, tmp_path / "run")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.encoder import Encoder
@@ -15,6 +16,7 @@ from ijepa_enhanced.errors import EncoderError
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
 from ijepa_enhanced.train import loop
+from ijepa_enhanced.train.checkpoint import latest_checkpoint
 from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.monitor import History
@@ -49,6 +51,13 @@ def same_weights(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def names_in(run: Path) -> list[str]:
+    """Names of the tensors in the newest checkpoint of a run."""
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    return [name for path in checkpoint.glob("*.safetensors") for name in load_file(path)]
+
+
 def test_scores_are_compared_with_the_weights_that_a_run_started_from(
     tiny: TrainConfig, weights: Path, tmp_path: Path
 ) -> None:
@@ -79,10 +88,12 @@ def test_a_run_starts_from_weights_and_keeps_their_preprocessing(
     assert 0 < moved.abs().max() <= 4 * config.optim.lr
 
 
-def test_it_resumes_without_the_weights_that_it_started_from(
-    tiny: TrainConfig, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("role", ["init", "teacher"])
+def test_it_resumes_without_the_weights_that_it_was_given(
+    role: str, tiny: TrainConfig, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(tiny, init=str(weights), optim=OptimConfig(freeze=0.5, layer_decay=0.5))
+    optim = OptimConfig(freeze=0.5, layer_decay=0.5) if role == "init" else tiny.optim
+    config = dataclasses.replace(tiny, **{role: str(weights)}, optim=optim)
     train(config, tmp_path / "whole")
     original, steps = loop.JEPA.update_teacher, []
 
@@ -97,6 +108,7 @@ def test_it_resumes_without_the_weights_that_it_started_from(
     shutil.rmtree(weights)
     assert train(config, tmp_path / "run", resume=True).finished
     assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert any(name.startswith("model.teacher.") for name in names_in(tmp_path / "run")) == (role == "init")
 
 
 def test_a_teacher_does_not_change_and_the_student_is_what_is_saved(

@@ -37,7 +37,7 @@ from ijepa_enhanced.train.meter import describe
 from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
 from ijepa_enhanced.train.signals import StopSignals
-from ijepa_enhanced.train.start import START, Start, load_start
+from ijepa_enhanced.train.start import Start, load_start
 from ijepa_enhanced.train.state import TrainState
 from ijepa_enhanced.train.step import train_step
 from ijepa_enhanced.train.unreadable import Unreadable
@@ -86,8 +86,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         images = open_images(config, ranks, resume)
         if not resume and ranks.main:
             write_config(config, folder)
-            if start.encoder is not None:
-                start.encoder.save_pretrained(folder / START)
+            start.keep(folder)
         run = Run(config, folder, images, start, ranks)
         state = TrainState(images.plan.hash, images.unreadable)
         if resume and not state.load(run.checkpoints, run.model, run.optimizer, ranks):
@@ -171,24 +170,21 @@ class Run:
         # Recorded with the encoder: position embeddings beyond this grid stay untrained.
         longest_rows, longest_cols = images.first_epoch.grids.reshape(-1, 2).max(axis=0).tolist()
         preprocessing = start.preprocessing(config, (longest_rows, longest_cols))
-        self.model = JEPA(
-            start.architecture(config),
-            config.predictor,
-            config.objective,
-            config.data.masked_views,
-            preprocessing,
-            start.teacher,
-        )
+        try:
+            self.model = JEPA(
+                start.architecture(config),
+                config.predictor,
+                config.objective,
+                config.data.masked_views,
+                preprocessing,
+                start.teacher and start.teacher.to(ranks.device),
+            ).to(ranks.device)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                "Student, teacher and predictor do not fit in GPU memory. Use a smaller encoder or teacher."
+            ) from error
         if start.encoder is not None:
             self.model.start_from(start.encoder.network)
-        try:
-            self.model.to(ranks.device)
-        except torch.OutOfMemoryError as error:
-            size = sum(value.nbytes for value in self.model.parameters()) / 10**9
-            raise RunError(
-                f"Student, teacher and predictor need {size:.1f} GB, which does not fit in GPU memory. Use a smaller "
-                "encoder or teacher."
-            ) from error
         self.optimizer = make_optimizer(self.model, config.optim.layer_decay)
         # What is trained: the moving average, or the student of a teacher that does not change.
         trained = self.model.student if self.model.frozen else self.model.teacher

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 START = "start"
 """The encoder in a run's folder that the run started from, if it did not start from random weights."""
+TEACHER = "teacher"
+"""The teacher in a run's folder, if it does not change. Checkpoints do not contain it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ class Start:
     def architecture(self, config: TrainConfig) -> Architecture:
         """Return the architecture of the student."""
         return config.encoder.architecture if self.encoder is None else self.encoder.config
+
+    def keep(self, folder: Path) -> None:
+        """Write the encoders into the folder of the run, so that it resumes without the files that they come from.
+
+        Raises:
+            OSError: a file cannot be written, as on a full disk.
+        """
+        for name, encoder in ((START, self.encoder), (TEACHER, self.teacher)):
+            if encoder is not None:
+                encoder.save_pretrained(folder / name)
 
     @property
     def origin(self) -> Origin | None:
@@ -59,17 +71,21 @@ def load_start(config: TrainConfig, folder: Path, resume: bool) -> Start:
     Args:
         config: of the run.
         folder: of the run.
-        resume: whether it resumes, and has kept the encoder that it started from.
+        resume: whether it resumes. It then uses the encoders that it has kept in `folder`.
 
     Raises:
         EncoderError: an encoder cannot be loaded.
     """
-    start, kept = None, folder / START
-    if config.init is not None:
+
+    def kept_or_given(name: str, given: str | None) -> Encoder | None:
+        if given is None:
+            return None
         # config.json is written last: a run that was killed before has only the weights that it was given.
-        whole = resume and (kept / "config.json").is_file()
-        start = Encoder.from_pretrained(kept if whole else config.init)
+        whole = resume and (folder / name / "config.json").is_file()
+        return Encoder.from_pretrained(folder / name if whole else given)
+
+    start, teacher = kept_or_given(START, config.init), kept_or_given(TEACHER, config.teacher)
     if start is not None and start.origin is not None and not resume:
         terms = start.origin.license or "unknown"
         logger.info("Starting from %s. Its license (%s) applies to what is trained from it too.", config.init, terms)
-    return Start(start, None if config.teacher is None else Encoder.from_pretrained(config.teacher))
+    return Start(start, teacher)
