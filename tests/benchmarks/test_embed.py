@@ -94,6 +94,26 @@ def test_squares_in_batches_are_our_features_of_squares() -> None:
         torch.testing.assert_close(theirs, methods.ours(encoder, 0.0, squares)(), rtol=0, atol=2e-5)
 
 
+def test_a_model_of_transformers_is_compared_with_what_it_becomes(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="the other libraries are no dependencies")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 40}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path)
+    encoder = Encoder.from_pretrained(tmp_path)
+    images = embed.read(str(pictures), 3, 8, scale=1.0)
+    with torch.inference_mode():
+        theirs = peers.transformers_model(encoder, str(tmp_path))(images)()
+        torch.testing.assert_close(theirs, methods.ours(encoder, 0.0, images)(), rtol=0, atol=2e-5)
+    tables: list[list[dict[str, Any]]] = []
+    monkeypatch.setattr(embed, "print_table", tables.append)
+    embed.run(str(pictures), weights=str(tmp_path), count=3, scale=1.0)
+    names = [row["method"] for row in tables[0] if row["precision"] == "float32"]
+    assert names == [*["ours"] * 3, "transformers AutoModel", *names[4:]]
+    assert len(names) == 6
+
+
 def test_positions_of_a_padded_batch_are_those_of_each_grid() -> None:
     encoder = tiny()
     grids = [(4, 6), (2, 2)]

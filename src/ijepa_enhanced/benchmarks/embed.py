@@ -2,11 +2,13 @@
 
     python -m ijepa_enhanced.benchmarks.embed --source SOURCE
     python -m ijepa_enhanced.benchmarks.embed --source VAL --train TRAIN --weights RUN
+    python -m ijepa_enhanced.benchmarks.embed --source SOURCE --weights DINOV2 --scale 1
 
 It compares ours, at several merge rates, with what people use today, with the same weights and the same images: timm's
 NaFlexViT on padded batches and transformers' IJepaModel on one image after another, both with our positions, which
 compute our features, up to rounding; and IJepaModel on batches of images that are squashed to squares, of 224 px and of
-as many patches as the images have on average. What is not installed is left out.
+as many patches as the images have on average. What is not installed is left out. If `--weights` is a folder that
+transformers wrote, the peer is the model that transformers loads from it.
 
 Speed is that of the network alone: pixels are resized, batched and on the device beforehand, and normalized where the
 network does not do that itself. With `--train` each method also embeds up to 1,000 labeled images of each source, and
@@ -48,8 +50,9 @@ from ijepa_enhanced.models.variants import variant_name
 
 TURNS = 3
 IMAGES = {"cpu": 16, "cuda": 256}
-SCALE, MOST_TOKENS = 2, 1024
-"""Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs."""
+SCALE, MOST_TOKENS = 2.0, 1024
+"""Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs, and
+smaller if they had more tokens."""
 LABELED = 1000
 """Most images of each source for the nearest neighbors: scores then have a standard error of at most 1.6 points."""
 CHUNK = 64
@@ -64,6 +67,7 @@ def run(
     count: int | None = None,
     weights: str | None = None,
     train: str | None = None,
+    scale: float = SCALE,
 ) -> dict[str, Any]:
     """Print the table and return the speed of ours without merging: in float32 on a CPU, in bfloat16 on CUDA.
 
@@ -75,6 +79,7 @@ def run(
         count: of images whose speed is measured; None: those of `IMAGES`.
         weights: folder of an encoder; None: random weights.
         train: labeled images whose classes are known; None: classify none.
+        scale: that images are shown at, a multiple of their own size.
 
     Returns:
         `images_per_second`, `over_best_peer` (None where no peer is installed) and `bfloat16_gain`, how many times as
@@ -87,16 +92,17 @@ def run(
     encoder = load(weights, variant, patch).to(device)
     name = f"{variant_name(encoder.width)}/{encoder.config.patch_size}"
     config, pair = encoder.config, [some(images) for images in labelled_pair(train, source)] if train else None
-    images = read(source, count or IMAGES[device.type], config.patch_size)
+    images = read(source, count or IMAGES[device.type], config.patch_size, scale)
     patches = float(np.mean(patches_of(images, config)))
     # On CUDA ragged streams have no kernel in float32 (ops/attention.py).
     fast = autocast_dtype("auto", device)
     precisions = [fast] if device.type == "cuda" else list(dict.fromkeys([torch.float32, fast]))
     with torch.inference_mode():
-        methods, absent = methods_of(encoder, patches)
+        methods, absent = methods_of(encoder, patches, weights if is_of_transformers(encoder) else None)
         rows = speed_rows(methods, absent, images, config, device, precisions)
         if pair is not None:
-            scores = knn_scores(methods, pair, config.patch_size, partial(under, precisions[0], device))
+            reading = partial(enlarged, patch=config.patch_size, scale=scale)
+            scores = knn_scores(methods, pair, reading, partial(under, precisions[0], device))
             none = dict.fromkeys(scores[0], "")
             rows = [row | (scores[number] if number < len(methods) else none) for number, row in enumerate(rows)]
     print(f"Embedding {len(images)} images of {source} with ViT-{name}, ", end="")
@@ -121,12 +127,17 @@ def load(weights: str | None, variant: str, patch: int) -> Encoder:
     if weights is None:
         return Encoder.random(EncoderConfig(variant, patch).architecture, Preprocessing(), seed=0)
     encoder = Encoder.from_pretrained(weights)
-    if encoder.config.patch_embed != "linear":
+    if not is_of_transformers(encoder) and encoder.config.patch_embed != "linear":
         raise RequestError(
             f"The encoder in {weights} has encoder.patch_embed '{encoder.config.patch_embed}', which timm and "
             "transformers do not have. Train one with --encoder.patch_embed linear."
         )
     return encoder
+
+
+def is_of_transformers(encoder: Encoder) -> bool:
+    """Return whether the encoder was loaded from a folder that transformers wrote."""
+    return encoder.origin is not None and encoder.origin.layout.startswith("transformers")
 
 
 def speed_rows(
@@ -185,7 +196,7 @@ def speed_rows(
 def knn_scores(
     methods: Sequence[Method],
     pair: Sequence[LabelledSource],
-    patch: int,
+    reading: Callable[[Source, NDArray[np.integer]], Images],
     within: Callable[[Embed], Tensor],
 ) -> list[dict[str, float]]:
     """Return how many images each method classifies right by its 20 nearest neighbors, the first method being ours.
@@ -193,14 +204,14 @@ def knn_scores(
     Args:
         methods: M methods.
         pair: labeled images to learn from, and labeled images to classify.
-        patch: P.
+        reading: reads rows of a source.
         within: calls what embeds images.
 
     Returns:
         For each method `knn20`, a fraction of 1; `knn20_low` and `knn20_high`, its 95% interval; and `knn20_p`, the
         chance to see a difference from the first method as large as this if there were none (McNemar).
     """
-    train, val = (features_of(methods, images, patch, within) for images in pair)
+    train, val = (features_of(methods, images, reading, within) for images in pair)
     train_labels, labels = (torch.tensor(images.catalog.labels) for images in pair)
     right = [knn_classify(*both, k=20) == labels for both in zip(train, [train_labels] * len(train), val, strict=True)]
     scores = []
@@ -212,22 +223,25 @@ def knn_scores(
 
 
 def features_of(
-    methods: Sequence[Method], images: LabelledSource, patch: int, within: Callable[[Embed], Tensor]
+    methods: Sequence[Method],
+    images: LabelledSource,
+    reading: Callable[[Source, NDArray[np.integer]], Images],
+    within: Callable[[Embed], Tensor],
 ) -> list[Tensor]:
     """Return the features of all images by each method: M tensors [N, D]; arguments as for `knn_scores`."""
     found: list[list[Tensor]] = [[] for _ in methods]
     for start in range(0, len(images.catalog.rows), CHUNK):
-        chunk = enlarged(images.source, images.catalog.rows[start : start + CHUNK], patch)
+        chunk = reading(images.source, images.catalog.rows[start : start + CHUNK])
         for method, features in zip(methods, found, strict=True):
             features.append(within(method.prepare(method.shown(chunk))).float().cpu())
     return [torch.cat(features) for features in found]
 
 
-def read(source: str, count: int, patch: int) -> Images:
+def read(source: str, count: int, patch: int, scale: float = SCALE) -> Images:
     """Return `count` images spread over a source; see `enlarged`."""
     opened = open_source(source)
     rows = open_catalog(opened, cache=False).rows  # as in `step`
-    return enlarged(opened, rows[spread(len(rows), count)], patch)
+    return enlarged(opened, rows[spread(len(rows), count)], patch, scale)
 
 
 def some(images: LabelledSource) -> LabelledSource:
@@ -240,13 +254,13 @@ def spread(total: int, count: int) -> NDArray[np.int64]:
     return np.linspace(0, total - 1, min(count, total)).astype(np.int64)
 
 
-def enlarged(source: Source, rows: NDArray[np.integer], patch: int) -> Images:
-    """Return images of a source at `SCALE`, of at most `MOST_TOKENS`."""
+def enlarged(source: Source, rows: NDArray[np.integer], patch: int, scale: float) -> Images:
+    """Return images of a source at a multiple of their size, of at most `MOST_TOKENS`."""
     images = []
     for row in rows.tolist():
         image = source.open(row)
         size = np.array([upright_size(image)])
-        grid = fit_grids(SCALE * size[:, 0], SCALE * size[:, 1], None, patch, MOST_TOKENS)
+        grid = fit_grids(scale * size[:, 0], scale * size[:, 1], None, patch, MOST_TOKENS)
         images += decode_views(image, np.concatenate([np.zeros((1, 2), np.int64), size], axis=1), grid * patch)
     return images
 
@@ -266,4 +280,5 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, dest="count", help="how many to measure the speed with")
     parser.add_argument("--weights", help="folder of a trained encoder")
     parser.add_argument("--train", help="labeled images; then those of --source are classified")
+    parser.add_argument("--scale", type=float, default=SCALE, help="multiple of their size that images are shown at")
     run(**vars(parser.parse_args()))

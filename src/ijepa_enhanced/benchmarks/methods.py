@@ -10,10 +10,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.benchmarks.peers import PEERS, TOKENS, Embed, Images, Prepare, transformers_ijepa
+from ijepa_enhanced.benchmarks.peers import (
+    PEERS,
+    TOKENS,
+    Embed,
+    Images,
+    Prepare,
+    transformers_ijepa,
+    transformers_model,
+)
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import Architecture
-from ijepa_enhanced.ops.pooling import segment_mean
 
 RATES = (0.0, 0.05, 0.12)
 SQUARE = 224
@@ -35,19 +42,26 @@ class Method(NamedTuple):
         return images if self.square is None else [squashed(image, self.square) for image in images]
 
 
-def methods_of(encoder: Encoder, patches: float) -> tuple[list[Method], dict[str, str]]:
+def methods_of(encoder: Encoder, patches: float, folder: str | None = None) -> tuple[list[Method], dict[str, str]]:
     """Return the methods that can be compared here, and why each other peer is absent.
 
     Args:
         encoder: whose weights all of them have.
         patches: of an image, on average.
+        folder: of the same weights, if transformers can load them itself. Without it, the peers are networks of ours
+            in their code.
     """
     side = encoder.config.patch_size
     squares = sorted({SQUARE // side * side, max(1, round(math.sqrt(patches))) * side})
+    alone: dict[str, Callable[[Encoder], Prepare]] = PEERS
+    one_size: Callable[..., Prepare] = transformers_ijepa
+    if folder is not None:
+        one_size = partial(transformers_model, folder=folder)
+        alone = {"transformers AutoModel": one_size}
     peers: dict[tuple[str, int | None], Callable[[Encoder], Prepare]] = {
-        (name, None): peer for name, peer in PEERS.items()
+        (name, None): peer for name, peer in alone.items()
     }
-    batched = partial(transformers_ijepa, tokens=TOKENS[encoder.device.type])
+    batched = partial(one_size, tokens=TOKENS[encoder.device.type])
     peers |= {(f"transformers squares of {square} px", square): batched for square in squares}
     methods = [Method(OURS, rate, partial(ours, encoder, rate)) for rate in RATES]
     absent: dict[str, str] = {}
@@ -66,9 +80,7 @@ def ours(encoder: Encoder, rate: float, images: Images) -> Embed:
     for packed in encoder.packs(images, "native"):
         plan = encoder.merge_plan(packed.segments, rate)
         packs.append((packed.to(device), plan and plan.to(device)))
-    return lambda: torch.cat(
-        [segment_mean(encoder(packed, plan), packed.segments.cu_seqlens) for packed, plan in packs]
-    )
+    return lambda: torch.cat([encoder.pool(encoder(packed, plan), packed) for packed, plan in packs])
 
 
 def squashed(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -129,16 +129,41 @@ def transformers_ijepa(encoder: Encoder, tokens: int = 1) -> Prepare:
     network.embeddings.interpolate_pos_encoding = positions
 
     def prepare(images: Images) -> Embed:
-        size = max(1, tokens // (images[0].shape[0] * images[0].shape[1] // side**2))
-        pixels = [torch.from_numpy(normalized(image, encoder)).permute(2, 0, 1) for image in images]
-        batches = [
-            torch.stack(pixels[start : start + size]).contiguous().to(device) for start in range(0, len(pixels), size)
-        ]
+        batches = batches_of(images, encoder, tokens)
         return lambda: torch.cat(
             [network(batch, interpolate_pos_encoding=True).last_hidden_state.mean(dim=1) for batch in batches]
         )
 
     return prepare
+
+
+def transformers_model(encoder: Encoder, folder: str, tokens: int = 1) -> Prepare:
+    """Embed with the model that transformers itself loads from `folder`, whose weights `encoder` has.
+
+    Batches are those of `transformers_ijepa`. The model interpolates its positions in its own way.
+    """
+    network = import_module("transformers").AutoModel.from_pretrained(folder).eval().to(encoder.device)
+    # The others always interpolate, or need not.
+    options = {"interpolate_pos_encoding": True} if network.config.model_type in ("vit", "ijepa") else {}
+    pooled = slice(0, 1) if encoder.preprocessing.pooling == "cls" else slice(encoder.config.prefix, None)
+
+    def prepare(images: Images) -> Embed:
+        batches = batches_of(images, encoder, tokens)
+        return lambda: torch.cat(
+            [network(batch, **options).last_hidden_state[:, pooled].mean(dim=1) for batch in batches]
+        )
+
+    return prepare
+
+
+def batches_of(images: Images, encoder: Encoder, tokens: int) -> list[Tensor]:
+    """Return images of one size, or single ones, as normalized batches [B, 3, height, width] of at most `tokens`."""
+    size = max(1, tokens // (images[0].shape[0] * images[0].shape[1] // encoder.config.patch_size**2))
+    pixels = [torch.from_numpy(normalized(image, encoder)).permute(2, 0, 1) for image in images]
+    return [
+        torch.stack(pixels[start : start + size]).contiguous().to(encoder.device)
+        for start in range(0, len(pixels), size)
+    ]
 
 
 PEERS: dict[str, Callable[[Encoder], Prepare]] = {
