@@ -292,7 +292,7 @@ def test_the_dense_probe_takes_images_and_label_maps(run: Run, tmp_path: Path) -
         Image.fromarray(labels).save(tmp_path / "labels" / f"{number}.png")
     answer = evaluate(run.folder, tmp_path, tmp_path, "--protocols", "dense", "--resolution", "48")
     assert (answer.code, answer.err) == (0, ["Scoring: trained"])
-    assert answer.json.keys() == {"dense_miou"}
+    assert answer.json.keys() == {"dense_miou", "dense_knn"}
     assert answer.json["dense_miou"] > 0.9
 
 

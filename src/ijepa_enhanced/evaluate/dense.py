@@ -1,4 +1,4 @@
-"""Segmentation by a linear layer on the feature of each patch: what features say about places."""
+"""Segmentation by the features of patches, linear or by nearest patches: what features say about places."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.devices import all_cores
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import SourceError
+from ijepa_enhanced.evaluate.dense_knn import PatchNeighbors
 from ijepa_enhanced.evaluate.label_maps import LabelledMaps, map_of
 from ijepa_enhanced.evaluate.linear import STRENGTHS, rows_at_once, softmax_regression
 from ijepa_enhanced.evaluate.standardize import moments, roomiest, scale
@@ -47,13 +48,14 @@ def dense(
     seed: int = 0,
     counting: Counting = uncounted,
 ) -> Iterator[tuple[str, float]]:
-    """Yield `dense_miou`: the mean over classes of intersection over union, over all pixels of the label maps of `val`.
+    """Yield `dense_miou`, of a linear probe, and `dense_knn`, of nearest patches (see `PatchNeighbors`).
 
-    A class of `val` that none of the training images that are drawn has counts as one that the probe never finds.
+    Both are the mean over classes of intersection over union, over all pixels of the label maps of `val`. A class of
+    `val` that none of the training images that are drawn has counts as one that is never found.
 
-    The probe is softmax regression on standardized tokens, trained with the cross-entropy of all pixels of a patch. Its
-    strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labeled training images;
-    the layer is then trained on all of them.
+    The linear probe is softmax regression on standardized tokens, trained with the cross-entropy of all pixels of a
+    patch. Its strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labeled training
+    images; the layer is then trained on all of them.
 
     Args:
         encoder: in evaluation mode.
@@ -83,10 +85,14 @@ def dense(
         return
     _need_same_labels(train, val)
     with stored_tokens(encoder, chosen, config, counting) as tokens, all_cores():
-        probe = _fitted(tokens, train, rng, encoder.device)
+        classes, counts = _patches(tokens, train)
+        linear = _fitted(tokens, classes, counts, rng, encoder.device)
+        labeled = counts.sum(dim=1) > 0
+        shares = counts[labeled] / counts[labeled].sum(dim=1, keepdim=True)
+        neighbors = PatchNeighbors(classes, tokens.values[labeled], shares, encoder.device)
     with stored_tokens(encoder, val, config, counting) as tokens, all_cores():
-        confusion = _confusion(probe, tokens, val)
-    yield "dense_miou", mean_iou(confusion)
+        for name, probe in (("dense_miou", linear), ("dense_knn", neighbors)):
+            yield name, mean_iou(_confusion(probe, tokens, val))
 
 
 class _Probe(NamedTuple):
@@ -106,8 +112,8 @@ class _Probe(NamedTuple):
         return scale(tokens, self.mean, self.std, self.layer.device, ones=1) @ self.layer
 
 
-def _fitted(tokens: Tokens, train: LabelledMaps, rng: np.random.Generator, device: torch.device) -> _Probe:
-    """Fit the probe on the tokens of some images of `train`; `rng` draws those that choose its strength."""
+def _patches(tokens: Tokens, train: LabelledMaps) -> tuple[NDArray[np.uint8], Tensor]:
+    """Return the labels in some images of `train` [C], ascending, and the pixels of each in each patch [T, C]."""
     counted = [
         _counted(map_of(train, row), grid)
         for row, grid in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), strict=True)
@@ -117,6 +123,13 @@ def _fitted(tokens: Tokens, train: LabelledMaps, rng: np.random.Generator, devic
     counts = torch.zeros(len(tokens.values), len(classes))
     for (own, of_image), part in zip(counted, counts.split(tokens.lengths.tolist()), strict=True):
         part[:, np.searchsorted(classes, own)] = of_image
+    return classes, counts
+
+
+def _fitted(
+    tokens: Tokens, classes: NDArray[np.uint8], counts: Tensor, rng: np.random.Generator, device: torch.device
+) -> _Probe:
+    """Fit the probe on patches and their labels; `rng` draws the images that choose its strength."""
     mean, std = moments(tokens.values)
     rows = counts.sum(dim=1).nonzero()[:, 0]
     image_of = torch.arange(len(tokens.lengths)).repeat_interleave(tokens.lengths)[rows]
@@ -143,7 +156,7 @@ def _counted(labels: NDArray[np.uint8], grid: tuple[int, int]) -> tuple[NDArray[
     return own, patch_labels(labels, grid, own)
 
 
-def _confusion(probe: _Probe, tokens: Tokens, val: LabelledMaps) -> NDArray[np.int64]:
+def _confusion(probe: _Probe | PatchNeighbors, tokens: Tokens, val: LabelledMaps) -> NDArray[np.int64]:
     """Return how many pixels of each label (rows) are predicted as each label (columns): [256, 256]."""
     confusion = np.zeros((LABELS, LABELS), dtype=np.int64)
     views = tokens.values.split(tokens.lengths.tolist())

@@ -19,6 +19,7 @@ TITLES = {
     "attentive": "attentive probe",
     "finetune": "fine-tuned",
     "dense_miou": "dense mIoU",
+    "dense_knn": "dense kNN mIoU",
     "rankme": "RankMe",
     "images_per_second": "images/s",
 }
