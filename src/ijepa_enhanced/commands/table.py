@@ -203,6 +203,12 @@ COMMANDS: dict[str, Command | Group] = {
         note=STUDY_NOTE,
         less_memory="lower --data.tokens_per_pack in the study file",
     ),
+    "doctor": Command(
+        "Check this installation and this machine, with advice for what is missing.",
+        ("ijepa doctor",),
+        Common,
+        "doctor.run",
+    ),
     "benchmark": Command(
         "Measure the speed of data loading, attention, token merging, a training step, embedding or search.",
         ("ijepa benchmark packing", "ijepa benchmark step --source photos --tokens 8192"),
