@@ -300,6 +300,64 @@ class ConvertOptions(Common):
 
 
 @dataclass(frozen=True)
+class ExportOptions(Common):
+    """Options of every `ijepa export`."""
+
+    weights: str = option(metavar="WEIGHTS", positional=True)
+    """A run, a folder with an encoder, or released weights: a folder, a file or a Hub id (docs/weights.md)."""
+    out: str = option(metavar="OUT", positional=True)
+    """File to write. It must not exist."""
+    grid: str | None = option(None, metavar="ROWSxCOLUMNS")
+    """Size of the images in patches, such as 14x14. (default: any height and width)"""
+
+    def __post_init__(self) -> None:
+        self.rows_and_columns()
+
+    def rows_and_columns(self) -> tuple[int, int] | None:
+        """Return the numbers of --grid, or None if it is not given.
+
+        Raises:
+            RequestError: it is not written as ROWSxCOLUMNS, or one of them is 0.
+        """
+        if self.grid is None:
+            return None
+        rows, _, columns = self.grid.partition("x")
+        if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+            raise RequestError(f"--grid must be ROWSxCOLUMNS, both at least 1, for example 14x14, not {self.grid}.")
+        return int(rows), int(columns)
+
+
+@dataclass(frozen=True)
+class ProgramOptions(ExportOptions):
+    """Options of `ijepa export onnx` and `ijepa export torch`."""
+
+    batch: int = option(1)
+    """Number of images at once, all of the same height and width."""
+    merge_rate: float = option(0.0)
+    """Fraction of its tokens that each layer merges into similar ones, from 0 (no merging) to 0.5. Requires --grid."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, batch=self.batch)
+        check_merge_rate(self.merge_rate)
+        if self.merge_rate and self.grid is None:
+            raise RequestError(
+                "--merge-rate requires --grid ROWSxCOLUMNS, because how many tokens merge depends on the size."
+            )
+
+
+@dataclass(frozen=True)
+class TransformersOptions(ExportOptions):
+    """Options of `ijepa export transformers`."""
+
+    out: str = option(metavar="OUT", positional=True)
+    """Folder to create."""
+    grid: str | None = option(None, metavar="ROWSxCOLUMNS")
+    """Size of the images in patches, such as 14x14, that positions are computed for. (default: a square of the trained
+    resolution)"""
+
+
+@dataclass(frozen=True)
 class PrepareOptions(Common):
     """Options of `ijepa prepare`."""
 

@@ -20,11 +20,13 @@ from ijepa_enhanced.commands.options import (
     MergeOptions,
     PackOptions,
     PrepareOptions,
+    ProgramOptions,
     ReportOptions,
     SearchOptions,
     SourceOptions,
     StudyOptions,
     TrainOptions,
+    TransformersOptions,
 )
 
 
@@ -112,6 +114,30 @@ INSPECT = {
     ),
 }
 
+EXPORT = {
+    "transformers": Command(
+        "Write a folder that transformers loads: IJepa, ViT, Dinov2 or DINOv3.",
+        ("ijepa export transformers runs/pets pets-transformers",),
+        TransformersOptions,
+        "export.to_transformers",
+    ),
+    "onnx": Command(
+        "Write an ONNX file for images of any size, or of one size, and check it in ONNX Runtime.",
+        (
+            "ijepa export onnx runs/pets pets.onnx",
+            "ijepa export onnx runs/pets pets.onnx --grid 14x14 --batch 8 --merge-rate 0.05",
+        ),
+        ProgramOptions,
+        "export.to_onnx",
+    ),
+    "torch": Command(
+        "Write a file of torch.export, which runs without this package, and check it.",
+        ("ijepa export torch runs/pets pets.pt2",),
+        ProgramOptions,
+        "export.to_torch",
+    ),
+}
+
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(
         "Train an image encoder on your own images, without labels.",
@@ -194,6 +220,12 @@ COMMANDS: dict[str, Command | Group] = {
         ),
         ConvertOptions,
         "convert.run",
+    ),
+    "export": Group(
+        "Write an encoder as a transformers folder, an ONNX file or a torch.export file.",
+        ("ijepa export onnx runs/pets pets.onnx",),
+        EXPORT,
+        "format",
     ),
     "study": Command(
         "Train several configurations with several seeds each, and compare their scores.",
