@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
 from ijepa_enhanced.encoder import Encoder
@@ -111,14 +114,22 @@ def equal_matches(views: int, prefix: int) -> Callable[[Tensor, Tensor, int, int
         # As whole numbers, cosines keep their order: they are exact from 1/128 on, and differ by 1e-9 below.
         ordered = (similarity.double() * 2**30).round().long()
         matches = ordered * 2**32 + (LOW - (first_odd + 2 * column))
-        both = torch.stack([matches, torch.full_like(matches, least)], dim=2).flatten(1)
-        return F.pad(both[:, : length - prefix], (prefix, 0), value=least).flatten()
+        both = torch.stack([matches, torch.full_like(matches, least)], dim=2).flatten(1)[:, : length - prefix]
+        return torch.cat([both.new_full((views, prefix), least), both], dim=1).flatten()
 
     return matches
 
 
-def trace(encoder: Encoder, shape: Shape) -> ExportedProgram:
-    """Return an encoder as a graph that needs nothing but PyTorch; see `EqualViews.forward` for input and outputs."""
+def trace(
+    encoder: Encoder, shape: Shape, more: Mapping[OpOverload, Callable[..., Any]] = MappingProxyType({})
+) -> ExportedProgram:
+    """Return an encoder as a graph that needs nothing but PyTorch; see `EqualViews.forward` for input and outputs.
+
+    Args:
+        encoder: on the CPU, which is not copied.
+        shape: of the program.
+        more: further operations to replace, and what replaces them.
+    """
     side, prefix = encoder.config.patch_size, encoder.config.prefix
     # While tracing, numbers that are equal would be taken for the same number.
     rows, cols = shape.grid or (5, 7)
@@ -130,6 +141,7 @@ def trace(encoder: Encoder, shape: Shape) -> ExportedProgram:
     replaced = {
         torch.ops.ijepa_enhanced.cpu_attention.default: equal_attention,
         torch.ops.ijepa_enhanced.best_matches.default: equal_matches(shape.batch, prefix),
+        **more,
     }
     with quiet(), torch.no_grad():
         dynamic = None if shape.grid else {INPUT: sizes}
@@ -140,15 +152,17 @@ def trace(encoder: Encoder, shape: Shape) -> ExportedProgram:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what PyTorch 2.13 says to its own developers while it exports."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that torchvision is missing
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)  # they warn that torchvision is missing, and of lists that are empty
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def check(encoder: Encoder, shape: Shape, run: Callable[[NDArray[np.uint8]], tuple[Tensor, Tensor]], by: str) -> float:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.export.program import INPUT, OUTPUTS, Shape, check, quiet, trace
 from ijepa_enhanced.files import replacing
+from ijepa_enhanced.ops.preprocess import CHANNELS
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST = 2**31 - 2**24
@@ -46,23 +46,20 @@ def export(encoder: Encoder, path: Path, shape: Shape) -> float:
         raise RequestError(
             f"The weights have {size / 2**30:.1f} GiB, and an ONNX file cannot have 2. Use `ijepa export torch`."
         )
-    model = translate(trace(encoder, shape), shape, encoder.width)
+    model = translate(encoder, shape)
     model.model.metadata_props.update(facts(encoder))
     with replacing(path, new=True) as temporary:
         model.save(temporary)
         return check(encoder, shape, session(temporary), "ONNX Runtime")
 
 
-def translate(program: ExportedProgram, shape: Shape, width: int) -> torch.onnx.ONNXProgram:
-    """Return a graph of PyTorch, whose features have `width` numbers, as a graph of ONNX."""
+def translate(encoder: Encoder, shape: Shape) -> torch.onnx.ONNXProgram:
+    """Return an encoder as a graph of ONNX."""
     import onnx_ir
 
-    def sort(x: Tensor, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-        return torch.topk(x, x.shape[dim], dim, descending)
-
+    # ONNX has no sort. Its TopK is stable: of equal values, the first comes first.
+    program = trace(encoder, shape, {torch.ops.aten.argsort.stable: argsort})
     with quiet(), torch.no_grad():
-        # ONNX has no sort. Its TopK is stable: of equal values, the first comes first.
-        program = program.run_decompositions({torch.ops.aten.sort.stable: sort})
         model = torch.onnx.export(
             program,
             input_names=[INPUT],
@@ -73,9 +70,14 @@ def translate(program: ExportedProgram, shape: Shape, width: int) -> torch.onnx.
         )
     assert model is not None  # None only without `dynamo`
     if shape.grid is None:  # names that users understand
-        model.model.graph.inputs[0].shape = onnx_ir.Shape([shape.batch, 3, "height", "width"])
-        model.model.graph.outputs[1].shape = onnx_ir.Shape([shape.batch, "rows", "columns", width])
+        model.model.graph.inputs[0].shape = onnx_ir.Shape([shape.batch, CHANNELS, "height", "width"])
+        model.model.graph.outputs[1].shape = onnx_ir.Shape([shape.batch, "rows", "columns", encoder.width])
     return model
+
+
+def argsort(x: Tensor, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    """Compute `torch.argsort` by `torch.topk`."""
+    return torch.topk(x, x.shape[dim], dim, descending).indices
 
 
 def facts(encoder: Encoder) -> dict[str, str]:

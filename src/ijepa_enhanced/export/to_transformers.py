@@ -277,15 +277,14 @@ def card(encoder: Encoder, model: Model, grid: tuple[int, int]) -> str:
     if origin and "/" in origin.name:  # a Hub id
         header["base_model"] = origin.name
     height, width = (edge * encoder.config.patch_size for edge in grid)
-    place = f"{height} x {width} px ({grid[0]} x {grid[1]} patches)"
-    positions = "" if model.kind == "dinov3_vit" else f" Positions were computed for {place}."
+    computed = "" if model.kind == "dinov3_vit" else ", for which its positions were computed"
     started = f"\n\nThe weights come from `{origin.name}` ({origin.layout})." if origin else ""
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 
 # Image encoder
 
-`{model.name}` for images of {place}, exported by ijepa-enhanced.{positions}{started}
+`{model.name}` for images of {height} x {width} px{computed}. Exported by ijepa-enhanced.{started}
 
 ```python
 from transformers import AutoImageProcessor, AutoModel
