@@ -1,6 +1,7 @@
 """Folders of transformers: keys, positions, refusals, and outputs equal to those of transformers, if installed."""
 
 import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -47,6 +48,7 @@ def saved(folder: Path, config: Architecture, **preprocessing: Any) -> Encoder:
 @pytest.mark.parametrize("name", LAYOUTS_OF_TRANSFORMERS)
 def test_files_are_those_that_transformers_writes(name: str, tmp_path: Path) -> None:
     config, writer = LAYOUTS[name]
+    config = dataclasses.replace(config, hidden=96)  # twice the width: Dinov2 has whole multiples
     state, description = writer(network_of(config))
     write(tmp_path / "theirs", state, description)
     code, _, err = export("transformers", tmp_path / "theirs", tmp_path / "back")
@@ -75,9 +77,9 @@ MODELS: dict[str, tuple[Architecture, str, dict[str, Any]]] = {
     "IJepaModel of squeezed positions": (small(position_grid=(8, 8)), "5x5", {"trained_grid": (3, 4)}),
     "IJepaModel of fixed positions": (small(**FIXED), "6x6", {}),
     "ViTModel": (small(**TABLE, class_token=True), "3x6", {}),
-    "Dinov2Model": (small(**TABLE, **DINO), "7x7", {}),
+    "Dinov2Model": (small(**TABLE, **DINO, hidden=96), "7x7", {}),
     "Dinov2Model with SwiGLU": (small(**TABLE, **DINO, gated=True), "5x5", {}),
-    "Dinov2WithRegistersModel": (small(**ANTIALIASED, **DINO, registers=2), "4x4", {}),
+    "Dinov2WithRegistersModel": (small(**ANTIALIASED, **DINO, registers=2, hidden=144), "4x4", {}),
     "DINOv3ViTModel": (small(positions="rope", **DINO, registers=2), "3x5", {}),
     "DINOv3ViTModel with SwiGLU": (small(positions="rope", **DINO, gated=True), "3x5", {}),
 }
@@ -158,6 +160,12 @@ REFUSED: dict[str, tuple[Architecture, dict[str, Any], str, str]] = {
         {},
         "transformers new --grid 3x4",
         "Dinov2Model has positions of square grids only, not of 3x4. Change --grid.",
+    ),
+    "a hidden layer that Dinov2 cannot have": (
+        small(**TABLE, **DINO),
+        {},
+        "transformers new",
+        "Dinov2Model cannot have a hidden layer of 64 at a width of 48: its mlp_ratio is a whole number.",
     ),
     "native size without a grid": (
         small(),

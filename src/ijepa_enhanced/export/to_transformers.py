@@ -23,6 +23,9 @@ from ijepa_enhanced.packed import Packed
 BILINEAR = 2
 """Of Pillow's `Resampling`: the default of ViTImageProcessor."""
 
+MLP_RATIOS = range(1, 17)
+"""Of Dinov2; released models have 4."""
+
 OLD_ATTENTION = {
     "qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
     "proj": ("attention.output.dense",),
@@ -187,10 +190,14 @@ def configuration(encoder: Encoder, model: Model, grid: tuple[int, int]) -> dict
         if rows != cols:
             raise RequestError(f"{model.name} has positions of square grids only, not of {rows}x{cols}. Change --grid.")
         values["use_swiglu_ffn"] = config.gated
-        # SwiGLU keeps two thirds of the hidden layer.
-        values["mlp_ratio"] = plain(config.hidden * (1.5 if config.gated else 1) / config.width)
-        if hidden_of(Config(values), config.gated) != config.hidden:
-            raise RequestError(f"{model.name} cannot have a hidden layer of {config.hidden} in its MLPs.")
+        # Whole numbers only: transformers refuses others.
+        fits = (n for n in MLP_RATIOS if hidden_of(Config(values | {"mlp_ratio": n}), config.gated) == config.hidden)
+        values["mlp_ratio"] = next(fits, None)
+        if values["mlp_ratio"] is None:
+            raise RequestError(
+                f"{model.name} cannot have a hidden layer of {config.hidden} at a width of {config.width}: its mlp_ratio "
+                "is a whole number."
+            )
     else:
         values["intermediate_size"] = config.hidden
     if model.kind == "dinov3_vit":
@@ -199,11 +206,6 @@ def configuration(encoder: Encoder, model: Model, grid: tuple[int, int]) -> dict
         values |= {"use_gated_mlp": config.gated, "hidden_act": "silu" if config.gated else "gelu"}
         values["rope_theta"] = config.rope_base
     return values
-
-
-def plain(number: float) -> float | int:
-    """Return a whole number as an integer."""
-    return int(number) if number.is_integer() else number
 
 
 def state_of(encoder: Encoder, model: Model, grid: tuple[int, int]) -> dict[str, Tensor]:
