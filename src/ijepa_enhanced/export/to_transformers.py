@@ -195,8 +195,8 @@ def configuration(encoder: Encoder, model: Model, grid: tuple[int, int]) -> dict
         values["mlp_ratio"] = next(fits, None)
         if values["mlp_ratio"] is None:
             raise RequestError(
-                f"{model.name} cannot have a hidden layer of {config.hidden} at a width of {config.width}: its mlp_ratio "
-                "is a whole number."
+                f"{model.name} cannot have a hidden layer of {config.hidden} at a width of {config.width}: its "
+                "mlp_ratio is a whole number."
             )
     else:
         values["intermediate_size"] = config.hidden
