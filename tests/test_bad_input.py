@@ -488,7 +488,7 @@ WRONG_REQUESTS = {
         nothing,
         "--debug-me scan photos",
         "Put the command first, then its options. Commands: train, evaluate, embed, search, report, scan, prepare, "
-        "inspect, convert, export, study, benchmark.",
+        "inspect, convert, export, study, doctor, benchmark.",
     ),
     "an unknown recipe": (
         nothing,
