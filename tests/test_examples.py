@@ -52,3 +52,19 @@ def test_an_error_ends_the_example_with_the_code_of_the_command(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "continue_training.py", str(pictures), "--weights", str(tmp_path / "none"))
+
+
+def test_finetune_and_export(
+    dinov2: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "classifier"
+    given = ["--weights", str(dinov2), "--out", str(out), "--epochs", "2", "--batch", "3"]
+    run(monkeypatch, "finetune_and_export.py", str(pictures), *given)
+    assert (out / "encoder.onnx").is_file()
+    before, after = (Encoder.from_pretrained(folder) for folder in (dinov2, out / "encoder"))
+    assert not torch.equal(before.network.prefix, after.network.prefix)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("epoch 2: ")
+    assert lines[1].endswith(" of 2 held-out images are classified correctly")
+    assert lines[-1].split()[-1] in ("dark", "light")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ijepa_enhanced.benchmarks.embed import IMAGES, TURNS, knn_scores, read, some
+from ijepa_enhanced.benchmarks.embed import IMAGES, SCALE, TURNS, enlarged, knn_scores, read, some
 from ijepa_enhanced.benchmarks.methods import OURS, Method, ours, patches_of
 from ijepa_enhanced.benchmarks.peers import Embed, Images, Prepare
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
@@ -61,7 +61,8 @@ def run(
         calls = [method.prepare(images) for method in methods]
         features = [call() for call in calls]
         seconds = interleaved_seconds(calls, encoder.device, TURNS)
-        scores = knn_scores(methods, pair, side, lambda embed: embed()) if pair else [{}] * len(methods)
+        reading = partial(enlarged, patch=side, scale=SCALE)
+        scores = knn_scores(methods, pair, reading, lambda embed: embed()) if pair else [{}] * len(methods)
     rows = [
         {
             "method": method.name,
