@@ -449,8 +449,8 @@ WRONG_REQUESTS = {
     ),
     "an option cut short": (
         nothing,
-        f"{EVALUATE} --random",
-        "Unknown option '--random'. Did you mean '--start'?",
+        f"{EVALUATE} --base",
+        "Unknown option '--base'. Did you mean '--baselines'?",
     ),
     "an option like no other": (
         nothing,
@@ -630,8 +630,8 @@ WRONG_REQUESTS = {
     "an option of another picture": (
         nothing,
         "inspect masks photos --out new --merge-rate 0.1",
-        "`ijepa inspect masks` has no option '--merge-rate'. It is an option of `ijepa evaluate`, `ijepa embed` or "
-        "`ijepa inspect merges`.",
+        "`ijepa inspect masks` has no option '--merge-rate'. It is an option of `ijepa evaluate`, `ijepa embed`, "
+        "`ijepa inspect merges`, `ijepa export onnx` or `ijepa export torch`.",
     ),
     "a merge rate too high": (
         nothing,
