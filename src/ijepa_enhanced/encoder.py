@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -25,9 +28,10 @@ from ijepa_enhanced.data.inputs import (
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, default_workers
+from ijepa_enhanced.hub import create, fetch_card, upload
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.config import Architecture
-from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
+from ijepa_enhanced.models.preprocessing import Origin, Preprocessing, Record
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.positions import within_grid
 from ijepa_enhanced.ops.preprocess import Normalize
@@ -65,15 +69,23 @@ class Encoder(nn.Module):
         network: the vision transformer, which is not copied.
         preprocessing: how images become its input.
         origin: the released weights that it was imported from, or that its training started from; None: none.
+        record: what is known of its training and its scores, for the model card; None: nothing.
     """
 
-    def __init__(self, network: VisionTransformer, preprocessing: Preprocessing, origin: Origin | None = None) -> None:
+    def __init__(
+        self,
+        network: VisionTransformer,
+        preprocessing: Preprocessing,
+        origin: Origin | None = None,
+        record: Record | None = None,
+    ) -> None:
         super().__init__()
         if preprocessing.pooling == "cls" and not network.config.class_token:
             raise ValueError("pooling must be mean, because the network has no class token.")
         self.network = network
         self.preprocessing = preprocessing
         self.origin = origin
+        self.record = record or Record()
         self.normalize = Normalize(preprocessing.mean, preprocessing.std, network.config.patch_size)
         self.to(next(network.parameters()).device)  # the buffers of `normalize` join the network
         self.warned: set[int] = set()
@@ -335,12 +347,45 @@ class Encoder(nn.Module):
         return plan_merges(segments.lengths, rate, self.config.depth, self.config.prefix)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, and create it if needed.
+        """Write `config.json`, `model.safetensors` and a model card into `folder`, and create it if needed.
+
+        The card is `README.md` (docs/weights.md). One that somebody wrote or edited is kept.
 
         Raises:
             OSError: a file cannot be written, as on a full disk.
         """
-        save(Path(folder), Pretrained(self.network, self.preprocessing, self.origin))
+        save(Path(folder), self.described)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
+        """Upload the encoder to the Hugging Face Hub: the files that `save_pretrained` writes.
+
+        A model card that somebody wrote or edited on the Hub is kept, unless the encoder was loaded with one.
+
+        Args:
+            repo_id: NAME/MODEL, or MODEL for one of your own. It is created if it does not exist.
+            private: whether a new repository is private. None: as your organization has set it, or else public.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            RequestError: there is no network, you are not logged in, or you may not write to it.
+            OSError: the files cannot be written into a temporary folder first.
+        """
+        name = create(repo_id, private)
+        with TemporaryDirectory() as folder:
+            if not self.record.card:
+                fetch_card(name, Path(folder))  # `save` keeps it if it was edited
+            save(Path(folder), self.described, name)
+            return upload(Path(folder), name)
+
+    @property
+    def described(self) -> Pretrained:
+        """Return what is saved: the network, and what is known about it."""
+        record = self.record
+        if record.scores and record.scores["weights"] != hash_weights(self):
+            record = dataclasses.replace(record, scores=None)  # the network was trained since
+        return Pretrained(self.network, self.preprocessing, self.origin, record)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, encoder: WhichEncoder = "target") -> Encoder:
@@ -349,7 +394,7 @@ class Encoder(nn.Module):
         Args:
             path: a run; a folder that `save_pretrained`, transformers or timm wrote; a checkpoint of I-JEPA's own code;
                 a file of weights with their config.json beside it; or the id of a model on the Hugging Face Hub, such
-                as `facebook/dinov2-small`.
+                as `facebook/dinov2-small`, or `facebook/dinov2-small@REVISION`.
             encoder: which encoder of an I-JEPA checkpoint.
 
         Raises:
@@ -358,9 +403,18 @@ class Encoder(nn.Module):
             NotFiniteError: a weight is not finite.
         """
         loaded = load(path, encoder)
-        return cls(loaded.network, loaded.preprocessing, loaded.origin).eval()
+        return cls(loaded.network, loaded.preprocessing, loaded.origin, loaded.record).eval()
 
 
 def tokens_at_once(device: torch.device, tokens: int) -> int:
     """Return the largest number of tokens to compute at once on a device; see `Encoder.at_once`."""
     return min(tokens, CPU_TOKENS) if device.type == "cpu" else tokens
+
+
+def hash_weights(encoder: Encoder) -> str:
+    """Return the SHA-256 of all weights and their names."""
+    digest = hashlib.sha256()
+    for name, weights in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -73,6 +73,11 @@ def unknown(kind: str, name: str, known: list[str], file: str = "") -> str:
     return f"{where}{'unknown' if file else 'Unknown'} {kind} '{name}'.{did_you_mean(name, known)}"
 
 
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of a message."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0].removesuffix(".") + "."
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return a sentence with the known name closest to `name`, with all of them when they are few, or nothing."""
     last = _last_part(name)

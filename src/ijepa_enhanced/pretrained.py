@@ -16,13 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ijepa_enhanced.card import card, edited_card
 from ijepa_enhanced.devices import MEGABYTE, free_memory
-from ijepa_enhanced.errors import EncoderError, NotFiniteError
+from ijepa_enhanced.errors import EncoderError, NotFiniteError, first_sentence
 from ijepa_enhanced.files import replacing
+from ijepa_enhanced.hub import download
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.convert.layouts import convert, is_foreign
 from ijepa_enhanced.models.convert.reader import Reader
-from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
+from ijepa_enhanced.models.preprocessing import Origin, Preprocessing, Record
 from ijepa_enhanced.models.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -33,10 +35,8 @@ named the architecture by a variant."""
 
 PICKLES = (".pth", ".pt", ".bin", ".tar")
 """Endings of files that `torch.load` reads. Only tensors and plain values are loaded from them."""
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", "README.md"]
-"""What is downloaded; README.md has the license."""
-HUB_TIMEOUT = 5.0
-"""Seconds to wait for the Hub's first answer."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+"""NAME/MODEL or NAME/MODEL@REVISION."""
 
 WhichEncoder = Literal["target", "context"]
 
@@ -49,10 +49,16 @@ class Pretrained:
     preprocessing: Preprocessing
     origin: Origin | None
     """None: not from released weights."""
+    record: Record
 
 
-def save(folder: Path, pretrained: Pretrained) -> None:
-    """Write `config.json` and `model.safetensors` into `folder`, and create it if needed.
+def save(folder: Path, pretrained: Pretrained, name: str | None = None) -> None:
+    """Write `model.safetensors`, `README.md` and `config.json` into `folder`, and create it if needed.
+
+    Args:
+        folder: where.
+        pretrained: what to save.
+        name: what the model card calls it. None: the path of the folder, or the name of the folder if that is absolute.
 
     Raises:
         OSError: a file cannot be written, as on a full disk.
@@ -61,12 +67,6 @@ def save(folder: Path, pretrained: Pretrained) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "format": FORMAT,
-        "architecture": dataclasses.asdict(pretrained.network.config),
-        "preprocessing": dataclasses.asdict(pretrained.preprocessing),
-        "origin": pretrained.origin and dataclasses.asdict(pretrained.origin),
-    }
     state = {name: value.contiguous() for name, value in pretrained.network.state_dict().items()}
     # Each file is written under a temporary name and renamed, so that a reader never sees half of one.
     with replacing(folder / "model.safetensors") as temporary:
@@ -74,6 +74,29 @@ def save(folder: Path, pretrained: Pretrained) -> None:
             save_file(state, temporary)
         except SafetensorError as error:  # safetensors reports failed writes as its own errors
             raise OSError(f"{folder / 'model.safetensors'} cannot be written: {error}") from error
+    describe(folder, pretrained, name)
+
+
+def describe(folder: Path, pretrained: Pretrained, name: str | None = None) -> None:
+    """Write the `README.md` and the `config.json` of an encoder folder; arguments and errors are those of `save`.
+
+    A README.md that somebody wrote or edited is kept.
+    """
+    network, origin, record = pretrained.network, pretrained.origin, pretrained.record
+    if edited_card(folder / "README.md") is None:
+        # The folders above it may tell the user's name, and the card may be published.
+        name = name or (folder.name if folder.is_absolute() else str(folder))
+        text = record.card or card(name, network, pretrained.preprocessing, origin, record)
+        with replacing(folder / "README.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    config = {
+        "format": FORMAT,
+        "architecture": dataclasses.asdict(network.config),
+        "preprocessing": dataclasses.asdict(pretrained.preprocessing),
+        "origin": origin and dataclasses.asdict(origin),
+        "training": record.training,
+        "scores": record.scores,
+    }
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -98,8 +121,8 @@ def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
     # A Hub id is not a path, and its files lie in a folder that is named by a hash.
     name = place.resolve().name if Path(path).exists() else str(path)
     which = encoder if imported.layout == "I-JEPA" else None
-    origin = Origin(name, imported.layout, license_of(folder / "README.md") or imported.license, which)
-    return Pretrained(network, imported.preprocessing, origin)
+    origin = Origin(name, imported.layout, license_of(edited_card(folder / "README.md")) or imported.license, which)
+    return Pretrained(network, imported.preprocessing, origin, Record())
 
 
 def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder) -> Pretrained:
@@ -129,7 +152,8 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
         state = {name: reader.take(name, *value.shape) for name, value in expected.items()}
         reader.finish()
         network = network_of(architecture, state)
-        pretrained = Pretrained(network, preprocessing, Origin(**origin) if origin else None)
+        record = Record(config.get("training"), config.get("scores"), edited_card(folder / "README.md"))
+        pretrained = Pretrained(network, preprocessing, Origin(**origin) if origin else None, record)
     except (EncoderError, ValueError, TypeError, LookupError) as error:
         raise EncoderError(f"The encoder in {folder} cannot be loaded: {error}") from error
     check_finite(network, folder)
@@ -166,36 +190,9 @@ def find(path: str | Path) -> Path:
     if place.exists():
         return place
     # The first half of a Hub id is a name. If there is a folder of this name, the path is meant.
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not place.parent.exists():
+    if HUB_ID.fullmatch(str(path)) and not place.parent.exists():
         return download(str(path))
     raise EncoderError(f"No such folder: {path}.")
-
-
-def download(name: str) -> Path:
-    """Return the folder with the files of a model on the Hugging Face Hub, downloading those that are not cached.
-
-    Raises:
-        EncoderError: it cannot be downloaded.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=HUB_TIMEOUT))
-    except GatedRepoError as error:
-        raise EncoderError(
-            f"You may not download {name} yet. Accept its license at https://huggingface.co/{name} and log in with "
-            "`hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise EncoderError(f"There is no folder {name}, and no such model on the Hugging Face Hub.") from error
-    except LocalEntryNotFoundError as error:
-        raise EncoderError(
-            f"There is no folder {name}, and the Hugging Face Hub cannot be reached to download a model of this name. "
-            "Download its files where there is a network, and give the folder that holds them."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{name} cannot be downloaded from the Hugging Face Hub: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -273,19 +270,11 @@ def check_memory(path: Path) -> None:
         )
 
 
-def first_sentence(error: Exception) -> str:
-    """Return the first sentence of a message."""
-    return str(error).partition("\n")[0].partition(". ")[0].removesuffix(".") + "."
-
-
-def license_of(card: Path) -> str | None:
+def license_of(card: str | None) -> str | None:
     """Return the license that a model card states in its header, or None."""
     import yaml
 
-    if not card.is_file():
-        return None
-    text = card.read_text(encoding="utf-8", errors="replace")
-    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    header = re.match(r"---\n(.*?)\n---", card or "", re.DOTALL)
     try:
         values = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError:

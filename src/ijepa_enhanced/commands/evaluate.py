@@ -21,13 +21,13 @@ from ijepa_enhanced.config import as_options, build
 from ijepa_enhanced.data.catalog import report_unreadable
 from ijepa_enhanced.devices import autocast_dtype, default_workers
 from ijepa_enhanced.distributed import WORK_TIMEOUT, Ranks, ranks_of_run
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder, hash_weights
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate import labelled
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.config import FinetuneConfig
 from ijepa_enhanced.evaluate.dense import dense
-from ijepa_enhanced.evaluate.features import Features, extract, hash_weights, thumbnails
+from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
 from ijepa_enhanced.evaluate.label_maps import LabelledMaps, open_maps
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS, NEIGHBORS, Scoring, layers_for, score
@@ -43,14 +43,18 @@ from ijepa_enhanced.evaluate.sweep import (
 )
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, warn_of_unreadable
 from ijepa_enhanced.files import make_folder, replacing
+from ijepa_enhanced.pretrained import describe
+from ijepa_enhanced.train.record import public_name
 from ijepa_enhanced.train.saved import start_of
 from ijepa_enhanced.visualize.frontier import draw_frontier
-from ijepa_enhanced.visualize.scores import DETAILS, TITLES, explained, shown_score
+from ijepa_enhanced.visualize.scores import DETAILS, TITLES, explained, how_scored, shown_score
 
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, float | None]
 """None: a speed that is not known, because the cache has features of another machine or number of workers."""
+HIDDEN = (*DETAILS, "images_per_second")
+"""Endings of the names of values that tables of scores leave out."""
 Combination = tuple[int | None, float]
 """One point of a sweep: a resolution in pixels, None for native size, and a merge rate."""
 
@@ -163,8 +167,31 @@ def evaluate(work: Work) -> int:
     if Path(options.run, "config.yaml").is_file():
         path = Path(options.run, "evaluation.json")
         with only_printed(path):
-            save(evaluation, settings_record(work), path)
+            evaluation = save(evaluation, settings_record(work), path)
+    if "trained" in evaluation:
+        note_on_card(work, evaluation["trained"])
     return 0
+
+
+def note_on_card(work: Work, scores: Scores) -> None:
+    """Write scores into the model card of the encoder, if it is in the folder of a run."""
+    run = Path(work.options.run)
+    folder = run / "encoder" if (run / "encoder").is_dir() else run
+    if not (folder.parent / "config.yaml").is_file():
+        return  # such as a folder of released weights, which others may use too
+    settings = settings_record(work)
+    settings |= {key: public_name(settings[key]) for key in ("data", "train", "val") if key in settings}
+    names = [name for name in scores if not name.endswith(HIDDEN)]
+    work.encoder.record = dataclasses.replace(
+        work.encoder.record,
+        scores={
+            "protocol": " ".join([how_scored(settings), counts(work), *explained(names)]),
+            "values": {TITLES.get(name, name): shown_score(name, scores) for name in names},
+            "weights": settings["weights"],
+        },
+    )
+    with only_printed(folder / "README.md"):
+        describe(folder, work.encoder.described)
 
 
 @contextmanager
@@ -237,16 +264,19 @@ def features_of(
 def show(evaluation: dict[str, Scores], work: Work) -> None:
     """Print the scores of some encoders as a table, one column for each, and how many images they are of."""
     table = Table("", *evaluation)
-    hidden = (*DETAILS, "images_per_second")
-    names = dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(hidden))
+    names = dict.fromkeys(name for scores in evaluation.values() for name in scores if not name.endswith(HIDDEN))
     for name in names:
         # The interval has a line of its own, or narrow columns would be cut within it.
         cells = (shown_score(name, scores).replace(" [", "\n[") for scores in evaluation.values())
         table.add_row(TITLES.get(name, name), *cells)
     print_table(table)
+    print(*explained(names), counts(work), sep="\n")
+
+
+def counts(work: Work) -> str:
+    """Return how many images the scores are of, in words."""
     listed = {"training": len(work.train.catalog.rows), "validation": len(work.val.catalog.rows)}
-    counts = ", ".join(f"{count:,} for {part}" for part, count in (listed | work.images).items())
-    print(*explained(names), f"Images: {counts}.", sep="\n")
+    return f"Images: {', '.join(f'{count:,} for {part}' for part, count in (listed | work.images).items())}."
 
 
 def settings_record(work: Work) -> dict[str, Any]:
@@ -262,8 +292,8 @@ def settings_record(work: Work) -> dict[str, Any]:
     }
 
 
-def save(evaluation: dict[str, Scores], settings: dict[str, Any], path: Path) -> None:
-    """Write scores into a file, beside those that it already has of the same settings."""
+def save(evaluation: dict[str, Scores], settings: dict[str, Any], path: Path) -> dict[str, Scores]:
+    """Write scores into a file, beside those that it already has of the same settings, and return all of them."""
     scores: dict[str, Scores] = {}
     # A file that is no evaluation, such as one that was cut off, is replaced.
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
@@ -274,6 +304,7 @@ def save(evaluation: dict[str, Scores], settings: dict[str, Any], path: Path) ->
         scores[subject] = scores.get(subject, {}) | found
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"settings": settings, "scores": scores}, indent=2) + "\n")
+    return scores
 
 
 def sweep_settings(options: EvaluateOptions) -> dict[str, list[Any]]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder, hash_weights
 from ijepa_enhanced.errors import RequestError
-from ijepa_enhanced.evaluate.features import hash_weights
 from ijepa_enhanced.files import replacing
 
 FORMAT = 1

@@ -21,7 +21,7 @@ from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.loader import check_unchanged, make_loader
 from ijepa_enhanced.data.sources.base import UNREAD
-from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.encoder import Encoder, hash_weights
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.cache import FeatureCache, Part, cache_limit
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, need_images, packs_of, reduced_packs
@@ -176,15 +176,6 @@ def _digest(encoder: Encoder, images: LabelledSource, config: InferenceConfig) -
     digest = hashlib.sha256(repr((*format_of, *where, *what, *shown)).encode())
     digest.update(images.catalog.rows.tobytes())
     digest.update(hash_weights(encoder).encode())
-    return digest.hexdigest()
-
-
-def hash_weights(encoder: Encoder) -> str:
-    """Return the SHA-256 of all weights and their names."""
-    digest = hashlib.sha256()
-    for name, weights in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ijepa_enhanced.ops.preprocess import CHANNELS, IMAGENET_MEAN, IMAGENET_STD
 
@@ -49,3 +49,16 @@ class Origin:
     """Identifier of their license, as in model cards. None: unknown."""
     encoder: Literal["target", "context"] | None = None
     """Which of the two encoders of I-JEPA it is. None: unknown, or the weights are not I-JEPA's."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of how an encoder was made and how good it is, for its model card."""
+
+    training: dict[str, Any] | None = None
+    """Facts of the run that trained it, by name; `train.record` makes them. None: unknown."""
+    scores: dict[str, Any] | None = None
+    """`protocol`: how it was scored, in words. `values`: scores as text, by name. `weights`: hash of the weights that
+    were scored. None: unknown."""
+    card: str | None = None
+    """README.md, if somebody wrote or edited it. None: it is written from what is known."""

@@ -31,11 +31,13 @@ from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.files import make_folder, remove_partials, replacing
 from ijepa_enhanced.jepa import JEPA, StepSize
 from ijepa_enhanced.masks import MIN_TOKENS
+from ijepa_enhanced.models.preprocessing import Record
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
 from ijepa_enhanced.train.meter import describe
 from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
+from ijepa_enhanced.train.record import training_facts
 from ijepa_enhanced.train.signals import StopSignals
 from ijepa_enhanced.train.start import Start, load_start
 from ijepa_enhanced.train.state import TrainState
@@ -223,7 +225,7 @@ class Run:
         if state.step == self.total:
             logger.warning("%s is finished: all %d steps are done.", self.folder, self.total)
             if self.ranks.main:  # the run may have stopped after its last checkpoint and before it wrote the encoder
-                self.save_encoder("encoder")
+                self.save_encoder("encoder", state)
         else:
             data = self.config.data
             logger.info(
@@ -338,7 +340,7 @@ class Run:
         """Probe the encoder, save it if it is the best so far, and return what to log."""
         values = monitor.probe(state.step, self.encoder, self.autocast, self.ranks)
         if self.ranks.main and state.history.best_step == state.step:
-            self.save_encoder("best")
+            self.save_encoder("best", state)
             state.history.save_best(self.folder / "best")
         return values
 
@@ -359,11 +361,13 @@ class Run:
         facts = {"config": dataclasses.asdict(self.config), "log_bytes": log.sync() if log else 0}
         state.save(self.checkpoints, self.model, self.optimizer, self.ranks, facts)
         if self.ranks.main:
-            self.save_encoder("encoder")
+            self.save_encoder("encoder", state)
 
-    def save_encoder(self, name: str) -> None:
+    def save_encoder(self, name: str, state: TrainState) -> None:
         """Write the teacher into the folder `name` of the run. Only rank 0 calls this."""
         remove_partials(self.folder / name)
+        facts = training_facts(self.config, len(self.images.catalog.rows), state.step, state.images)
+        self.encoder.record = Record(training=facts)
         self.encoder.save_pretrained(self.folder / name)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
+from ijepa_enhanced.pretrained import license_of
 from ijepa_enhanced.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,21 @@ def load_start(config: TrainConfig, folder: Path, resume: bool) -> Start:
             return None
         # config.json is written last: a run that was killed before has only the weights that it was given.
         whole = resume and (folder / name / "config.json").is_file()
-        return Encoder.from_pretrained(folder / name if whole else given)
+        encoder = Encoder.from_pretrained(folder / name if whole else given)
+        if not whole:
+            encoder.origin = encoder.origin or origin_of(encoder, given)
+        return encoder
 
     start, teacher = kept_or_given(START, config.init), kept_or_given(TEACHER, config.teacher)
     if start is not None and start.origin is not None and not resume:
         terms = start.origin.license or "unknown"
         logger.info("Starting from %s. Its license (%s) applies to what is trained from it too.", config.init, terms)
     return Start(start, teacher)
+
+
+def origin_of(encoder: Encoder, name: str) -> Origin | None:
+    """Return the origin of what is trained from an encoder of ours; None if it is neither on the Hub nor licensed."""
+    terms, place = license_of(encoder.record.card), Path(name)
+    if not place.exists():  # a Hub id
+        return Origin(name, "ijepa-enhanced", terms)
+    return Origin(place.resolve().name, "ijepa-enhanced", terms) if terms else None

@@ -61,7 +61,7 @@ def explained(names: Iterable[str]) -> list[str]:
 
 def _how(runs: Sequence[Run]) -> str:
     """Say how the scores of each run were found; once, if all were found in the same way."""
-    said = {run.name: _setting(run.evaluated_with) for run in runs}
+    said = {run.name: how_scored(run.evaluated_with) for run in runs}
     first, *others = ({**run.evaluated_with, "weights": None} for run in runs)
     if all(record == first for record in others):
         return note(next(iter(said.values())))
@@ -69,7 +69,7 @@ def _how(runs: Sequence[Run]) -> str:
     return warning + "".join(note(f"{name}: {text}") for name, text in said.items())
 
 
-def _setting(settings: Mapping[str, Any]) -> str:
+def how_scored(settings: Mapping[str, Any]) -> str:
     """Say in a sentence which images were used, and how they were shown to the encoder."""
     if "resolution" not in settings or not ("data" in settings or {"train", "val"} <= settings.keys()):
         return "evaluation.json does not say how the scores were found."
