@@ -509,11 +509,15 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     assert {"start", "raw 16x16 pixels", "trained"} <= kept["scores"].keys()
     assert kept["scores"]["trained"]["linear"] == found.json["linear"]
     assert kept["settings"]["train"] == str(pictures)
+    card = run.folder / "encoder" / "README.md"
+    assert f"\nScored on {pictures.name} at a resolution of 48 px, with seed 0." in card.read_text()
+    assert f"\n| kNN-20 | {found.json['knn20']:.1%} (" in card.read_text()
     # What is not scored again stays, by subject and by protocol.
     few = evaluate(run.folder, pictures, pictures, "--start", "--protocols", "lowshot")
     now = json.loads((run.folder / "evaluation.json").read_text())
     assert now["scores"].pop("start") == kept["scores"].pop("start") | few.json
     assert now == kept
+    assert "| kNN-20 |" in card.read_text()
     # But not beside scores of other settings.
     other = evaluate(run.folder, pictures, pictures, "--resolution", "24")
     now = json.loads((run.folder / "evaluation.json").read_text())
@@ -525,9 +529,13 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     with torch.no_grad():
         encoder.network.blocks.norm.bias += 1
     encoder.save_pretrained(tmp_path / "copy" / "encoder")
+    card = tmp_path / "copy" / "encoder" / "README.md"
+    assert "Scores" not in card.read_text()
     few = evaluate(tmp_path / "copy", pictures, pictures, "--resolution", "24", "--protocols", "lowshot")
     now = json.loads((tmp_path / "copy" / "evaluation.json").read_text())
     assert now["scores"] == {"trained": few.json}
+    assert "| low-shot 10% |" in card.read_text()
+    assert "| kNN-20 |" not in card.read_text()
     assert evaluate(run.folder, pictures, pictures, "--baselines").code == 0
     page = tmp_path / "page.html"
     answer = ijepa("report", run.folder, "--out", page, "--json")

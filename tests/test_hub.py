@@ -15,6 +15,8 @@ from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import EncoderError, RequestError
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
+from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.start import load_start
 
 # huggingface_hub uploads large files with an argument that its HTTP client deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -69,6 +71,19 @@ def test_a_private_repository_under_your_own_name(hub: Hub) -> None:
     tiny().push_to_hub("pets", private=True)
     assert hub.private == {"me/pets"}
     assert 'Encoder.from_pretrained("me/pets")' in hub.head("me/pets")["README.md"].decode()
+
+
+def test_what_is_trained_from_a_model_on_the_hub_names_it(hub: Hub) -> None:
+    hub.commit("me/pets")
+    tiny().push_to_hub("me/pets")
+    config = TrainConfig(init="me/pets")
+    assert load_start(config, Path("run"), resume=False).origin == Origin("me/pets", "ijepa-enhanced")
+    licensed = hub.head("me/pets")["README.md"].replace(b"---\n", b"---\nlicense: mit\n", 1)
+    hub.commit("me/pets", README__md=licensed)
+    assert load_start(config, Path("run"), resume=False).origin == Origin("me/pets", "ijepa-enhanced", "mit")
+    Encoder.from_pretrained("me/pets").save_pretrained("copy")
+    config = TrainConfig(init="copy")
+    assert load_start(config, Path("run"), resume=False).origin == Origin("copy", "ijepa-enhanced", "mit")
 
 
 def test_a_revision_is_a_commit_of_its_own(hub: Hub) -> None:

@@ -374,7 +374,7 @@ class Encoder(nn.Module):
         """
         name = create(repo_id, private)
         with TemporaryDirectory() as folder:
-            if not self.record.card:
+            if self.record.card is None:
                 fetch_card(name, Path(folder))  # `save` keeps it if it was edited
             save(Path(folder), self.described, name)
             return upload(Path(folder), name)

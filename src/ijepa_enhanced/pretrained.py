@@ -86,7 +86,7 @@ def describe(folder: Path, pretrained: Pretrained, name: str | None = None) -> N
     if edited_card(folder / "README.md") is None:
         # The folders above it may tell the user's name, and the card may be published.
         name = name or (folder.name if folder.is_absolute() else str(folder))
-        text = record.card or card(name, network, pretrained.preprocessing, origin, record)
+        text = record.card if record.card is not None else card(name, network, pretrained.preprocessing, origin, record)
         with replacing(folder / "README.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
     config = {

@@ -75,7 +75,7 @@ def test_a_run_starts_from_weights_and_keeps_their_preprocessing(
 ) -> None:
     caplog.set_level(logging.INFO)
     config = dataclasses.replace(tiny, init=str(weights), steps=4)
-    train(config, tmp_path / "run")
+    outcome = train(config, tmp_path / "run")
     start, end = (Encoder.from_pretrained(tmp_path / "run" / name) for name in ("start", "encoder"))
     assert same_weights(tmp_path / "run" / "start", weights)
     assert not same_weights(tmp_path / "run" / "encoder", weights)
@@ -83,6 +83,11 @@ def test_a_run_starts_from_weights_and_keeps_their_preprocessing(
     assert end.origin == start.origin
     assert "Its license (cc-by-nc-4.0) applies to what is trained from it too." in caplog.text
     assert end.preprocessing == dataclasses.replace(start.preprocessing, resolution=48)
+    assert end.record.training is not None
+    assert (end.record.training["steps"], end.record.training["images_seen"]) == (4, outcome.images)
+    card = (tmp_path / "run" / "encoder" / "README.md").read_text()
+    for line in (f"| Images seen | {outcome.images:,} |", "| Initial weights | weights |", "license: cc-by-nc-4.0"):
+        assert f"\n{line}\n" in card
     # Adam's steps are at most the learning rate each.
     moved = end.network.blocks.layers[0].qkv.weight - start.network.blocks.layers[0].qkv.weight
     assert 0 < moved.abs().max() <= 4 * config.optim.lr
