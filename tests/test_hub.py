@@ -97,6 +97,7 @@ def test_an_edited_card_on_the_hub_is_kept_and_another_one_is_not(hub: Hub) -> N
     tiny().push_to_hub("me/pets")
     tiny(Origin("a", "b", "mit")).push_to_hub("me/pets")
     assert b"license: mit" in hub.head("me/pets")["README.md"]
+    assert sorted(hub.head("me/pets")) == ["README.md", "config.json", "model.safetensors"]
     words = b"---\nlicense: cc-by-4.0\n---\nCats and dogs.\n"
     hub.commit("me/pets", README__md=words)
     tiny(seed=1).push_to_hub("me/pets")

@@ -10,7 +10,6 @@ from ijepa_enhanced.errors import EncoderError, RequestError, first_sentence
 
 DOWNLOADED = ["config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", "README.md"]
 """What is downloaded; README.md has the license."""
-UPLOADED = ["config.json", "model.safetensors", "README.md"]
 TIMEOUT = 5.0
 """Seconds to wait for the Hub's first answer."""
 
@@ -78,7 +77,7 @@ def fetch_card(name: str, folder: Path) -> None:
 
 
 def upload(folder: Path, name: str) -> str:
-    """Upload the three files of an encoder folder to a repository on the Hub, and return the URL of the commit.
+    """Upload the files of an encoder folder to a repository on the Hub, and return the URL of the commit.
 
     Raises:
         RequestError: they cannot be uploaded.
@@ -86,7 +85,7 @@ def upload(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
 
     with explaining(name):
-        commit = HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=UPLOADED)
+        commit = HfApi().upload_folder(repo_id=name, folder_path=folder)
     return commit.commit_url
 
 
