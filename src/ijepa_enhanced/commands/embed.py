@@ -13,7 +13,7 @@ import torch
 from rich.progress import TextColumn
 
 from ijepa_enhanced.commands.options import EmbedOptions
-from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_counts, print_json, share_cores
+from ijepa_enhanced.commands.setup import check_workers, counting_bars, hush_others, print_counts, print_json
 from ijepa_enhanced.data.catalog import open_catalog, report_notes
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
@@ -56,7 +56,7 @@ def run(options: EmbedOptions) -> int:
             "--engine ray does not run under torchrun, because Ray starts its own processes. Run it alone."
         )
     workers = default_workers() if options.workers is None else options.workers
-    share_cores(workers, "--workers")
+    check_workers(workers, "--workers")
     ray = options.engine == "ray"
     with ranks_of_run(WORK_TIMEOUT) as ranks, on_ray.ray_cluster() if ray else nullcontext():
         encoder = Encoder.from_pretrained(options.weights).to(ranks.device)

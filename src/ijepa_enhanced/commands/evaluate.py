@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from ijepa_enhanced.commands.options import DEFAULT_PROTOCOLS, EvaluateOptions, check_merge_rate
-from ijepa_enhanced.commands.setup import counting_bars, hush_others, print_json, print_table, share_cores
+from ijepa_enhanced.commands.setup import check_workers, counting_bars, hush_others, print_json, print_table
 from ijepa_enhanced.config import as_options, build
 from ijepa_enhanced.data.catalog import report_unreadable
 from ijepa_enhanced.devices import autocast_dtype, default_workers
@@ -97,7 +97,7 @@ def run(options: EvaluateOptions) -> int:
         keys = [f"finetune.{key}" for key in options.finetune]
         raise RequestError(as_options(str(error), keys)) from error
     workers = default_workers() if options.workers is None else options.workers
-    share_cores(workers, "--workers")
+    check_workers(workers, "--workers")
     with ranks_of_run(WORK_TIMEOUT) as ranks:  # rank 0 scores alone
         encoder = Encoder.from_pretrained(options.run).to(ranks.device)
         dtype = autocast_dtype("auto", ranks.device)

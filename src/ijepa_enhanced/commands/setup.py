@@ -159,14 +159,9 @@ def print_counts(counts: Mapping[str, Any]) -> None:
         print(f"{titles[name]:<{width}}  {shown}")
 
 
-def share_cores(workers: int | None, option: str = "--data.workers") -> None:
-    """Leave a core to each worker and half of all cores to torch at least, unless OMP_NUM_THREADS is set.
-
-    All threads of a matrix product wait for the one whose core a worker holds: with one thread more, a quickstart on
-    two cores is several times slower (docs/log.md). Warns if there are more workers than cores, and names the option.
-    """
+def check_workers(workers: int, option: str = "--data.workers") -> None:
+    """Warn if there are more workers than cores, and name the option."""
     cores = default_workers()
-    workers = default_workers() if workers is None else workers
     if workers > cores:
         logger.warning(
             "There are more workers (%d) than CPU cores (%d), so they slow each other down. Set %s to %d.",
@@ -175,5 +170,17 @@ def share_cores(workers: int | None, option: str = "--data.workers") -> None:
             option,
             cores,
         )
+
+
+def share_cores(workers: int | None) -> None:
+    """Leave a core to each worker and half of all cores to torch at least, unless OMP_NUM_THREADS is set.
+
+    This is for training, whose workers are busy: all threads of a matrix product wait for the one whose core a worker
+    holds. With one thread more, a quickstart on two cores is several times slower (docs/log.md). Workers that only
+    decode for an encoder are mostly idle, and all cores are best for torch (docs/log.md, "Cores for embedding").
+    """
+    cores = default_workers()
+    workers = cores if workers is None else workers
+    check_workers(workers)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), max(cores - workers, cores // 2))))
