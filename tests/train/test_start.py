@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ijepa_enhanced.cli import main
@@ -243,3 +244,17 @@ def test_a_run_that_was_killed_before_it_kept_its_start_resumes(
     (run / "start").mkdir()
     assert train(config, run, resume=True).finished
     assert same_weights(run, tmp_path / "whole")
+
+
+def test_resolutions_follow_from_the_weights_unless_they_are_set(
+    weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def resolutions(*more: str) -> tuple[int, int]:
+        assert main(["train", str(photos), "--init", str(weights), "--print-config", *more]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["encoder"]["patch_size"] == WEIGHTS.patch_size
+        return config["data"]["min_resolution"], config["data"]["max_resolution"]
+
+    assert resolutions() == (30, 40)
+    assert resolutions("--data.min_resolution", "24", "--data.max_resolution", "56") == (24, 56)
+    assert resolutions("--config", "own-images-cpu") == (48, 64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -39,6 +38,9 @@ TITLES = {
 }
 """What users read instead of some keys of the JSON."""
 
+SMALLEST = 0.75
+"""Lowest resolution of training from weights, a multiple of theirs: that of the recipe own-images-cpu."""
+
 
 def train_config(options: TrainOptions) -> TrainConfig:
     """Return the configuration that `ijepa train` is asked for: a recipe or a run that is resumed, and flags on top.
@@ -57,27 +59,34 @@ def train_config(options: TrainOptions) -> TrainConfig:
     if options.source is not None and recipe is None:
         recipe = "from-teacher" if given.get("teacher") else "continue" if given.get("init") else recipe_of_machine()
     config = configuration(recipe, given)
-    return config if config.init is None else with_architecture_of(config.init, config, given)
+    return config if config.init is None else config_from_weights(config.init, recipe, given)
 
 
-def with_architecture_of(weights: str, config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
-    """Return a configuration with the patch size of the weights that training starts from.
+def config_from_weights(weights: str, recipe: str | None, given: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration of a run that starts from weights.
+
+    The patch size is that of the weights. Resolutions that neither flags nor the recipe set follow from the resolution
+    that the weights were trained at.
 
     Raises:
-        RequestError: the weights cannot be loaded, an option of the encoder is given too, or training does not support
-            the patch size.
+        RequestError: an option of the encoder is given too, training does not support the patch size, or as for
+            `configuration`.
+        EncoderError: the weights cannot be loaded.
     """
     for key in given:
         if key.startswith("encoder."):
             raise RequestError(
                 f"--{key} has no effect with --init, because the weights determine the encoder. Remove it."
             )
-    patch_size = Encoder.from_pretrained(weights).config.patch_size
+    encoder = Encoder.from_pretrained(weights)
+    patch_size, resolution = encoder.config.patch_size, encoder.preprocessing.resolution
     if patch_size not in PATCH_SIZES:
         raise RequestError(
             f"{weights} has patches of {patch_size} px. Training supports only {either([*map(str, PATCH_SIZES)])} px."
         )
-    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, patch_size=patch_size))
+    smallest = None if resolution is None else max(1, round(SMALLEST * resolution))
+    resolutions = {"data.min_resolution": smallest, "data.max_resolution": resolution}
+    return configuration(recipe, {**given, "encoder.patch_size": patch_size}, resolutions)
 
 
 def recipe_of_machine() -> str:
