@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import UnreadableImage
+from ijepa_enhanced.errors import ImageTooLarge, UnreadableImage
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.serve.config import Limits
-from ijepa_enhanced.serve.engine import BadImage, Engine, How, Overloaded, TooLarge, decode
+from ijepa_enhanced.serve.engine import BadImage, Engine, How, Overloaded, decode
 from ijepa_enhanced.serve.pack import run_pack
 from ijepa_enhanced.serve.packer import Packaged, Packer, PackReport
 from ijepa_enhanced.visualize.merges import regions
@@ -231,7 +231,7 @@ def test_one_bad_image_fails_its_request_alone(engine: Engine, make_image: MakeI
 
 def test_a_large_image_is_refused_by_its_header(make_image: MakeImage) -> None:
     header = make_image(400, 300)[:100]  # no pixel can be decoded from it
-    with pytest.raises(TooLarge, match=r"^300 x 400 px is above the limit of 100,000 px$"):
+    with pytest.raises(ImageTooLarge, match=r"^300 x 400 px is above the limit of 100,000 px$"):
         decode(header, 100_000, 48, 8, 200)
     with pytest.raises(UnreadableImage, match="cannot be decoded"):
         decode(header, 120_000, 48, 8, 200)

@@ -1,4 +1,4 @@
-"""The limits of a service. The docstring of a field is the help of its option."""
+"""The limits of a service; `ijepa serve` has an option for each."""
 
 from __future__ import annotations
 

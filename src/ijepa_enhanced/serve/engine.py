@@ -33,10 +33,6 @@ class Overloaded(Exception):  # noqa: N818 - it reads as what it is
         self.retry_after = retry_after
 
 
-class TooLarge(UnreadableImage):
-    """An image that has too many pixels."""
-
-
 class BadImage(Exception):  # noqa: N818
     """An image of a request that cannot be embedded; `reason` says why."""
 
@@ -152,11 +148,9 @@ def decode(data: bytes, max_pixels: int, resolution: int | None, patch_size: int
     """Return an image as patches, and the seconds that this took; arguments as for `decode_input`.
 
     Raises:
-        TooLarge: it has more than `max_pixels`, by its header.
+        ImageTooLarge: it has more than `max_pixels`, by its header.
         UnreadableImage: it cannot be decoded.
     """
     start = time.perf_counter()
-    image = open_image(data)
-    if image.width * image.height > max_pixels:
-        raise TooLarge(f"{image.width} x {image.height} px is above the limit of {max_pixels:,} px")
+    image = open_image(data, max_pixels)
     return decode_input(image, resolution, patch_size, limit), time.perf_counter() - start

@@ -23,6 +23,8 @@ class PackReport:
     images: int
     tokens: int
     """Patches of all images."""
+    budget: int
+    """Most patches that there is room for."""
     seconds: float
 
 
@@ -149,7 +151,7 @@ class Packer:
             for item in pack:
                 item.future.set_exception(error)
             return
-        done = PackReport(len(pack), tokens, time.perf_counter() - start)
+        done = PackReport(len(pack), tokens, self.budget, time.perf_counter() - start)
         self.report(done)
         for item, output in zip(pack, outputs, strict=True):
             item.future.set_result(Packaged(output, start - item.since, done))
