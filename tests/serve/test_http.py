@@ -323,7 +323,7 @@ def test_what_does_not_hold_an_image_is_named(client: Client, value: Any, messag
         ({"encoding_format": "hex"}, "encoding_format is wrong: it should be 'float' or 'base64', not 'hex'."),
         ({"modality": "text"}, "modality is wrong: it should be 'image', not 'text'."),
         ({"merge": 0.1}, "merge is not a field of this request."),
-        ({"input": []}, "The request has no image."),
+        ({"input": []}, "input must be an image as a data URI or {'image': BASE64}, or a list of these."),
         ({"maps": 1}, "maps is wrong: it should be a valid boolean, not 1."),
     ],
 )

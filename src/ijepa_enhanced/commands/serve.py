@@ -38,26 +38,26 @@ def run(options: ServeOptions) -> int:
             f"`ijepa serve` requires {error.name}. Install it with: pip install 'ijepa-enhanced[serve]'"
         ) from error
     token = read_token(options.token_file)
-    listening = listen(options.host, options.port)  # before the weights are loaded, which takes long
-    local = options.host in LOOPBACK
-    if not local and token is None:
-        logger.warning("Anybody who can reach --host %s can use the service. Use --token-file.", options.host)
-    encoder = Encoder.from_pretrained(options.weights).to(best_device())
-    gallery = None if options.gallery is None else Gallery(Path(options.gallery), encoder)
-    metrics = Metrics()
-    engine = Engine(encoder, options.limits(), metrics.count_pack)
-    service = Service(engine, metrics, name_of(options.weights), gallery, created=int(time.time()))
-    # A token keeps pages of other sites out, whatever they call this machine.
-    access = Access(token, options.cors, frozenset(LOOPBACK) if local and token is None else None)
-    host, port = listening.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    with listen(options.host, options.port) as listening:  # before the weights are loaded, which takes long
+        host, port = listening.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        local = options.host in LOOPBACK
+        if not local and token is None:
+            logger.warning("Anybody who can reach %s can use the service. Use --token-file.", url)
+        encoder = Encoder.from_pretrained(options.weights).to(best_device())
+        gallery = None if options.gallery is None else Gallery(Path(options.gallery), encoder)
+        metrics = Metrics()
+        engine = Engine(encoder, options.limits(), metrics.count_pack)
+        service = Service(engine, metrics, name_of(options.weights), gallery, created=int(time.time()))
+        # A token keeps pages of other sites out, whatever they call this machine.
+        access = Access(token, options.cors, frozenset(LOOPBACK) if local and token is None else None)
 
-    def ready() -> None:
-        print(url)
-        print_json(options, {"url": url})
-        sys.stdout.flush()  # a pipe would keep it
+        def ready() -> None:
+            print(url)
+            print_json(options, {"url": url})
+            sys.stdout.flush()  # a pipe would keep it
 
-    serve(make_app(service, access), service, listening, ready)
+        serve(make_app(service, access), service, listening, ready)
     return 0
 
 

@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from ijepa_enhanced import __version__
 from ijepa_enhanced.errors import ImageTooLarge, unknown
 from ijepa_enhanced.serve.engine import Answer, BadImage, Engine, How, Overloaded
 from ijepa_enhanced.serve.gallery import Gallery
@@ -76,8 +75,6 @@ class Service:
             Refusal: there are too many, or one cannot be embedded, or the service is busy.
         """
         limits = self.engine.limits
-        if not images:
-            raise Refusal(400, "The request has no image.", "input")
         most = min(limits.max_images, MAPPED) if how.mapped else limits.max_images
         if len(images) > most:
             kind = " with maps" if how.mapped else ""
@@ -126,7 +123,7 @@ async def embeddings(request: EmbeddingRequest, service: Shared) -> Response:
 @router.post("/v1/embeddings/files", response_model=EmbeddingResponse)
 async def embedded_files(
     service: Shared,
-    files: Annotated[list[UploadFile], File(description="Image files.")],
+    files: Annotated[list[UploadFile], File(min_length=1, description="Image files.")],
     encoding_format: Annotated[Literal["float", "base64"], Form(), FORMAT] = "float",
     dimensions: Annotated[int | None, Form(), DIMENSIONS] = None,
     resolution: Annotated[Resolution | None, Form(), RESOLUTION] = None,
@@ -174,7 +171,7 @@ async def answered(
 @router.post("/v1/inspect", include_in_schema=False)
 async def inspected(
     service: Shared,
-    files: Annotated[list[UploadFile], File()],
+    files: Annotated[list[UploadFile], File(min_length=1)],
     resolution: Annotated[Resolution | None, Form(), RESOLUTION] = None,
     merge_rate: Annotated[float, Form(), MERGE_RATE] = 0.0,
 ) -> Response:
@@ -301,7 +298,7 @@ def make_app(service: Service, access: Access) -> ASGIApp:
     """Return the application with all that guards it."""
     app = FastAPI(
         title="IJEPA-Enhanced",
-        version=__version__,
+        version="1",  # of the interface, as in its paths
         docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
         exception_handlers={

@@ -19,6 +19,8 @@ OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/page/")
 """Paths that need no token: they tell nothing about images, and the page asks for the token itself."""
 BODIES = 16
 """Bodies of the largest size that may be in memory at once."""
+DISCARDED = 2**26
+"""Most bytes of a refused body that are read and thrown away, so that a client that is still sending sees why."""
 HEADERS = {
     # The page loads nothing from elsewhere, and no other page may show it. Pictures are made by its script.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -146,7 +148,7 @@ class Guard:
                 body += chunk
         except Refusal:
             if "expect" not in headers:
-                await discard(receive, self.limits.max_bytes)
+                await discard(receive)
             raise
         return True
 
@@ -178,10 +180,11 @@ class Guard:
         return Refusal(413, f"The body has more than {self.limits.max_bytes:,} bytes.", code="request_too_large")
 
 
-async def discard(receive: Receive, most: int) -> None:
-    """Read on, up to `most` bytes: a client that is still sending would not see the answer."""
-    while most > 0:
+async def discard(receive: Receive) -> None:
+    """Read the rest of a body, up to `DISCARDED` bytes."""
+    left = DISCARDED
+    while left > 0:
         message = await receive()
-        most -= len(message.get("body", b""))
+        left -= len(message.get("body", b""))
         if not message.get("more_body", False):
             return

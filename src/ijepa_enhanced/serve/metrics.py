@@ -48,6 +48,11 @@ class Metrics:
         self.requests.labels(path, status).inc()
         self.seconds.labels(path).observe(seconds)
 
+    def total(self) -> int:
+        """Return the number of requests."""
+        samples = (sample for metric in self.requests.collect() for sample in metric.samples)
+        return sum(int(sample.value) for sample in samples if sample.name.endswith("_total"))
+
     def text(self) -> bytes:
         """Return all values as Prometheus reads them."""
         return generate_latest(self.registry)

@@ -14,6 +14,9 @@ RESOLUTION = Field(
 MERGE_RATE = Field(ge=0, le=0.5, description="Fraction of its tokens that each layer merges.")
 DIMENSIONS = Field(ge=1, description="Return only so many of the first numbers of each vector.")
 MAPS = Field(description="Also return the features of all patches of each image.")
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4//8/AAX+Av4zEpUUAAAAAElFTkSuQmCC"  # one white pixel
+)
 FORMAT = Field(description="float: numbers. base64: little-endian float32, in base64.")
 
 
@@ -31,8 +34,9 @@ class EmbeddingRequest(_Strict):
     """Images to embed."""
 
     model: str | None = Field(None, description="Name of the model, as in /v1/models. Default: the one there is.")
-    input: str | ImageObject | list[str | ImageObject] = Field(
-        description="An image, or a list of images: 'data:image/jpeg;base64,...' or {\"image\": BASE64}."
+    input: str | ImageObject | Annotated[list[str | ImageObject], Field(min_length=1)] = Field(
+        description="An image, or a list of images: 'data:image/jpeg;base64,...' or {\"image\": BASE64}.",
+        examples=[[f"data:image/png;base64,{PIXEL}"], {"image": PIXEL}],
     )
     modality: Literal["image"] = "image"
     encoding_format: Annotated[Literal["float", "base64"], FORMAT] = "float"

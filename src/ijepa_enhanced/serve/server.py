@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -15,10 +16,14 @@ from starlette.types import ASGIApp
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.serve.app import Service
 
+logger = logging.getLogger(__name__)
+
 CONNECTIONS = 1024
 """Most open connections. Further ones get status 503."""
 KEEP_ALIVE = 5
 """Seconds after which a connection without requests is closed."""
+LAST_CALL = 0.2
+"""Seconds in which requests on connections that were accepted last are read before idle connections are closed."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,6 +61,13 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self.ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more connections, and answer what has come over those that there are."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LAST_CALL)
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGINT and SIGTERM."""
         self.service.draining = True
@@ -91,3 +103,4 @@ def serve(app: ASGIApp, service: Service, listening: socket.socket, ready: Calla
         for number, handler in before.items():
             signal.signal(number, handler)
         service.engine.close()
+    logger.info("Stopped after %d requests.", service.metrics.total())
