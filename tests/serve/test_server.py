@@ -12,10 +12,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,57 +23,7 @@ from ijepa_enhanced import cli
 from ijepa_enhanced.encoder import Encoder
 
 MakeImage = Callable[..., bytes]
-
-
-class Running(NamedTuple):
-    """A service in a process of its own."""
-
-    process: subprocess.Popen[str]
-    host: str
-
-    def post(self, body: bytes, **headers: str) -> tuple[int, Any]:
-        """Status and content of an answer to a request on a connection of its own."""
-        with contextlib.closing(http.client.HTTPConnection(self.host, timeout=60)) as connection:
-            headers = {"Content-Type": "application/json", "Connection": "close"} | headers
-            connection.request("POST", "/v1/embeddings", body, headers)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Exit code and stderr after a signal."""
-        self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
-        return self.process.returncode, said
-
-
-@pytest.fixture(scope="session")
-def saved(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve") / "pets"
-    encoder.save_pretrained(folder)
-    return folder
-
-
-Start = Callable[..., Running]
-
-
-@pytest.fixture
-def start(saved: Path) -> Iterator[Start]:
-    """Start a service of the small encoder on a free port, with more options."""
-    processes = []
-
-    def started(*options: str) -> Running:
-        command = [sys.executable, "-m", "ijepa_enhanced", "serve", str(saved), "--port", "0", *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
-        assert process.stdout is not None
-        url = urlsplit(process.stdout.readline().strip())
-        assert url.scheme == "http"
-        return Running(process, url.netloc)
-
-    yield started
-    for process in processes:
-        process.kill()
-        process.communicate()
+Start = Callable[..., Any]
 
 
 def body_of(*images: bytes) -> bytes:

@@ -40,7 +40,7 @@ class EmbeddingRequest(_Strict):
     )
     modality: Literal["image"] = "image"
     encoding_format: Annotated[Literal["float", "base64"], FORMAT] = "float"
-    dimensions: Annotated[int, DIMENSIONS] | None = None
+    dimensions: Annotated[int | None, DIMENSIONS] = None
     user: str | None = Field(None, description="Ignored.")
     resolution: Annotated[Resolution | None, RESOLUTION] = None
     merge_rate: Annotated[float, MERGE_RATE] = 0.0
