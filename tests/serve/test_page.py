@@ -162,7 +162,7 @@ def test_all_of_the_page_works_by_keyboard(browser: Any, url: str, gallery: Path
     tab.page.keyboard.press("Tab")
     tab.page.keyboard.press("ArrowRight")
     tab.has("#resolution-text", "56 px")
-    playwright.expect(tab.page.locator("article .layers + p")).to_contain_text("49 patches", timeout=30_000)
+    playwright.expect(tab.page.locator("article .layers + p")).to_contain_text("50 patches", timeout=30_000)
     for _ in range(2):  # the slider of layers is off
         tab.page.keyboard.press("Tab")
     assert tab.page.evaluate("document.activeElement.className") == "seen"
