@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,7 +19,7 @@ from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.serve.config import Limits
 from ijepa_enhanced.serve.engine import BadImage, Engine, How, Overloaded, decode
 from ijepa_enhanced.serve.pack import run_pack
-from ijepa_enhanced.serve.packer import Packaged, Packer, PackReport
+from ijepa_enhanced.serve.packer import Packaged, Packer, PackReport, Waiting
 from ijepa_enhanced.visualize.merges import regions
 
 BOUND = 2e-6
@@ -115,6 +115,25 @@ def test_a_cancelled_image_leaves_its_place(patient: Packer, make_image: MakeIma
     assert [report.images for report in reports] == [1]
 
 
+def test_an_image_that_is_cancelled_while_its_pack_is_chosen_leaves_it(
+    encoder: Encoder, make_image: MakeImage, reports: list[PackReport]
+) -> None:
+    class Late(Packer):
+        """Its first image is cancelled at the last moment."""
+
+        def choose(self, waiting: Sequence[Waiting]) -> tuple[list[Waiting], bool]:
+            chosen, full = super().choose(waiting)
+            if full:
+                chosen[0].future.cancel()
+            return chosen, full
+
+    packer = Late(encoder, 70, LONG, reports.append)
+    left, kept = submit(packer, make_image()), submit(packer, make_image(seed=1))
+    assert kept.result(10).pack.images == 1
+    packer.close()
+    assert left.cancelled()
+
+
 def test_an_error_in_one_pack_ends_neither_the_thread_nor_other_packs(
     patient: Packer, encoder: Encoder, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,8 +146,8 @@ def test_an_error_in_one_pack_ends_neither_the_thread_nor_other_packs(
     bad, good = submit(patient, make_image(), merge_rate=0.1), submit(patient, make_image())
     patient.close()
     with pytest.raises(RuntimeError, match="out of memory"):
-        bad.result()
-    assert good.result().output.vector.shape == (encoder.width,)
+        bad.result(10)
+    assert good.result(10).output.vector.shape == (encoder.width,)
 
 
 def test_a_closed_packer_finishes_what_it_has_and_takes_no_more(patient: Packer, make_image: MakeImage) -> None:
