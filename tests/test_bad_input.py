@@ -487,8 +487,8 @@ WRONG_REQUESTS = {
     "an option before the command": (
         nothing,
         "--debug-me scan photos",
-        "Put the command first, then its options. Commands: train, evaluate, embed, search, report, scan, prepare, "
-        "inspect, convert, export, study, doctor, benchmark.",
+        "Put the command first, then its options. Commands: train, evaluate, embed, search, serve, report, scan, "
+        "prepare, inspect, convert, export, study, doctor, benchmark.",
     ),
     "an unknown recipe": (
         nothing,

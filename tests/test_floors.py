@@ -19,7 +19,7 @@ FLOORS = (
     ("ops", "data"),
     ("models", "card", "hub", "pretrained", "encoder"),
     ("objective", "losses", "jepa", "evaluate"),
-    ("train", "visualize", "embed", "export", "benchmarks", "study"),
+    ("train", "visualize", "embed", "serve", "export", "benchmarks", "study"),
     ("commands", "cli", "__main__"),
 )
 READ_FLOORS, MOST_LINES = range(4), 8000

@@ -54,6 +54,10 @@ class UnreadableImage(UserError, ValueError):  # noqa: N818 - it reads as what i
     """An image that cannot be decoded; the message is the reason, in words."""
 
 
+class ImageTooLarge(UnreadableImage):
+    """An image with more pixels than are decoded."""
+
+
 class NotFiniteError(UserError, ValueError):
     """Features or weights that are not finite; the message says where."""
 

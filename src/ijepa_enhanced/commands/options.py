@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ijepa_enhanced.errors import RequestError, unknown
 from ijepa_enhanced.evaluate.config import FinetuneConfig
+from ijepa_enhanced.serve.config import Limits
 from ijepa_enhanced.train.config import TrainConfig
 
 PROTOCOLS = ("knn", "linear", "linear4", "lowshot", "attentive", "finetune", "dense")
@@ -42,7 +44,7 @@ def keys(config: type[Any], prefix: str = "", shown: tuple[str, ...] = ("",), hi
     )
 
 
-def at_least(least: int, **values: int | None) -> None:
+def at_least(least: int, **values: float | None) -> None:
     """Check options that were given against their smallest value.
 
     Raises:
@@ -284,6 +286,58 @@ class SearchOptions(Common):
                 raise RequestError(f"--{name} only has an effect with {needs}. Remove it.")
         if self.out is not None and not self.out.lower().endswith(".png"):
             raise RequestError(f"--out must be a PNG file, not {self.out}.")
+
+
+@dataclass(frozen=True)
+class ServeOptions(Common):
+    """Options of `ijepa serve`."""
+
+    weights: str = option(metavar="WEIGHTS", positional=True)
+    """A run, a folder with an encoder, or released weights: a folder, a file or a Hub id (docs/weights.md)."""
+    port: int = option(8000)
+    """Port to listen on. 0: any free port."""
+    host: str = option("127.0.0.1")
+    """Address to listen on. By default, only this machine can connect. 0.0.0.0: all addresses."""
+    gallery: str | None = option(None, metavar="DIR")
+    """Output folder of `ijepa embed`, made with the same encoder. The page then shows similar images from it."""
+    token_file: str | None = option(None, metavar="FILE")
+    """File with a secret token. Clients must send it: `Authorization: Bearer TOKEN`."""
+    cors: tuple[str, ...] = option((), metavar="ORIGIN")
+    """Other web pages that may use the service, such as https://example.org."""
+    max_bytes: int = option(Limits.max_bytes)
+    """Largest size of a request, in bytes."""
+    max_pixels: int = option(Limits.max_pixels)
+    """Largest size of an image, in pixels (width * height)."""
+    max_images: int = option(Limits.max_images)
+    """Largest number of images in a request."""
+    timeout: float = option(Limits.timeout, metavar="SECONDS")
+    """Longest time that a request may take. Slower ones are cancelled."""
+    queue: int = option(Limits.queue)
+    """Largest number of images that wait or are processed. Requests beyond it are told to try again later."""
+    tokens_per_pack: int | None = option(Limits.tokens_per_pack)
+    """Largest number of patches that the encoder processes at once. Larger images are shrunk to it.
+    (default: 4096 on a CPU, 16384 on a GPU)"""
+    max_wait: float = option(Limits.max_wait, metavar="MILLISECONDS")
+    """Longest time that an idle encoder waits for more images."""
+
+    def __post_init__(self) -> None:
+        at_least(1, max_bytes=self.max_bytes, max_pixels=self.max_pixels, max_images=self.max_images)
+        at_least(1, timeout=self.timeout, queue=self.queue, tokens_per_pack=self.tokens_per_pack)
+        at_least(0, port=self.port, max_wait=self.max_wait)
+        if self.port > 65535:
+            raise RequestError(f"--port must be at most 65535, not {self.port}.")
+        if self.queue < self.max_images:
+            raise RequestError(
+                f"--queue must be at least --max-images ({self.max_images}), not {self.queue}: a full request would "
+                "never have room."
+            )
+        for origin in self.cors:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise RequestError(f"--cors needs origins such as https://example.org, not '{origin}'.")
+
+    def limits(self) -> Limits:
+        """Return the limits of the service."""
+        return Limits(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Limits)})
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ijepa_enhanced.commands.options import (
     ProgramOptions,
     ReportOptions,
     SearchOptions,
+    ServeOptions,
     SourceOptions,
     StudyOptions,
     TrainOptions,
@@ -186,6 +187,17 @@ COMMANDS: dict[str, Command | Group] = {
         SearchOptions,
         "search.run",
         usage="DIR (QUERY ... | --key KEY ... | --duplicates) [OPTIONS]",
+    ),
+    "serve": Command(
+        "Serve an encoder over HTTP, with a page to look through it.",
+        (
+            "ijepa serve runs/pets",
+            "ijepa serve runs/pets --gallery embeddings --port 9000",
+            "ijepa serve facebook/dinov2-small --host 0.0.0.0 --token-file token.txt",
+        ),
+        ServeOptions,
+        "serve.run",
+        less_memory="lower --tokens-per-pack",
     ),
     "report": Command(
         "Write an HTML report of one run, or one that compares several runs.",

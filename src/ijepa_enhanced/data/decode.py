@@ -26,7 +26,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from ijepa_enhanced.errors import UnreadableImage
+from ijepa_enhanced.errors import ImageTooLarge, UnreadableImage
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused: Pillow's own limit against files that decompress to more than memory holds."""
@@ -93,14 +93,16 @@ _TURNS = {
 }
 
 
-def open_image(file: bytes | BinaryIO) -> Image.Image:
+def open_image(file: bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read the header of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 file; the pixels are decoded later.
 
     Args:
         file: all bytes of it, or a file that can be sought in, of which no more is read than the header.
+        max_pixels: larger images are refused.
 
     Raises:
-        UnreadableImage: it is no such file, its header is damaged, or it has more than `MAX_PIXELS`.
+        ImageTooLarge: it has more than `max_pixels`.
+        UnreadableImage: it is no such file, or its header is damaged.
     """
     stream = io.BytesIO(file) if isinstance(file, bytes) else file
     start = stream.read(LONGEST_BRANDS)
@@ -114,8 +116,8 @@ def open_image(file: bytes | BinaryIO) -> Image.Image:
         image = reader(stream)
     except FAILURES as error:
         raise UnreadableImage(f"damaged header: {error}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImage(f"{image.width} x {image.height} px is above the limit of {MAX_PIXELS:,} px")
+    if image.width * image.height > max_pixels:
+        raise ImageTooLarge(f"{image.width} x {image.height} px is above the limit of {max_pixels:,} px")
     return image
 
 

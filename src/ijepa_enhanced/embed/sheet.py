@@ -59,11 +59,19 @@ class Pictures:
     def of_row(self, row: Row, title: str, framed: bool = False) -> Tile:
         """Return the tile of an image of the folder."""
         try:
-            image = self.source.open(row.number) if row.path is None else open_image(Path(row.path).read_bytes())
-            return Tile(small(image), title, row.key, framed)
+            return Tile(self.read(row), title, row.key, framed)
         except (UserError, OSError) as error:
             self.failed.append(f"{row.key}: {error}")
             return Tile(None, title, row.key, framed)
+
+    def read(self, row: Row) -> Image.Image:
+        """Return the image of a row, see `small`.
+
+        Raises:
+            UserError: it cannot be decoded, or its source is not there any more.
+            OSError: its file cannot be read.
+        """
+        return small(self.source.open(row.number) if row.path is None else open_image(Path(row.path).read_bytes()))
 
     @cached_property
     def source(self) -> Source:

@@ -1,0 +1,1 @@
+"""An encoder behind HTTP, and a page to look through it."""
