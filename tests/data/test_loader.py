@@ -116,8 +116,8 @@ def test_a_view_is_the_crop_resized_and_cut_into_patches(scene: Scene) -> None:
         rows, cols = pack.grids[number].tolist()
         with Image.open(scene.source.root / scene.source.key(row)) as image:
             assert (image.height, image.width) == (scene.catalog.heights[row - 1], scene.catalog.widths[row - 1])
-            box = [round(edge) for edge in (left, top, left + width, top + height)]
-            pixels = np.asarray(image.resize((cols * PATCH, rows * PATCH), Image.Resampling.BICUBIC, box))
+            box = (round(left), round(top), round(left + width), round(top + height))
+            pixels = np.asarray(image.crop(box).resize((cols * PATCH, rows * PATCH), Image.Resampling.BICUBIC))
         assert patches.dtype == torch.uint8
         assert patches.shape == (rows * cols, PATCH * PATCH * 3)
         for token, (r, c) in enumerate(itertools.product(range(rows), range(cols))):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def recolor(packed: Packed, colors: Colors) -> Tensor:
     """Return the patches of V views in their changed colors: float32 [T, P * P * C] on [0, 255], not rounded."""
-    return _recolored(
-        packed.values, segment_ids(packed.segments.cu_seqlens, len(packed.values)), colors.affine, colors.solarized
-    )
+    views = segment_ids(packed.segments.cu_seqlens, len(packed.values))  # of each token
+    channels = colors.affine.shape[1]
+    pixels = packed.values.float().unflatten(1, (-1, channels))  # [T, P * P, C]
+    maps = colors.affine[views].unsqueeze(1)  # [T, 1, C, C + 1]
+    # A sum of products instead of a matrix product, which autocast would round to bfloat16.
+    changed = maps[..., channels]
+    for channel in range(channels):
+        changed = torch.addcmul(changed, pixels[..., channel : channel + 1], maps[..., channel])
+    changed = changed.flatten(1).clamp_(0, 255)
+    # Below the middle x is less than 255 - x and stays; 510 - x is never less.
+    top = torch.where(colors.solarized, 255.0, 510.0)[views].unsqueeze(1)
+    return torch.minimum(changed, top - changed)
 
 
 class Normalize(nn.Module):
@@ -54,38 +62,7 @@ class Normalize(nn.Module):
         """
         if colors is None:
             return packed.with_values(packed.values * self.scale + self.shift)
-        views = segment_ids(packed.segments.cu_seqlens, len(packed.values))
-        # One kernel on a GPU instead of ten. A CPU would wait for the compiler longer than it gains.
-        function = _compiled() if packed.values.is_cuda else _normalized
-        return packed.with_values(
-            function(packed.values, views, colors.affine, colors.solarized, self.scale, self.shift)
-        )
-
-
-def _normalized(
-    values: Tensor, views: Tensor, affine: Tensor, solarized: Tensor, scale: Tensor, shift: Tensor
-) -> Tensor:
-    return _recolored(values, views, affine, solarized).mul_(scale).add_(shift)
-
-
-def _recolored(values: Tensor, views: Tensor, affine: Tensor, solarized: Tensor) -> Tensor:
-    """Map values [T, P * P * C] by the affine map [C, C + 1] of the view of each token, cut off, and solarize."""
-    channels = affine.shape[1]
-    pixels = values.float().unflatten(1, (-1, channels))  # [T, P * P, C]
-    maps = affine[views].unsqueeze(1)  # [T, 1, C, C + 1]
-    # A sum of products instead of a matrix product, which autocast would round to bfloat16.
-    changed = maps[..., channels]
-    for channel in range(channels):
-        changed = torch.addcmul(changed, pixels[..., channel : channel + 1], maps[..., channel])
-    changed = changed.flatten(1).clamp_(0, 255)
-    # Below the middle x is less than 255 - x and stays; 510 - x is never less.
-    top = torch.where(solarized, 255.0, 510.0)[views].unsqueeze(1)
-    return torch.minimum(changed, top - changed)
-
-
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_normalized, dynamic=True)
+        return packed.with_values(recolor(packed, colors).mul_(self.scale).add_(self.shift))
 
 
 class Convert(nn.Module):

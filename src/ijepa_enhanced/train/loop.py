@@ -193,8 +193,9 @@ class Run:
         self.autocast = autocast(ranks.device, autocast_dtype(config.precision, ranks.device))
         self.model.student.blocks.recompute = config.activation_checkpointing
         if config.compile:
-            for network in filter(None, (self.model.student, self.model.teacher, self.model.predictor)):
-                network.compile(dynamic=True)
+            model = self.model
+            for module in filter(None, (model.normalize, model.student, model.teacher, model.predictor)):
+                module.compile(dynamic=True)
 
     @cached_property
     def dataset(self) -> PackDataset:
