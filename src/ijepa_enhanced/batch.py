@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_enhanced.merge_plan import MergePlan
@@ -23,10 +20,9 @@ class Colors(Movable):
     solarized: Tensor
     """bool [V]: whether bright values x then become 255 - x."""
 
-    def select(self, views: NDArray[np.bool_]) -> Colors:
-        """Return those of some views, on the CPU."""
-        chosen = torch.from_numpy(views)
-        return Colors(self.affine[chosen], self.solarized[chosen])
+    def select(self, views: Tensor) -> Colors:
+        """Return those of some views: bool [V]."""
+        return Colors(self.affine[views], self.solarized[views])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -77,7 +78,7 @@ def test_colors_are_those_that_workers_made(pixels: NDArray[np.uint8]) -> None:
     solarized = 0
     for view in range(60):
         expected = on_the_host(pixels, config, generator(SEED, Purpose.AUGMENT, EPOCH, 5, view))
-        found = shown(pixels, colors.select(np.arange(60) == view))
+        found = shown(pixels, colors.select(torch.arange(60) == view))
         # Workers rounded to bytes, and 127.5 to 128 before they inverted it.
         assert np.abs(found - expected).max() < 0.501
         solarized += int(changes.solarize[view])
@@ -90,7 +91,7 @@ def test_without_probabilities_nothing_changes(pixels: NDArray[np.uint8]) -> Non
     assert not changes.sigma.any()
     colors = changes.colors(np.repeat(channel_means(pixels)[None], 9, axis=0))
     for view in range(9):
-        assert np.array_equal(shown(pixels, colors.select(np.arange(9) == view)), pixels)
+        assert np.array_equal(shown(pixels, colors.select(torch.arange(9) == view)), pixels)
 
 
 @pytest.mark.parametrize("name", NAMES)

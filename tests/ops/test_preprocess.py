@@ -41,7 +41,7 @@ def test_colors_are_changed_cut_off_solarized_and_normalized(views: tuple[list[P
 def test_a_view_has_the_same_colors_in_every_pack(views: tuple[list[Packed], Colors], order: list[int]) -> None:
     streams, colors = views
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, PATCH)
-    alone = [normalize(stream, colors.select(np.arange(4) == view)).values for view, stream in enumerate(streams)]
+    alone = [normalize(stream, colors.select(torch.arange(4) == view)).values for view, stream in enumerate(streams)]
     pack = Packed.concatenate([streams[view] for view in order])
     packed = normalize(pack, Colors(colors.affine[order], colors.solarized[order])).split()
     for view, patches in zip(order, packed, strict=True):

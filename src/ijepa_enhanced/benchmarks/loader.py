@@ -1,17 +1,19 @@
 """How many images one core prepares for training, part by part: `python -m ijepa_enhanced.benchmarks.loader`.
 
 The views are those of the recipe `own-images`. Each row of the table does what the rows above it do and one thing more,
-so the difference of two rows is the time of that thing. All run in turns, in one process; the last row has the work
-done by one worker. The bare loop shows what the same libraries take for the same boxes and sizes: it has the files in
+so the difference of two rows is the time of that thing. All run in turns, in one process, whose time on the processor
+counts. The bare loop shows what the same libraries take for the same boxes and sizes: it has the files in
 memory, decodes them whole, and resizes.
 """
 
 import argparse
+import io
 import itertools
+import pickle
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -21,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from PIL.ImageFile import ImageFile
+from torch import Tensor
 
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.augment import Changes
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.decode import decode_pixels, decode_views
-from ijepa_enhanced.data.loader import PackDataset, make_loader
+from ijepa_enhanced.data.loader import PackDataset, hand_over
 from ijepa_enhanced.data.plan import Pack, Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
@@ -85,7 +88,7 @@ class Parts:
     def bare(self) -> None:
         """Decode whole files that are in memory, and resize."""
         for pack, row, views in self.images():
-            pixels = np.asarray(Image.open(BytesIO(self.files[row])).convert("RGB"))
+            pixels = np.asarray(Image.open(io.BytesIO(self.files[row])).convert("RGB"))
             sizes = (pack.grids[views] * PATCH_SIZE).tolist()
             for (top, left, height, width), size in zip(pack.boxes[views].astype(int).tolist(), sizes, strict=True):
                 crop = pixels[top : top + height + 1, left : left + width + 1].copy()
@@ -125,15 +128,14 @@ class Parts:
         for pack in self.packs:
             self.masked[pack]
 
-    def handing_over(self) -> float:
-        """Let a worker do it and hand the batches over; return the seconds without those of its start."""
-        batches = iter(make_loader(self.masked, self.packs * 2, workers=1))
-        for _ in self.packs:
-            next(batches)
-        start = time.perf_counter()
-        for _ in batches:
-            pass
-        return time.perf_counter() - start
+    def handing_over(self) -> None:
+        """Hand the batches over too, as a worker does, and take them, as its parent does."""
+        for pack in self.packs:
+            stream = io.BytesIO()
+            pickler = ForkingPickler(stream)
+            pickler.dispatch_table[Tensor] = hand_over
+            pickler.dump(self.masked[pack])
+            pickle.loads(stream.getbuffer())
 
 
 def _run(source: str, name: str, csv: bool) -> dict[str, Any]:
@@ -162,20 +164,20 @@ def _run(source: str, name: str, csv: bool) -> dict[str, Any]:
     return {"images_per_second": rate, "ratio": ratio, "milliseconds": milliseconds}
 
 
-def _in_turns(calls: Sequence[Callable[[], float | None]]) -> list[float]:
-    """Return the median seconds of calls that run one after another, `TURNS` times. A call may return its own."""
+def _in_turns(calls: Sequence[Callable[[], None]]) -> list[float]:
+    """Return the median processor seconds of each call, which run one after another, `TURNS` times."""
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(TURNS):
         for call, times in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            own = call()
-            times.append(time.perf_counter() - start if own is None else own)
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
     return [statistics.median(times) for times in seconds]
 
 
 def _bytes(source: Source, row: int) -> bytes:
     file = cast(ImageFile, source.open(row)).fp
-    assert isinstance(file, BytesIO)
+    assert isinstance(file, io.BytesIO)
     return file.getvalue()
 
 

@@ -107,8 +107,8 @@ class PackDataset(Dataset[Batch]):
             pack.cursor,
             unreadable,
             unmasked=Packed.of_grids(patches[1], pack.grids[unmasked_views], self.student_prefix) if some else None,
-            colors=None if colors is None else colors.select(masked_views),
-            unmasked_colors=colors.select(unmasked_views) if colors is not None and some else None,
+            colors=None if colors is None else colors.select(torch.from_numpy(masked_views)),
+            unmasked_colors=colors.select(torch.from_numpy(unmasked_views)) if colors is not None and some else None,
             merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth, self.prefix),
         )
         if self.masks is None:
@@ -122,8 +122,8 @@ class PackDataset(Dataset[Batch]):
     ) -> tuple[list[NDArray[np.uint8]], NDArray[np.float64], tuple[tuple[int, str], ...]]:
         """Return the patches of the masked and of the unmasked views, channel means [V, C], and what is unreadable."""
         tokens = pack.grids.prod(axis=1)
-        most = [int(tokens[own].sum()) for own in (~pack.unmasked, pack.unmasked)]
-        patches = [np.empty((count, self.patch_size**2 * CHANNELS), dtype=np.uint8) for count in most]
+        width = self.patch_size**2 * CHANNELS
+        patches = [np.empty((tokens[own].sum(), width), dtype=np.uint8) for own in (~pack.unmasked, pack.unmasked)]
         filled = [0, 0]
         means = np.zeros((len(rows), CHANNELS))
         unreadable = []
@@ -281,7 +281,7 @@ def serve_the_parent(worker: int) -> None:
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
-    ForkingPickler.register(Tensor, _handed_over)
+    ForkingPickler.register(Tensor, hand_over)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in all threads that start from here on
         threading.Thread(target=_end_by_the_parent, daemon=True).start()
@@ -309,7 +309,7 @@ def _end_with_the_parent() -> None:
     os._exit(1)
 
 
-def _handed_over(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+def hand_over(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     """How a worker pickles a tensor: in shared memory each costs a connection of its own, and a batch has 15."""
     if tensor.nbytes <= SHARED_BYTES:
         with suppress(TypeError, RuntimeError):  # of what NumPy cannot hold, such as bfloat16
