@@ -20,7 +20,7 @@ from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import Packed, Segments
-from one_pack import pack_losses
+from one_pack import make_colors, pack_losses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,8 +30,8 @@ DEVICE = torch.device("cuda")
 DEPTH = 2
 # Two views of each image; packs of other numbers of views, of tokens and of longest views.
 PACKS = [
-    [(5, 4), (3, 7), (4, 4), (6, 6)],
     [(3, 3), (9, 9), (2, 2), (1, 8), (7, 5), (4, 6)],
+    [(5, 4), (3, 7), (4, 4), (6, 6)],
     [(3, 3)] * 8,
     [(13, 16), (5, 5)],
 ]
@@ -47,7 +47,8 @@ def make_packs(make_batch: MakeBatch, make_stream: MakeStream) -> list[MaskedBat
     for number, grids in enumerate(PACKS):
         batch, local = make_batch(grids, number), make_stream(LOCAL * (len(grids) // 2), seed=number)
         seen = Segments.of([*batch.context.segments.lengths, *local.segments.lengths])
-        packs.append(dataclasses.replace(batch, unmasked=local, seen=seen))
+        colors = {"colors": make_colors(len(grids)), "unmasked_colors": make_colors(len(local.segments))}
+        packs.append(dataclasses.replace(batch, unmasked=local, seen=seen, **colors))
     return packs
 
 
@@ -99,8 +100,8 @@ def test_compiled_once_a_step_of_any_pack_is_the_same(make_batch: MakeBatch, mak
     model = make_jepa().to(DEVICE)
     torch.compiler.reset()
     # As train/loop.py does.
-    for network in (model.student, model.teacher, model.predictor):
-        network.compile(dynamic=True, fullgraph=True)
+    for module in (model.normalize, model.student, model.teacher, model.predictor):
+        module.compile(dynamic=True, fullgraph=True)
     found = steps(model, packs[:1], DEVICE, dtype)[:1]
     with torch.compiler.set_stance("fail_on_recompile"):
         found += steps(model, packs[1:], DEVICE, dtype)[:-1]

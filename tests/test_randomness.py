@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ijepa_enhanced.randomness import Purpose, generator
+from ijepa_enhanced.randomness import Purpose, generator, view_draws
 
 KEYS = [
     (seed, purpose, epoch, image, view)
@@ -60,6 +60,16 @@ def test_streams_are_apart_by_the_high_words_of_the_counter() -> None:
 def test_the_numbers_are_those_of_every_recorded_run() -> None:
     rng = generator(7, Purpose.GEOMETRY, epoch=1, image=2, view=3)
     assert rng.bit_generator.random_raw(2).tolist() == [8161618937018428783, 6184959776655221185]
+
+
+def test_the_draws_of_many_views_are_those_of_their_generators() -> None:
+    views = [(0, 0), (2**63 - 1, 1), (4, 7), (4, 8)]
+    found = view_draws(9, Purpose.AUGMENT, 3, views, 10)
+    for numbers, (image, view) in zip(found, views, strict=True):
+        rng = generator(9, Purpose.AUGMENT, 3, image, view)
+        # In one go and bit by bit.
+        assert numbers.tolist() == [*rng.random(5).tolist(), *rng.random(5).tolist()]
+    assert view_draws(9, Purpose.AUGMENT, 3, [], 10).shape == (0, 10)
 
 
 @pytest.mark.parametrize("key", [(-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, -1, 0), (0, 0, 0, -1), (2**64, 0, 0, 0)])

@@ -12,11 +12,25 @@ from ijepa_enhanced.packed import Movable, Packed, Segments, Selection
 
 
 @dataclass(frozen=True)
+class Colors(Movable):
+    """Changes of the colors of V views, which the device applies to their patches (`ops.preprocess.recolor`)."""
+
+    affine: Tensor
+    """float32 [V, C, C + 1]: pixel values x become affine[:, :C] @ x + affine[:, C], cut off at 0 and 255."""
+    solarized: Tensor
+    """bool [V]: whether bright values x then become 255 - x."""
+
+    def select(self, views: Tensor) -> Colors:
+        """Return those of some views: bool [V]."""
+        return Colors(self.affine[views], self.solarized[views])
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """One pack as the loader yields it. V is 0 if no image of the pack could be read."""
 
     packed: Packed
-    """uint8 patches [T, P * P * C]; the device normalizes them."""
+    """uint8 patches [T, P * P * C]; the device changes their colors and normalizes them."""
     image_ids: Tensor
     """int64 [V]: the row of each view's image in the source."""
     labels: Tensor | None
@@ -28,6 +42,10 @@ class Batch(Movable):
     unmasked: Packed | None = dataclasses.field(default=None, kw_only=True)
     """uint8 patches of the unmasked views (global and local) of the same images, which only the student sees; None if
     there are none."""
+    colors: Colors | None = dataclasses.field(default=None, kw_only=True)
+    """Changes of the colors of the views of `packed`; None if they keep their colors."""
+    unmasked_colors: Colors | None = dataclasses.field(default=None, kw_only=True)
+    """The same of `unmasked`."""
     merge_plan: MergePlan | None = dataclasses.field(default=None, kw_only=True)
     """How the encoder (in training, the teacher) merges the tokens of `packed`; None if it does not merge."""
 

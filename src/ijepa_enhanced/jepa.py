@@ -100,9 +100,9 @@ class JEPA(nn.Module):
             self.teacher.load_state_dict(network.state_dict())
 
     def preprocess(self, batch: MaskedBatch) -> MaskedBatch:
-        """Return a batch with normalized patches in place of uint8 ones."""
-        unmasked = None if batch.unmasked is None else self.normalize(batch.unmasked)
-        return dataclasses.replace(batch, packed=self.normalize(batch.packed), unmasked=unmasked)
+        """Return a batch with recolored, normalized patches in place of uint8 ones."""
+        unmasked = None if batch.unmasked is None else self.normalize(batch.unmasked, batch.unmasked_colors)
+        return dataclasses.replace(batch, packed=self.normalize(batch.packed, batch.colors), unmasked=unmasked)
 
     @torch.no_grad()
     def targets(self, batch: MaskedBatch) -> Tensor | None:

@@ -1,15 +1,18 @@
 """The benchmarks run, print their tables and return what the command line promises."""
 
 import csv
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ijepa_enhanced.benchmarks import attention, ceilings, embed, loader, merging, methods, packing, search, step, table
 from ijepa_enhanced.cli import main
+from ijepa_enhanced.config import find_config
 from ijepa_enhanced.embed.folder import EmbeddingFolder
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 
@@ -71,17 +74,29 @@ def test_sizes_like_imagenets_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert min(sizes.widths.min(), sizes.heights.min()) >= 1
 
 
-def test_the_loader_reads_as_many_images_as_the_bare_loop(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_parts_of_the_loader_add_up(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = loader.run(str(pictures))
-    assert found.keys() == {"images_per_second", "ratio", "ratio_with_masks"}
-    assert found["images_per_second"] > 0
+    assert found.keys() == {"images_per_second", "ratio", "milliseconds"}
     assert found["ratio"] > 0
+    bare, *parts = found["milliseconds"].values()
+    assert [*found["milliseconds"]] == [
+        *("bare loop", "decode", "resize", "flip and blur", "patchify", "masks", "handing over")
+    ]
+    assert bare > 0
+    assert sum(parts) == pytest.approx(1000 / found["images_per_second"])
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split() == ["source", "what", "images_per_second"]
+    assert out[0].split() == ["source", "what", "images_per_second", "ms_an_image"]
     assert out[-1] == (
-        f"The loader reaches {found['ratio']:.1%} of the speed of the bare Pillow loop, or "
-        f"{found['ratio_with_masks']:.1%} with masks (median of 1 runs)."
+        f"A worker prepares {found['images_per_second']:,.0f} images/s of 6 views, {found['ratio']:.1%} of the bare "
+        "loop (median of 1 runs)."
     )
+
+
+def test_the_loader_s_views_are_those_of_the_recipe() -> None:
+    recipe = yaml.safe_load(find_config("own-images").read_text())
+    data = dataclasses.asdict(loader.DATA)
+    assert {name: data[name] for name in recipe["data"]} == recipe["data"] | {"packs_per_step": 1}
+    assert dataclasses.asdict(loader.CHANGES) == recipe["augment"]
 
 
 def test_the_built_in_images_are_read_from_jpeg_files(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +153,7 @@ def test_the_last_rate_halves_the_mean_tokens() -> None:
     ("theme", "keys"),
     [
         ("packing", ["budget_use", "padding_tokens"]),
-        ("loader", ["images_per_second", "ratio", "ratio_with_masks"]),
+        ("loader", ["images_per_second", "ratio", "milliseconds"]),
         ("attention", ["dense_over_ours", "time_exponent", "memory_exponent"]),
         ("merging", ["cost", "speedup", "bytes_per_token"]),
         (

@@ -1,78 +1,95 @@
-"""What changes the pixels of a view in training: mirroring, color, blur. Every draw is the view's own."""
+"""What changes the views of an image in training: mirroring, blur, color. Every draw is the view's own."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
+from ijepa_enhanced.batch import Colors
 from ijepa_enhanced.data.config import AugmentConfig
+from ijepa_enhanced.randomness import Purpose, view_draws
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
 """How far each is drawn from 1, and the hue from 0, in turns (BYOL, arXiv 2006.07733, appendix B)."""
 BLUR_SIGMA = (0.1, 2.0)
 """Standard deviation of the blur in pixels of a view of `BLUR_RESOLUTION` (BYOL, appendix B)."""
 BLUR_RESOLUTION = 224
-SOLARIZE_FROM = 128
-"""Values from here on are inverted (BYOL, appendix B)."""
 LUMA = np.array([0.299, 0.587, 0.114])
 """Weights of red, green and blue in gray (ITU-R BT.601)."""
 
 
-def augment(pixels: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A view, changed: uint8 [h, w, 3] -> uint8 [h, w, 3].
+@dataclass(frozen=True)
+class Changes:
+    """What is drawn for V views: [V] each."""
 
-    Whatever happens, as many numbers are drawn, so that one probability does not change what another does.
-    """
-    flip, color, gray, blur, solarize = rng.random(5) < dataclasses.astuple(config)
-    brightness, contrast, saturation, hue, sigma = rng.random(5)
-    if flip:
-        pixels = pixels[:, ::-1]
-    if color or gray:
-        matrix, shift = np.eye(3), 0.0
-        if color:
-            matrix, shift = color_map(
-                1 + BRIGHTNESS * (2 * brightness - 1),
-                1 + CONTRAST * (2 * contrast - 1),
-                1 + SATURATION * (2 * saturation - 1),
-                HUE * (2 * hue - 1),
-                float(pixels.mean(axis=(0, 1)) @ LUMA),
-            )
-        if gray:
-            matrix = LUMA @ matrix * np.ones((3, 1))
-        changed = pixels @ matrix.T.astype(np.float32) + np.float32(shift)
-        pixels = np.rint(changed.clip(0, 255)).astype(np.uint8)
-    if blur:
+    flip: NDArray[np.bool_]
+    sigma: NDArray[np.float64]
+    """Standard deviation of the blur, in pixels of the view; 0 without blur."""
+    recolor: NDArray[np.bool_]
+    """Whether brightness to hue change. If not, their factors are 1, and the hue is 0."""
+    brightness: NDArray[np.float64]
+    contrast: NDArray[np.float64]
+    saturation: NDArray[np.float64]
+    hue: NDArray[np.float64]
+    """In turns."""
+    gray: NDArray[np.bool_]
+    solarize: NDArray[np.bool_]
+
+    @classmethod
+    def draw(
+        cls, config: AugmentConfig, seed: int, epoch: int, views: Iterable[tuple[int, int]], sizes: NDArray[np.integer]
+    ) -> Changes:
+        """Draw the changes of V views.
+
+        Whatever happens, as many numbers are drawn, so that one probability does not change what another does.
+
+        Args:
+            config: how often each happens.
+            seed, epoch: of the draws.
+            views: row of the image and number of each view.
+            sizes: [V, 2] height and width of each view in pixels.
+        """
+        drawn = view_draws(seed, Purpose.AUGMENT, epoch, views, 10)
+        flip, color, gray, blur, solarize = (drawn[:, :5] < dataclasses.astuple(config)).T
+        spread = np.array([BRIGHTNESS, CONTRAST, SATURATION, HUE]) * color[:, None]
+        brightness, contrast, saturation, hue = (np.array([1, 1, 1, 0]) + spread * (2 * drawn[:, 5:9] - 1)).T
         low, high = BLUR_SIGMA
-        resolution = math.sqrt(pixels.shape[0] * pixels.shape[1])
-        radius = float(low + (high - low) * sigma) * resolution / BLUR_RESOLUTION
-        blurred = Image.fromarray(np.ascontiguousarray(pixels)).filter(ImageFilter.GaussianBlur(radius))
-        pixels = np.asarray(blurred)
-    if solarize:
-        pixels = np.where(pixels < SOLARIZE_FROM, pixels, 255 - pixels)
-    return np.ascontiguousarray(pixels)
+        sigma = (low + (high - low) * drawn[:, 9]) * np.sqrt(sizes.prod(axis=1)) / BLUR_RESOLUTION
+        return cls(flip, np.where(blur, sigma, 0), color, brightness, contrast, saturation, hue, gray, solarize)
+
+    def colors(self, means: NDArray[np.floating]) -> Colors:
+        """Return the changes of color as one affine map of each view.
+
+        Brightness scales; contrast scales distances from the view's mean luma, saturation those from a pixel's own
+        luma; hue turns colors about the gray axis (Rodrigues' rotation); gray is luma in every channel. In this order,
+        and cut off at the end alone: the code of SimCLR and BYOL draws the order and cuts off after each, and BYOL's
+        adds to brightness instead of scaling.
+
+        Args:
+            means: [V, 3] of the channels of each view, as it is. Only views that `recolor` need theirs.
+        """
+        eye, ones = np.eye(3), np.ones((3, 3))
+        saturation, angle = self.saturation[:, None, None], math.tau * self.hue[:, None, None]
+        saturate = saturation * eye + (1 - saturation) * LUMA * ones
+        across = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+        turn = np.cos(angle) * eye + (1 - np.cos(angle)) / 3 * ones + np.sin(angle) / math.sqrt(3) * across
+        matrix = (self.brightness * self.contrast)[:, None, None] * turn @ saturate
+        matrix = np.where(self.gray[:, None, None], ones * (LUMA @ matrix)[:, None, :], matrix)
+        # Saturation, hue and gray leave grays alone, so they leave the shift alone.
+        shift = (1 - self.contrast) * self.brightness * (means @ LUMA)
+        affine = np.concatenate([matrix, np.repeat(shift[:, None, None], 3, axis=1)], axis=2, dtype=np.float32)
+        return Colors(torch.from_numpy(affine), torch.from_numpy(self.solarize.copy()))
 
 
-def color_map(
-    brightness: float, contrast: float, saturation: float, hue: float, mean_luma: float
-) -> tuple[NDArray[np.float64], float]:
-    """A change of colors as one affine map: rgb -> matrix [3, 3] @ rgb + shift.
-
-    Brightness scales; contrast scales distances from the view's mean luma, saturation those from a pixel's own luma;
-    hue turns colors about the gray axis (Rodrigues' rotation). In this order, and cut off at the end alone: the code
-    of SimCLR and BYOL draws the order and cuts off after each, and BYOL's adds to brightness instead of scaling.
-
-    Args:
-        brightness, contrast, saturation: factors; 1 changes nothing.
-        hue: in turns; 1/3 makes red green, green blue and blue red.
-        mean_luma: of the view, as it is.
-    """
-    saturate = saturation * np.eye(3) + (1 - saturation) * LUMA * np.ones((3, 1))
-    cos, sin = math.cos(math.tau * hue), math.sin(math.tau * hue)
-    across = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
-    turn = cos * np.eye(3) + (1 - cos) / 3 * np.ones((3, 3)) + sin / math.sqrt(3) * across
-    # Saturation and hue leave grays alone, so they leave the shift alone.
-    return brightness * contrast * turn @ saturate, (1 - contrast) * brightness * mean_luma
+def channel_means(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the mean of each channel of a view [h, w, C]: float64 [C]."""
+    height, width, channels = pixels.shape
+    # Rows first: NumPy adds whole rows at once, but pixels of three values one by one.
+    sums = pixels.reshape(height, -1).sum(axis=0, dtype=np.uint32)
+    return sums.reshape(width, channels).sum(axis=0) / (height * width)

@@ -144,6 +144,11 @@ class AugmentConfig:
     solarize: float = 0.0
     """Probability of solarization, which inverts bright pixel values."""
 
+    @property
+    def recolors(self) -> bool:
+        """Return whether colors may change."""
+        return max(self.color, self.gray, self.solarize) > 0
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if not 0.0 <= getattr(self, field.name) <= 1.0:

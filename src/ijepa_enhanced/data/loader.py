@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_enhanced.batch import Batch, MaskedBatch
-from ijepa_enhanced.data.augment import augment
+from ijepa_enhanced.data.augment import Changes, channel_means
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig
 from ijepa_enhanced.data.decode import decode_views, patchify, upright_size
@@ -36,6 +36,7 @@ from ijepa_enhanced.devices import MEGABYTE, SHARED_MEMORY, default_workers
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.masks import MaskConfig, ViewMasks, draw_masks
 from ijepa_enhanced.merge_plan import plan_merges
+from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.packed import Packed, Segments, Selection
 from ijepa_enhanced.randomness import Purpose, generator
 
@@ -86,45 +87,28 @@ class PackDataset(Dataset[Batch]):
 
         Images that cannot be decoded are left out and named.
         """
-        tokens = pack.grids.prod(axis=1)
-        most = [int(tokens[own].sum()) for own in (~pack.unmasked, pack.unmasked)]
-        patches = [np.empty((count, self.patch_size**2 * 3), dtype=np.uint8) for count in most]
-        filled = [0, 0]
-        kept = np.ones(len(pack.images), dtype=np.bool_)
-        unreadable = []
-        starts = np.flatnonzero(np.diff(pack.images, prepend=-1)).tolist()
-        for first, last in itertools.pairwise([*starts, len(pack.images)]):
-            row = int(self.catalog.rows[pack.images[first]])
-            try:
-                sizes = pack.grids[first:last] * self.patch_size
-                image = self.source.open(row)
-                check_unchanged(image, self.catalog, int(pack.images[first]))
-                views = decode_views(image, pack.boxes[first:last], sizes)
-                numbers, kinds = pack.views[first:last], pack.unmasked[first:last].astype(np.int64)
-                for pixels, number, kind in zip(views, numbers, kinds, strict=True):
-                    if self.changes is not None:
-                        rng = generator(self.seed, Purpose.AUGMENT, pack.cursor.epoch, row, int(number))
-                        pixels = augment(pixels, self.changes, rng)
-                    view = patchify(pixels, self.patch_size)
-                    patches[kind][filled[kind] : filled[kind] + len(view)] = view
-                    filled[kind] += len(view)
-            except UnreadableImage as error:
-                unreadable.append((row, str(error)))
-                kept[first:last] = False
-        masked_views, unmasked_views = (pack.select(kept & own) for own in (~pack.unmasked, pack.unmasked))
-        packed, unmasked = (
-            Packed.of_grids(own[:count], views.grids, prefix)
-            for own, count, views, prefix in zip(
-                patches, filled, (masked_views, unmasked_views), (self.prefix, self.student_prefix), strict=True
-            )
-        )
+        rows = self.catalog.rows[pack.images]
+        changes = None
+        if self.changes is not None:
+            views = zip(rows.tolist(), pack.views.tolist(), strict=True)
+            changes = Changes.draw(self.changes, self.seed, pack.cursor.epoch, views, pack.grids * self.patch_size)
+        patches, means, unreadable = self._read(pack, rows, changes)
+        kept = ~np.isin(rows, [row for row, _ in unreadable])
+        masked_views, unmasked_views = kept & ~pack.unmasked, kept & pack.unmasked
+        packed = Packed.of_grids(patches[0], pack.grids[masked_views], self.prefix)
+        labels, some = self.catalog.labels, bool(pack.unmasked.any())
+        colors = None
+        if changes is not None and self.changes is not None and self.changes.recolors:
+            colors = changes.colors(means)
         batch = Batch(
             packed,
-            torch.from_numpy(self.catalog.rows[masked_views.images]),
-            None if self.catalog.labels is None else torch.from_numpy(self.catalog.labels[masked_views.images]),
+            torch.from_numpy(rows[masked_views]),
+            None if labels is None else torch.from_numpy(labels[pack.images[masked_views]]),
             pack.cursor,
-            tuple(unreadable),
-            unmasked=unmasked if pack.unmasked.any() else None,
+            unreadable,
+            unmasked=Packed.of_grids(patches[1], pack.grids[unmasked_views], self.student_prefix) if some else None,
+            colors=None if colors is None else colors.select(torch.from_numpy(masked_views)),
+            unmasked_colors=colors.select(torch.from_numpy(unmasked_views)) if colors is not None and some else None,
             merge_plan=plan_merges(packed.segments.lengths, self.merge_rate, self.depth, self.prefix),
         )
         if self.masks is None:
@@ -132,6 +116,35 @@ class PackDataset(Dataset[Batch]):
         masks = masks_of(batch, self.masks, self.seed)
         depth = self.depth if self.student_depth is None else self.student_depth
         return masked(batch, masks, self.student_merge_rate, depth, self.student_prefix)
+
+    def _read(
+        self, pack: Pack, rows: NDArray[np.int64], changes: Changes | None
+    ) -> tuple[list[NDArray[np.uint8]], NDArray[np.float64], tuple[tuple[int, str], ...]]:
+        """Return the patches of the masked and of the unmasked views, channel means [V, C], and what is unreadable."""
+        tokens = pack.grids.prod(axis=1)
+        width = self.patch_size**2 * CHANNELS
+        patches = [np.empty((tokens[own].sum(), width), dtype=np.uint8) for own in (~pack.unmasked, pack.unmasked)]
+        filled = [0, 0]
+        means = np.zeros((len(rows), CHANNELS))
+        unreadable = []
+        starts = np.flatnonzero(np.diff(pack.images, prepend=-1)).tolist()
+        for first, last in itertools.pairwise([*starts, len(rows)]):
+            own = slice(first, last)
+            geometry = () if changes is None else (changes.flip[own], changes.sigma[own])
+            try:
+                image = self.source.open(int(rows[first]))
+                check_unchanged(image, self.catalog, int(pack.images[first]))
+                views = decode_views(image, pack.boxes[own], pack.grids[own] * self.patch_size, *geometry)
+            except UnreadableImage as error:
+                unreadable.append((int(rows[first]), str(error)))
+                continue
+            for view, pixels in enumerate(views, first):
+                kind, count = int(pack.unmasked[view]), int(tokens[view])
+                patchify(pixels, self.patch_size, patches[kind][filled[kind] : filled[kind] + count])
+                filled[kind] += count
+                if changes is not None and changes.recolor[view]:
+                    means[view] = channel_means(pixels)
+        return [own[:count] for own, count in zip(patches, filled, strict=True)], means, tuple(unreadable)
 
 
 def check_unchanged(image: Image.Image, catalog: Catalog, position: int) -> None:
@@ -268,7 +281,7 @@ def serve_the_parent(worker: int) -> None:
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
-    ForkingPickler.register(Tensor, _handed_over)
+    ForkingPickler.register(Tensor, hand_over)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in all threads that start from here on
         threading.Thread(target=_end_by_the_parent, daemon=True).start()
@@ -296,7 +309,7 @@ def _end_with_the_parent() -> None:
     os._exit(1)
 
 
-def _handed_over(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+def hand_over(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     """How a worker pickles a tensor: in shared memory each costs a connection of its own, and a batch has 15."""
     if tensor.nbytes <= SHARED_BYTES:
         with suppress(TypeError, RuntimeError):  # of what NumPy cannot hold, such as bfloat16

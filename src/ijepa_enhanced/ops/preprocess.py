@@ -1,4 +1,4 @@
-"""Preprocessing on the device: from uint8 patches to the normalized patches that a network takes."""
+"""Preprocessing on the device: from uint8 patches to the recolored, normalized patches that a network takes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_enhanced.packed import Packed
+from ijepa_enhanced.batch import Colors
+from ijepa_enhanced.packed import Packed, segment_ids
 
 CHANNELS = 3
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Statistics of ImageNet's channels on [0, 1]: the convention of the field, and what released weights expect."""
+
+
+def recolor(packed: Packed, colors: Colors) -> Tensor:
+    """Return the patches of V views in their changed colors: float32 [T, P * P * C] on [0, 255], not rounded."""
+    views = segment_ids(packed.segments.cu_seqlens, len(packed.values))  # of each token
+    channels = colors.affine.shape[1]
+    pixels = packed.values.float().unflatten(1, (-1, channels))  # [T, P * P, C]
+    maps = colors.affine[views].unsqueeze(1)  # [T, 1, C, C + 1]
+    # A sum of products instead of a matrix product, which autocast would round to bfloat16.
+    changed = maps[..., channels]
+    for channel in range(channels):
+        changed = torch.addcmul(changed, pixels[..., channel : channel + 1], maps[..., channel])
+    changed = changed.flatten(1).clamp_(0, 255)
+    # Below the middle x is less than 255 - x and stays; 510 - x is never less.
+    top = torch.where(colors.solarized, 255.0, 510.0)[views].unsqueeze(1)
+    return torch.minimum(changed, top - changed)
 
 
 class Normalize(nn.Module):
@@ -36,9 +53,16 @@ class Normalize(nn.Module):
         self.register_buffer("scale", (1 / (255 * deviation)).repeat(patch_size**2), persistent=False)
         self.register_buffer("shift", (-torch.tensor(mean) / deviation).repeat(patch_size**2), persistent=False)
 
-    def forward(self, packed: Packed) -> Packed:
-        """Normalize uint8 patches [T, P * P * C] into floating-point patches of the same shape."""
-        return packed.with_values(packed.values * self.scale + self.shift)
+    def forward(self, packed: Packed, colors: Colors | None = None) -> Packed:
+        """Normalize uint8 patches [T, P * P * C] into floating-point patches of the same shape.
+
+        Args:
+            packed: V views.
+            colors: of each view, changed before. None: they stay.
+        """
+        if colors is None:
+            return packed.with_values(packed.values * self.scale + self.shift)
+        return packed.with_values(recolor(packed, colors).mul_(self.scale).add_(self.shift))
 
 
 class Convert(nn.Module):

@@ -107,7 +107,7 @@ class TrainConfig:
     """Precision of matrix multiplications. Weights and the residual stream stay float32. auto: bf16 if the hardware
     supports it, otherwise fp32."""
     compile: bool = False
-    """Compile the student, the teacher and the predictor with `torch.compile`."""
+    """Compile preprocessing, the student, the teacher and the predictor with `torch.compile`."""
     activation_checkpointing: bool = False
     """Recompute the student's activations in the backward pass. This saves memory and takes more time
     (docs/measurements.md)."""

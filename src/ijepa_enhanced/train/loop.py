@@ -34,7 +34,7 @@ from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.models.preprocessing import Record
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
-from ijepa_enhanced.train.meter import describe
+from ijepa_enhanced.train.meter import MOST_WAITING, advice, describe
 from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
 from ijepa_enhanced.train.record import training_facts
@@ -165,6 +165,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
+        self.read = self.advised = False  # whether the throughput was read, and advice was given on it
         self.images = images
         self.ranks = ranks
         self.total = config.steps or max(1, round(config.epochs * len(images.first_epoch) / config.data.packs_per_step))
@@ -194,8 +195,9 @@ class Run:
         self.autocast = autocast(ranks.device, autocast_dtype(config.precision, ranks.device))
         self.model.student.blocks.recompute = config.activation_checkpointing
         if config.compile:
-            for network in filter(None, (self.model.student, self.model.teacher, self.model.predictor)):
-                network.compile(dynamic=True)
+            model = self.model
+            for module in filter(None, (model.normalize, model.student, model.teacher, model.predictor)):
+                module.compile(dynamic=True)
 
     @cached_property
     def dataset(self) -> PackDataset:
@@ -330,6 +332,11 @@ class Run:
             raise diverged(state.step)
         if bar and means:
             bar.update(state.step, describe(means))
+            # The first reading has the start of the workers in it.
+            if self.read and not self.advised and means["data_wait"] > MOST_WAITING:
+                logger.warning("%s", advice(means["data_wait"], self.config.data))
+                self.advised = True
+            self.read = True
         if monitor:
             values |= self.probe(state, monitor)
             state.meter.restart_clock()  # the time of the probe is not training time

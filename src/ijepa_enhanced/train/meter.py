@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from ijepa_enhanced.batch import MaskedBatch
+from ijepa_enhanced.config import either
+from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.jepa import Losses
 
 LOSSES = ("prediction", "vicreg", "contrastive")
 """Terms of the loss, as they are logged: not multiplied by their weights."""
+MOST_WAITING = 0.1
+"""Share of the time that a run may wait for data before it says what to do."""
 
 
 class Meter:
@@ -103,6 +108,17 @@ class Meter:
         self.steps, self.losses, self.tokens = 0, [], []
         self.restart_clock()
         return values
+
+
+def advice(waiting: float, data: DataConfig) -> str:
+    """Return what to do about a run that waits for data for this share of the time."""
+    ways = [f"shrink them once with `ijepa prepare {data.source} OUT`"]
+    workers, cores = default_workers() if data.workers is None else data.workers, default_workers()
+    if workers < cores:
+        ways.insert(0, f"raise data.workers from {workers} to {cores}")
+    if data.cache == "none":
+        ways.append("set data.cache to memory")
+    return f"Training waits for images {waiting:.0%} of the time. To train faster, {either(ways)}."
 
 
 def describe(values: dict[str, float]) -> str:

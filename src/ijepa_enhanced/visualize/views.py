@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.batch import Batch
+from ijepa_enhanced.batch import Batch, Colors
 from ijepa_enhanced.data.decode import unpatchify
 from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.masks import ViewMasks
+from ijepa_enhanced.ops.preprocess import recolor
 from ijepa_enhanced.packed import Packed
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -44,11 +46,12 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
         path: the PNG.
     """
     bounds = batch.packed.segments.cu_seqlens.numpy()
+    patches = _in_color(batch.packed, batch.colors)
     pictures = []
     for view in range(min(VIEWS_SHOWN, len(batch.packed.segments))):
         start, stop = bounds[view : view + 2]
         rows, cols = batch.packed.grids[view].tolist()
-        pixels = unpatchify(batch.packed.values[start:stop].numpy(), rows, cols, patch_size)
+        pixels = unpatchify(patches[start:stop], rows, cols, patch_size)
         cell = max(1, round(VIEW_RESOLUTION / (rows * cols) ** 0.5))
         whole = np.asarray(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC))
         masked = np.where(enlarged(_area(masks[view].context, rows, cols), cell)[..., None], whole, 255)
@@ -66,10 +69,13 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
     """
     cell = max(6, min(16, patch_size))
     across = SHEET_WIDTH // (cell + 2)
-    stream = batch.packed if batch.unmasked is None else Packed.concatenate([batch.packed, batch.unmasked])
+    stream, patches = batch.packed, _in_color(batch.packed, batch.colors)
+    if batch.unmasked is not None:
+        stream = Packed.concatenate([batch.packed, batch.unmasked])
+        patches = np.concatenate([patches, _in_color(batch.unmasked, batch.unmasked_colors)])
     total = stream.segments.total
     down = -(-total // across)
-    patches = stream.values.numpy().reshape(total, patch_size, patch_size, 3)
+    patches = patches.reshape(total, patch_size, patch_size, 3)
     sheet = np.full((down * (cell + 2), across * (cell + 2), 3), 255, np.uint8)
     bounds = stream.segments.cu_seqlens.numpy()
     view_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
@@ -81,6 +87,12 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
         if token in bounds:
             sheet[top : top + cell + 2, left : left + 2] = 0
     save_png(Image.fromarray(sheet), path)
+
+
+def _in_color(packed: Packed, colors: Colors | None) -> NDArray[np.uint8]:
+    """Return the patches [T, P * P * C] as the network gets them, but for normalization."""
+    values = packed.values if colors is None else recolor(packed, colors).round().to(torch.uint8)
+    return values.numpy()
 
 
 def _area(tokens: NDArray[np.int64], rows: int, cols: int) -> NDArray[np.bool_]:
