@@ -43,6 +43,7 @@ def test_it_is_given_once_above_the_share(
 ) -> None:
     assert MOST_WAITING == 0.1
     monkeypatch.setattr(loop, "MOST_WAITING", share)
+    monkeypatch.setattr(loop, "SETTLED", 2)
     config = dataclasses.replace(tiny, steps=8, monitor=MonitorConfig(every=0))
     with caplog.at_level(logging.WARNING):
         train(config, tmp_path / "run")

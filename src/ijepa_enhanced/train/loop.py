@@ -34,7 +34,7 @@ from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.models.preprocessing import Record
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import ProgressBar, RunLog
-from ijepa_enhanced.train.meter import MOST_WAITING, advice, describe
+from ijepa_enhanced.train.meter import MOST_WAITING, SETTLED, advice, describe
 from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
 from ijepa_enhanced.train.record import training_facts
@@ -165,7 +165,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
-        self.read = self.advised = False  # whether the throughput was read, and advice was given on it
+        self.first_step, self.advised = 0, False  # the first step of this process, and whether it gave advice on speed
         self.images = images
         self.ranks = ranks
         self.total = config.steps or max(1, round(config.epochs * len(images.first_epoch) / config.data.packs_per_step))
@@ -262,6 +262,7 @@ class Run:
             if monitor and not state.step:
                 self.probe(state, monitor)  # a baseline for collapse, not in log.jsonl
             state.meter.restart_clock()
+            self.first_step = state.step
             while state.step < total:
                 with state.meter.waiting():
                     batches = [next(stream) for _ in range(own_packs)]
@@ -332,11 +333,10 @@ class Run:
             raise diverged(state.step)
         if bar and means:
             bar.update(state.step, describe(means))
-            # The first reading has the start of the workers in it.
-            if self.read and not self.advised and means["data_wait"] > MOST_WAITING:
+            settled = state.step - self.first_step >= SETTLED
+            if settled and not self.advised and means["data_wait"] > MOST_WAITING:
                 logger.warning("%s", advice(means["data_wait"], self.config.data))
                 self.advised = True
-            self.read = True
         if monitor:
             values |= self.probe(state, monitor)
             state.meter.restart_clock()  # the time of the probe is not training time

@@ -21,6 +21,8 @@ LOSSES = ("prediction", "vicreg", "contrastive")
 """Terms of the loss, as they are logged: not multiplied by their weights."""
 MOST_WAITING = 0.1
 """Share of the time that a run may wait for data before it says what to do."""
+SETTLED = 100
+"""Steps of a process before its waiting counts: the first ones have the start of the workers in them."""
 
 
 class Meter:
