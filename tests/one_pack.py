@@ -14,7 +14,5 @@ def make_colors(views: int) -> Colors:
 
 def pack_losses(model: JEPA, batch: MaskedBatch, target_tokens: int, packs: int = 1) -> Losses:
     """A pack's share of the loss of a step that has so many target tokens and packs."""
-    batch = model.preprocess(batch)
-    features = model.features(batch)
-    size = StepSize(target_tokens, packs)
-    return model.losses(model.predict(features, batch), model.targets(batch), features, batch, size)
+    losses: Losses = model(batch, StepSize(target_tokens, packs))
+    return losses

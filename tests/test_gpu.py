@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.catalog import open_catalog
@@ -15,11 +16,14 @@ from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.sweep import network_costs
-from ijepa_enhanced.jepa import JEPA
+from ijepa_enhanced.jepa import JEPA, StepSize
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.objective import ObjectiveConfig
 from ijepa_enhanced.packed import Packed, Segments
+from ijepa_enhanced.train.optimizer import StepSettings, make_optimizer
+from ijepa_enhanced.train.parallel import replicate, shard, whole_tensor
+from ijepa_enhanced.train.step import train_step
 from one_pack import make_colors, pack_losses
 
 pytestmark = [
@@ -148,3 +152,32 @@ def test_a_run_and_its_scores(pictures: Path, tmp_path: Path, capsys: pytest.Cap
     found = encoder.to(DEVICE).embed(images, resolution=40).cpu()
     # bfloat16, as above.
     assert distance(found, expected) < 0.1
+
+
+def test_ddp_and_fsdp_make_the_steps_of_one_gpu(make_batch: MakeBatch, make_stream: MakeStream, tmp_path: Path) -> None:
+    """One rank of NCCL: this shows that they run on CUDA, and tests/train/test_parallel.py that ranks add up."""
+    packs = make_packs(make_batch, make_stream)[:2]
+    size = StepSize(sum(len(pack.targets.index) for pack in packs), len(packs))
+
+    def three_steps(share: Callable[[JEPA], torch.nn.Module]) -> dict[str, Tensor]:
+        model = make_jepa().to(DEVICE)
+        network = share(model)
+        optimizer = make_optimizer(model)
+        for _ in range(3):
+            settings, exact = StepSettings(1e-3, 0.05, 0.9), autocast(DEVICE, None)
+            result = train_step(model, network, optimizer, packs, size, settings, 1.0, exact, DEVICE)
+            assert result.grad_norm.isfinite()
+        return {name: whole_tensor(value).clone() for name, value in model.state_dict().items()}
+
+    def sharded(model: JEPA) -> JEPA:
+        shard(model, init_device_mesh("cuda", (1,)))
+        return model
+
+    expected = three_steps(lambda model: model)
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for share in (replicate, sharded):
+            for name, value in three_steps(share).items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()

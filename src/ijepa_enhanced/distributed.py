@@ -1,9 +1,6 @@
 """Ranks: the processes that `torchrun` starts, one for each device, which share the packs of a run or an evaluation.
 
-All ranks hold the same weights. In a step they exchange a few numbers and sum their gradients, once, after the last
-backward pass. DistributedDataParallel does not fit here, for two reasons. It averages gradients, but each rank's loss
-is already its share of the step's loss. And its hooks wait for every rank's backward pass, but a rank whose images are
-all unreadable has none.
+In training they exchange a few numbers at every step, and PyTorch sums their gradients (`train.parallel`).
 """
 
 from __future__ import annotations
@@ -18,13 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
 
-STEP_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other in training. Meanwhile, rank 0 may write a checkpoint to slow storage. If a rank
-has ended, the others notice at once."""
+START_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other until the first step is done: networks may be compiled. If a rank has ended, the
+others notice at once."""
+STEP_TIMEOUT = timedelta(minutes=10)
+"""How long they wait after the first step. It is longer than `train.faults.WORKER_TIMEOUT`, so that a rank with a stuck
+worker names it before the others give up."""
 WORK_TIMEOUT = timedelta(hours=12)
 """How long ranks wait for one that works alone: it scans a large source, loads its images into memory or scores."""
 
@@ -48,11 +49,12 @@ class Ranks:
         """Return whether this rank writes the files of the run: logs, checkpoints, encoders."""
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, patient: bool = False) -> list[Any]:
         """Return the value of each rank, in order, on all ranks.
 
         Args:
             value: a picklable object on the host. It travels between the hosts, not between the GPUs.
+            patient: whether one rank may take up to `WORK_TIMEOUT` until it calls this.
 
         Raises:
             RankError: another rank is gone.
@@ -61,7 +63,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world
         with _rank_errors():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.patient if patient else None)
         return values
 
     def gather_to_rank0(self, value: Any) -> list[Any]:
@@ -111,8 +113,21 @@ class Ranks:
                 )
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """Return the sum of each number over all ranks; see `gather`."""
-        return [sum(parts) for parts in zip(*self.gather(values), strict=True)]
+        """Return the sum of each number over all ranks, in float64, which holds whole numbers below 2**53.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            with _rank_errors():
+                dist.all_reduce(total)
+        return total.tolist()
+
+    def expect_steps(self) -> None:
+        """Wait at most `STEP_TIMEOUT` for other ranks from now on, other than in `wait`."""
+        if self.world > 1:
+            _set_pg_timeout(STEP_TIMEOUT)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over all ranks. A gradient that no rank has stays None.
@@ -176,7 +191,7 @@ def is_main() -> bool:
 
 
 @contextmanager
-def ranks_of_run(timeout: timedelta = STEP_TIMEOUT) -> Iterator[Ranks]:
+def ranks_of_run(timeout: timedelta = START_TIMEOUT) -> Iterator[Ranks]:
     """Join the process group if `torchrun` started this process, and leave it at the end.
 
     Args:

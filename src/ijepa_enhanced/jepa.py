@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,8 +26,7 @@ PROJECTOR_HIDDEN, PROJECTED = 512, 64
 """Widths of the projector's hidden layer and of its output, the only ones measured (docs/log.md)."""
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """One pack's share of the loss of a step: float32 scalars. The terms are detached and not weighted."""
 
     total: Tensor
@@ -46,7 +44,7 @@ class StepSize(NamedTuple):
 
 
 class JEPA(nn.Module):
-    """Student, teacher and predictor, and the loss between them. `train.step.train_step` calls the methods in order.
+    """Student, teacher and predictor, and the loss between them: `forward` is the objective in five lines.
 
     Args:
         encoder: architecture of the student, and of the teacher unless one is given.
@@ -99,6 +97,19 @@ class JEPA(nn.Module):
         if not self.frozen:
             self.teacher.load_state_dict(network.state_dict())
 
+    def forward(self, batch: MaskedBatch, step: StepSize) -> Losses:
+        """Return one pack's share of the loss of a step.
+
+        Args:
+            batch: the pack, on the device of the networks. It may have no views.
+            step: size of the whole step.
+        """
+        batch = self.preprocess(batch)
+        targets = self.targets(batch)  # [Tq, D] from the teacher, no gradient
+        features = self.features(batch)  # [Ts, D] from the student: contexts, then unmasked views
+        predicted = self.predict(features, batch)  # [Tq, D]
+        return self.losses(predicted, targets, features, batch, step)
+
     def preprocess(self, batch: MaskedBatch) -> MaskedBatch:
         """Return a batch with recolored, normalized patches in place of uint8 ones."""
         unmasked = None if batch.unmasked is None else self.normalize(batch.unmasked, batch.unmasked_colors)
@@ -145,6 +156,9 @@ class JEPA(nn.Module):
         The prediction loss is a mean over the target tokens of the whole step. The other terms are means over its
         packs. So the loss does not depend on how packs are divided into ranks and accumulation.
 
+        Every trainable parameter gets a gradient, which may be zero: ranks sum their gradients during the backward
+        pass, so they must all have the same ones, whatever images their packs have.
+
         Args:
             predicted: [Tq, D], from `predict`.
             targets: [Tq, D], from `targets`.
@@ -153,19 +167,21 @@ class JEPA(nn.Module):
             step: size of the whole step.
         """
         weights = self.objective
-        prediction = vicreg = contrastive = features.new_zeros((), dtype=torch.float32)
+        # [masked views, then unmasked views, D]
+        pooled = self.student.pool(features, batch.seen.cu_seqlens, self.pooling)
+        prediction = vicreg = contrastive = 0.0 * pooled.sum()
         if predicted is not None and targets is not None:
             # Smooth L1, as in I-JEPA's code; its paper says L2.
             distance = F.smooth_l1_loss(predicted.float(), targets, reduction="sum")
             prediction = distance / targets.shape[1] / step.target_tokens
-        # [masked views, then unmasked views, D]
-        pooled = self.student.pool(features, batch.seen.cu_seqlens, self.pooling)
         masked = len(batch.image_ids)
         images = masked // self.views
         # A single view has no variance, and a single image has no negatives.
         if weights.vicreg_weight and masked > 1:
             vicreg = variance_covariance(pooled[:masked]) / step.packs
-        if self.projector is not None and images > 1:
+        if self.projector is not None and images < 2:
+            contrastive = 0.0 * self.projector(pooled.new_zeros(2, pooled.shape[1])).sum()  # BatchNorm needs two rows
+        elif self.projector is not None:
             projected = self.projector(pooled)
             # [images, views of an image, K]: the masked views of each image, then its unmasked ones.
             views = [part.unflatten(0, (images, -1)) for part in projected.tensor_split([masked]) if len(part)]

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -44,24 +45,6 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert read_progress(checkpoint) == {"step": 7, "cursor": [1, 2]}
 
 
-def test_a_parameter_without_a_gradient_so_far_comes_back_without_moments(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model[0](torch.ones(2)).sum().backward()  # as the projector, until a pack has several images
-    optimizer.step()
-    checkpoint = save_checkpoint(tmp_path, 1, model, optimizer, {})
-    other = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    other_optimizer = torch.optim.AdamW(other.parameters())
-    load_checkpoint(checkpoint, other, other_optimizer)
-    for value, other_value in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(value, other_value)
-        moments, other_moments = optimizer.state.get(value, {}), other_optimizer.state.get(other_value, {})
-        assert moments.keys() == other_moments.keys()
-        for key, moment in moments.items():
-            assert torch.equal(moment, other_moments[key]), key
-
-
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained(seed=1)
     for step in (9, 10, 100):
@@ -97,6 +80,22 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
     load_checkpoint(previous, *trained(seed=2))
+
+
+def test_a_checkpoint_that_lost_bytes_or_a_file_is_found_out(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path, 3, *trained(seed=1), {"step": 3})
+    (file,) = checkpoint.glob("*.safetensors")
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(CheckpointError) as error:
+        read_progress(checkpoint)
+    assert str(error.value) == (
+        f"Could not read checkpoint {checkpoint}: {file.name} has {size - 1} bytes instead of {size}. There is no "
+        "other one. Start a new run."
+    )
+    file.unlink()
+    with pytest.raises(CheckpointError, match=rf"{file.name} is missing\. There is no other one"):
+        read_progress(checkpoint)
 
 
 class Bomb:

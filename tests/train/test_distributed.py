@@ -16,9 +16,17 @@ import yaml
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.data.in_memory import InMemory
 from ijepa_enhanced.data.sources.folder import FolderSource
-from ijepa_enhanced.distributed import STEP_TIMEOUT, WORK_TIMEOUT, Ranks, is_main, ranks_of_run
+from ijepa_enhanced.distributed import (
+    START_TIMEOUT,
+    STEP_TIMEOUT,
+    WORK_TIMEOUT,
+    Ranks,
+    is_main,
+    ranks_of_run,
+)
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RankError, SourceError
+from ijepa_enhanced.train.agreement import check_shared
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
 from ijepa_enhanced.train.loop import train
@@ -147,7 +155,7 @@ class Others(Ranks):
 
     other: object = None
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: object, patient: bool = False) -> list[object]:
         return [value, self.other]
 
 
@@ -159,6 +167,21 @@ def test_ranks_that_differ_are_told_in_what() -> None:
         RankError, match=r"^The processes of this run do not have the same checkpoint\. All machines need"
     ):
         ranks.agree({"plan": "abc", "checkpoint": 4})
+
+
+def test_a_run_folder_that_ranks_do_not_share_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Others(torch.device("cpu"), world=2)
+    object.__setattr__(ranks, "other", False)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda _: None)
+    with pytest.raises(RankError) as error:
+        check_shared(tmp_path, ranks)
+    assert str(error.value) == (
+        f"The files that process 0 writes into {tmp_path} are not seen by: process 1. All machines need one shared run "
+        "folder: set --run to a path on shared storage."
+    )
+    assert not [*tmp_path.iterdir()]
+    object.__setattr__(ranks, "other", True)
+    check_shared(tmp_path, ranks)
 
 
 def test_alone_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +218,9 @@ def test_ranks_are_patient_only_where_one_works_alone(monkeypatch: pytest.Monkey
     with ranks_of_run() as ranks:
         groups: Any = (torch.distributed.group.WORLD, ranks.patient)
         timeouts = [group._get_backend(ranks.device).options._timeout for group in groups]
-    assert timeouts == [STEP_TIMEOUT, WORK_TIMEOUT]
+        dataclasses.replace(ranks, world=2).expect_steps()
+        timeouts.append(groups[0]._get_backend(ranks.device).options._timeout)
+    assert timeouts == [START_TIMEOUT, WORK_TIMEOUT, STEP_TIMEOUT]
     waited: list[object] = []
     monkeypatch.setattr(torch.distributed, "barrier", waited.append)
     with dataclasses.replace(ranks, world=2).one_first():

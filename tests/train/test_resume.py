@@ -1,7 +1,9 @@
 """A run that was stopped, however it was stopped, goes on as if it had not been."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,11 +15,18 @@ from typing import Any
 import pytest
 import torch
 
+from ijepa_enhanced.batch import Batch, MaskedBatch
+from ijepa_enhanced.data import loader
+from ijepa_enhanced.data.loader import PackDataset
+from ijepa_enhanced.data.plan import Pack
+from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import ResumeError, RunError
-from ijepa_enhanced.train import loop
+from ijepa_enhanced.errors import ResumeError, RunError, UnreadableImage
+from ijepa_enhanced.jepa import Losses
+from ijepa_enhanced.train import faults, loop
 from ijepa_enhanced.train.checkpoint import latest_checkpoint
 from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.faults import MOST_SKIPPED
 from ijepa_enhanced.train.logging import RunLog, read_log
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.meter import Meter
@@ -191,11 +200,111 @@ def test_what_diverged_is_not_saved(tiny: TrainConfig, tmp_path: Path, monkeypat
                 model.student.blocks.norm.weight.fill_(torch.nan)
 
     monkeypatch.setattr(loop.JEPA, "update_teacher", diverge)
-    with pytest.raises(RunError, match=r"^The loss or its gradient is NaN or infinite at step 6\. "):
+    with pytest.raises(RunError, match=r"^Weights are NaN or infinite at step 6\. "):
         train(config, tmp_path / "run")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name == "step-00000003"
     assert all(value.isfinite().all() for value in Encoder.from_pretrained(tmp_path / "run").state_dict().values())
+
+
+def fail_in(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the losses of the second pack of these steps NaN; there are two packs in a step."""
+    original, calls = loop.JEPA.losses, itertools.count()
+
+    def losses(model: loop.JEPA, *arguments: Any) -> Losses:
+        found = original(model, *arguments)
+        step, pack = divmod(next(calls), 2)
+        return found._replace(total=found.total * torch.nan) if pack and step + 1 in steps else found
+
+    monkeypatch.setattr(loop.JEPA, "losses", losses)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_named(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, steps=6, monitor=dataclasses.replace(tiny.monitor, every=0))
+    fail_in(range(3, 4), monkeypatch)
+    shown: list[MaskedBatch] = []
+    step, before = loop.train_step, []
+
+    def recorded(model: loop.JEPA, network: Any, optimizer: Any, batches: Any, *rest: Any) -> Any:
+        weights = [value.clone() for value in model.student.parameters()]
+        result = step(model, network, optimizer, batches, *rest)
+        shown.append(batches[1])
+        before.append(all(map(torch.equal, weights, model.student.parameters())))
+        return result
+
+    monkeypatch.setattr(loop, "train_step", recorded)
+    assert train(config, tmp_path / "run").finished
+    assert before == [False, False, True, False, False, False]
+    lines = read_log(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 1, 1]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    source = FolderSource(Path(config.data.source))
+    keys = {source.key(row) for row in shown[2].image_ids.tolist()}
+    assert json.loads(line) == {"step": 3, "keys": sorted(keys)}
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, steps=50, monitor=dataclasses.replace(tiny.monitor, every=0))
+    fail_in(range(5, 50), monkeypatch)
+    with pytest.raises(RunError) as error:
+        train(config, tmp_path / "run")
+    # Skipped steps leave the weights finite, so that they are saved.
+    last = tmp_path / "run" / "checkpoints" / "step-00000012"
+    assert str(error.value) == (
+        f"The loss or its gradient was NaN or infinite in {MOST_SKIPPED} steps in a row, the last of them step 14. The "
+        f"last good checkpoint is {last}, and the images of these steps are listed in "
+        f"{tmp_path / 'run' / 'skipped.jsonl'}. Start a new run with a lower --optim.lr or a higher --optim.warmup."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("stuck", "The data workers have made no pack for 1 s. One may be stuck reading an image: check the storage"),
+        ("killed", "A data worker has ended: DataLoader worker (pid"),
+    ],
+)
+def test_a_data_worker_that_is_stuck_or_killed_ends_the_run(
+    ending: str, said: str, tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataclasses.replace(tiny.data, workers=1)
+    config = dataclasses.replace(tiny, data=data, monitor=dataclasses.replace(tiny.monitor, every=0))
+
+    def never(*_: object) -> None:
+        if ending == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+
+    monkeypatch.setattr(loader, "decode_views", never)
+    for module in (faults, loop):
+        monkeypatch.setattr(module, "WORKER_TIMEOUT", 1.0)
+    with pytest.raises(RunError) as error:
+        train(config, tmp_path / "run")
+    assert str(error.value).startswith(said)
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    train(tiny, run)
+    before = losses(run)
+    (weights,) = (checkpoints / "step-00000012").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert train(tiny, run, resume=True).finished
+    assert losses(run) == before
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "damaged-step-00000012",
+        "step-00000009",
+        "step-00000012",
+    ]
+    (said,) = [message for message in caplog.messages if "Could not read checkpoint" in message]
+    assert said.endswith(f"Resuming from {checkpoints / 'step-00000009'} instead.")
 
 
 def test_a_step_without_readable_images_does_not_count_in_the_mean_loss(
@@ -203,9 +312,19 @@ def test_a_step_without_readable_images_does_not_count_in_the_mean_loss(
 ) -> None:
     config = dataclasses.replace(tiny, steps=1, log_every=1, monitor=dataclasses.replace(tiny.monitor, every=0))
     train(config, tmp_path / "one")
-    original = loop.with_images
-    # The cursor of the second step's first pack is (0, 2).
-    monkeypatch.setattr(loop, "with_images", lambda batches: [] if batches[0].cursor == (0, 2) else original(batches))
+    original = PackDataset.__getitem__
+
+    def spoiled(dataset: PackDataset, pack: Pack) -> Batch:
+        if pack.cursor >= (0, 2):  # the first pack of the second step
+            monkeypatch.setattr(loader, "decode_views", fails)
+        return original(dataset, pack)
+
+    def fails(*_: object) -> None:
+        raise UnreadableImage("spoiled")
+
+    monkeypatch.setattr(PackDataset, "__getitem__", spoiled)
+    data = dataclasses.replace(config.data, max_unreadable=1.0)
+    config = dataclasses.replace(config, data=data)
     train(dataclasses.replace(config, steps=2, log_every=2), tmp_path / "two")
     ((one,), (two,)) = (read_log(tmp_path / name) for name in ("one", "two"))
     assert (two["step"], two["loss"]) == (2, one["loss"])

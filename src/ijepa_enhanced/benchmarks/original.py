@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.jepa import Losses, StepSize
+from ijepa_enhanced.jepa import JEPA, Losses, StepSize
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.models.blocks import Block, Blocks, FactorizedPositions
 from ijepa_enhanced.models.config import Architecture, PredictorConfig
@@ -133,7 +133,7 @@ def padded(rows: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
 
 
 class Original(nn.Module):
-    """The original's method with our widths, on `Rows`; it has the methods of `JEPA` that `train_step` calls."""
+    """The original's method with our widths, on `Rows`; it has the methods of `JEPA` that a step calls."""
 
     def __init__(self, encoder: Architecture, predictor: PredictorConfig) -> None:
         super().__init__()
@@ -151,6 +151,10 @@ class Original(nn.Module):
     def step_size(self, rows: Rows) -> StepSize:
         """Return the size of a step of one pack; a token counts once for each target block that it lies in."""
         return StepSize(int((rows.target_views >= 0).sum()), 1)
+
+    def forward(self, rows: Rows, step: StepSize) -> Losses:
+        """Return the loss of the rows; see `JEPA.forward`."""
+        return JEPA.forward(cast(JEPA, self), cast(MaskedBatch, rows), step)
 
     def preprocess(self, rows: Rows) -> Rows:
         """Return the rows as they are, since their patches are normalized."""

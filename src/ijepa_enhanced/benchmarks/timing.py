@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.benchmarks.original import Original
 from ijepa_enhanced.devices import autocast, autocast_dtype
-from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.jepa import JEPA, Losses, StepSize
 from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
@@ -59,7 +58,7 @@ class Clock:
 
 
 class TimedJEPA(JEPA):
-    """The product's own model; `train_step` calls its methods in order, and each begins a part of the step."""
+    """The product's own model; a step calls its methods in order, and each begins a part of the step."""
 
     def __init__(self, encoder: Architecture, predictor: PredictorConfig, clock: Clock, compiled: bool) -> None:
         super().__init__(encoder, predictor, ObjectiveConfig())
@@ -136,12 +135,13 @@ class Training:
             self.clock.begin("copy")
             train_step(
                 cast(JEPA, self.model),
+                self.model,
                 self.optimizer,
                 [pack],
                 self.model.step_size(pack),
                 settings,
                 self.settings.clip,
                 autocast(self.device, self.dtype),
-                Ranks(self.device),
+                self.device,
             )
             self.clock.begin(None)

@@ -214,7 +214,7 @@ def _selection(packed: Packed, patches: Sequence[NDArray[np.int64]], prefix: int
 
 
 def make_loader(
-    dataset: Dataset[Item], keys: Iterable[Any], workers: int | None, pin_memory: bool = False
+    dataset: Dataset[Item], keys: Iterable[Any], workers: int | None, pin_memory: bool = False, timeout: float = 0.0
 ) -> DataLoader[Item]:
     """Return a plain DataLoader over the items of a dataset, in the order of `keys`, for any number of workers.
 
@@ -223,6 +223,7 @@ def make_loader(
         keys: one for each item.
         workers: processes that make items; 0 makes them in this one, None means `default_workers`.
         pin_memory: copy items to pinned memory, for a GPU.
+        timeout: seconds to wait for the workers' next item before an error; 0: as long as it takes.
     """
     workers = default_workers() if workers is None else workers
     with warnings.catch_warnings():
@@ -236,6 +237,7 @@ def make_loader(
             prefetch_factor=PREFETCH if workers else None,
             pin_memory=pin_memory,
             worker_init_fn=serve_the_parent,
+            timeout=timeout if workers else 0,
         )
 
 

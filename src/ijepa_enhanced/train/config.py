@@ -11,6 +11,8 @@ from ijepa_enhanced.masks import MaskConfig
 from ijepa_enhanced.models.config import EncoderConfig, MergeConfig, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
 
+Parallel = Literal["ddp", "fsdp"]
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -111,6 +113,10 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute the student's activations in the backward pass. This saves memory and takes more time
     (docs/measurements.md)."""
+    parallel: Parallel = "ddp"
+    """How the processes of `torchrun` share the networks. ddp: each has all weights. fsdp: each has a part of weights,
+    gradients and moments, for networks that do not fit on one GPU; it communicates more (docs/scaling.md). With several
+    machines, each machine has all parts."""
     checkpoint_every: int = 1000
     """Number of steps between checkpoints."""
     log_every: int = 10
@@ -137,6 +143,10 @@ class TrainConfig:
         if self.teacher is not None and not self.objective.prediction_weight:
             raise ValueError(
                 "teacher has no effect unless objective.prediction_weight > 0. Set objective.prediction_weight."
+            )
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError(
+                "compile cannot be combined with parallel = fsdp. Set compile to false, or parallel to ddp."
             )
         if not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}.")

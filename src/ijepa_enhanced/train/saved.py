@@ -12,7 +12,7 @@ import yaml
 from ijepa_enhanced.config import build, flatten, read_config
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
-from ijepa_enhanced.train.checkpoint import latest_checkpoint, read_progress
+from ijepa_enhanced.train.checkpoint import newest_progress
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.start import START
 
@@ -23,6 +23,7 @@ FREE_ON_RESUME = (
     "data.cache",
     "compile",
     "activation_checkpointing",
+    "parallel",
     "checkpoint_every",
     "log_every",
 )
@@ -87,10 +88,10 @@ def check_unchanged(folder: Path) -> None:
     Raises:
         RequestError: it is not; the message names the key.
     """
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
+    progress = newest_progress(folder / "checkpoints")
+    if progress is None:
         return
-    trained = build(TrainConfig, flatten(read_progress(checkpoint)["config"]))
+    trained = build(TrainConfig, flatten(progress["config"]))
     for key, before, after in _changes(trained, load_config(folder)):
         raise RequestError(
             f"{config_of_run(folder)} sets {key} = {_yaml(after)}, but the run was trained with {_yaml(before)}. "

@@ -9,49 +9,49 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.jepa import JEPA, Losses, StepSize
 from ijepa_enhanced.train.optimizer import StepSettings, set_step
+from ijepa_enhanced.train.parallel import sync_gradients, whole_tensor
 
 
 def train_step(
     model: JEPA,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MaskedBatch],
     size: StepSize,
     settings: StepSettings,
     clip: float,
     autocast: torch.autocast,
-    ranks: Ranks,
+    device: torch.device,
 ) -> StepResult:
-    """Run one optimizer step on this rank's packs. A rank without packs still takes part in the sum of gradients.
+    """Run one optimizer step on this rank's packs. All ranks call this with the same number of packs.
+
+    A step whose loss or gradient is not finite changes neither weights nor moments.
 
     Args:
         model: student, teacher and predictor.
+        network: what makes the loss of a pack, and sums gradients over ranks; from `parallelize`.
         optimizer: of the model, from `make_optimizer`.
-        batches: packs on the host.
+        batches: packs on the host. A pack without readable images has a gradient of zero.
         size: of the whole step, over all ranks.
         settings: values of the schedules at this step.
         clip: largest norm of all gradients together. Larger gradients are scaled down to it.
         autocast: precision of matrix products.
-        ranks: the processes that share the step.
+        device: of this rank.
     """
     set_step(optimizer, settings)
     losses = []
-    for batch in batches:  # their gradients add up: each loss is a share of the loss of the step
+    for number, batch in enumerate(batches, start=1):  # gradients add up: each loss is a share of that of the step
+        sync_gradients(network, number == len(batches))
         with autocast:
-            batch = model.preprocess(batch.to(ranks.device, non_blocking=True))
-            targets = model.targets(batch)  # [Tq, D] from the teacher, no gradient
-            features = model.features(batch)  # [Ts, D] from the student: contexts, then unmasked views
-            predicted = model.predict(features, batch)  # [Tq, D]
-            loss = model.losses(predicted, targets, features, batch, size)
-        # A pack of one view or image has no VICReg or contrastive loss, so without prediction it has no loss at all.
-        if loss.total.requires_grad:
-            loss.total.backward()
+            loss = network(batch.to(device, non_blocking=True), size)
+        # The factor is 1, but NaN if the loss is not finite. Then the gradients are NaN too, on all ranks.
+        loss.total.backward(0.0 * loss.total.detach() + 1.0)
         losses.append(loss)
-    trainable = model.trainable()
-    ranks.sum_gradients(trainable)
-    grad_norm = nn.utils.clip_grad_norm_(trainable, clip)
+    grad_norm = whole_tensor(nn.utils.clip_grad_norm_(model.trainable(), clip))
+    # The fused optimizer reads this on the device and leaves the weights as they are, so the host need not wait.
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
     model.update_teacher(settings.ema)
@@ -64,4 +64,4 @@ class StepResult(NamedTuple):
     losses: list[Losses]
     """The losses of each pack of this rank."""
     grad_norm: Tensor
-    """Norm of all gradients together, before clipping."""
+    """Norm of all gradients together, before clipping. If it is not finite, the step was skipped."""

@@ -45,10 +45,11 @@ class Unreadable:
         for row, reason in unreadable:
             if row not in self.found:
                 self.found[row] = reason
-                logger.warning("Skipped %s: %s", self._key(row), reason)
+                logger.warning("Skipped %s: %s", self.key(row), reason)
                 self._check()
 
-    def _key(self, row: int) -> str:
+    def key(self, row: int) -> str:
+        """Return the key of a row of the source."""
         # Rows of the catalog ascend, with gaps where a header cannot be read.
         return self.catalog.key(int(np.searchsorted(self.catalog.rows, row)))
 
@@ -57,7 +58,7 @@ class Unreadable:
         images = len(self.catalog.rows) + len(self.catalog.unreadable)
         if len(self) <= self.limit * images:
             return
-        decoded = ((self._key(row), reason) for row, reason in self.found.items())
+        decoded = ((self.key(row), reason) for row, reason in self.found.items())
         shown = itertools.islice(itertools.chain(self.catalog.unreadable, decoded), LISTED)
         listed = "\n".join(f"  {key}: {reason}" for key, reason in shown)
         more = f"\n  and {len(self) - LISTED} more" if len(self) > LISTED else ""

@@ -1,0 +1,97 @@
+"""What the ranks of a run must have in common, and which of them is missing when they lose each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from ijepa_enhanced.config import flatten
+from ijepa_enhanced.distributed import Ranks
+from ijepa_enhanced.errors import RankError
+from ijepa_enhanced.train.config import TrainConfig
+
+ANSWER_TIMEOUT = 10.0
+"""Seconds for which a rank that has lost another waits for all to say that they are here, so that the error can name
+those that do not. torchrun ends all ranks 30 seconds after the first error."""
+
+
+def facts_of(config: TrainConfig, plan: str) -> dict[str, Any]:
+    """Return what all ranks must have in common, for `Ranks.agree`.
+
+    Args:
+        config: of the run. The images may have another path on each machine.
+        plan: its hash.
+    """
+    settings = flatten(dataclasses.asdict(config))
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return {f"value of {name}": value for name, value in settings.items() if name != "data.source"} | {
+        "images": plan,
+        "PyTorch": torch.__version__,
+        "code of ijepa-enhanced": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest(),
+    }
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Check that all ranks see the same folder, by a file that rank 0 leaves in it. All ranks call this.
+
+    Raises:
+        RankError: a rank does not; the message names the folder.
+    """
+    if ranks.world == 1:
+        return
+    token = folder / f".shared-{ranks.gather(uuid.uuid4().hex)[0]}"
+    if ranks.main:
+        token.touch()
+    ranks.wait()
+    absent = [rank for rank, seen in enumerate(ranks.gather(token.exists())) if not seen]
+    if ranks.main:
+        token.unlink()
+    if absent:
+        raise RankError(
+            f"The files that process 0 writes into {folder} are not seen by: process {', '.join(map(str, absent))}. "
+            "All machines need one shared run folder: set --run to a path on shared storage."
+        )
+
+
+@contextmanager
+def together(step: int, ranks: Ranks) -> Iterator[None]:
+    """Name this rank, the step, and the ranks that do not answer, if ranks lose each other in the body.
+
+    Raises:
+        RankError: another rank is gone or hangs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # DDP and FSDP communicate during the backward pass, and gloo's errors have no type of their own.
+        lost = isinstance(error, RankError | dist.DistError) or "gloo" in str(error)
+        if ranks.world == 1 or not lost or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RankError(f"Rank {ranks.rank}, step {step}:{silent(ranks)} {reason}") from error
+
+
+def silent(ranks: Ranks) -> str:
+    """Return which ranks do not come here within `ANSWER_TIMEOUT`, as a sentence, or nothing."""
+    here = [f"lost/{rank}" for rank in range(ranks.world)]
+    try:
+        # The store is in torchrun, so it answers whichever rank hangs.
+        store = _get_default_store()
+        store.set(here[ranks.rank], "")
+        end = time.monotonic() + ANSWER_TIMEOUT
+        while not store.check(here) and time.monotonic() < end:
+            time.sleep(0.1)
+        missing = [str(rank) for rank, key in enumerate(here) if not store.check([key])]
+    except RuntimeError:  # torchrun has ended too
+        return ""
+    return f" No answer from rank {', '.join(missing)}." if missing else ""

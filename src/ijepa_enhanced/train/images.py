@@ -1,0 +1,76 @@
+"""The images of a run: open them, and plan their packs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from ijepa_enhanced.data.catalog import Catalog, open_catalog
+from ijepa_enhanced.data.in_memory import InMemory
+from ijepa_enhanced.data.loader import check_shared_memory
+from ijepa_enhanced.data.plan import EpochPlan, Plan
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.devices import SHARED_MEMORY, free_memory
+from ijepa_enhanced.distributed import Ranks
+from ijepa_enhanced.masks import MIN_TOKENS
+from ijepa_enhanced.train.config import TrainConfig
+from ijepa_enhanced.train.unreadable import Unreadable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The images of a run and the plan of their packs."""
+
+    source: Source
+    catalog: Catalog
+    unreadable: Unreadable
+    plan: Plan
+    first_epoch: EpochPlan
+
+
+def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImages:
+    """Open the source, plan its packs, and check that they fit into memory; errors as for `train`."""
+    source = open_source(config.data.source)
+    with ranks.one_first():  # one rank scans the images, and the others read its catalog
+        # One more readable image is another plan. So a resumed run keeps its images, and only rank 0 tries for more.
+        catalog = open_catalog(source, retry=not resume and ranks.main)
+    unreadable = Unreadable(catalog, config.data.max_unreadable)
+    plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
+    own_packs = plan.share(ranks.world)
+    first_epoch = plan.epoch(0)
+    log_left_out(first_epoch, config)
+    free = free_memory()
+    ranks.wait()  # every rank measures before the first one allocates
+    # A rank holds the packs of this step and of the last one. For a GPU they are pinned, which is not shared memory.
+    held = 0 if ranks.device.type == "cuda" else 2 * own_packs
+    check_shared_memory(
+        config.data.workers,
+        config.data.tokens_per_pack,
+        config.encoder.patch_size,
+        held,
+        free.get(str(SHARED_MEMORY)),
+        ranks.local_world_size,
+    )
+    if config.data.cache == "memory":
+        source = InMemory(source, free, ranks.local_world_size)
+        ranks.wait()  # one machine may read its images much faster than another
+    return TrainingImages(source, catalog, unreadable, plan, first_epoch)
+
+
+def log_left_out(plan: EpochPlan, config: TrainConfig) -> None:
+    """Log how many images are too small to train on, and how many views are scaled down."""
+    if plan.too_small:
+        logger.warning(
+            "Skipped %d images that are too small (views with fewer than %d patches).",
+            plan.too_small,
+            MIN_TOKENS,
+        )
+    if plan.limited:
+        logger.warning(
+            "%d views per epoch exceed data.max_view_tokens and are scaled down to %d tokens.",
+            plan.limited,
+            config.data.view_limit,
+        )
