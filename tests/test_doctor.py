@@ -41,7 +41,7 @@ def test_small_shared_memory_and_many_threads_come_with_the_option_to_set(monkey
     monkeypatch.setattr(doctor, "free_memory", lambda: {"memory": 2**34, "/dev/shm": 64 * 2**20})
     *_, shared = doctor.memory_checks()
     assert (shared.state, shared.found) == ("note", "0.1 GiB in /dev/shm")
-    assert "--shm-size=1024m" in shared.advice
+    assert "--shm-size=105m" in shared.advice
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert doctor.cores_check().advice.startswith("Set OMP_NUM_THREADS=4")
 

@@ -48,7 +48,7 @@ def digest(text: str) -> str:
 
 
 def edited_card(path: Path) -> str | None:
-    """Return the card in a file if somebody wrote or edited it. None: there is none, or it is as `card` wrote it."""
+    """Return the card in a file if somebody edited it. None if the file is missing or still as `card` wrote it."""
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -56,7 +56,7 @@ def download(name: str) -> Path:
 
 
 def create(name: str, private: bool | None) -> str:
-    """Create the repository of a model on the Hub if there is none, and return its id; as `Encoder.push_to_hub`."""
+    """Create the repository of a model on the Hub unless it exists, and return its id; see `Encoder.push_to_hub`."""
     from huggingface_hub import HfApi
 
     with explaining(name):

@@ -182,7 +182,7 @@ def find(path: str | Path) -> Path:
     """Return the folder or file that a path, a run or a Hub id means.
 
     Raises:
-        EncoderError: there is none.
+        EncoderError: the path or the file does not exist.
     """
     place = Path(path)
     if (place / "encoder").is_dir():
@@ -216,7 +216,7 @@ def weights_in(folder: Path) -> Path:
     """Return the file of a folder that has the weights, or that lists the files that have them.
 
     Raises:
-        EncoderError: there is none.
+        EncoderError: the path or the file does not exist.
     """
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     for name in names:

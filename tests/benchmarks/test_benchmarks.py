@@ -120,7 +120,8 @@ def test_merging_prints_cost_speed_and_memory(pictures: Path, capsys: pytest.Cap
 
 def test_search_compares_an_index_with_exact_search(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("usearch")
-    assert search.run()["recall"] > 0.98
+    # Threads insert vectors in any order, which makes another index each time: 0.976 to 1 were seen.
+    assert search.run()["recall"] > 0.95
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == ["walks", "search", "recall", "build_seconds", "seconds_of_all", "seconds_of_one", "MB"]
     assert lines[2][:3] == ["4", "exact", "1"]

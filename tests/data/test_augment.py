@@ -33,7 +33,7 @@ def draw(views: int, size: tuple[int, int] = (224, 224), seed: int = SEED, **pro
 
 
 def unchanged(**values: Any) -> Changes:
-    """One view that keeps its colors, but for `values`."""
+    """One view that keeps its colors, except for `values`."""
     kept = {"flip": False, "sigma": 0.0, "recolor": True, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0}
     kept |= {"hue": 0.0, "gray": False, "solarize": False}
     return Changes(**{name: np.array([value]) for name, value in (kept | values).items()})

@@ -138,3 +138,19 @@ def test_a_view_alone_is_the_view_of_the_encoder(encoder: Encoder, image: NDArra
     _, stages = regions(encoder, image, "native", 0.25)
     second = merges[0].origin[ROWS * COLS :].numpy() - stages[0].max() - 1
     assert np.array_equal(second.reshape(ROWS, COLS), stages[0])
+
+
+def test_long_grids_are_squeezed_as_for_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EncoderConfig("Ti", 8, depth=2, max_grid=4).architecture
+    encoder = Encoder.random(config, Preprocessing(trained_grid=(4, 4)), 0)
+    seen = []
+    network = type(encoder.network)
+    tokens = network.tokens
+    monkeypatch.setattr(
+        network, "tokens", lambda self, packed, *rest: seen.append(packed) or tokens(self, packed, *rest)
+    )
+    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    regions(encoder, image, "native", 0.2)
+    encoder.embed([image], "native", 0.2)
+    assert torch.equal(seen[0].positions, seen[-1].positions)
+    assert seen[0].positions.max().round() == 3

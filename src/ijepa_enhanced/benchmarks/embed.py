@@ -271,8 +271,9 @@ def under(dtype: torch.dtype, device: torch.device, embed: Embed) -> Tensor:
         return embed()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark of embedding, whose help begins with `text`."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="synthetic")
     parser.add_argument("--csv", action="store_true")
     parser.add_argument("--variant", default="S", help="Ti, S, B, L, H or g, for random weights")
@@ -280,5 +281,10 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, dest="count", help="how many to measure the speed with")
     parser.add_argument("--weights", help="folder of a trained encoder")
     parser.add_argument("--train", help="labeled images; then those of --source are classified")
+    return parser
+
+
+if __name__ == "__main__":
+    parser = parser_of(__doc__)
     parser.add_argument("--scale", type=float, default=SCALE, help="multiple of their size that images are shown at")
     run(**vars(parser.parse_args()))

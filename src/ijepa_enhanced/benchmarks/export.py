@@ -11,7 +11,6 @@ before each product. All use as many threads as PyTorch, and compute in turns.
 `ijepa_enhanced.benchmarks.embed`, where images and scores are explained.
 """
 
-import argparse
 import logging
 import tempfile
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ijepa_enhanced.benchmarks.embed import IMAGES, SCALE, TURNS, enlarged, knn_scores, read, some
+from ijepa_enhanced.benchmarks.embed import IMAGES, SCALE, TURNS, enlarged, knn_scores, parser_of, read, some
 from ijepa_enhanced.benchmarks.methods import OURS, Method, ours, patches_of
 from ijepa_enhanced.benchmarks.peers import Embed, Images, Prepare
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
@@ -40,7 +39,7 @@ def run(
     csv: bool = False,
     variant: str = "S",
     patch: int = 16,
-    count: int = IMAGES["cpu"],
+    count: int | None = None,
     weights: str | None = None,
     train: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -51,7 +50,7 @@ def run(
         encoder = Encoder.from_pretrained(weights)
     side = encoder.config.patch_size
     pair = [some(images) for images in labelled_pair(train, source)] if train else None
-    images = read(source, count, side)
+    images = read(source, count or IMAGES["cpu"], side)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         methods = [
             Method(OURS, 0.0, partial(ours, encoder, 0.0)),
@@ -114,12 +113,4 @@ def prepare_onnx(path: Path) -> Prepare:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="synthetic")
-    parser.add_argument("--csv", action="store_true")
-    parser.add_argument("--variant", default="S", help="Ti, S, B, L, H or g, for random weights")
-    parser.add_argument("--patch", type=int, default=16, help="side of a patch in pixels, for random weights")
-    parser.add_argument("--images", type=int, default=IMAGES["cpu"], dest="count", help="how many to measure with")
-    parser.add_argument("--weights", help="folder of a trained encoder")
-    parser.add_argument("--train", help="labeled images; then those of --source are classified")
-    run(**vars(parser.parse_args()))
+    run(**vars(parser_of(__doc__).parse_args()))

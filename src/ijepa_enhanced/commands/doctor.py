@@ -39,11 +39,12 @@ CODECS = {
     "jpg_2000": "JPEG 2000",
 }
 """What Pillow calls the libraries that it was built with, and the formats that they decode."""
-SHARED_PER_WORKER = 256 * MEGABYTE
-"""Shared memory below which packs of the recipes for GPUs may not fit: two packs of 16,384 tokens of 16 px a worker."""
+SHARED_PER_WORKER = 2 * 16384 * (16**2 * 3 + 32)
+"""Bytes of shared memory that a worker needs with the recipes for GPUs: two packs of 16,384 tokens, each of P * P * 3
+bytes of pixels and 32 bytes of positions and indices (see `data.loader.check_shared_memory`)."""
 AGREEMENT = 1e-3
-"""Largest difference of features, whose size is about 1, between an image alone and in a pack: bfloat16 rounds more
-than float32, which differs by 1e-6 (tests/test_packing_invariance.py)."""
+"""Largest difference of features, whose size is about 1, between an image alone and in a pack. In float32 they differ
+by about 1e-6 (tests/test_packing_invariance.py). GPUs may compute products in TF32, which rounds at 5e-4."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def memory_checks() -> Iterator[Check]:
         "shared memory",
         "ok" if enough else "note",
         f"{shared / 2**30:.1f} GiB in {SHARED_MEMORY}",
-        "" if enough else f"In a container, add --shm-size={need // MEGABYTE}m, or use fewer data workers.",
+        "" if enough else f"In a container, add --shm-size={need // MEGABYTE + 1}m, or use fewer data workers.",
     )
 
 

@@ -131,7 +131,7 @@ def trace(
         more: further operations to replace, and what replaces them.
     """
     side, prefix = encoder.config.patch_size, encoder.config.prefix
-    # While tracing, numbers that are equal would be taken for the same number.
+    # Different numbers: the tracer treats equal sizes as one size.
     rows, cols = shape.grid or (5, 7)
     segments = Segments.of([prefix + rows * cols] * shape.batch)
     module = EqualViews(encoder, encoder.merge_plan(segments, shape.merge_rate))
@@ -168,7 +168,7 @@ def quiet() -> Iterator[None]:
 def check(encoder: Encoder, shape: Shape, run: Callable[[NDArray[np.uint8]], tuple[Tensor, Tensor]], by: str) -> float:
     """Compare a program with `Encoder.embed` and `Encoder.feature_maps`, and return the largest relative difference.
 
-    A program for any size is compared at five. One that merges is compared on five batches, of which the median counts:
+    The check uses five sizes if the program takes any size. If the program merges, it uses the median of five batches:
     rounding can exchange two pairs of tokens that are almost equally similar.
 
     Args:

@@ -130,7 +130,7 @@ def model_of(encoder: Encoder) -> Model:
     """Return the model of transformers that computes the same.
 
     Raises:
-        RequestError: there is none.
+        RequestError: transformers has no model for this encoder.
     """
     config = encoder.config
     if config.patch_embed != "linear":

@@ -42,7 +42,7 @@ def regions(
     if plan is None:
         raise ValueError("merge_rate must be above 0: at 0 no tokens merge, so there is nothing to draw.")
     device = encoder.device
-    _, merges = encoder.network.tokens(encoder.normalize(packed.to(device)), plan.to(device))
+    _, merges = encoder.network.tokens(encoder.preprocess(packed.to(device)), plan.to(device))
     rows, cols = packed.grids[0].tolist()
     pixels = unpatchify(packed.values.numpy(), rows, cols, encoder.config.patch_size)
     stages = [merge.origin.cpu().numpy() for merge in patches_to_tokens(merges) if merge is not None]

@@ -90,7 +90,7 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
 
 
 def _in_color(packed: Packed, colors: Colors | None) -> NDArray[np.uint8]:
-    """Return the patches [T, P * P * C] as the network gets them, but for normalization."""
+    """Return the patches [T, P * P * C] as the network gets them, before normalization."""
     values = packed.values if colors is None else recolor(packed, colors).round().to(torch.uint8)
     return values.numpy()
 
