@@ -253,12 +253,12 @@ def other_images() -> None:
     Path("photos/dark/0.png").unlink()
 
 
-def damaged_checkpoint(name: str, size: int) -> Callable[[], None]:
-    """The newest checkpoint of the run with a file cut short."""
+def damaged_checkpoints(steps: str, name: str, size: int) -> Callable[[], None]:
+    """Checkpoints of the run with a file cut short."""
 
     def cut() -> None:
-        (path,) = Path("run/checkpoints/step-00000004").glob(name)
-        path.write_bytes(path.read_bytes()[:size])
+        for path in Path("run/checkpoints").glob(f"step-{steps}/{name}"):
+            path.write_bytes(path.read_bytes()[:size])
 
     return cut
 
@@ -843,11 +843,9 @@ def test_a_wrong_request_is_refused(prepare: Callable[[], None], command: str, m
 
 BEGUN = {"new/", "new/config.yaml", "new/log.jsonl"}
 """What is there of a run from its first step on: enough to resume it."""
-DAMAGED = "ijepa: Could not read checkpoint run/checkpoints/step-00000004: {}. Delete this folder to resume from {}."
-
-CUT_HEADER = "its weights are damaged (Error while deserializing header: invalid header length)"
-
+DAMAGED = "Could not read checkpoint run/checkpoints/step-00000004: {}."
 EMPTY_JSON = "progress.json is damaged (Expecting value: line 1 column 1 (char 0))"
+RESUMING = "Resuming from run/checkpoints/step-00000002 instead."
 
 TAKE_AWAY = "Remove these images, or raise --data.max_unreadable."
 
@@ -936,10 +934,11 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         nothing,
         f"{TRAIN} --optim.lr 1e30",
         [
-            "ijepa: The loss or its gradient is NaN or infinite at step 2. Start a new run with a lower --optim.lr or "
-            "a higher --optim.warmup."
+            "ijepa: The loss or its gradient was NaN or infinite in 2 steps in a row, the last of them step 3. There "
+            "is no checkpoint yet, and the images of these steps are listed in new/skipped.jsonl. Start a new run with "
+            "a lower --optim.lr or a higher --optim.warmup."
         ],
-        BEGUN,
+        BEGUN | {"new/skipped.jsonl"},
     ),
     "merges of what is no image": (
         damaged_headers,
@@ -953,16 +952,10 @@ FAILURES: dict[str, tuple[Callable[[], None], str, list[str], set[str]]] = {
         ["ijepa: photos/light/2.png: cannot be decoded: image file is truncated"],
         set(),
     ),
-    "a checkpoint cut short": (
-        damaged_checkpoint("*.safetensors", 1000),
+    "every checkpoint damaged": (
+        damaged_checkpoints("*", "progress.json", 0),
         "train --resume run",
-        [DAMAGED.format(CUT_HEADER, "run/checkpoints/step-00000002")],
-        set(),
-    ),
-    "an empty file in a checkpoint": (
-        damaged_checkpoint("progress.json", 0),
-        "train --resume run",
-        [DAMAGED.format(EMPTY_JSON, "run/checkpoints/step-00000002")],
+        [f"ijepa: {DAMAGED.format(EMPTY_JSON)} No earlier checkpoint can be read. Start a new run."],
         set(),
     ),
 }
@@ -989,6 +982,18 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         f"{TRAIN} --data.max_unreadable 0.4 --json",
         SKIPPED,
         {"images_seen": 4 * 6},
+    ),
+    "a checkpoint cut short": (
+        damaged_checkpoints("00000004", "*.safetensors", 1000),
+        "train --resume run --json",
+        [f"{DAMAGED.format('model-00001-of-00001.safetensors has 1000 bytes instead of 8279172')} {RESUMING}"],
+        {"steps": 4},
+    ),
+    "an empty file in a checkpoint": (
+        damaged_checkpoints("00000004", "progress.json", 0),
+        "train --resume run --json",
+        [f"{DAMAGED.format(EMPTY_JSON)} {RESUMING}"],
+        {"steps": 4},
     ),
     "train on what a cut shard holds": (
         cut_shard,
@@ -1071,7 +1076,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
 
 
 @pytest.mark.parametrize(("prepare", "command", "said", "found"), SURVIVED.values(), ids=SURVIVED)
-def test_bad_images_among_good_ones_are_reported_and_skipped(
+def test_damage_is_reported_and_the_rest_is_used(
     prepare: Callable[[], None], command: str, said: list[str], found: dict[str, int], place: Path
 ) -> None:
     prepare()

@@ -30,7 +30,7 @@ from ijepa_enhanced.data.sources.synthetic import SyntheticSource
 from ijepa_enhanced.data.sources.tables import TableSource
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.masks import MaskConfig
-from ijepa_enhanced.train import loop
+from ijepa_enhanced.train import images
 
 CONFIG = DataConfig(tokens_per_pack=512, min_resolution=32, max_resolution=64)
 PATCH = 8
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     monkeypatch.setattr(in_memory, "SHARE", 0.5)
     monkeypatch.setattr(in_memory, "free_memory", lambda: free | {place: 2 * size})
     assert len(InMemory(FolderSource(pictures)).memory) == size
-    monkeypatch.setattr(loop, "free_memory", lambda: free | {place: 2 * size - 1})
+    monkeypatch.setattr(images, "free_memory", lambda: free | {place: 2 * size - 1})
     monkeypatch.setattr(InMemory, "_place", lambda *_: pytest.fail("it was read"))
     options = (
         "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 "

@@ -12,7 +12,7 @@ from ijepa_enhanced.data.loader import check_shared_memory
 from ijepa_enhanced.devices import autocast_dtype, say_too_old
 from ijepa_enhanced.errors import RunError, SourceError
 from ijepa_enhanced.jepa import JEPA
-from ijepa_enhanced.train import loop
+from ijepa_enhanced.train import images
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.loop import train
 
@@ -56,7 +56,7 @@ def test_workers_are_refused_what_shared_memory_cannot_hold(
 ) -> None:
     # A pack of 65,536 tokens x (8 x 8 x 3 + 32) bytes is 14.7 MB. 3 workers have 2 each, and the trainer, with 2 packs
     # a step, has 4. 96 MiB are free, which is enough for 6 packs, so for one worker.
-    monkeypatch.setattr(loop, "free_memory", lambda: {"memory": 10**12, "/dev/shm": 96 * 2**20})
+    monkeypatch.setattr(images, "free_memory", lambda: {"memory": 10**12, "/dev/shm": 96 * 2**20})
     config = with_data(tiny, tokens_per_pack=65536, workers=3)
     assert (config.encoder.patch_size, config.data.packs_per_step) == (8, 2)
     with pytest.raises(SourceError) as raised:

@@ -184,9 +184,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: Optimizer, ra
         CheckpointError: the checkpoint is damaged, of another architecture, or of an older version.
     """
     if not any(checkpoint.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{checkpoint} contains no safetensors files: another version of ijepa-enhanced wrote it. Start a new run."
-        )
+        raise _unreadable(checkpoint, "it has no safetensors files, so another version of ijepa-enhanced wrote it")
     tensors = _tensors(model, optimizer)
     try:
         with _single_process():
@@ -231,10 +229,8 @@ def _single_process() -> Iterator[None]:
 
 
 def _unreadable(checkpoint: Path, reason: str) -> CheckpointError:
-    """Return the error of a damaged checkpoint, with the one to go back to."""
-    others = [path for path in newest_first(checkpoint.parent) if path != checkpoint]
-    way_out = f"Delete this folder to resume from {others[0]}." if others else "There is no other one. Start a new run."
-    return CheckpointError(f"Could not read checkpoint {checkpoint}: {reason}. {way_out}")
+    """Return the error of a damaged checkpoint."""
+    return CheckpointError(f"Could not read checkpoint {checkpoint}: {reason}.")
 
 
 def _reason(error: BaseException) -> str:

@@ -65,12 +65,12 @@ def record_skipped(
             file.write(json.dumps(line) + "\n")
 
 
-def too_many_skipped(folder: Path, step: int) -> RunError:
-    """Return the error of `MOST_SKIPPED` skipped steps in a row, the last of them `step`."""
+def too_many_skipped(folder: Path, step: int, count: int) -> RunError:
+    """Return the error of `count` skipped steps in a row, the last of them `step`."""
     checkpoint = latest_checkpoint(folder / "checkpoints")
     kept = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
     return RunError(
-        f"The loss or its gradient was NaN or infinite in {MOST_SKIPPED} steps in a row, the last of them step {step}. "
+        f"The loss or its gradient was NaN or infinite in {count} steps in a row, the last of them step {step}. "
         f"{kept}, and the images of these steps are listed in {folder / SKIPPED}. Start a new run with a lower "
         "--optim.lr or a higher --optim.warmup."
     )

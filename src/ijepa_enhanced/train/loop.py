@@ -292,7 +292,7 @@ class Run:
         """Wait until the device has finished the last step, and count it: as trained on, or as skipped.
 
         Raises:
-            RunError: too many steps in a row were skipped.
+            RunError: too many steps in a row were skipped, or weights are not finite.
         """
         if self.unsettled is None:
             return
@@ -303,8 +303,9 @@ class Run:
         state.skipped += 1
         state.skipped_in_row += 1
         record_skipped(self.folder, state.step, batches, result.losses, state.unreadable, self.ranks)
-        if state.skipped_in_row == MOST_SKIPPED:
-            raise too_many_skipped(self.folder, state.step)
+        check_weights(self.model, state.step, self.ranks)
+        if state.skipped_in_row >= min(MOST_SKIPPED, self.total / 2):
+            raise too_many_skipped(self.folder, state.step, state.skipped_in_row)
 
     def after_step(
         self, state: TrainState, log: RunLog | None, bar: ProgressBar | None, monitor: Monitor | None
@@ -318,7 +319,8 @@ class Run:
             self.settle(state)
         if logs:
             self.log_step(state, log, bar, monitor if probes else None)
-        if saves:
+        # The weights may be why steps are skipped: keep the checkpoints of before.
+        if saves and (last or not state.skipped_in_row):
             self.save(state, log)
 
     def log_step(self, state: TrainState, log: RunLog | None, bar: ProgressBar | None, monitor: Monitor | None) -> None:
@@ -356,7 +358,7 @@ class Run:
         """Write a checkpoint and the encoder.
 
         Raises:
-            RunError: no image could be read yet, or the last step was skipped because weights are not finite.
+            RunError: no image could be read yet.
             CheckpointError: see `TrainState.save`.
         """
         if not state.images:
@@ -364,8 +366,6 @@ class Run:
                 f"None of the images of {self.images.source.name} could be read in {state.step} steps, so nothing was "
                 "trained. The reasons are in the lines above."
             )
-        if state.skipped_in_row:
-            check_weights(self.model, state.step, self.ranks)
         start = time.perf_counter()
         facts = {"config": dataclasses.asdict(self.config), "log_bytes": log.sync() if log else 0}
         state.save(self.checkpoints, self.model, self.optimizer, self.ranks, facts)

@@ -15,6 +15,7 @@ from ijepa_enhanced.data.plan import EpochPlan, Pack, Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.evaluate.knn import knn_classify
 from ijepa_enhanced.evaluate.rank import lidar, mean_cosine, rankme, spread
 from ijepa_enhanced.models.config import Architecture
@@ -91,9 +92,17 @@ class ProbeSet:
             - `lidar`, of the crops, if at least two images have all of theirs
             - `knn`, if there are labels of at least two classes: the accuracy of a vote of the 20 nearest neighbors,
               where each half of the labeled images votes on the other half
+
+        Raises:
+            RunError: features are not finite.
         """
         _, labels, features = self._pooled(self.images, encoder, autocast, ranks)
         rows, _, crop_features = self._pooled(self.crops, encoder, autocast, ranks)
+        if not (features.isfinite().all() and crop_features.isfinite().all()):
+            raise RunError(
+                "Training has diverged: the features of the teacher are NaN or infinite. Start a new run with a lower "
+                "--optim.lr or a higher --optim.warmup."
+            )
         if len(features) < 2:
             return {}
         metrics = {"rankme": rankme(features)}

@@ -131,7 +131,7 @@ class TrainState:
                 set_aside(folder, checkpoint, ranks)
             return True
         if damaged:
-            raise damaged[0]
+            raise CheckpointError(f"{damaged[0]} No earlier checkpoint can be read. Start a new run.")
         return False
 
     def _check_plan(self, progress: dict[str, Any], folder: Path) -> None:
