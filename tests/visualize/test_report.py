@@ -325,6 +325,14 @@ def test_a_collapse_is_said_first(run: Path, tmp_path: Path, alarms: list[float]
     assert not {"alarm", "best"} & set(page.charts)
 
 
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_skipped_steps_are_said(run: Path, tmp_path: Path, skipped: int) -> None:
+    log = [line | {"skipped": skipped} for line in read_log(run)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    said = "Steps skipped because their loss or gradient was NaN or infinite: 2."
+    assert (said in report(tmp_path / "report.html", run).said()) == bool(skipped)
+
+
 def test_a_term_that_a_run_does_without_has_no_curve(run: Path, tmp_path: Path) -> None:
     assert {line["contrastive"] for line in read_log(run)} == {0.0}
     titles = report(tmp_path / "report.html", run).charts

@@ -53,7 +53,7 @@ CURVES = {
     },
 }
 """Keys of the log, in groups. Other keys are drawn under their own names."""
-NOT_CURVES = ("step", "epoch", "unreadable", "alarm", "best")
+NOT_CURVES = ("step", "epoch", "unreadable", "skipped", "alarm", "best")
 OTHER = "Other"
 TERMS = ("prediction", "vicreg", "contrastive")
 """Terms of the loss. A term of weight 0 is not computed, and is logged as 0."""

@@ -93,13 +93,18 @@ def _head(title: str, runs: Sequence[Run]) -> str:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Return what nobody should overlook: a collapse, and everything that is missing."""
-    alarms = run.logged("alarm")
-    collapsed = [step for step, alarm in alarms if alarm]
-    if not collapsed:
-        return [*run.missing]
-    end = "was still warning at the end" if alarms[-1][1] else f"last at step {collapsed[-1]:,}"
-    return [f"The run collapsed: the monitor first warned at step {collapsed[0]:,} and {end}.", *run.missing]
+    """Return what nobody should overlook: a collapse, skipped steps, and everything that is missing."""
+    found = []
+    alarms, skipped = run.logged("alarm"), run.logged("skipped")
+    if collapsed := [step for step, alarm in alarms if alarm]:
+        end = "was still warning at the end" if alarms[-1][1] else f"last at step {collapsed[-1]:,}"
+        found.append(f"The run collapsed: the monitor first warned at step {collapsed[0]:,} and {end}.")
+    if skipped and skipped[-1][1]:
+        found.append(
+            f"Steps skipped because their loss or gradient was NaN or infinite: {skipped[-1][1]:,}. skipped.jsonl in "
+            "the folder of the run lists their images."
+        )
+    return [*found, *run.missing]
 
 
 def _facts(run: Run) -> dict[str, str]:
