@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ijepa_enhanced.card import header
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.files import make_folder, replacing
@@ -273,16 +274,12 @@ def processor(encoder: Encoder, grid: tuple[int, int]) -> dict[str, Any]:
 def card(encoder: Encoder, model: Model, grid: tuple[int, int]) -> str:
     """Return the content of README.md."""
     origin, pooled = encoder.origin, "[:, 0]" if encoder.config.class_token else ".mean(dim=1)"
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction"}
-    if origin and origin.license:
-        header |= {"license": "other", "license_name": origin.license}  # which the Hub accepts for any name
-    if origin and "/" in origin.name:  # a Hub id
-        header["base_model"] = origin.name
+    facts = header(origin, encoder.record) | {"library_name": "transformers"}
     height, width = (edge * encoder.config.patch_size for edge in grid)
     computed = "" if model.kind == "dinov3_vit" else ", for which its positions were computed"
     started = f"\n\nThe weights come from `{origin.name}` ({origin.layout})." if origin else ""
     return f"""---
-{yaml.safe_dump(header, sort_keys=False)}---
+{yaml.safe_dump(facts, sort_keys=False)}---
 
 # Image encoder
 
