@@ -112,6 +112,32 @@ def test_an_edited_card_on_the_hub_is_kept_and_another_one_is_not(hub: Hub) -> N
     assert hub.head("me/pets")["README.md"] == words + b"More dogs.\n"
 
 
+def test_a_card_that_cannot_be_read_is_not_overwritten(hub: Hub) -> None:
+    """Nobody knows whether somebody edited it."""
+    tiny().push_to_hub("me/pets")
+    words = b"---\nlicense: cc-by-4.0\n---\nCats and dogs.\n"
+    hub.commit("me/pets", README__md=words)
+    hub.closed["me/pets"] = "Forbidden"
+    with pytest.raises(RequestError, match="Your token may not write to me/pets"):
+        tiny(seed=1).push_to_hub("me/pets")
+    assert hub.head("me/pets")["README.md"] == words
+
+
+def test_a_download_that_breaks_off_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny().push_to_hub("me/pets")
+    hub.breaks = True
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between its attempts
+    with pytest.raises(EncoderError, match=r"^me/pets cannot be downloaded from the Hugging Face Hub: .*closed.*\.$"):
+        Encoder.from_pretrained("me/pets")
+
+
+def test_only_safetensors_are_downloaded(hub: Hub) -> None:
+    hub.commit("me/old", config__json=b'{"model_type": "vit"}', pytorch_model__bin=b"")
+    with pytest.raises(EncoderError, match=r"^No safetensors file of me/old was found on the Hugging Face Hub, and we"):
+        Encoder.from_pretrained("me/old")
+    assert not any("pytorch_model" in request for request in hub.seen)
+
+
 def offline(hub: Hub, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 

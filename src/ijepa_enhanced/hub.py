@@ -21,14 +21,13 @@ def download(name: str) -> Path:
         name: its id, perhaps with a revision: `NAME/MODEL@REVISION`.
 
     Raises:
-        EncoderError: it cannot be downloaded.
+        EncoderError: it cannot be downloaded, or has no weights in safetensors files.
     """
     from huggingface_hub import errors, snapshot_download
 
     model, _, revision = name.partition("@")
     try:
         found = snapshot_download(model, revision=revision or None, allow_patterns=DOWNLOADED, etag_timeout=TIMEOUT)
-        return Path(found)
     except errors.GatedRepoError as error:
         reason = (
             f"You may not download {model} yet. Accept its license at https://huggingface.co/{model} and log in with "
@@ -43,7 +42,7 @@ def download(name: str) -> Path:
         raise EncoderError(reason) from error
     except errors.RevisionNotFoundError as error:
         raise EncoderError(f"The model {model} on the Hugging Face Hub has no revision '{revision}'.") from error
-    except (OSError, ValueError) as error:
+    except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # type: ignore[attr-defined]
         answer = error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error
         if isinstance(answer, errors.LocalEntryNotFoundError):  # the Hub has not answered
             reason = (
@@ -53,6 +52,12 @@ def download(name: str) -> Path:
             raise EncoderError(reason) from error
         reason = f"{name} cannot be downloaded from the Hugging Face Hub: {first_sentence(answer)}"
         raise EncoderError(reason) from error
+    if not any(Path(found).glob("*.safetensors")):
+        raise EncoderError(
+            f"No safetensors file of {name} was found on the Hugging Face Hub, and weights in other formats are not "
+            "downloaded from it."
+        )
+    return Path(found)
 
 
 def create(name: str, private: bool | None) -> str:
@@ -70,9 +75,10 @@ def fetch_card(name: str, folder: Path) -> None:
         RequestError: it cannot be downloaded.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    with explaining(name), suppress(EntryNotFoundError):
+    # Only the Hub's own answer says that there is no card. If it gives none, writing one would replace what is there.
+    with explaining(name), suppress(RemoteEntryNotFoundError):
         HfApi().hf_hub_download(name, "README.md", local_dir=folder)
 
 
@@ -96,13 +102,18 @@ def explaining(name: str) -> Iterator[None]:
     Raises:
         RequestError: there was one.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        # huggingface_hub wraps errors of the upload of a large file.
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        # huggingface_hub wraps errors of the upload of a large file, and those of a download.
+        wrapped = isinstance(error, (RuntimeError, LocalEntryNotFoundError))
+        cause = error.__cause__ if wrapped and error.__cause__ else error
         answer = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if answer == 401:
             reason = (
