@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ijepa_enhanced.cli import main
 from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.export import program, to_onnx, to_torch
 from ijepa_enhanced.export.program import EqualViews, Shape, distance, equal_attention, equal_matches, trace
 from ijepa_enhanced.merge_plan import MergePlan
@@ -191,6 +192,23 @@ def test_torch_file_of_every_architecture(name: str) -> None:
             images = images_of(shape.batch, *grid)
             with torch.no_grad():
                 assert_equal(module(torch.from_numpy(planar(images))), encoder, images, shape.merge_rate)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_a_program_that_computes_nan_at_one_size_does_not_pass(output: int) -> None:
+    encoder = encoder_of(ONE_BLOCK)
+    sizes = []
+
+    def run(images: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(images.shape)
+        outputs = EqualViews(encoder, None)(torch.from_numpy(images))
+        if len(sizes) == 3:
+            outputs[output].fill_(torch.nan)
+        return outputs
+
+    with pytest.raises(RunError, match="It computes other features than PyTorch: they differ by nan"):
+        program.check(encoder, Shape(), run, "It")
+    assert len(sizes) == 5
 
 
 class Zeros(torch.nn.Module):
