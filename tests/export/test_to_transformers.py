@@ -86,6 +86,16 @@ MODELS: dict[str, tuple[Architecture, str, dict[str, Any]]] = {
 """By the model of transformers: an encoder, the grid to export, and its preprocessing."""
 
 
+def test_the_license_that_a_card_states_is_exported(tmp_path: Path) -> None:
+    """Of an encoder that was trained from scratch, which has no origin."""
+    encoder = saved(tmp_path / "ours", small())
+    encoder.origin = None
+    encoder.save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nCats.\n")
+    assert export("transformers", tmp_path / "ours", tmp_path / "theirs")[0] == 0
+    assert "\nlicense: cc-by-nc-4.0\n" in (tmp_path / "theirs" / "README.md").read_text()
+
+
 def picture(grid: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
     rows, cols = map(int, grid.split("x"))
     return np.random.default_rng(0).integers(0, 256, (8 * rows, 8 * cols, 3), dtype=np.uint8)

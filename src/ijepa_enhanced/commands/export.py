@@ -14,6 +14,7 @@ from ijepa_enhanced.export import to_torch as pt2
 from ijepa_enhanced.export import to_transformers as folders
 from ijepa_enhanced.export.program import INPUT, OUTPUTS, Shape, trained_grid
 from ijepa_enhanced.files import make_folder
+from ijepa_enhanced.train.start import origin_of
 
 
 def to_transformers(options: TransformersOptions) -> int:
@@ -23,7 +24,7 @@ def to_transformers(options: TransformersOptions) -> int:
         UserError: the request is wrong, or transformers has no such model.
     """
     out = new_place(options)
-    encoder = Encoder.from_pretrained(options.weights)
+    encoder = load(options.weights)
     grid = options.rows_and_columns() or trained_grid(encoder)
     if grid is None:
         raise RequestError(
@@ -55,7 +56,7 @@ def to_torch(options: ProgramOptions) -> int:
 def write_program(options: ProgramOptions, export: Callable[[Encoder, Path, Shape], float]) -> int:
     """Write a file, and print its interface and how close its results are."""
     out = new_place(options)
-    encoder = Encoder.from_pretrained(options.weights)
+    encoder = load(options.weights)
     shape = Shape(options.batch, options.rows_and_columns(), options.merge_rate)
     make_folder(out.parent)
     difference = export(encoder, out, shape)
@@ -73,6 +74,13 @@ def write_program(options: ProgramOptions, export: Callable[[Encoder, Path, Shap
     )
     print_json(options, {"out": str(out), "difference": difference})
     return 0
+
+
+def load(weights: str) -> Encoder:
+    """Return an encoder, whose origin has the license that its card states if nothing else does."""
+    encoder = Encoder.from_pretrained(weights)
+    encoder.origin = encoder.origin or origin_of(encoder, weights)
+    return encoder
 
 
 def new_place(options: ExportOptions) -> Path:
