@@ -107,6 +107,12 @@ def only_config() -> None:
     (released() / "model.safetensors").unlink()
 
 
+def other_config(values: dict[str, Any]) -> None:
+    Path("other").mkdir()
+    Path("other/config.json").write_text(json.dumps(values))
+    Path("other/model.safetensors").write_bytes(b"")
+
+
 def old_run() -> None:
     encoder = Path("run/encoder")
     encoder.mkdir(parents=True)
@@ -187,6 +193,28 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
         "run new",
         "run/encoder was saved by an older version of ijepa-enhanced. Train the encoder again, or rewrite config.json "
         "as docs/decisions.md describes.",
+    ),
+    "an index that lists no files": (
+        lambda: only_config() or Path("dino/model.safetensors.index.json").write_text('{"weight_map": []}'),
+        "dino new",
+        "dino/model.safetensors.index.json is damaged or no file of weights: ",
+    ),
+    "a folder of another library": (
+        lambda: other_config({"_class_name": "UNet2DModel"}),
+        "other new",
+        "other contains no encoder that can be loaded: its config.json is not of transformers or timm, and not of this "
+        "version of ijepa-enhanced or an older one (its format is None, not 3).",
+    ),
+    "a folder of a newer version": (
+        lambda: other_config({"format": 4}),
+        "other new",
+        "other contains no encoder that can be loaded: its config.json is not of transformers or timm, and not of this "
+        "version of ijepa-enhanced or an older one (its format is 4, not 3).",
+    ),
+    "a folder with weights of something else": (
+        lambda: other_config({}) or Path("other/config.json").unlink() or released(),
+        "dino other",
+        "other already contains an encoder. Give another folder as OUT.",
     ),
     "a folder that is not there": (lambda: None, "a/b/c new", "No such folder: a/b/c."),
     "a folder in one that is there": (lambda: Path("runs").mkdir(), "runs/pets new", "No such folder: runs/pets."),

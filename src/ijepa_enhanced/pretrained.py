@@ -38,6 +38,10 @@ PICKLES = (".pth", ".pt", ".bin", ".tar")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 """NAME/MODEL or NAME/MODEL@REVISION."""
 
+UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What code raises for values and tensors of files that are of another kind than it expects. EncoderError is among
+them."""
+
 WhichEncoder = Literal["target", "context"]
 
 
@@ -113,7 +117,7 @@ def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
     try:
         imported = convert(content, config if is_foreign(config) else None, processor, encoder)
         network = network_of(imported.architecture, imported.weights)
-    except (ValueError, TypeError, AttributeError) as error:  # EncoderError, or a value that is of another kind
+    except UNFIT as error:
         raise EncoderError(f"{path} cannot be loaded: {error}") from error
     check_finite(network, place)
     if imported.note:
@@ -135,7 +139,13 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
     if config is None or not (folder / "model.safetensors").is_file():
         needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'"
         raise EncoderError(f"{folder} contains no encoder: {needed}.")
-    if config.get("format") != FORMAT:
+    version = config.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise EncoderError(
+            f"{folder} contains no encoder that can be loaded: its config.json is not of transformers or timm, and not "
+            f"of this version of ijepa-enhanced or an older one (its format is {version}, not {FORMAT})."
+        )
+    if version != FORMAT:
         raise EncoderError(
             f"{folder} was saved by an older version of ijepa-enhanced. Train the encoder again, or rewrite "
             "config.json as docs/decisions.md describes."
@@ -154,7 +164,7 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
         network = network_of(architecture, state)
         record = Record(config.get("training"), config.get("scores"), edited_card(folder / "README.md"))
         pretrained = Pretrained(network, preprocessing, Origin(**origin) if origin else None, record)
-    except (EncoderError, ValueError, TypeError, LookupError) as error:
+    except UNFIT as error:
         raise EncoderError(f"The encoder in {folder} cannot be loaded: {error}") from error
     check_finite(network, folder)
     return pretrained
@@ -247,7 +257,9 @@ def read_weights(path: Path) -> Any:
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is an error
             # Only the parts of a checkpoint that are used are read from the disk, if its format allows it.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, LookupError, TypeError) as error:
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, *UNFIT) as error:
+        if isinstance(error, EncoderError):
+            raise
         if "GLOBAL" in str(error):  # as pickles call what they import
             raise EncoderError(
                 f"{path} holds Python objects besides tensors, which could run any code when loaded, so it is not "
@@ -281,7 +293,9 @@ def license_of(card: str | None) -> str | None:
         return None
     if not isinstance(values, dict):
         return None
-    found = values.get("license_name" if values.get("license") == "other" else "license")
+    found = values.get("license")
+    if found == "other":  # a license that the Hub has no identifier of, which may have a name
+        found = values.get("license_name") or found
     return found if isinstance(found, str) else None
 
 

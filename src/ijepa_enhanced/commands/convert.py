@@ -16,7 +16,7 @@ from ijepa_enhanced.files import make_folder
 def run(options: ConvertOptions) -> int:
     """Write released weights as a folder of ours, and print what they are."""
     folder = Path(options.out)
-    if (folder / "config.json").exists():
+    if any((folder / name).exists() for name in ("config.json", "model.safetensors")):
         raise RequestError(f"{folder} already contains an encoder. Give another folder as OUT.")
     encoder = Encoder.from_pretrained(options.weights, options.encoder)
     make_folder(folder)

@@ -33,6 +33,8 @@ class Preprocessing:
             raise ValueError(
                 f"mean and std must have {CHANNELS} values each, not {len(self.mean)} and {len(self.std)}."
             )
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std must be above 0, not {self.std}.")
         if self.pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be mean or cls, not '{self.pooling}'.")
 

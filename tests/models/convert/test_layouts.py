@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ def test_the_image_processor_gives_resolution_mean_and_std(
         ("timm vit", None, "apache-2.0"),  # from its config.json
         ("vit", "---\nlicense: mit\ntags: [a]\n---\n# Title\n", "mit"),
         ("dinov2", "---\nlicense: other\nlicense_name: my-own\n---\n", "my-own"),
+        ("dinov2", "---\nlicense: other\n---\n", "other"),  # not that of DINOv2
         ("vit", "# No header\nlicense: mit\n", None),
         ("vit", "---\nlicense: [\n---\n", None),
     ],
@@ -277,6 +279,44 @@ def test_a_width_that_ijepa_does_not_have_is_refused() -> None:
     other = network_of(small(positions="sincos", position_grid=(2, 2), resampling="none"))
     with pytest.raises(EncoderError, match=r"^The encoder has a width of 48, and I-JEPA's have 192, 384, 768, 1024, "):
         convert(ijepa_checkpoint(other, other), None, {})
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "message"),
+    [
+        ("timm vit", "pos_embed", "'pos_embed' is [7], but must have 3 dimensions."),
+        ("timm vit with registers", "reg_token", "'reg_token' is [7], but must have 3 dimensions."),
+        ("timm vit", "blocks.0.mlp.fc2.weight", "'blocks.0.mlp.fc2.weight' is [7], but must have 2 dimensions."),
+        ("naflexvit", "embeds.proj.weight", "'embeds.proj.weight' is [7], but must have 2 or 4 dimensions."),
+        ("naflexvit", "embeds.pos_embed", "'embeds.pos_embed' is [7], but must have 4 dimensions."),
+        ("naflexvit factorized", "embeds.pos_embed_x", "'embeds.pos_embed_x' is [7], but must have 3 dimensions."),
+    ],
+)
+def test_a_tensor_that_should_give_a_size_and_does_not(layout: str, name: str, message: str) -> None:
+    state, description = damaged(layout)
+    with pytest.raises(EncoderError, match=re.escape(message)):
+        convert(state | {name: torch.zeros(7)}, description, {})
+
+
+def test_a_checkpoint_with_other_things_than_tensors_is_refused() -> None:
+    checkpoint = ijepa_checkpoint(network_of(IJEPA), network_of(IJEPA))
+    checkpoint["target_encoder"]["module.norm.weight"] = "ones"
+    with pytest.raises(EncoderError, match=r"^'target_encoder' is no state dict: a dictionary of tensors\.$"):
+        convert(checkpoint, None, {})
+
+
+@pytest.mark.parametrize(("key", "value"), [("patch_size", 0), ("image_size", -40), ("mlp_ratio", float("inf"))])
+def test_numbers_that_no_network_has_are_refused(key: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="cannot be loaded: "):
+        Encoder.from_pretrained(write(tmp_path, *damaged("dinov2", **{key: value})))
+
+
+def test_an_image_processor_that_does_not_normalize() -> None:
+    state, description = damaged("dinov2")
+    found = convert(state, description, {"do_normalize": False, "image_mean": [0.5] * 3}).preprocessing
+    assert (found.mean, found.std) == ((0, 0, 0), (1, 1, 1))
+    with pytest.raises(ValueError, match="std must be above 0"):
+        convert(state, description, {"image_std": [0.0] * 3})
 
 
 def test_quantized_weights_are_refused() -> None:

@@ -72,7 +72,7 @@ def convert(tensors: Mapping[str, Tensor], config: Config, processor: Config) ->
     unbiased = () if config.values.get("qkv_bias", True) else QKV
     state = take_trunk(reader, architecture, NAMES, unbiased)
     prefix, channels = architecture.prefix, architecture.width
-    dtype = reader.peek("embeddings.position_embeddings").dtype
+    dtype = reader.peek("embeddings.position_embeddings", 3).dtype
     table = reader.take("embeddings.position_embeddings", 1, prefix + grid[0] * grid[1], channels)[0]
     if prefix:
         state["prefix"] = reader.take("embeddings.cls_token", 1, 1, channels)[0] + table[:1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ijepa_enhanced.errors import EncoderError
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.convert.imported import Imported, is_sincos, preprocessing
-from ijepa_enhanced.models.convert.reader import Names, Reader, take_trunk
+from ijepa_enhanced.models.convert.reader import Names, Reader, is_state_dict, take_trunk
 from ijepa_enhanced.models.variants import VARIANTS
 
 NAMES = Names(
@@ -47,19 +47,21 @@ def convert(checkpoint: Mapping[str, Any], encoder: Literal["target", "context"]
     if not isinstance(weights, Mapping):
         (other,) = set(PARTS) - {encoder}
         raise EncoderError(f"'{PARTS[encoder]}' is missing. Load the {other} encoder: --encoder {other}.")
+    if not is_state_dict(weights):
+        raise EncoderError(f"'{PARTS[encoder]}' is no state dict: a dictionary of tensors.")
     reader = Reader(weights, [(r"^module\.", "")])
-    width, _, side, _ = four(reader.peek("patch_embed.proj.weight"))
+    width, _, side, _ = reader.peek("patch_embed.proj.weight", 4).shape
     heads = {variant.width: variant.heads for variant in VARIANTS.values()}
     if width not in heads:
         known = ", ".join(map(str, heads))
         raise EncoderError(f"The encoder has a width of {width}, and I-JEPA's have {known}.")
-    positions = reader.peek("pos_embed")
+    positions = reader.peek("pos_embed", 3)
     grid = math.isqrt(positions.shape[1])
     architecture = Architecture(
         width,
         reader.count(NAMES.block),
         heads[width],
-        len(reader.peek("blocks.0.mlp.fc1.weight")),
+        len(reader.peek("blocks.0.mlp.fc1.weight", 2)),
         side,
         positions="sincos",
         position_grid=(grid, grid),
@@ -75,15 +77,3 @@ def convert(checkpoint: Mapping[str, Any], encoder: Literal["target", "context"]
     return Imported(
         architecture, preprocessing((grid * side, grid * side), "mean"), state, "I-JEPA", license="cc-by-nc-4.0"
     )
-
-
-def four(weight: Tensor) -> tuple[int, int, int, int]:
-    """Return the shape of the weight of a convolution.
-
-    Raises:
-        EncoderError: the weight does not have four dimensions.
-    """
-    if weight.ndim != 4:
-        raise EncoderError(f"The patch embedding must be a convolution, but its weight is {list(weight.shape)}.")
-    first, second, third, fourth = weight.shape
-    return first, second, third, fourth

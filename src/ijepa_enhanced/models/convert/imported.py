@@ -131,9 +131,10 @@ def processed(
         size = [size, size]
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(edge, int) for edge in size):
         size = native
-    return preprocessing(
-        (size[0], size[1]), pooling, values.get("image_mean", default), values.get("image_std", default)
-    )
+    mean, std = values.get("image_mean", default), values.get("image_std", default)
+    if not values.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return preprocessing((size[0], size[1]), pooling, mean, std)
 
 
 def is_sincos(table: Tensor, dtype: torch.dtype) -> bool:

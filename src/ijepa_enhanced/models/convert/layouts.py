@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ijepa_enhanced.errors import EncoderError
 from ijepa_enhanced.models.convert import hf_dinov2, hf_dinov3, hf_vit, ijepa_checkpoint, timm_naflex, timm_vit
 from ijepa_enhanced.models.convert.imported import Config, Imported
+from ijepa_enhanced.models.convert.reader import is_state_dict
 
 TRANSFORMERS = {
     "ijepa": hf_vit.convert,
@@ -52,7 +51,7 @@ def convert(
             "There is no config.json beside the file, and it is no checkpoint of I-JEPA's own code, which has "
             "'target_encoder' in it."
         )
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not is_state_dict(content):
         raise EncoderError("The file is no state dict: a dictionary of tensors.")
     if "model_type" not in config:
         kind = timm_naflex if "embeds.proj.weight" in content else timm_vit

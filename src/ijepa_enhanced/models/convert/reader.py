@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from ijepa_enhanced.ops.preprocess import CHANNELS
 
 LISTED = 5
 """Names that a message lists before it only counts."""
+
+
+def is_state_dict(content: Any) -> bool:
+    """Return whether something is a dictionary of tensors by name."""
+    return isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
 
 
 class Reader:
@@ -50,15 +58,23 @@ class Reader:
     def __contains__(self, name: str) -> bool:
         return name in self.left
 
-    def peek(self, name: str) -> Tensor:
+    def peek(self, name: str, *dimensions: int) -> Tensor:
         """Return a tensor that says how large the network is, without taking it.
 
+        Args:
+            name: of the tensor.
+            dimensions: how many it may have.
+
         Raises:
-            EncoderError: it is missing.
+            EncoderError: it is missing, or has another number of dimensions.
         """
         if name not in self.left:
             raise EncoderError(f"'{name}' is missing, so these are not weights of this kind.")
-        return self.left[name]
+        found = self.left[name]
+        if found.ndim not in dimensions:
+            shape, allowed = list(found.shape), " or ".join(map(str, dimensions))
+            raise EncoderError(f"'{self.names[name]}' is {shape}, but must have {allowed} dimensions.")
+        return found
 
     def count(self, block: str) -> int:
         """Return the number of blocks, whose names start with `block`, formatted with a number."""
@@ -178,7 +194,7 @@ def take_trunk(reader: Reader, config: Architecture, names: Names, unbiased: Col
 def take_patches(reader: Reader, name: str, config: Architecture) -> dict[str, Tensor]:
     """Return weight and bias of the patch embedding: a convolution, or a linear layer of channels-last patches."""
     side, width = config.patch_size, config.width
-    if reader.peek(f"{name}.weight").ndim == 2:
+    if reader.peek(f"{name}.weight", 2, 4).ndim == 2:
         return reader.take_linear([name], width, side * side * CHANNELS)
     weight = reader.take(f"{name}.weight", width, CHANNELS, side, side)
     return {"weight": weight.permute(0, 2, 3, 1).flatten(1), "bias": reader.take(f"{name}.bias", width)}

@@ -39,15 +39,15 @@ def convert(tensors: Mapping[str, Tensor], config: Config) -> Imported:
     """
     arguments = model_arguments(config, FOUND_IN_WEIGHTS + WITHOUT_EFFECT + READ + POSITIONS)
     reader = Reader(tensors, ignored=IGNORED)
-    weight = reader.peek("embeds.proj.weight")
+    weight = reader.peek("embeds.proj.weight", 2, 4)
     width = len(weight)
     side = weight.shape[2] if weight.ndim == 4 else math.isqrt(weight.shape[1] // CHANNELS)
-    registers = reader.peek("embeds.reg_token").shape[1] if "embeds.reg_token" in reader else 0
+    registers = reader.peek("embeds.reg_token", 3).shape[1] if "embeds.reg_token" in reader else 0
     factorized = "embeds.pos_embed_y" in reader
     rows, cols = (
-        (reader.peek(f"embeds.pos_embed_{axis}").shape[1] for axis in "yx")
+        (reader.peek(f"embeds.pos_embed_{axis}", 3).shape[1] for axis in "yx")
         if factorized
-        else reader.peek("embeds.pos_embed").shape[1:3]
+        else reader.peek("embeds.pos_embed", 4).shape[1:3]
     )
     grid = rows, cols
     antialias = arguments.get("pos_embed_antialias", True)

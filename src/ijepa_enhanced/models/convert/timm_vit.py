@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ijepa_enhanced.errors import EncoderError
 from ijepa_enhanced.models.config import Architecture
-from ijepa_enhanced.models.convert.ijepa_checkpoint import NAMES, four
+from ijepa_enhanced.models.convert.ijepa_checkpoint import NAMES
 from ijepa_enhanced.models.convert.imported import Config, Imported, preprocessing
 from ijepa_enhanced.models.convert.reader import Reader, take_trunk
 from ijepa_enhanced.models.variants import VARIANTS
@@ -44,10 +44,10 @@ def convert(tensors: Mapping[str, Tensor], config: Config) -> Imported:
     """
     arguments = model_arguments(config, FOUND_IN_WEIGHTS + WITHOUT_EFFECT + READ)
     reader = Reader(tensors, ignored=IGNORED)
-    width, _, side, _ = four(reader.peek("patch_embed.proj.weight"))
-    table = reader.peek("pos_embed")
+    width, _, side, _ = reader.peek("patch_embed.proj.weight", 4).shape
+    table = reader.peek("pos_embed", 3)
     class_token = "cls_token" in reader
-    registers = reader.peek("reg_token").shape[1] if "reg_token" in reader else 0
+    registers = reader.peek("reg_token", 3).shape[1] if "reg_token" in reader else 0
     prefix = int(class_token) + registers
     size = image_size(config, arguments)
     grid, in_table = grid_of(table.shape[1], prefix, size and (size[0] // side, size[1] // side))
@@ -128,7 +128,7 @@ def trunk(reader: Reader, config: Config, arguments: Mapping[str, Any], width: i
     """Return the part of the architecture that all models of timm have in common."""
     name = str(config.values.get("architecture"))
     heads = arguments.get("num_heads") or HEADS_BY_NAME.get(name) or HEADS.get(width, max(1, width // 64))
-    out = reader.peek("blocks.0.mlp.fc2.weight")
+    out = reader.peek("blocks.0.mlp.fc2.weight", 2)
     hidden = out.shape[1]
     return {
         "width": width,
@@ -137,7 +137,7 @@ def trunk(reader: Reader, config: Config, arguments: Mapping[str, Any], width: i
         "hidden": hidden,
         "patch_size": side,
         "layer_scale": "blocks.0.ls1.gamma" in reader,
-        "gated": len(reader.peek("blocks.0.mlp.fc1.weight")) == 2 * hidden,
+        "gated": len(reader.peek("blocks.0.mlp.fc1.weight", 2)) == 2 * hidden,
         "norm_pooled": "fc_norm.weight" in reader,
     }
 
