@@ -34,6 +34,7 @@ def test_weights_in_every_layout_become_ours(layout: str, tmp_path: Path) -> Non
     state, description = writer(network)
     encoder = Encoder.from_pretrained(write(tmp_path / "weights", state, description))
     assert_same(encoder, network)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in encoder.parameters())
     assert not encoder.training
     assert all(value.requires_grad for value in encoder.parameters())
     assert encoder.preprocessing.pooling == ("cls" if config.class_token else "mean")

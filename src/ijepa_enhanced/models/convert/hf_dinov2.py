@@ -78,7 +78,7 @@ def convert(tensors: Mapping[str, Tensor], config: Config, processor: Config) ->
         prefix.append(reader.take("embeddings.register_tokens", 1, architecture.registers, channels)[0])
     reader.finish()
     state["prefix"] = torch.cat(prefix)
-    state["positions.table"] = table[1:].view(*grid, channels)
+    state["positions.table"] = table[1:].view(*grid, channels).clone()
     return Imported(
         architecture, processed(processor, (height, width), "cls"), state, f"transformers {kind}", license="apache-2.0"
     )

@@ -77,7 +77,7 @@ def convert(tensors: Mapping[str, Tensor], config: Config, processor: Config) ->
     if prefix:
         state["prefix"] = reader.take("embeddings.cls_token", 1, 1, channels)[0] + table[:1]
     reader.finish()
-    state["positions.table"] = table[prefix:].view(*grid, channels)
+    state["positions.table"] = table[prefix:].view(*grid, channels).clone()
     if kind == "ijepa" and is_sincos(state["positions.table"], dtype):
         del state["positions.table"]
         architecture = dataclasses.replace(architecture, positions="sincos", resampling="none")

@@ -24,7 +24,8 @@ class Imported:
     architecture: Architecture
     preprocessing: Preprocessing
     weights: dict[str, Tensor]
-    """The state dict of a `VisionTransformer` of this architecture."""
+    """The state dict of a `VisionTransformer` of this architecture. No tensor is a part of a larger one, of which
+    `torch.export` would save all."""
     layout: str
     """See `Origin.layout`."""
     license: str | None = None

@@ -65,7 +65,7 @@ def convert(tensors: Mapping[str, Tensor], config: Config) -> Imported:
         state["prefix"] = take_prefix(reader, "", architecture)
         state["prefix"][:in_table] += table[:in_table]
     reader.finish()
-    state["positions.table"] = table[in_table:].view(*grid, width)
+    state["positions.table"] = table[in_table:].view(*grid, width).clone()
     return imported(config, arguments, architecture, state, size, "timm vit")
 
 
