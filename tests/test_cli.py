@@ -639,7 +639,7 @@ def test_what_is_no_encoder_is_said_in_a_sentence(damage: str, run: Run, picture
         (tmp_path / "encoder" / "config.json").write_text('{"architectures": ["IJepaModel"]}')
     answer = evaluate(tmp_path / "encoder", pictures, pictures)
     assert (answer.code, answer.out) == (2, [])
-    words = "The encoder in {} cannot be loaded: " if damage == "weights" else "{} was saved by an older version of "
+    words = "The encoder in {} cannot be loaded: " if damage == "weights" else "{} contains no encoder that can be "
     assert answer.err[0].startswith(f"ijepa: {words.format(tmp_path / 'encoder')}")
 
 

@@ -139,7 +139,7 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
     if config is None or not (folder / "model.safetensors").is_file():
         needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'"
         raise EncoderError(f"{folder} contains no encoder: {needed}.")
-    version = config.get("format")
+    version = config.get("format", 1 if "patch_size" in config else None)  # version 1 was the architecture alone
     if not isinstance(version, int) or version > FORMAT:
         raise EncoderError(
             f"{folder} contains no encoder that can be loaded: its config.json is not of transformers or timm, and not "
