@@ -18,10 +18,9 @@ from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
 from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.checkpoint import latest_checkpoint
-from ijepa_enhanced.train.config import MonitorConfig, OptimConfig, TrainConfig
+from ijepa_enhanced.train.config import MonitorConfig, TrainConfig
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.monitor import History
-from ijepa_enhanced.train.optimizer import block_of, make_optimizer, set_step, step_settings
 from ijepa_enhanced.train.saved import start_of
 
 WEIGHTS = Architecture(
@@ -98,8 +97,7 @@ def test_a_run_starts_from_weights_and_keeps_their_preprocessing(
 def test_it_resumes_without_the_weights_that_it_was_given(
     role: str, tiny: TrainConfig, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optim = OptimConfig(freeze=0.5, layer_decay=0.5) if role == "init" else tiny.optim
-    config = dataclasses.replace(tiny, **{role: str(weights)}, optim=optim)
+    config = dataclasses.replace(tiny, **{role: str(weights)})
     train(config, tmp_path / "whole")
     original, steps = loop.JEPA.update_teacher, []
 
@@ -154,25 +152,6 @@ def test_the_targets_are_the_teachers_own_features(tiny: TrainConfig, teacher: P
     torch.testing.assert_close(
         seen.values.unflatten(1, (-1, 3)), expected.expand(len(seen.values), 196, 3), rtol=0, atol=1e-6
     )
-
-
-def test_the_student_rests_while_the_rest_warms_up(tiny: TrainConfig, weights: Path, tmp_path: Path) -> None:
-    optim = OptimConfig(freeze=1.0)
-    train(dataclasses.replace(tiny, init=str(weights), steps=3, optim=optim), tmp_path / "run")
-    assert same_weights(tmp_path / "run" / "encoder", weights)
-
-
-def test_early_blocks_learn_more_slowly(tiny: TrainConfig) -> None:
-    model = loop.JEPA(WEIGHTS, tiny.predictor, tiny.objective)
-    optimizer = make_optimizer(model, layer_decay=0.5)
-    set_step(optimizer, step_settings(OptimConfig(lr=1.0, warmup=0.0), 0, 10))
-    names = {id(value): name for name, value in model.named_parameters()}
-    rates = {names[id(value)]: group["lr"] for group in optimizer.param_groups for value in group["params"]}
-    assert rates["predictor.head.weight"] == rates["student.blocks.norm.weight"] == 1
-    assert rates["student.blocks.layers.1.qkv.weight"] == 1
-    assert rates["student.blocks.layers.0.qkv.weight"] == 0.5
-    assert rates["student.patch_embed.weight"] == rates["student.positions.table"] == rates["student.prefix"] == 0.25
-    assert block_of("student.blocks.layers.11.fc1.bias", 12) == 12
 
 
 def test_the_start_can_be_the_best(

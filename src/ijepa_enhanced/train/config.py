@@ -33,12 +33,6 @@ class OptimConfig:
     """EMA momentum of the teacher at the first step."""
     final_ema: float = 1.0
     """EMA momentum at the last step, reached by a linear schedule (arXiv 2301.08243, appendix A.1)."""
-    layer_decay: float = 1.0
-    """Factor of the learning rate from each block of the student to the one below it, to change early layers less when
-    continuing from weights (BEiT, arXiv 2106.08254). 1: the same rate for all."""
-    freeze: float = 0.0
-    """Fraction of all steps, at the beginning, in which the student does not change: the predictor and the projector
-    learn to read its features first. It makes sense only with init."""
     clip: float = 1.0
     """Maximum global gradient norm. Larger gradients are scaled down to it."""
 
@@ -53,9 +47,7 @@ class OptimConfig:
         for name in ("lr", "final_lr", "weight_decay", "final_weight_decay"):  # clip may be inf: no clipping
             if math.isinf(getattr(self, name)):
                 raise ValueError(f"optim.{name} must be finite, not {getattr(self, name)}.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay must be above 0 and at most 1, not {self.layer_decay}.")
-        for name in ("warmup", "freeze", "ema", "final_ema"):
+        for name in ("warmup", "ema", "final_ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optim.{name} must be between 0 and 1, not {getattr(self, name)}.")
 

@@ -157,7 +157,7 @@ class Run:
         if start.encoder is not None:
             self.model.start_from(start.encoder.network)
         self.network = parallelize(self.model, config.parallel, ranks)
-        self.optimizer = make_optimizer(self.model, config.optim.layer_decay)
+        self.optimizer = make_optimizer(self.model)
         self.unsettled: tuple[Sequence[MaskedBatch], StepResult] | None = None
         """The last step, until the device has finished it."""
         # What is trained: the moving average, or the student of a teacher that does not change.
