@@ -244,11 +244,13 @@ def read_weights(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_memory(path)
     try:
+        files = [path]
         if path.name.endswith(".index.json"):
-            files = sorted(set((read_json(path) or {})["weight_map"].values()))
-            return {name: value for file in files for name, value in load_file(path.parent / file).items()}
+            files = [path.parent / name for name in sorted(set((read_json(path) or {})["weight_map"].values()))]
+        check_memory(path, sum(file.stat().st_size for file in files))
+        if files != [path]:
+            return {name: value for file in files for name, value in load_file(file).items()}
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix not in PICKLES:
@@ -269,12 +271,9 @@ def read_weights(path: Path) -> Any:
         raise EncoderError(f"{path} is damaged or no file of weights{reason or '.'}") from error
 
 
-def check_memory(path: Path) -> None:
-    """Raise EncoderError if the weights in a file, or in those that it lists, are larger than the free memory."""
-    paths = [path]
-    if path.name.endswith(".index.json"):
-        paths = [*path.parent.glob("*.safetensors")]
-    size, free = sum(each.stat().st_size for each in paths), free_memory()["memory"]
+def check_memory(path: Path, size: int) -> None:
+    """Raise EncoderError if the weights of `path`, of `size` bytes, are larger than the free memory."""
+    free = free_memory()["memory"]
     if size > free:
         raise EncoderError(
             f"{path} needs {size / MEGABYTE:,.0f} MB of memory, but only {free / MEGABYTE:,.0f} MB are free. Use a "
