@@ -1,4 +1,4 @@
-"""The lines of docs/embedding.md that open a folder of embeddings in other programs."""
+"""The lines of docs/tasks/embed.md that open a folder of embeddings in other programs."""
 
 import re
 from pathlib import Path
@@ -9,15 +9,14 @@ import pytest
 
 from .test_embed import embed
 
-GUIDE = Path(__file__).parents[2] / "docs" / "embedding.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "tasks" / "embed.md"
 PROGRAMS = ("pandas", "polars", "DuckDB", "datasets")
 
 
 def lines_of(program: str) -> str:
     """The lines that follow the name of a program in the guide."""
-    blocks = re.findall(rf"^    # {program}\n((?:    .*\n)+)", GUIDE.read_text(), re.MULTILINE)
-    assert len(blocks) == 1
-    return re.sub(r"^    ", "", blocks[0], flags=re.MULTILINE)
+    (block,) = re.findall(rf"^# {program}\n((?:[^`\n].*\n)+)", GUIDE.read_text(), re.MULTILINE)
+    return str(block)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def test_a_program_opens_the_files(program: str, folder: Path, tmp_path: Path, m
         np.testing.assert_array_equal(found["features"], vectors)
     if program == "pandas":
         tokens = found["table"].tokens[7]  # type: ignore[attr-defined]
-        (line,) = re.findall(r"^    (tokens = .*)$", GUIDE.read_text(), re.MULTILINE)
+        (line,) = re.findall(r"^(tokens = .*)$", GUIDE.read_text(), re.MULTILINE)
         exec(line, found)
         shape = (*expected["grid"].drop_null()[7].as_py(), 192)
         assert found["tokens"].shape == shape  # type: ignore[attr-defined]

@@ -265,19 +265,16 @@ def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parse
 
 def usage_of(option: Option) -> str:
     """Return how the usage line writes a positional argument, or an option that must be given."""
-    many = " ..." if get_origin(option.kind) is tuple else ""
+    many = " ..." if Ellipsis in get_args(option.kind) else ""
     if not option.is_positional:
-        return f"{option.shown} {option.metavar}"
+        return f"{option.shown} {option.metavar}{many}"
     return f"{option.metavar}{many}" if option.default is MISSING else f"[{option.metavar}]"
 
 
 def add_option(parser: Any, option: Option) -> None:
     """Make an option known to a parser."""
     needed = option.default is MISSING
-    # An option of a command that is None by default says in its own help what that means.
-    quiet = needed or option.switch or option.default == () or (option.default is None and not option.key)
-    shown = "" if quiet else f" (default: {yaml_text(option.default)})"
-    more: dict[str, Any] = {"help": f"{option.help}{shown}".replace("%", "%%") if option.listed else argparse.SUPPRESS}
+    more: dict[str, Any] = {"help": help_of(option).replace("%", "%%") if option.listed else argparse.SUPPRESS}
     if option.switch:
         more["action"] = "store_true"
     else:
@@ -289,6 +286,13 @@ def add_option(parser: Any, option: Option) -> None:
         parser.add_argument(option.shown, **(more if needed else more | {"nargs": "*" if "nargs" in more else "?"}))
     else:
         parser.add_argument(option.shown, dest=option.shown, required=needed, **more)
+
+
+def help_of(option: Option) -> str:
+    """Return the help of an option, with its default."""
+    # An option of a command that is None by default says in its own help what that means.
+    quiet = option.switch or option.default in (MISSING, ()) or (option.default is None and not option.key)
+    return option.help if quiet else f"{option.help} (default: {yaml_text(option.default)})"
 
 
 def yaml_text(value: Any) -> str:

@@ -260,7 +260,7 @@ class SearchOptions(Common):
     duplicates: bool = option(False)
     """List near-duplicates: each image that is similar to an earlier one, with the most similar earlier one."""
     threshold: float | None = option(None, metavar="COSINE")
-    """Lowest cosine similarity of near-duplicates, above 0 and at most 1 (docs/embedding.md). (default: 0.998)"""
+    """Lowest cosine similarity of near-duplicates, above 0 and at most 1 (docs/tasks/search.md). (default: 0.998)"""
     index: bool = option(False)
     """Use an approximate index, which is built once and stored in DIR. It is always used for more than 1,000,000
     images. Requires usearch."""
@@ -508,7 +508,7 @@ class StudyOptions(Common):
     """Options of `ijepa study`."""
 
     file: str = option(metavar="FILE", positional=True)
-    """YAML file with the configurations to compare, called arms (docs/study.md)."""
+    """YAML file with the configurations to compare, called arms (docs/tasks/study.md)."""
     out: str = option(metavar="DIR")
     """Output folder for the runs, study.csv, summary.csv and report.html."""
 

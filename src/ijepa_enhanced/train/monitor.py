@@ -1,7 +1,7 @@
 """Monitoring: whether a run collapses, and which teacher is the best so far.
 
 The loss tells neither. So at regular steps the teacher embeds a fixed set of training images. Metrics of these features
-warn of collapse and choose the encoder in `best/`. docs/evaluation.md explains how to read them.
+warn of collapse and choose the encoder in `best/`. docs/monitoring.md explains how to read them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,220 @@
+"""What README.md and the pages of docs say: commands that the parser knows, blocks that run, and files that exist."""
+
+import itertools
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from PIL import Image
+
+from ijepa_enhanced import Encoder, cli
+from ijepa_enhanced.commands.flags import all_commands, options_of, parse
+from ijepa_enhanced.config import find_config
+from ijepa_enhanced.models.config import EncoderConfig
+from ijepa_enhanced.models.preprocessing import Preprocessing
+from source_files import png, samples, shard
+
+ROOT = Path(__file__).parents[1]
+# The log keeps the names of its time, and the changelog those of before.
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if page.name != "log.md" and "_build" not in page.parts]
+COMMANDS = dict(all_commands())
+PLACEHOLDERS = {"N": "1", "S": "1", "STEPS": "1", "FLAGS": "", "...": ""}
+"""Words of commands that stand for a number, or for further options."""
+
+
+class Block(NamedTuple):
+    """A block of code."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    note: str
+    """What a comment right before it says about running it, or nothing: it runs here."""
+
+    @property
+    def is_command(self) -> bool:
+        """Whether it runs commands, which takes seconds."""
+        return self.language == "sh" or "ijepa_enhanced.cli" in self.text
+
+
+def note_of(token: Token) -> str:
+    """What a comment says, or nothing if it is something else."""
+    comment = re.fullmatch(r"<!-- (.*) -->\n?", token.content, re.DOTALL)
+    return comment[1] if comment else ""
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """Yield the blocks of a page. A comment before the first heading is about all of them."""
+    tokens = MarkdownIt().parse(page.read_text())
+    whole = note_of(tokens[0])
+    for before, token in itertools.pairwise(tokens):
+        if token.type in ("fence", "code_block"):
+            name, line = page.relative_to(ROOT).as_posix(), token.map[0] + 1
+            yield Block(name, line, token.info, token.content, note_of(before) or whole)
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+RUNNABLE = [block for block in BLOCKS if block.language in ("sh", "python")]
+
+
+def lines_of(block: Block) -> list[list[str]]:
+    """The words of each line of shell, without placeholders."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    words = (shlex.split(line, comments=True) for line in lines)
+    return [[found for word in line if (found := PLACEHOLDERS.get(word, word))] for line in words if line]
+
+
+def arguments_of(words: list[str]) -> list[str] | None:
+    """What follows `ijepa` in a line of shell, however it is called; None for other programs."""
+    text = shlex.join(words)
+    called = re.match(r"(\w+=\S+ )?(ijepa|(torchrun|python) (.* )?-m (-- )?ijepa_enhanced)( |$)", text)
+    return shlex.split(text[called.end() :].partition(" '>' ")[0]) if called else None
+
+
+def test_pages_are_found() -> None:
+    assert len(PAGES) > 30
+    assert len(RUNNABLE) > 60
+
+
+def test_every_block_has_a_language() -> None:
+    """A block that is only indented has none."""
+    known = ("sh", "python", "yaml", "json", "text")
+    wrong = [block for block in BLOCKS if block.language not in known and not block.language.startswith("{")]
+    assert [f"{block.page}:{block.line}" for block in wrong] == []
+
+
+@pytest.mark.parametrize("block", RUNNABLE, ids=lambda block: f"{block.page}:{block.line}")
+def test_a_block_runs_or_says_why_not(block: Block) -> None:
+    """`<!-- not run: REASON -->`, or `<!-- run by FILE -->`; without either, all its lines are commands of `ijepa`."""
+    if not block.note:
+        assert block.language == "python" or None not in map(arguments_of, lines_of(block))
+    elif named := re.fullmatch(r"run by (\S+)", block.note):
+        assert (ROOT / named[1]).is_file()
+    else:
+        assert re.match(r"not run: \w+( \S+){3}", block.note)
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "sh"], ids=lambda block: f"{block.page}:{block.line}"
+)
+def test_commands_in_blocks_are_understood(block: Block) -> None:
+    for arguments in filter(None, map(arguments_of, lines_of(block))):
+        _, options = parse(arguments)
+        config = getattr(options, "config", None)
+        assert config is None or config.endswith(".yaml") or find_config(config)
+
+
+def test_commands_in_the_text_are_understood() -> None:
+    """`ijepa train --steps 300` in a sentence or a table is not complete, but its command and its options exist."""
+    wrong = []
+    for page in PAGES:
+        for command in re.findall(r"`(ijepa [^`]*)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+            words = command.split()
+            owners = [name for name in COMMANDS if f"{command} ".startswith(f"{name} ")]
+            groups = [name for name in COMMANDS if name.startswith(" ".join(words[:2]))]
+            known = {option.shown for name in owners for option in options_of(COMMANDS[name].options)}
+            unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in known | {"--help"}]
+            if unknown or not (groups or words[1] in ("COMMAND", "--help", "--version")):
+                wrong.append((page.name, command))
+    assert wrong == []
+
+
+def test_files_that_the_code_names_exist() -> None:
+    """`docs/data.md` in a docstring, a help text or a message; Sphinx checks the links between pages."""
+    found = {
+        (path.name, name)
+        for folder in ("src", "tests", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r"docs/[\w/]+\.md", path.read_text())
+    }
+    assert len(found) > 30
+    assert [each for each in sorted(found) if not (ROOT / each[1]).is_file()] == []
+
+
+def test_links_of_the_files_in_the_root_exist() -> None:
+    for page in ROOT.glob("*.md"):
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+        assert [link for link in links if not (ROOT / link).exists()] == [], page.name
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages speak of: photos, and encoders in the places of runs."""
+    random = np.random.default_rng(0)
+    places = [f"{name}.jpg" for name in ("a", "cat", "dog", "query", "QUERY", "photos/pets/cat1", "photos/beach/0001")]
+    places += ["b.png", *(f"photos/{label}/{number}.png" for label in ("pets", "beach") for number in range(12))]
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, random.integers(24, 60, 2).tolist() + [3], dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / place)
+    for name in ("PHOTOS", "LABELED", "SOURCE", "TRAIN", "VAL"):
+        (tmp_path / name).symlink_to("photos")
+    for number in range(4):
+        shard(tmp_path / f"train-{number:03}.tar", samples("cat", first=number))
+    (tmp_path / "mine.png").write_bytes(png())
+    architecture = EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture
+    encoder = Encoder.random(architecture, Preprocessing(48), 0)
+    for name in ("runs/photos", "runs/pets", "RUN"):
+        encoder.save_pretrained(tmp_path / name / "encoder")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def runs_here(page: Path) -> list[Block]:
+    return [block for block in RUNNABLE if ROOT / block.page == page and not block.note]
+
+
+def names(folder: Path) -> dict[str, object]:
+    """What Python on a page may use without having made it."""
+    return {"np": np, "encoder": Encoder.from_pretrained(folder / "runs/photos"), "images": ["a.jpg", "b.png"]}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(not block.is_command for block in runs_here(page))],
+    ids=lambda page: page.name,
+)
+def test_python_runs(page: Path, desk: Path) -> None:
+    if page.name == "search.md":
+        assert cli.main(["embed", "photos", "--weights", "runs/photos", "--out", "embeddings", "--workers", "0"]) == 0
+    found = names(desk)
+    for block in runs_here(page):
+        if not block.is_command:
+            exec(block.text, found)
+
+
+TINY = "--config own-images-cpu --encoder.depth 1 --data.tokens_per_pack 1024 --data.workers 0 --steps 2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.is_command for block in runs_here(page))], ids=lambda page: page.name
+)
+def test_commands_run(page: Path, desk: Path) -> None:
+    """All commands of a page in order; `ijepa train` for two steps."""
+    for run in ("runs/photos", "runs/pets", "RUN"):
+        shutil.rmtree(run)
+        assert cli.main(["train", "photos", *TINY.split(), "--run", run]) == 0
+    assert cli.main(["embed", "photos", "--weights", "runs/photos", "--out", "embeddings"]) == 0
+    found = names(desk)
+    for block in runs_here(page):
+        if block.language == "python":
+            exec(block.text, found)
+            continue
+        for arguments in map(arguments_of, lines_of(block)):
+            assert arguments is not None
+            if arguments[0] == "train":
+                arguments = [*arguments, "--steps", "2"]
+            for option, taken in itertools.pairwise(arguments):
+                if option in ("--run", "--out") and arguments[0] in ("train", "embed"):
+                    shutil.rmtree(taken, ignore_errors=True)
+            assert cli.main(arguments) == 0, arguments
