@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: quickstart test coverage lint bench clean
+.PHONY: quickstart test coverage lint docs bench clean
 
 ## Train a small encoder on the built-in images and score it against its untrained start.
 quickstart: .venv/installed
@@ -24,6 +24,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+## The site, written to docs/_build/html. Warnings are errors.
+docs: .venv/installed-dev
+	$(BIN)/sphinx-build -M html docs docs/_build --quiet --fresh-env --fail-on-warning --keep-going
+
 ## Every speed table, written to benchmarks/results.
 bench: .venv/installed-dev
 	$(BIN)/ijepa benchmark packing --csv
@@ -34,7 +38,7 @@ bench: .venv/installed-dev
 	$(BIN)/ijepa benchmark embed --csv
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv build dist docs/_build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name '*.egg-info' -prune -exec rm -rf {} +
 
 .venv/bin/python:

@@ -8,7 +8,7 @@ from textwrap import dedent
 from types import NoneType
 from typing import get_args
 
-from ijepa_enhanced.commands.flags import all_commands, help_of, metavar, options_of, usage_of, yaml_text
+from ijepa_enhanced.commands.flags import Option, all_commands, help_of, metavar, options_of, usage_of, yaml_text
 from ijepa_enhanced.config import find_config, keys_of, recipe_names
 from ijepa_enhanced.train.config import TrainConfig
 
@@ -25,7 +25,7 @@ def command_line() -> Iterator[str]:
         yield f"```{{program}} {path}\n```\n"
         for option in options:
             if option.field != "given":
-                yield directive("option", option.shown if option.switch else usage_of(option), help_of(option))
+                yield directive("option", signature(option), help_of(option))
         if any(option.field == "given" for option in options):
             yield "The training options are the keys of the [configuration](configuration.md): `--optim.lr 0.0003`.\n"
 
@@ -42,6 +42,14 @@ def configuration() -> Iterator[str]:
     yield "## Recipes\n"
     for name in recipe_names():
         yield f"### {name}\n\n```yaml\n{find_config(name).read_text()}```\n"
+
+
+def signature(option: Option) -> str:
+    """Return how an option is written."""
+    if option.switch:
+        return option.shown
+    many = Ellipsis in get_args(option.kind) and not option.is_positional
+    return usage_of(option) + " ..." * many
 
 
 def directive(name: str, head: str, text: str) -> str:

@@ -265,9 +265,9 @@ def make_parser(command: Command, path: str, options: Sequence[Option]) -> Parse
 
 def usage_of(option: Option) -> str:
     """Return how the usage line writes a positional argument, or an option that must be given."""
-    many = " ..." if Ellipsis in get_args(option.kind) else ""
+    many = " ..." if get_origin(option.kind) is tuple else ""
     if not option.is_positional:
-        return f"{option.shown} {option.metavar}{many}"
+        return f"{option.shown} {option.metavar}"
     return f"{option.metavar}{many}" if option.default is MISSING else f"[{option.metavar}]"
 
 
