@@ -49,7 +49,7 @@ def complete(app: Sphinx, page: str, source: list[str]) -> None:
 
 def restructure(app: Sphinx, what: str, name: str, subject: object, options: object, lines: list[str]) -> None:
     """Turn a docstring, which is in Google's style, into reStructuredText."""
-    if what not in ("attribute", "data"):  # these are prose, in which Google's style would take a colon for one of its own
+    if what not in ("attribute", "data"):  # prose, whose colons Google's style would read as the end of a type
         lines[:] = GoogleDocstring(lines, Config(napoleon_use_rtype=False), app, what, name, subject).lines()
     lines[:] = [re.sub(r"docs/([\w/]+)\.md", r":doc:`\1 </\1>`", line) for line in lines]
 

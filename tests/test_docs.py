@@ -1,5 +1,6 @@
 """What README.md and the pages of docs say: commands that the parser knows, blocks that run, and files that exist."""
 
+import contextlib
 import itertools
 import re
 import shlex
@@ -206,19 +207,29 @@ def test_python_runs(page: Path, desk: Path) -> None:
             exec(block.text, found)
 
 
-TINY = "--config own-images-cpu --encoder.depth 1 --data.tokens_per_pack 1024 --data.workers 0 --steps 2"
+TINY = "photos --config own-images-cpu --encoder.depth 1 --data.tokens_per_pack 1024 --data.workers 0 --steps 2"
+
+
+@pytest.fixture(scope="module")
+def trained(furnished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, and a folder of embeddings."""
+    root = tmp_path_factory.mktemp("trained")
+    with contextlib.chdir(furnished):
+        assert cli.main(["train", *TINY.split(), "--run", str(root / "run")]) == 0
+        assert cli.main(["embed", "photos", "--weights", "RUN", "--out", str(root / "embeddings")]) == 0
+    return root
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(block.is_command for block in runs_here(page))], ids=lambda page: page.name
 )
-def test_commands_run(page: Path, desk: Path) -> None:
+def test_commands_run(page: Path, desk: Path, trained: Path) -> None:
     """All commands of a page in order; `ijepa train` for two steps."""
     for run in ("runs/photos", "runs/pets", "RUN"):
         shutil.rmtree(run)
-        assert cli.main(["train", "photos", *TINY.split(), "--run", run]) == 0
-    assert cli.main(["embed", "photos", "--weights", "runs/photos", "--out", "embeddings"]) == 0
+        shutil.copytree(trained / "run", run)
+    shutil.copytree(trained / "embeddings", "embeddings")
     found = names(desk)
     for block in runs_here(page):
         if block.language == "python":
@@ -228,7 +239,7 @@ def test_commands_run(page: Path, desk: Path) -> None:
             assert arguments is not None
             if arguments[0] == "train":
                 arguments = [*arguments, "--steps", "2"]
-            for option, taken in itertools.pairwise(arguments):
-                if option in ("--run", "--out") and arguments[0] in ("train", "embed"):
-                    shutil.rmtree(taken, ignore_errors=True)
+            for option, folder in itertools.pairwise(arguments):
+                if (arguments[0], option) in (("train", "--run"), ("embed", "--out")):
+                    shutil.rmtree(folder, ignore_errors=True)  # it must not exist
             assert cli.main(arguments) == 0, arguments

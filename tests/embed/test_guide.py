@@ -15,7 +15,7 @@ PROGRAMS = ("pandas", "polars", "DuckDB", "datasets")
 
 def lines_of(program: str) -> str:
     """The lines that follow the name of a program in the guide."""
-    (block,) = re.findall(rf"^# {program}\n((?:[^`\n].*\n)+)", GUIDE.read_text(), re.MULTILINE)
+    (block,) = re.findall(rf"^# {program}\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
     return str(block)
 
 
