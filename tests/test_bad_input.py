@@ -270,7 +270,7 @@ NOWHERE = (
 NO_IMAGES = (
     "No images in images. The folder must contain files that end in "
     ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
-    ".bmp, .dib, .tif, .tiff, .jp2, .j2k."
+    ".bmp, .dib, .tif, .tiff, .jp2, .j2k, .heic, .heif, .npy."
 )
 TOO_FEW = "Training needs at least 2 images whose views have 4 or more patches of {0} x {0} px, but {1}. Add images{2}."
 NO_CLASS = (
@@ -282,7 +282,7 @@ CUT = "images.tar is truncated or damaged after 8 images. Images after that poin
 CUT_IMAGE = "images.tar:7.png: truncated: the shard ends after 100 of the image's 10,000 bytes"
 EMPTY, WORDS, BOMB, TRUNCATED = (
     "dark/0.png: empty file",
-    "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image",
+    "dark/1.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file",
     "light/4.png: 20000 x 20000 px is above the limit of 89,478,485 px",
     "light/2.png: cannot be decoded: image file is truncated",
 )

@@ -163,7 +163,8 @@ def test_no_images_give_no_features(encoder: Encoder) -> None:
 def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("notes")
     with pytest.raises(
-        UnreadableImage, match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image$"
+        UnreadableImage,
+        match=r"notes\.jpg: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file$",
     ):
         encoder.embed([tmp_path / "notes.jpg"])
 
@@ -173,9 +174,9 @@ def test_what_is_no_image_is_an_error(encoder: Encoder, tmp_path: Path) -> None:
     [
         ("photo.jpg", "images must be a list of images, even for a single image."),
         (Image.new("RGB", (9, 9)), "images must be a list of images, even for a single image."),
-        ([np.zeros((9, 9, 3))], "An array must be uint8 [height, width, 3], not float64 [9, 9, 3]."),
-        ([np.zeros((3, 9, 9), np.uint8)], "An array must be uint8 [height, width, 3], not uint8 [3, 9, 9]."),
-        ([torch.zeros(3, 9, 9)], "A tensor must be uint8 [3, height, width], not torch.float32 [3, 9, 9]."),
+        ([np.zeros((9, 9, 3))], "An array must be uint8 or uint16 [height, width, 3], not float64 [9, 9, 3]."),
+        ([np.zeros((3, 9, 9), np.uint8)], "An array must be uint8 or uint16 [height, width, 3], not uint8 [3, 9, 9]."),
+        ([torch.zeros(3, 9, 9)], "A tensor must be uint8 or uint16 [3, height, width], not torch.float32 [3, 9, 9]."),
         (torch.zeros(3, 9, 9, dtype=torch.uint8), "images must be a list of images, even for a single image."),
         (np.zeros((9, 9, 3), np.uint8), "images must be a list of images, even for a single image."),
         ([3], "An image must be a PIL image, a NumPy array, a tensor, bytes or a path, not int."),
@@ -475,8 +476,8 @@ def test_requests_that_cannot_be_met_are_refused_at_once(encoder: Encoder, image
         encoder.embed_iter(images[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^on_error must be"):
         encoder.embed_iter(images, on_error="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^channels must be 3, not 1\.$"):
-        Preprocessing(channels=1)
+    with pytest.raises(ValueError, match=r"^channels must be 3, as in the network, not 1\.$"):
+        Encoder(encoder.network, Preprocessing(channels=1, mean=(0.5,), std=(0.2,)))
     with pytest.raises(ValueError, match=r"^mean and std must have 3 values each, not 1 and 3\.$"):
         Preprocessing(mean=(0.5,))
 

@@ -82,6 +82,10 @@ class Encoder(nn.Module):
         super().__init__()
         if preprocessing.pooling == "cls" and not network.config.class_token:
             raise ValueError("pooling must be mean, because the network has no class token.")
+        if preprocessing.channels != network.config.channels:
+            raise ValueError(
+                f"channels must be {network.config.channels}, as in the network, not {preprocessing.channels}."
+            )
         self.network = network
         self.preprocessing = preprocessing
         self.origin = origin
@@ -114,12 +118,12 @@ class Encoder(nn.Module):
         return self.normalize.scale.device
 
     def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
-        """Return the features [T, D] of uint8 patches [T, P * P * C]; see `VisionTransformer.forward`."""
+        """Return the features [T, D] of patches of pixels [T, P * P * C]; see `VisionTransformer.forward`."""
         features: Tensor = self.network(self.preprocess(packed), plan)
         return features
 
     def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
-        """Return the outputs [T, D] of the last `count` blocks for uint8 patches [T, P * P * C]."""
+        """Return the outputs [T, D] of the last `count` blocks for patches of pixels [T, P * P * C]."""
         return self.network.last_layers(self.preprocess(packed), plan, count)
 
     def pool(self, features: Tensor, packed: Packed) -> Tensor:
@@ -127,7 +131,7 @@ class Encoder(nn.Module):
         return self.network.pool(features, packed.segments.cu_seqlens, self.preprocessing.pooling)
 
     def preprocess(self, packed: Packed) -> Packed:
-        """Return the input of the network for uint8 patches: normalized, on grids no longer than in training."""
+        """Return the input of the network for patches of pixels: normalized, on grids no longer than in training."""
         packed = self.normalize(packed)
         if self.preprocessing.trained_grid is not None:
             packed = within_grid(packed, self.preprocessing.trained_grid)
@@ -209,7 +213,9 @@ class Encoder(nn.Module):
         else:
             check_several(images)
         workers = default_workers() if workers is None else workers
-        decoded = decode_all(images, self.pixels(resolution), self.config.patch_size, tokens_per_pack, workers)
+        decoded = decode_all(
+            images, self.pixels(resolution), self.config.patch_size, tokens_per_pack, workers, self.config.channels
+        )
         return self._embedded(decoded, on_error, merge_rate, precision, tokens_per_pack)
 
     def _embedded(
@@ -297,13 +303,14 @@ class Encoder(nn.Module):
         resolution: Resolution = None,
         tokens_per_pack: int = TOKENS_PER_PACK,
     ) -> Iterator[Packed]:
-        """Yield the packs of uint8 patches that `embed` runs the network on, on the CPU; arguments as for `embed`."""
+        """Yield the packs of patches that `embed` runs the network on, on the CPU; arguments as for `embed`."""
         check_several(images)
         decode = partial(
             decode_input,
             resolution=self.pixels(resolution),
             patch_size=self.config.patch_size,
             limit=tokens_per_pack,
+            channels=self.config.channels,
         )
         for _, packed in in_packs(map(decode, images), self.at_once(tokens_per_pack), prefix=self.config.prefix):
             assert packed is not None  # an image that cannot be decoded has raised its error

@@ -58,6 +58,10 @@ class ImageTooLarge(UnreadableImage):
     """An image with more pixels than are decoded."""
 
 
+class MissingReader(UnreadableImage):
+    """An image that is read by an extra of this package, which is not installed."""
+
+
 class NotFiniteError(UserError, ValueError):
     """Features or weights that are not finite; the message says where."""
 

@@ -109,7 +109,7 @@ class Packed(Movable):
     """A ragged stream of V views."""
 
     values: Tensor
-    """[T, ...]: uint8 patches [T, P * P * C] from the loader, features [T, D] after the network."""
+    """[T, ...]: patches of pixels [T, P * P * C] from the loader, features [T, D] after the network."""
     positions: Tensor
     """[T, 2]: row and column of each token in the grid of its view; whole numbers in the streams of the loader."""
     grids: Tensor

@@ -95,7 +95,7 @@ def test_the_catalog_of_a_folder(folder):
     assert names(catalog) == ["ant/a.png", "ant/c.png", "bee/a.png"]
     assert tuple(catalog.unreadable) == (
         ("ant/b.png", "empty file"),
-        ("bee/b.png", "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"),
+        ("bee/b.png", "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file"),
     )
 
 

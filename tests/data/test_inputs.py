@@ -11,9 +11,12 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pillow_heif
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ijepa_enhanced.data.catalog import open_catalog, report_unreadable
 from ijepa_enhanced.data.sources.open import open_source
@@ -47,6 +50,19 @@ def tar(*images: str, **members: bytes) -> bytes:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def npy() -> bytes:
+    """A file of `numpy.save`: 4 x 6 px of six channels."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((4, 6, 6), np.uint16))
+    return buffer.getvalue()
+
+
+def heic() -> bytes:
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (64, 64))).save(buffer)
     return buffer.getvalue()
 
 
@@ -130,7 +146,11 @@ ONE_SOURCE: dict[str, tuple[str, Files]] = {
         "ROOT",
         files("a.png") | {"b.png": b"", "c.jpg": b"words"},
     ),
-    "a HEIC photo of a phone": ("ROOT", files("a.png") | {"b.heic": b"\0\0\0\x14ftypheic\0\0\0\0heic"}),
+    "a HEIC photo of a phone, with the extra `heic`": ("ROOT", files("a.png") | {"b.heic": heic()}),
+    "raw photographs of a camera": ("ROOT", files("a.jpg", "a.NEF", "b.jpg", "b.NEF")),
+    "NumPy arrays": ("ROOT", {"a.npy": npy(), "b.npy": npy()}),
+    "NumPy arrays beside images": ("ROOT", files("a.png", "b.png") | {"a.npy": npy(), "b.npy": npy()}),
+    "NumPy arrays in a shard": ("ROOT/x.tar", {"x.tar": tar(a__npy=npy(), a__cls=b"cat")}),
     "a shard with `.cls`": ("ROOT/x.tar", {"x.tar": tar("a.png", a__cls=b"3")}),
     "a shard with `.json`": ("ROOT/x.tar", {"x.tar": tar("a.png", a__json=b'{"label": "cat"}')}),
     "a shard whose `.cls` names are in `classes.txt` with a byte order mark": (

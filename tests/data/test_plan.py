@@ -553,6 +553,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 FREE: dict[str, dict[str, Any]] = {
     "source": {"source": "/elsewhere"},
+    "channels": {"channels": 6},
     "max_unreadable": {"max_unreadable": 0.5},
     "workers": {"workers": 7},
     "cache": {"cache": "memory"},

@@ -10,7 +10,9 @@ import zipfile
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
+import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
 
 from ijepa_enhanced.data.catalog import open_catalog
@@ -212,12 +214,33 @@ def half_transparent():
 
 
 def measured():
-    """Numbers without a white point, of which one is missing and two are infinite, and the gray levels they give."""
+    """Numbers without a white point, and the gray levels they give."""
     values = 1000 + GRAY[..., 0].astype(np.float32)
-    values[0, 0], values[0, 1], values[0, 2] = np.nan, np.inf, -np.inf
-    levels = (GRAY - np.float64(30)) * (255 / (220 - 30))
-    levels[0, :3] = np.array([0, 255, 0])[:, None]
-    return encode(Image.fromarray(values), "TIFF"), levels.round()
+    return encode(Image.fromarray(values), "TIFF"), ((GRAY - np.float64(30)) * (255 / (220 - 30))).round()
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def heic(**options):
+    """A photo of a phone."""
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(picture).save(buffer, quality=95, chroma=444, **options)
+    return buffer.getvalue()
+
+
+def tiff_of_bands(pixels, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+BANDS = np.concatenate([DEEP, DEEP], axis=2)
+SPARSE = GRAY[..., 0] / 255.0
+SPARSE[3, 4] = np.nan
 
 
 UPPER = np.concatenate([RGB[:16], WHITE[16:]])
@@ -329,6 +352,18 @@ SHOWN = {
     "no white point.tif": (*measured(), EXACT),
     "16 bits.tif": (tiff(DEEP), RGB, EXACT),
     "plain.jp2": (encode(picture, "JPEG2000", irreversible=False), RGB, EXACT),
+    "16 bits, compressed.tif": (tiff_of_bands(DEEP, photometric="rgb", compression="lzw", predictor=True), RGB, EXACT),
+    "16 bits, planes.tif": (
+        tiff_of_bands(np.moveaxis(DEEP, 2, 0), photometric="rgb", planarconfig="separate", byteorder=">"),
+        RGB,
+        EXACT,
+    ),
+    "8 bits.npy.tif": (npy(RGB), RGB, EXACT),
+    "16 bits gray.npy.tif": (npy(DEEP[..., 1]), GRAY, EXACT),
+    "16 bits, by columns, big-endian.npy.tif": (npy(np.asfortranarray(DEEP.astype(">u2"))), RGB, EXACT),
+    "floats.npy.tif": (npy(RGB / 255.0), RGB, 1),  # truncated below
+    "photo.heic": (heic(), RGB, PRINT),
+    "renamed.jpg": (heic(), RGB, PRINT),
     "bare.j2k": (encode(picture, "JPEG2000", irreversible=False, no_jp2=True), RGB, EXACT),
     "16 bits gray.jp2": (encode(Image.fromarray(DEEP[..., 1]), "JPEG2000", irreversible=False), GRAY, EXACT),
     "plain.avif": (encode(picture, "AVIF", quality=95, subsampling="4:4:4"), RGB, PRINT),
@@ -346,16 +381,39 @@ SHOWN = {
 }
 whole = encode(picture, "PNG")
 
-NO_FORMAT = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"
+NO_FORMAT = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file"
 UNREADABLE = {
     "empty.jpg": (b"", "empty file"),
     "text.jpg": (b"no image, but words", NO_FORMAT),
     "page.png": (b"<!DOCTYPE html><html>", NO_FORMAT),
     "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NO_FORMAT),
     "film.jpg": (b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(99), NO_FORMAT),
-    "photo.heic": (heif(b"heic"), "a HEIC image, which is not read: convert it to JPEG"),
-    "photo.heif": (heif(b"mif1"), "a HEIC image, which is not read: convert it to JPEG"),
-    "renamed.jpg": (heif(b"heix"), "a HEIC image, which is not read: convert it to JPEG"),
+    "damaged.heic": (heif(b"heic"), "damaged header: "),
+    "damaged.heif": (heif(b"mif1"), "damaged header: "),
+    "objects.npy.tif": (
+        npy(np.full((32, 48), "x", dtype=object)),
+        "holds Python objects, which could run any code when loaded: save numbers instead",
+    ),
+    "counts.npy.tif": (
+        npy(np.zeros((32, 48), np.int64)),
+        "has values of type int64: save them as uint8, uint16 or floats",
+    ),
+    "film.npy.tif": (
+        npy(np.zeros((2, 32, 48, 3), np.uint8)),
+        "has the shape [2, 32, 48, 3]: only [height, width] and [height, width, channels] are read",
+    ),
+    "cut in the header.npy.tif": (npy(GRAY)[:40], "damaged header: "),
+    "cut in the middle.npy.tif": (npy(GRAY)[:-1], "cannot be decoded: buffer"),
+    "not a number.npy.tif": (npy(SPARSE), "contains NaN or infinite values: replace them"),
+    "not a number.tif": (
+        encode(Image.fromarray(SPARSE.astype(np.float32)), "TIFF"),
+        "contains NaN or infinite values: replace them",
+    ),
+    "six channels.npy.tif": (npy(BANDS), "has 6 channels instead of 3 (data.channels)"),
+    "six channels.tif": (
+        tiff_of_bands(BANDS, photometric="minisblack", planarconfig="contig", compression="deflate", predictor=True),
+        "has 6 channels instead of 3 (data.channels)",
+    ),
     "bomb.png": (bomb(20000, 20000), "20000 x 20000 px is above the limit of 89,478,485 px"),
     "orientation behind the pixels.png": (
         whole[:-12] + chunk(b"eXIf", exif(6)[6:]) + whole[-12:],

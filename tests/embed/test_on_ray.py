@@ -176,7 +176,7 @@ def test_a_machine_with_other_files_is_named(photos: Path, encoder: Path, tmp_pa
     ):
         plan = EmbedPlan(dataclasses.replace(settings, **change), catalog, 8, 16384, 4096)
         with pytest.raises(RequestError, match=rf"^{words}\. {node}(?m:$)"):
-            next(on_ray.ray_engine(plan, 3)([0]))
+            next(on_ray.ray_engine(plan, Encoder.from_pretrained(encoder).config)([0]))
 
 
 @pytest.mark.parametrize(

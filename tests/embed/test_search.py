@@ -611,7 +611,8 @@ WRONG: dict[str, tuple[Callable[[], None], str, str]] = {
     "no image": (
         words,
         "embeddings notes.txt",
-        "notes.txt: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image. A query must be an image file.",
+        "notes.txt: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file. A query must be an "
+        "image file.",
     ),
     "no such image": (nothing, "embeddings nope.jpg", "No such file: nope.jpg."),
     "a folder as query": (

@@ -172,7 +172,8 @@ def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: P
     path.write_bytes(b"no image")
     fails(
         UnreadableImage,
-        f"The label map {path} cannot be read: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image.",
+        f"The label map {path} cannot be read: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy "
+        "file.",
     )
     path.unlink()
     fails(UnreadableImage, f"The label map {path} cannot be read: No such file or directory.")

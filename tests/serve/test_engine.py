@@ -243,7 +243,7 @@ def test_one_bad_image_fails_its_request_alone(engine: Engine, make_image: MakeI
 
     bad, good = asyncio.run(two())
     assert isinstance(bad, BadImage)
-    assert str(bad) == "Image 1: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image."
+    assert str(bad) == "Image 1: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file."
     assert len(good) == 1
     assert engine.pending == 0
 

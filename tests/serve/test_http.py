@@ -209,7 +209,7 @@ def zipped(data: bytes) -> bytes:
 
 
 PNG, JPEG = "a PNG file", "a JPEG file"
-KINDS = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image."
+KINDS = "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file."
 HOSTILE = {
     "nothing": (b"", 400, "Image 0: empty file."),
     "text": (b"cat", 400, f"Image 0: {KINDS}"),

@@ -141,7 +141,7 @@ def test_the_page_shows_what_the_encoder_makes_of_images(
     text = tmp_path / "notes.txt"
     text.write_text("no image")
     tab.page.set_input_files("#files", [text, second])
-    tab.has("#error", "notes.txt: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image.")
+    tab.has("#error", "notes.txt: not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file.")
     playwright.expect(tab.page.locator("h2")).to_have_text(["04.png"], timeout=30_000)
 
     overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"

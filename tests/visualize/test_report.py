@@ -217,7 +217,7 @@ def test_the_images_are_summed_up_and_the_unreadable_ones_named(page: Page) -> N
     assert facts["images"] == ["21"]
     assert facts["classes"] == ["2"]
     assert facts["unreadable"] == ["2"]
-    assert facts["left/98.jpg"] == ["not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"]
+    assert facts["left/98.jpg"] == ["not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file"]
     assert "cannot be decoded" in facts["left/99.jpg"][0]
 
 

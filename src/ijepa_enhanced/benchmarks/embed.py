@@ -31,8 +31,9 @@ from ijepa_enhanced.benchmarks.methods import OURS, Method, methods_of, patches_
 from ijepa_enhanced.benchmarks.peers import Embed, Images
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.catalog import open_catalog
-from ijepa_enhanced.data.decode import decode_views, upright_size
+from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.geometry import fit_grids
+from ijepa_enhanced.data.opening import upright_size
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, best_device

@@ -29,7 +29,7 @@ from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.augment import Changes
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
-from ijepa_enhanced.data.decode import decode_pixels, decode_views
+from ijepa_enhanced.data.decode import LONGEST, decode_pixels, decode_views, decode_whole
 from ijepa_enhanced.data.loader import PackDataset, hand_over
 from ijepa_enhanced.data.plan import Pack, Plan
 from ijepa_enhanced.data.sources.base import Source
@@ -57,7 +57,8 @@ def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         images = open_source(source)
         for row in range(IMAGES):
-            images.open(row).save(Path(folder, f"{row:04d}.jpg"), quality=90)
+            pixels = decode_whole(images.open(row), LONGEST)
+            Image.fromarray(pixels).save(Path(folder, f"{row:04d}.jpg"), quality=90)
         return _run(folder, f"{source}, as JPEG", csv)
 
 

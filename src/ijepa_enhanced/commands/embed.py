@@ -87,7 +87,7 @@ def run(options: EmbedOptions) -> int:
         with progress_bar(plan, missing) as progress:
             images = LabelledSource(source, catalog)
             local = local_engine(encoder, images, plan, config, progress.clock)
-            engine = on_ray.ray_engine(plan, network.depth, network.prefix) if ray else local
+            engine = on_ray.ray_engine(plan, network) if ray else local
             write(plan, missing, engine, tables, folder if ranks.main else None, progress)
         if ranks.main:
             finish(options, settings, files, progress)

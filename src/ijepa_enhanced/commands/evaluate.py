@@ -253,7 +253,7 @@ def features_of(
     """Return the features of a source from the last `layers` layers, and log its images that cannot be decoded once."""
     with counting(images.source.name, len(images.catalog.rows)) as progress:
         if encoder is None:
-            found = thumbnails(images, config.workers, progress=progress)
+            found = thumbnails(images, config.workers, progress=progress, channels=work.encoder.config.channels)
         else:
             found = extract(encoder, images, config, progress, cache=True, layers=layers)
     new = {row: reason for row, reason in found.unreadable.items() if work.is_new((images.source.name, row))}

@@ -101,5 +101,12 @@ def draw(config: TrainConfig, folder: Path) -> list[Path]:
 def first_batch(config: TrainConfig, source: Source, catalog: Catalog) -> Batch:
     """Return the first pack that a run of `config` on a source trains on, without its masks."""
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
-    dataset = PackDataset(source, catalog, config.encoder.patch_size, seed=config.seed, changes=config.augment)
+    dataset = PackDataset(
+        source,
+        catalog,
+        config.encoder.patch_size,
+        seed=config.seed,
+        changes=config.augment,
+        channels=config.data.channels,
+    )
     return dataset[plan.epoch(0)[0]]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,9 +72,20 @@ class Changes:
         and cut off at the end alone: the code of SimCLR and BYOL draws the order and cuts off after each, and BYOL's
         adds to brightness instead of scaling.
 
+        Other channels than red, green and blue have no luma and no hue: brightness scales all of them, contrast scales
+        distances from each channel's own mean.
+
         Args:
-            means: [V, 3] of the channels of each view, as it is. Only views that `recolor` need theirs.
+            means: [V, C] of the channels of each view, as it is. Only views that `recolor` need theirs.
         """
+        solarized = torch.from_numpy(self.solarize.copy())
+        channels = means.shape[1]
+        if channels != len(LUMA):
+            shifts = ((1 - self.contrast) * self.brightness)[:, None] * means
+            scales = (self.brightness * self.contrast)[:, None, None] * np.eye(channels)
+            return Colors(
+                torch.from_numpy(np.concatenate([scales, shifts[..., None]], axis=2, dtype=np.float32)), solarized
+            )
         eye, ones = np.eye(3), np.ones((3, 3))
         saturation, angle = self.saturation[:, None, None], math.tau * self.hue[:, None, None]
         saturate = saturation * eye + (1 - saturation) * LUMA * ones
@@ -84,12 +96,14 @@ class Changes:
         # Saturation, hue and gray leave grays alone, so they leave the shift alone.
         shift = (1 - self.contrast) * self.brightness * (means @ LUMA)
         affine = np.concatenate([matrix, np.repeat(shift[:, None, None], 3, axis=1)], axis=2, dtype=np.float32)
-        return Colors(torch.from_numpy(affine), torch.from_numpy(self.solarize.copy()))
+        return Colors(torch.from_numpy(affine), solarized)
 
 
-def channel_means(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+def channel_means(pixels: NDArray[Any]) -> NDArray[np.float64]:
     """Return the mean of each channel of a view [h, w, C]: float64 [C]."""
     height, width, channels = pixels.shape
+    if pixels.dtype != np.uint8:
+        return pixels.mean(axis=(0, 1), dtype=np.float64)
     # Rows first: NumPy adds whole rows at once, but pixels of three values one by one.
     sums = pixels.reshape(height, -1).sum(axis=0, dtype=np.uint32)
     return sums.reshape(width, channels).sum(axis=0) / (height * width)

@@ -11,6 +11,9 @@ from ijepa_enhanced.masks import MIN_TOKENS
 VIEW_SHARE = 8
 """By default a view has at most 1 / 8 of the tokens of a pack. Packs of fewer, larger views are harder to balance."""
 
+MOST_CHANNELS = 32
+"""More channels than satellites have that see colors (Sentinel-2 has 13); hyperspectral images have hundreds."""
+
 LOCAL_SCALE = 2
 """Resolution of the other views, divided by that of local views. DINO uses 224 / 96 (arXiv 2104.14294)."""
 
@@ -23,6 +26,9 @@ class DataConfig:
     """Training images: a folder, tar shards (`train-{000000..000002}.tar`), Parquet files (`train-*.parquet`), a
     Hugging Face dataset (`hf://NAME`), a list (`.csv`, `.jsonl`), or the built-in images (`synthetic`). Join
     several sources with weights to mix them: `photos@2 + train-*.tar@1` (docs/data.md)."""
+    channels: int = 3
+    """Number of channels of the images, from 1 to 32. 3: RGB, and gray images become RGB. Images with another number
+    of channels are unreadable (docs/data.md). For other numbers, augment.color changes brightness and contrast only."""
     tokens_per_pack: int = 16384
     """Maximum number of tokens (patches) in a pack. A pack is the batch of views that a device processes at once,
     concatenated without padding. Lower it if you run out of memory."""
@@ -63,6 +69,8 @@ class DataConfig:
         for name in ("tokens_per_pack", "packs_per_step", "masked_views"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}.")
+        if not 1 <= self.channels <= MOST_CHANNELS:
+            raise ValueError(f"data.channels must be between 1 and {MOST_CHANNELS}, not {self.channels}.")
         for name in ("global_views", "local_views"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must be at least 0, not {getattr(self, name)}.")
@@ -136,7 +144,8 @@ class AugmentConfig:
     flip: float = 0.0
     """Probability of a horizontal flip."""
     color: float = 0.0
-    """Probability of color jitter: brightness, contrast, saturation and hue."""
+    """Probability of color jitter: brightness, contrast, saturation and hue. Only the first two if data.channels is not
+    3."""
     gray: float = 0.0
     """Probability of conversion to grayscale."""
     blur: float = 0.0

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ijepa_enhanced.data.listing import Listing
+from ijepa_enhanced.data.opening import Opened
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import MEGABYTE, free_memory
 from ijepa_enhanced.errors import SourceError, UnreadableImage
@@ -91,7 +91,7 @@ class InMemory(Source):
         """See `Source`."""
         return self.source.length(row)
 
-    def restore(self, row: int, data: bytes) -> Image.Image:
+    def restore(self, row: int, data: bytes) -> Opened:
         """See `Source`."""
         return self.source.restore(row, data)
 

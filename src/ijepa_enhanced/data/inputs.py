@@ -15,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_enhanced.data.decode import FAILURES, decode_views, open_image, patchify, upright_size
+from ijepa_enhanced.data.bands import Bands, of_array
+from ijepa_enhanced.data.decode import decode_views, patchify
 from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.loader import serve_the_parent
+from ijepa_enhanced.data.opening import FAILURES, Opened, open_image, upright_size
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.ops.preprocess import CHANNELS
@@ -25,9 +27,9 @@ from ijepa_enhanced.packed import Packed
 
 logger = logging.getLogger(__name__)
 
-ImageLike = Image.Image | NDArray[np.uint8] | Tensor | bytes | str | Path
-"""A PIL image, an RGB array uint8 [height, width, 3], a tensor uint8 [3, height, width], the bytes of an image file, or
-the path of one."""
+ImageLike = Opened | NDArray[Any] | Tensor | bytes | str | Path
+"""A PIL image, an array [height, width, C], a tensor [C, height, width], the bytes of an image file, or the path of
+one. Arrays and tensors are uint8 or uint16, or floats if C is not 3."""
 
 
 class Decoded(NamedTuple):
@@ -35,7 +37,7 @@ class Decoded(NamedTuple):
 
     key: str | None
     """Its key in a source or its path; None if it has neither."""
-    patches: NDArray[np.uint8] | None
+    patches: NDArray[Any] | None
     """[rows * columns, P * P * C], row by row."""
     grid: NDArray[np.int64]
     """[1, 2] rows and columns."""
@@ -56,24 +58,24 @@ class PackBuilder:
         self.budget = budget
         self.prefix = prefix
         self.tokens = 0
-        self.views: list[NDArray[np.uint8]] = []
+        self.views: list[NDArray[Any]] = []
         self.grids: list[NDArray[np.int64]] = []
 
     def __len__(self) -> int:
         return len(self.views)
 
-    def fits(self, patches: NDArray[np.uint8]) -> bool:
+    def fits(self, patches: NDArray[Any]) -> bool:
         """Return whether an image with these patches fits into the budget. An empty pack takes any image."""
         return not self.views or self.tokens + len(patches) <= self.budget
 
-    def add(self, patches: NDArray[np.uint8], grid: NDArray[np.int64]) -> None:
+    def add(self, patches: NDArray[Any], grid: NDArray[np.int64]) -> None:
         """Add an image to the pack."""
         self.tokens += len(patches)
         self.views.append(patches)
         self.grids.append(grid)
 
     def take(self) -> Packed:
-        """Return the images as one stream, and start a new pack."""
+        """Return the images as one stream, and start a new pack. If one is float32, the whole stream is."""
         packed = Packed.of_grids(np.concatenate(self.views), np.concatenate(self.grids), self.prefix)
         self.tokens, self.views, self.grids = 0, [], []
         return packed
@@ -133,7 +135,9 @@ def check_several(images: object) -> None:
         raise TypeError("images must be a list of images, even for a single image.")
 
 
-def decode_input(image: ImageLike, resolution: int | None, patch_size: int, limit: int) -> Decoded:
+def decode_input(
+    image: ImageLike, resolution: int | None, patch_size: int, limit: int, channels: int = CHANNELS
+) -> Decoded:
     """Return the patches of an image.
 
     Args:
@@ -141,6 +145,7 @@ def decode_input(image: ImageLike, resolution: int | None, patch_size: int, limi
         resolution: sqrt(height * width) in pixels after resizing; None: native size.
         patch_size: P.
         limit: largest number of tokens.
+        channels: C, see `decode_views`.
 
     Raises:
         UnreadableImage: it cannot be decoded; the message names its path if it is one.
@@ -148,13 +153,18 @@ def decode_input(image: ImageLike, resolution: int | None, patch_size: int, limi
         TypeError: it is not an image, or an array of another type or shape.
     """
     try:
-        return _patches(_open(image), resolution, patch_size, limit)
+        return _patches(_open(image, channels), resolution, patch_size, limit, channels)
     except UnreadableImage as error:
         raise UnreadableImage(f"{image}: {error}" if isinstance(image, (str, Path)) else str(error)) from error
 
 
 def decode_all(
-    images: Source | Iterable[ImageLike], resolution: int | None, patch_size: int, limit: int, workers: int
+    images: Source | Iterable[ImageLike],
+    resolution: int | None,
+    patch_size: int,
+    limit: int,
+    workers: int,
+    channels: int = CHANNELS,
 ) -> Iterator[Decoded]:
     """Yield all images as patches, in order, decoded by worker processes; arguments as for `decode_input`.
 
@@ -171,7 +181,7 @@ def decode_all(
             failures.append(_failed(None, error, fatal=True))
 
     loader = DataLoader(
-        _Decoder(source, resolution, patch_size, limit),
+        _Decoder(source, resolution, patch_size, limit, channels),
         sampler=drawn(),  # passed to the dataset one by one, so that a generator need not hold more than a few images
         batch_size=None,
         num_workers=workers,
@@ -186,9 +196,11 @@ def decode_all(
 class _Decoder(Dataset[Decoded]):
     """Decodes rows of a source, or images, in a worker."""
 
-    def __init__(self, source: Source | None, resolution: int | None, patch_size: int, limit: int) -> None:
+    def __init__(
+        self, source: Source | None, resolution: int | None, patch_size: int, limit: int, channels: int
+    ) -> None:
         self.source = source
-        self.how = (resolution, patch_size, limit)
+        self.how = (resolution, patch_size, limit, channels)
 
     def __getitem__(self, item: Any) -> Decoded:
         if isinstance(item, Decoded):  # its error was found before it could be sent here
@@ -234,27 +246,23 @@ def _portable(image: Any) -> Any:
         return _failed(None, UnreadableImage(f"cannot be decoded: {error}"))
 
 
-def _patches(image: Image.Image, resolution: int | None, patch_size: int, limit: int) -> Decoded:
+def _patches(image: Opened, resolution: int | None, patch_size: int, limit: int, channels: int) -> Decoded:
     size = np.array([upright_size(image)])  # [1, 2]: height and width, turned by the EXIF orientation
     grid = fit_grids(size[:, 0], size[:, 1], resolution, patch_size, limit=limit)
     # The box (top, left, height, width) is the whole image: nothing is cropped.
-    (view,) = decode_views(image, np.concatenate([0 * size, size], axis=1), grid * patch_size)
+    (view,) = decode_views(image, np.concatenate([0 * size, size], axis=1), grid * patch_size, channels=channels)
     return Decoded(None, patchify(view, patch_size), grid)
 
 
-def _open(image: ImageLike) -> Image.Image:
-    """Return an image of any kind as a PIL image; errors as for `decode_input`."""
+def _open(image: ImageLike, channels: int) -> Opened:
+    """Return an image of any kind, opened; errors as for `decode_input`."""
+    if isinstance(image, Bands):
+        return image
     if isinstance(image, Image.Image):
         data = _unread_file(image)
         return image if data is None else open_image(data)
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != CHANNELS:
-            raise TypeError(f"A tensor must be uint8 [3, height, width], not {image.dtype} {[*image.shape]}.")
-        return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != CHANNELS:
-            raise TypeError(f"An array must be uint8 [height, width, 3], not {image.dtype} {[*image.shape]}.")
-        return Image.fromarray(image)
+    if isinstance(image, (Tensor, np.ndarray)):
+        return _of_array(image, channels)
     if isinstance(image, bytes):
         return open_image(image)
     if not isinstance(image, (str, Path)):
@@ -262,6 +270,22 @@ def _open(image: ImageLike) -> Image.Image:
             f"An image must be a PIL image, a NumPy array, a tensor, bytes or a path, not {type(image).__name__}."
         )
     return open_image(Path(image).read_bytes())
+
+
+def _of_array(image: Tensor | NDArray[Any], channels: int) -> Bands:
+    """Return an array or a tensor, opened; errors as for `decode_input`."""
+    tensor = isinstance(image, Tensor)
+    array = image.movedim(0, -1).cpu().numpy() if isinstance(image, Tensor) else image
+    # Floats that are RGB may end at 1 or at 255, or be normalized already: nothing tells which.
+    floats = channels != CHANNELS
+    known = array.dtype in (np.uint8, np.uint16) or (floats and array.dtype.kind == "f")
+    if not known or array.ndim != 3 or array.shape[2] != channels:
+        what, axes = (
+            ("A tensor", f"[{channels}, height, width]") if tensor else ("An array", f"[height, width, {channels}]")
+        )
+        kinds = "uint8, uint16 or float" if floats else "uint8 or uint16"
+        raise TypeError(f"{what} must be {kinds} {axes}, not {image.dtype} {[*image.shape]}.")
+    return of_array(array)
 
 
 def _unread_file(image: Image.Image) -> bytes | None:

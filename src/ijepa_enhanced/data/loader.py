@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +28,8 @@ from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data.augment import Changes, channel_means
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig
-from ijepa_enhanced.data.decode import decode_views, patchify, upright_size
+from ijepa_enhanced.data.decode import decode_views, patchify
+from ijepa_enhanced.data.opening import Opened, upright_size
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import MEGABYTE, SHARED_MEMORY, default_workers
@@ -77,6 +77,8 @@ class PackDataset(Dataset[Batch]):
     """Layers of the student; None: as many as `depth`."""
     student_prefix: int = 0
     """Of what the student sees."""
+    channels: int = CHANNELS
+    """C. Images of other channels are unreadable; with 3, see `decode_views`."""
 
     def __post_init__(self) -> None:
         if self.changes == AugmentConfig():  # drawing only to change nothing costs time too
@@ -119,25 +121,33 @@ class PackDataset(Dataset[Batch]):
 
     def _read(
         self, pack: Pack, rows: NDArray[np.int64], changes: Changes | None
-    ) -> tuple[list[NDArray[np.uint8]], NDArray[np.float64], tuple[tuple[int, str], ...]]:
-        """Return the patches of the masked and of the unmasked views, channel means [V, C], and what is unreadable."""
+    ) -> tuple[list[NDArray[Any]], NDArray[np.float64], tuple[tuple[int, str], ...]]:
+        """Return the patches of the masked and of the unmasked views, channel means [V, C], and what is unreadable.
+
+        Patches are uint8, or all float32 if an image has more than 8 bits.
+        """
         tokens = pack.grids.prod(axis=1)
-        width = self.patch_size**2 * CHANNELS
-        patches = [np.empty((tokens[own].sum(), width), dtype=np.uint8) for own in (~pack.unmasked, pack.unmasked)]
+        width = self.patch_size**2 * self.channels
+        patches: list[NDArray[Any]] = [
+            np.empty((tokens[own].sum(), width), dtype=np.uint8) for own in (~pack.unmasked, pack.unmasked)
+        ]
         filled = [0, 0]
-        means = np.zeros((len(rows), CHANNELS))
+        means = np.zeros((len(rows), self.channels))
         unreadable = []
         starts = np.flatnonzero(np.diff(pack.images, prepend=-1)).tolist()
         for first, last in itertools.pairwise([*starts, len(rows)]):
             own = slice(first, last)
-            geometry = () if changes is None else (changes.flip[own], changes.sigma[own])
+            flips, sigmas = (None, None) if changes is None else (changes.flip[own], changes.sigma[own])
             try:
                 image = self.source.open(int(rows[first]))
                 check_unchanged(image, self.catalog, int(pack.images[first]))
-                views = decode_views(image, pack.boxes[own], pack.grids[own] * self.patch_size, *geometry)
+                sizes = pack.grids[own] * self.patch_size
+                views = decode_views(image, pack.boxes[own], sizes, flips, sigmas, self.channels)
             except UnreadableImage as error:
                 unreadable.append((int(rows[first]), str(error)))
                 continue
+            if views[0].dtype != patches[0].dtype == np.uint8:
+                patches = [part.astype(views[0].dtype) for part in patches]
             for view, pixels in enumerate(views, first):
                 kind, count = int(pack.unmasked[view]), int(tokens[view])
                 patchify(pixels, self.patch_size, patches[kind][filled[kind] : filled[kind] + count])
@@ -147,7 +157,7 @@ class PackDataset(Dataset[Batch]):
         return [own[:count] for own, count in zip(patches, filled, strict=True)], means, tuple(unreadable)
 
 
-def check_unchanged(image: Image.Image, catalog: Catalog, position: int) -> None:
+def check_unchanged(image: Opened, catalog: Catalog, position: int) -> None:
     """Check that an image still has the size that its boxes were made for.
 
     Raises:
@@ -242,12 +252,19 @@ def make_loader(
 
 
 def check_shared_memory(
-    workers: int | None, tokens_per_pack: int, patch_size: int, held: int, free: int | None, ranks: int = 1
+    workers: int | None,
+    tokens_per_pack: int,
+    patch_size: int,
+    held: int,
+    free: int | None,
+    ranks: int = 1,
+    channels: int = CHANNELS,
 ) -> None:
     """Check that the packs which workers hand over fit into the shared memory of this machine.
 
     Each worker keeps up to `PREFETCH` packs there, with P * P * C bytes for the patch of each token and `BESIDE_PATCH`
-    for all else. A container often has 64 MB of it, and the system kills a process that finds it full without a word.
+    for all else. Images of other channels than 3 often have more than 8 bits, so they count 4 bytes a value. A
+    container often has 64 MB of it, and the system kills a process that finds it full without a word.
 
     Args:
         workers: of each rank; None means `default_workers`.
@@ -256,12 +273,14 @@ def check_shared_memory(
         held: packs of each rank that stay there while they are computed with.
         free: bytes of free shared memory; None if it has no limit.
         ranks: on this machine.
+        channels: C.
 
     Raises:
         SourceError: they do not fit; the message says what to set.
     """
     workers = default_workers() if workers is None else workers
-    pack = ranks * tokens_per_pack * (patch_size**2 * 3 + BESIDE_PATCH)
+    value = np.dtype(np.uint8 if channels == CHANNELS else np.float32).itemsize
+    pack = ranks * tokens_per_pack * (patch_size**2 * channels * value + BESIDE_PATCH)
     needed = (held + workers * PREFETCH) * pack
     if workers and free is not None and needed > free:
         fit = max(0, (free // pack - held) // PREFETCH)

@@ -143,7 +143,7 @@ class Plan:
         floats = [field.name for field in dataclasses.fields(self.config) if field.type == "float"]
         settings = dataclasses.asdict(self.config)
         settings |= {name: float(settings[name]) for name in floats}
-        for free in ("source", "max_unreadable", "workers", "cache"):
+        for free in ("source", "channels", "max_unreadable", "workers", "cache"):
             del settings[free]
         settings |= {"patch_size": self.patch_size, "seed": self.seed, "catalog": self.catalog.hash}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import PIL
 import torch
 from PIL import Image
@@ -228,7 +229,7 @@ class _Encoded(Dataset[torch.Tensor | str]):
         except UnreadableImage as error:
             return str(error)
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=self.quality)
+        Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=self.quality)
         return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 

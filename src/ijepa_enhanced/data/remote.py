@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ijepa_enhanced.data.sources.base import CLASSES
-from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC
+from ijepa_enhanced.data.sources.names import ARRAY, EXTENSIONS
 from ijepa_enhanced.data.sources.patterns import expand
 from ijepa_enhanced.data.sources.splits import SHARDS
 from ijepa_enhanced.errors import SourceError
@@ -95,7 +95,7 @@ def _is_folder(path: str) -> bool:
 def _list(system: Any, path: str) -> list[str]:
     """The files of a folder that hold images, or those of a pattern."""
     if _is_folder(path):
-        wanted = (*EXTENSIONS, *HEIC, *SHARDS, CLASSES)
+        wanted = (*EXTENSIONS, ARRAY, *SHARDS, CLASSES)
         return sorted(file for file in system.find(path) if file.lower().endswith(wanted))
     return [
         file

@@ -40,6 +40,7 @@ from ijepa_enhanced.embed.settings import EmbedSettings, hash_encoder
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError, RunError, UserError
 from ijepa_enhanced.evaluate.tokens import LabelledSource, last_outputs
+from ijepa_enhanced.models.config import Architecture
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,8 @@ class Work:
     settings: EmbedSettings
     patch_size: int
     """P."""
-    depth: int
-    """Layers of the encoder."""
-    prefix: int
-    """See `Packed.prefix`."""
+    network: Architecture
+    """Of the encoder."""
     limit: int
     """Most tokens of an image."""
     budget: int
@@ -185,15 +184,14 @@ def _own_device() -> tuple[torch.device, torch.dtype]:
     return device, autocast_dtype("auto", device)
 
 
-def ray_engine(plan: EmbedPlan, depth: int, prefix: int) -> Engine:
+def ray_engine(plan: EmbedPlan, network: Architecture) -> Engine:
     """Return the engine that embeds on all devices of the cluster that this process is connected to.
 
     Args:
         plan: its settings name the source and the encoder, which every machine of the cluster must find there.
-        depth: layers of the encoder.
-        prefix: see `Packed.prefix`.
+        network: of the encoder.
     """
-    work = Work(plan.settings, plan.patch_size, depth, prefix, plan.limit, plan.budget, os.getcwd())
+    work = Work(plan.settings, plan.patch_size, network, plan.limit, plan.budget, os.getcwd())
 
     def embed(files: Sequence[int]) -> Iterator[PackFeatures]:
         import ray.data
@@ -233,9 +231,10 @@ def _read(work: Work, files: NDArray[np.int64], ends: NDArray[np.int64], row: di
             images.source,
             images.catalog,
             work.patch_size,
-            depth=work.depth,
+            depth=work.network.depth,
             merge_rate=work.settings.merge_rate,
-            prefix=work.prefix,
+            prefix=work.network.prefix,
+            channels=work.network.channels,
         )
         return dataset[_packs(work, int(files[place]))[row["id"] - int(ends[place])]]  # counted from the file's end
 

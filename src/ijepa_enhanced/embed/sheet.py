@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ijepa_enhanced.data.catalog import open_catalog
-from ijepa_enhanced.data.decode import decode_whole, open_image
+from ijepa_enhanced.data.decode import picture_of
+from ijepa_enhanced.data.opening import Opened, open_image
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.embed.folder import Row
@@ -101,13 +102,13 @@ def query_tile(path: str) -> Tile:
     return Tile(small(open_image(Path(path).read_bytes())), QUERY, path, framed=True)
 
 
-def small(image: Image.Image) -> Image.Image:
+def small(image: Opened) -> Image.Image:
     """Return an image in RGB, shrunk to about twice the size of a tile if it is larger.
 
     Raises:
         UnreadableImage: the pixels cannot be decoded.
     """
-    return Image.fromarray(decode_whole(image, 2 * TILE))
+    return Image.fromarray(picture_of(image, 2 * TILE))
 
 
 def draw_sheet(lines: Sequence[Sequence[Tile]], path: Path, side_by_side: bool = False) -> None:

@@ -34,7 +34,7 @@ PACKS_PER_PART = 16
 """Of a file of the cache, and so the most that an interruption loses: 1,300 images of 196 tokens, on a CPU 330."""
 THUMBNAILS = 64
 """Images that a worker hands over at once: one by one, handing over takes as long as decoding."""
-FORMAT = 4
+FORMAT = 5
 """Raised when a cached file means something else, or an encoder of the same weights computes something else."""
 
 
@@ -180,15 +180,20 @@ def _digest(encoder: Encoder, images: LabelledSource, config: InferenceConfig) -
 
 
 def thumbnails(
-    images: LabelledSource, workers: int, side: int = 16, progress: Callable[[int], None] | None = None
+    images: LabelledSource,
+    workers: int,
+    side: int = 16,
+    progress: Callable[[int], None] | None = None,
+    channels: int = CHANNELS,
 ) -> Features:
-    """Return the floor that any encoder must beat: images squashed to `side` x `side` RGB pixels, [N, 3 * side**2].
+    """Return the floor that any encoder must beat: images squashed to `side` x `side` pixels, [N, C * side**2].
 
     Args:
         images: the source.
         workers: processes that decode.
         side: of the squares, in pixels.
         progress: called with the number of images done.
+        channels: C, see `decode_views`.
 
     Raises:
         UnreadableImage: none of the images can be decoded.
@@ -199,7 +204,7 @@ def thumbnails(
     unreadable: dict[int, str] = {}
     positions = torch.arange(len(catalog.rows)).split(THUMBNAILS)
     for part, (pixels, failed) in zip(
-        positions, make_loader(_Thumbnails(images, side), positions, workers), strict=True
+        positions, make_loader(_Thumbnails(images, side, channels), positions, workers), strict=True
     ):
         values.append(pixels.flatten(1) / 255)
         unreadable |= failed
@@ -214,23 +219,24 @@ def thumbnails(
 
 
 class _Thumbnails(Dataset[tuple[Tensor, dict[int, str]]]):
-    """Pixels uint8 [n, side, side, C] of some images of the catalog; row and reason of those that have none."""
+    """Pixels [n, side, side, C] of some images of the catalog; row and reason of those that have none."""
 
-    def __init__(self, images: LabelledSource, side: int) -> None:
+    def __init__(self, images: LabelledSource, side: int, channels: int) -> None:
         self.images = images
         self.side = side
+        self.channels = channels
 
     def __getitem__(self, positions: Tensor) -> tuple[Tensor, dict[int, str]]:
         source, catalog = self.images.source, self.images.catalog
         size = np.array([[self.side, self.side]])
-        pixels, unreadable = [np.empty((0, self.side, self.side, CHANNELS), np.uint8)], {}
+        pixels, unreadable = [np.empty((0, self.side, self.side, self.channels), np.uint8)], {}
         for image in positions.tolist():
             box = np.array([[0, 0, catalog.heights[image], catalog.widths[image]]], dtype=np.float32)
             row = int(catalog.rows[image])
             try:
                 opened = source.open(row)
                 check_unchanged(opened, catalog, image)
-                pixels.append(np.stack(decode_views(opened, box, size)))
+                pixels.append(np.stack(decode_views(opened, box, size, channels=self.channels)))
             except UnreadableImage as error:
                 unreadable[row] = str(error)
         return torch.from_numpy(np.concatenate(pixels)), unreadable

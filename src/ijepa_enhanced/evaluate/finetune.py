@@ -156,6 +156,7 @@ def _train(
         depth=depth,
         merge_rate=config.merge_rate,
         changes=AugmentConfig(flip=training.flip),
+        channels=encoder.config.channels,
     )
     trainable = list(model.parameters())
     optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0)

@@ -143,6 +143,7 @@ def token_batches(
         depth=network.depth,
         merge_rate=config.merge_rate,
         prefix=network.prefix,
+        channels=network.channels,
     )
     loader = make_loader(dataset, packs, config.workers, pin_memory=encoder.device.type == "cuda")
     for batch in loader if clock is None else clock.timed(loader):

@@ -53,9 +53,11 @@ class Architecture:
     norm_pooled: bool = False
     """Whether the final LayerNorm is applied to the feature of a view after pooling (timm's `fc_norm`). False: to each
     token before."""
+    channels: int = 3
+    """C, of the images."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "hidden", "patch_size"):
+        for name in ("width", "depth", "heads", "hidden", "patch_size", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.width % self.heads:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ijepa_enhanced.merge_plan import layer_rates, merged_lengths
 from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.models.vit import PATCH_MLP_RATIO
-from ijepa_enhanced.ops.preprocess import CHANNELS
 
 Lengths = Sequence[int] | NDArray[np.integer]
 Counts = NDArray[np.int64]
@@ -136,7 +135,7 @@ def _encoder(config: Architecture, lengths: Lengths, rate: float | Sequence[floa
     merges = np.array([layer_rate > 0 for layer_rate in layer_rates(rate, config.depth)])[:, None]
     # All counts below are multiply-adds, and doubled at the end.
     entries = {"factorized": sum(config.position_grid), "table": math.prod(config.position_grid)}
-    pixels, second_layer = config.patch_size**2 * CHANNELS, np.zeros_like(tokens)
+    pixels, second_layer = config.patch_size**2 * config.channels, np.zeros_like(tokens)
     if config.patch_embed == "mlp":
         pixels *= PATCH_MLP_RATIO
         # Its input, the hidden layer, needs a gradient, so it does not count among the inputs.

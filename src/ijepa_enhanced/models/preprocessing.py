@@ -16,6 +16,7 @@ class Preprocessing:
     """Resolution that the network was trained at, sqrt(height * width) in pixels; if there were several, the largest.
     None: native size."""
     channels: int = CHANNELS
+    """C, of the images."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean of each channel, for pixel values on [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD
@@ -27,11 +28,9 @@ class Preprocessing:
     """The feature of an image. mean: the mean of the features of its patches. cls: the feature of the class token."""
 
     def __post_init__(self) -> None:
-        if self.channels != CHANNELS:
-            raise ValueError(f"channels must be {CHANNELS}, not {self.channels}.")
-        if not len(self.mean) == len(self.std) == CHANNELS:
+        if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(
-                f"mean and std must have {CHANNELS} values each, not {len(self.mean)} and {len(self.std)}."
+                f"mean and std must have {self.channels} values each, not {len(self.mean)} and {len(self.std)}."
             )
         if not all(value > 0 for value in self.std):
             raise ValueError(f"std must be above 0, not {self.std}.")

@@ -14,7 +14,6 @@ from ijepa_enhanced.ops.linear import Linear, pad_rows
 from ijepa_enhanced.ops.merging import Merge, chain, unmerge
 from ijepa_enhanced.ops.pooling import pool
 from ijepa_enhanced.ops.positions import centered
-from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.packed import Packed
 
 PATCH_MLP_RATIO = 2
@@ -50,7 +49,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         embedding = Linear if config.patch_embed == "linear" else PatchMLP
-        self.patch_embed = embedding(config.patch_size**2 * CHANNELS, config.width)
+        self.patch_embed = embedding(config.patch_size**2 * config.channels, config.width)
         self.prefix = nn.Parameter(torch.empty(config.prefix, config.width)) if config.prefix else None
         """The class token, if there is one, then the registers."""
         self.positions = make_positions(config)

@@ -1,4 +1,4 @@
-"""Preprocessing on the device: from uint8 patches to the recolored, normalized patches that a network takes."""
+"""Preprocessing on the device: from patches of pixels to the recolored, normalized patches that a network takes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ijepa_enhanced.batch import Colors
 from ijepa_enhanced.packed import Packed, segment_ids
 
 CHANNELS = 3
+"""Of images, unless `data.channels` says otherwise: red, green and blue."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -19,11 +20,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def recolor(packed: Packed, colors: Colors) -> Tensor:
-    """Return the patches of V views in their changed colors: float32 [T, P * P * C] on [0, 255], not rounded."""
+    """Return the patches of V views in their changed colors: float32 [T, P * P * C] on [0, 255], not rounded.
+
+    With other channels than 3, maps are diagonal. Values are then neither cut off nor solarized, since floats may lie
+    anywhere.
+    """
     views = segment_ids(packed.segments.cu_seqlens, len(packed.values))  # of each token
     channels = colors.affine.shape[1]
     pixels = packed.values.float().unflatten(1, (-1, channels))  # [T, P * P, C]
     maps = colors.affine[views].unsqueeze(1)  # [T, 1, C, C + 1]
+    if channels != CHANNELS:
+        scales = maps[..., :channels].diagonal(dim1=2, dim2=3)  # [T, 1, C]
+        return torch.addcmul(maps[..., channels], pixels, scales).flatten(1)
     # A sum of products instead of a matrix product, which autocast would round to bfloat16.
     changed = maps[..., channels]
     for channel in range(channels):
@@ -35,7 +43,7 @@ def recolor(packed: Packed, colors: Colors) -> Tensor:
 
 
 class Normalize(nn.Module):
-    """Normalization of uint8 patches by the mean and standard deviation of each channel.
+    """Normalization of patches of pixels by the mean and standard deviation of each channel.
 
     Args:
         mean, std: C values each, for pixel values on [0, 1].
@@ -54,7 +62,7 @@ class Normalize(nn.Module):
         self.register_buffer("shift", (-torch.tensor(mean) / deviation).repeat(patch_size**2), persistent=False)
 
     def forward(self, packed: Packed, colors: Colors | None = None) -> Packed:
-        """Normalize uint8 patches [T, P * P * C] into floating-point patches of the same shape.
+        """Normalize patches [T, P * P * C] of pixels on [0, 255] into floating-point patches of the same shape.
 
         Args:
             packed: V views.

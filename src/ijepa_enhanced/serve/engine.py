@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from ijepa_enhanced.data.decode import open_image
 from ijepa_enhanced.data.inputs import Decoded, decode_input
+from ijepa_enhanced.data.opening import open_image
 from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder, Resolution
 from ijepa_enhanced.errors import UnreadableImage
@@ -129,7 +129,8 @@ class Engine:
 
     async def _embed(self, number: int, image: bytes, resolution: int | None, how: How) -> Answer:
         loop = asyncio.get_running_loop()
-        work = partial(decode, image, self.limits.max_pixels, resolution, self.encoder.config.patch_size, self.budget)
+        shape = self.encoder.config
+        work = partial(decode, image, self.limits.max_pixels, resolution, shape.patch_size, self.budget, shape.channels)
         try:
             decoded, seconds = await loop.run_in_executor(self._decoders, work)
         except UnreadableImage as error:
@@ -144,7 +145,9 @@ class Engine:
         self._report(pack)
 
 
-def decode(data: bytes, max_pixels: int, resolution: int | None, patch_size: int, limit: int) -> tuple[Decoded, float]:
+def decode(
+    data: bytes, max_pixels: int, resolution: int | None, patch_size: int, limit: int, channels: int
+) -> tuple[Decoded, float]:
     """Return an image as patches, and the seconds that this took; arguments as for `decode_input`.
 
     Raises:
@@ -153,4 +156,4 @@ def decode(data: bytes, max_pixels: int, resolution: int | None, patch_size: int
     """
     start = time.perf_counter()
     image = open_image(data, max_pixels)
-    return decode_input(image, resolution, patch_size, limit), time.perf_counter() - start
+    return decode_input(image, resolution, patch_size, limit, channels), time.perf_counter() - start

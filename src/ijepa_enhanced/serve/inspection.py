@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.data.decode import unpatchify
+from ijepa_enhanced.data.decode import displayed, unpatchify
 from ijepa_enhanced.serve.engine import Answer
 from ijepa_enhanced.serve.gallery import Gallery
 from ijepa_enhanced.visualize.features import pca_maps
@@ -61,7 +61,7 @@ def inspect(answers: Sequence[Answer], patch_size: int, gallery: Gallery | None)
 def pixels_of(answer: Answer, patch_size: int) -> str:
     """Return the image as the encoder sees it, as a data URI."""
     assert answer.image.patches is not None
-    pixels = unpatchify(answer.image.patches, *answer.made.output.grid, patch_size)
+    pixels = displayed(unpatchify(answer.image.patches, *answer.made.output.grid, patch_size))
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{encoded(file.getvalue())}"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Packaged:
 class Waiting:
     """A decoded image that waits for a pack."""
 
-    patches: NDArray[np.uint8]
+    patches: NDArray[Any]
     """[rows * columns, P * P * C]"""
     grid: NDArray[np.int64]
     """[1, 2]"""

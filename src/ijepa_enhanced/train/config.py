@@ -132,6 +132,12 @@ class TrainConfig:
                     f"data.{name} has no effect unless objective.contrastive_weight > 0. Set data.{name} to 0, or set "
                     "objective.contrastive_weight above 0."
                 )
+        recoloring = [f"augment.{name}" for name in ("gray", "solarize") if getattr(self.augment, name)]
+        if self.data.channels != 3 and recoloring:
+            raise ValueError(
+                f"{' and '.join(recoloring)} {'change' if len(recoloring) > 1 else 'changes'} red, green and blue, but "
+                f"data.channels is {self.data.channels}. Set {'both' if len(recoloring) > 1 else 'it'} to 0."
+            )
         if self.teacher is not None and not self.objective.prediction_weight:
             raise ValueError(
                 "teacher has no effect unless objective.prediction_weight > 0. Set objective.prediction_weight."

@@ -74,6 +74,7 @@ class ProbeSet:
             depth=encoder.depth,
             merge_rate=merge_rate,
             prefix=encoder.prefix,
+            channels=encoder.channels,
         )
         self.decoded: dict[int, Batch] = {}
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.data.catalog import Catalog
-from ijepa_enhanced.data.decode import decode_whole
+from ijepa_enhanced.data.decode import picture_of
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.visualize.plot import plot
@@ -58,7 +58,7 @@ def survey(source: Source, catalog: Catalog) -> Survey:
         row = int(catalog.rows[position])
         try:
             image = source.open(row)
-            pixels = decode_whole(image, THUMBNAIL_SIZE)
+            pixels = picture_of(image, THUMBNAIL_SIZE)
         except UnreadableImage as error:
             unreadable.append((row, str(error)))
             continue
@@ -123,7 +123,7 @@ def _near(hashes: dict[int, NDArray[np.uint64]]) -> list[tuple[int, int]]:
 
 
 def _thumbnail(source: Source, row: int) -> NDArray[np.uint8]:
-    return decode_whole(source.open(row), THUMBNAIL_SIZE)
+    return picture_of(source.open(row), THUMBNAIL_SIZE)
 
 
 def _side_by_side(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ijepa_enhanced.data.decode import unpatchify
+from ijepa_enhanced.data.decode import displayed, unpatchify
 from ijepa_enhanced.data.inputs import ImageLike
 from ijepa_enhanced.encoder import Encoder, Resolution
 from ijepa_enhanced.visualize.views import MARGIN, enlarged, save_png, sheet_of
@@ -88,7 +88,7 @@ def draw_features(
     patch: tuple[int, int] | None = None,
     resolution: Resolution = None,
 ) -> list[tuple[int, int]]:
-    """Write a PNG with each image as the encoder sees it, and its features to the right of it.
+    """Write a PNG with each image as the encoder sees it (see `displayed`), and its features to the right of it.
 
     First come their principal components over all images (`pca_maps`). If a `patch` is chosen, then comes how similar
     every patch is to it (`similarity_map`), from dark, the least similar in the image, to bright; it is outlined.
@@ -114,7 +114,7 @@ def draw_features(
     for patches, features, colors in zip(views, maps, pca_maps(maps), strict=True):
         rows, cols = features.shape[:2]
         cell = max(4, round(RESOLUTION / (rows * cols) ** 0.5))
-        pixels = unpatchify(patches.numpy(), rows, cols, encoder.config.patch_size)
+        pixels = displayed(unpatchify(patches.numpy(), rows, cols, encoder.config.patch_size))
         shown = [
             np.array(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC)),
             enlarged(colors, cell),

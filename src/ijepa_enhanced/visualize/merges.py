@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ijepa_enhanced.data.decode import unpatchify
+from ijepa_enhanced.data.decode import displayed, unpatchify
 from ijepa_enhanced.data.inputs import ImageLike
 from ijepa_enhanced.encoder import Encoder, Resolution
 from ijepa_enhanced.models.vit import patches_to_tokens
@@ -30,8 +30,8 @@ def regions(
         merge_rate: share of its tokens that each layer merges into others, above 0.
 
     Returns:
-        The pixels uint8 [rows * P, cols * P, 3], and for each layer int64 [rows, cols]: the number of the token, from 0
-        in each layer.
+        The pixels uint8 [rows * P, cols * P, 3], see `displayed`; and for each layer int64 [rows, cols]: the number of
+        the token, from 0 in each layer.
 
     Raises:
         UnreadableImage: the image cannot be decoded.
@@ -44,7 +44,7 @@ def regions(
     device = encoder.device
     _, merges = encoder.network.tokens(encoder.preprocess(packed.to(device)), plan.to(device))
     rows, cols = packed.grids[0].tolist()
-    pixels = unpatchify(packed.values.numpy(), rows, cols, encoder.config.patch_size)
+    pixels = displayed(unpatchify(packed.values.numpy(), rows, cols, encoder.config.patch_size))
     stages = [merge.origin.cpu().numpy() for merge in patches_to_tokens(merges) if merge is not None]
     return pixels, [stage.reshape(rows, cols) for stage in stages]
 

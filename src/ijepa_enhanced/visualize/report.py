@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ijepa_enhanced.data.catalog import LISTED, summary
-from ijepa_enhanced.data.config import AugmentConfig
+from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.visualize.configuration import configuration_section
@@ -188,7 +188,10 @@ def _masks(run: Run) -> str:
     pack = first.select(np.flatnonzero(~first.unmasked)[:VIEWS_SHOWN])
     patch_size = run.config["encoder"]["patch_size"]
     changes = AugmentConfig(**run.config.get("augment", {}))
-    dataset = PackDataset(images.source, images.catalog, patch_size, seed=run.config["seed"], changes=changes)
+    channels = DataConfig(**run.config["data"]).channels  # which runs of older versions do not name
+    dataset = PackDataset(
+        images.source, images.catalog, patch_size, seed=run.config["seed"], changes=changes, channels=channels
+    )
     batch = dataset[pack]
     if not len(batch.image_ids):
         return note("None of the first images can be decoded, so there are no masks to show.")

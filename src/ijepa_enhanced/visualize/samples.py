@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from ijepa_enhanced.data.decode import decode_views, upright_size
+from ijepa_enhanced.data.decode import decode_views, displayed, shown_channels
+from ijepa_enhanced.data.opening import upright_size
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import autocast_dtype, best_device
 from ijepa_enhanced.encoder import Encoder
@@ -181,7 +182,8 @@ def _thumbnail(source: Source, row: int, size: int) -> Image.Image:
     height, width = upright_size(image)
     scale = SHARPNESS * size / math.sqrt(height * width)
     pixels = np.maximum(1, np.rint([[height * scale, width * scale]])).astype(np.int64)
-    return Image.fromarray(decode_views(image, np.array([[0, 0, height, width]]), pixels)[0])
+    box, channels = np.array([[0, 0, height, width]]), shown_channels(image)
+    return Image.fromarray(displayed(decode_views(image, box, pixels, channels=channels)[0]))
 
 
 def _shown(thumbnail: Image.Image, alt: str) -> str:

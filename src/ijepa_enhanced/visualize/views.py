@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ijepa_enhanced.batch import Batch, Colors
-from ijepa_enhanced.data.decode import unpatchify
+from ijepa_enhanced.data.decode import displayed, unpatchify
 from ijepa_enhanced.files import make_folder, replacing
 from ijepa_enhanced.masks import ViewMasks
 from ijepa_enhanced.ops.preprocess import recolor
@@ -51,7 +51,7 @@ def draw_masked_views(batch: Batch, masks: Sequence[ViewMasks], patch_size: int,
     for view in range(min(VIEWS_SHOWN, len(batch.packed.segments))):
         start, stop = bounds[view : view + 2]
         rows, cols = batch.packed.grids[view].tolist()
-        pixels = unpatchify(patches[start:stop], rows, cols, patch_size)
+        pixels = displayed(unpatchify(patches[start:stop], rows, cols, patch_size))
         cell = max(1, round(VIEW_RESOLUTION / (rows * cols) ** 0.5))
         whole = np.asarray(Image.fromarray(pixels).resize((cols * cell, rows * cell), Image.Resampling.BICUBIC))
         masked = np.where(enlarged(_area(masks[view].context, rows, cols), cell)[..., None], whole, 255)
@@ -75,7 +75,7 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
         patches = np.concatenate([patches, _in_color(batch.unmasked, batch.unmasked_colors)])
     total = stream.segments.total
     down = -(-total // across)
-    patches = patches.reshape(total, patch_size, patch_size, 3)
+    patches = displayed(patches.reshape(total * patch_size, patch_size, -1)).reshape(total, patch_size, patch_size, 3)
     sheet = np.full((down * (cell + 2), across * (cell + 2), 3), 255, np.uint8)
     bounds = stream.segments.cu_seqlens.numpy()
     view_of = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
@@ -89,9 +89,11 @@ def draw_pack(batch: Batch, patch_size: int, path: Path) -> None:
     save_png(Image.fromarray(sheet), path)
 
 
-def _in_color(packed: Packed, colors: Colors | None) -> NDArray[np.uint8]:
+def _in_color(packed: Packed, colors: Colors | None) -> NDArray[Any]:
     """Return the patches [T, P * P * C] as the network gets them, before normalization."""
-    values = packed.values if colors is None else recolor(packed, colors).round().to(torch.uint8)
+    values = packed.values if colors is None else recolor(packed, colors)
+    if packed.values.dtype == torch.uint8:
+        values = values.round().clamp(0, 255).to(torch.uint8)
     return values.numpy()
 
 

@@ -80,7 +80,7 @@ def test_unreadable_files_of_a_folder(tmp_path):
     for row, reason in enumerate(
         [
             "empty file",
-            "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 image",
+            "not a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file",
             "cannot be read: No such file or directory",
         ]
     ):

@@ -30,7 +30,7 @@ def test_one_image_is_a_source(tmp_path):
             "empty",
             "No images in {}. The folder must contain files that end in "
             ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
-            ".bmp, .dib, .tif, .tiff, .jp2, .j2k. "
+            ".bmp, .dib, .tif, .tiff, .jp2, .j2k, .heic, .heif, .npy. "
             "It holds 1 .txt.",
         ),
         (

@@ -293,7 +293,7 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path):
             bytes(10240),
             "No images in {}. Members must end in "
             ".jpg, .jpeg, .jpe, .jfif, .png, .apng, .webp, .gif, .avif, "
-            ".bmp, .dib, .tif, .tiff, .jp2, .j2k.",
+            ".bmp, .dib, .tif, .tiff, .jp2, .j2k, .heic, .heif, .npy.",
         ),
     ],
 )

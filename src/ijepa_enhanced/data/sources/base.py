@@ -14,10 +14,9 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from ijepa_enhanced.data.decode import open_image, upright_size
 from ijepa_enhanced.data.listing import Listing
+from ijepa_enhanced.data.opening import Opened, open_image, upright_size
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 CLASSES = "classes.txt"
@@ -106,7 +105,7 @@ class Source(ABC):
         """The name of each label, or None."""
         return self.listing.classes
 
-    def open(self, row: int) -> Image.Image:
+    def open(self, row: int) -> Opened:
         """Read an image and its header; the pixels are decoded later.
 
         Raises:
@@ -127,7 +126,7 @@ class Source(ABC):
         """Return how many bytes `read` gives, without reading them; 0 if that is not known."""
 
     @abstractmethod
-    def restore(self, row: int, data: bytes) -> Image.Image:
+    def restore(self, row: int, data: bytes) -> Opened:
         """Return the image that `open` gives, from what `read` gave."""
 
     @abstractmethod
@@ -167,7 +166,7 @@ class FileSource(Source):
         except (OSError, ValueError):
             return 0
 
-    def restore(self, row: int, data: bytes) -> Image.Image:
+    def restore(self, row: int, data: bytes) -> Opened:
         """See `Source`."""
         return open_image(data)
 

@@ -15,12 +15,15 @@ from ijepa_enhanced.data.listing import Listing, Names, Texts
 from ijepa_enhanced.data.sources.base import HEAD, FileSource, fingerprint_of, sample
 from ijepa_enhanced.data.sources.labels import label_text, numbered
 from ijepa_enhanced.data.sources.names import (
+    ARRAY,
     EXTENSIONS,
     count_kinds,
     hidden,
+    is_array,
     is_image,
     is_split_folder,
     listed,
+    note_of_raw,
     split_part,
 )
 from ijepa_enhanced.errors import SourceError
@@ -70,13 +73,16 @@ class FolderSource(PathSource):
         times: dict[str, str] = {}
         for key in self._walk(times):
             (found if is_image(key.rpartition("/")[2]) else others).append(key)
+        if not found:
+            found, others = (
+                [key for key in others if is_array(key.rpartition("/")[2]) is wanted] for wanted in (True, False)
+            )
         keys = sorted(found)
         passed_over = count_kinds(key.rpartition("/")[2] for key in others)
         if not keys:
             there = f" It holds {listed(passed_over)}." if passed_over else ""
-            raise SourceError(
-                f"No images in {self.name}. The folder must contain files that end in {', '.join(EXTENSIONS)}.{there}"
-            )
+            endings = ", ".join((*EXTENSIONS, ARRAY))
+            raise SourceError(f"No images in {self.name}. The folder must contain files that end in {endings}.{there}")
         self._check_splits(keys)
         tops = [key.partition("/")[0] for key in keys]
         empty = {folder.partition("/")[0] for folder in times if folder != "."} - set(tops)
@@ -85,13 +91,13 @@ class FolderSource(PathSource):
         classes = [top for top in set(tops) if label_text(top) is not None]
         outside = [key for top, key in zip(tops, keys, strict=True) if top == key]
         labels: NDArray[np.int64] | None = None
-        notes: tuple[str, ...] = ()
+        notes = note_of_raw((key.rpartition("/")[2] for key in others), self.name)
         if classes and not outside:
             classes, numbers = numbered(classes)
             labels = np.array([numbers.get(top, -1) for top in tops], dtype=np.int64)
         elif classes and len(outside) < len(keys):
             more = f" and {len(outside) - 1:,} more are" if len(outside) > 1 else " is"
-            notes = (
+            notes += (
                 f"The folders in {self.name} are not read as classes, because {outside[0]}{more} not in a folder.",
             )
         return Listing(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ijepa_enhanced.data.listing import Listing, Names, Sizes
+from ijepa_enhanced.data.opening import Opened
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.labels import are_numbers, class_key, class_keys, repeated
 from ijepa_enhanced.errors import SourceError
@@ -95,7 +95,7 @@ class MixedSource(Source):
         source, own = self._place(row)
         return source.length(own)
 
-    def restore(self, row: int, data: bytes) -> Image.Image:
+    def restore(self, row: int, data: bytes) -> Opened:
         """See `Source`."""
         source, own = self._place(row)
         return source.restore(own, data)

@@ -9,11 +9,15 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
     *(".png", ".apng", ".webp", ".gif", ".avif"),
     *(".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k"),
+    *(".heic", ".heif"),
 )
 """Endings of the names of image files and members, in small or capital letters."""
 
-HEIC = (".heic", ".heif")
-"""Endings of files that are listed though they cannot be read: a folder of a phone's photos must not look empty."""
+ARRAY = ".npy"
+"""Ending of files that are images if a source has no others: beside images they hold masks, embeddings or the like."""
+
+RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
+"""Endings of photographs that cameras do not develop. They are not read, and users hear of them."""
 
 SYSTEM = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini")
 """Files and folders that macOS, storage devices and Windows add to folders, in small letters."""
@@ -32,7 +36,21 @@ def hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Return whether the name of a file is that of an image; hidden files are not."""
-    return name.lower().endswith((*EXTENSIONS, *HEIC)) and not hidden(name)
+    return name.lower().endswith(EXTENSIONS) and not hidden(name)
+
+
+def is_array(name: str) -> bool:
+    """Return whether the name of a file is that of a NumPy array; hidden files are not."""
+    return name.lower().endswith(ARRAY) and not hidden(name)
+
+
+def note_of_raw(names: Iterable[str], place: str) -> tuple[str, ...]:
+    """Return a sentence about raw photographs among the files of `place` that are not read; none if there are none."""
+    raw = [name for name in names if name.lower().endswith(RAW) and not hidden(name)]
+    if not raw:
+        return ()
+    more = f" and {len(raw) - 1:,} more" if len(raw) > 1 else ""
+    return (f"Skipped {raw[0]}{more} in {place}: raw photographs are not read. Convert them to JPEG or 16-bit TIFF.",)
 
 
 def split_word(name: str) -> str | None:

@@ -21,7 +21,7 @@ import numpy as np
 from ijepa_enhanced.data.listing import Listing, Texts
 from ijepa_enhanced.data.sources.base import CLASSES, HEAD, THREADS, FileSource, class_names, fingerprint_of
 from ijepa_enhanced.data.sources.labels import label_text, number_labels
-from ijepa_enhanced.data.sources.names import EXTENSIONS, HEIC, count_kinds, hidden
+from ijepa_enhanced.data.sources.names import ARRAY, EXTENSIONS, count_kinds, hidden, note_of_raw
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 CHUNK = 1 << 20
@@ -60,11 +60,14 @@ class TarSource(FileSource):
         """
         with ThreadPoolExecutor(THREADS) as pool:
             shards = [*pool.map(partial(_scan_shard, label_key=self.label), self.shards)]
+        beside = any(shard.members for shard in shards)
+        for shard in shards:
+            shard.settle_arrays(beside)
         # One kind for all images: the two kinds may not mean the same.
         kind = ".cls" if any(shard.labels[".cls"] for shard in shards) else ".json"
         written = [shard.labels[kind].get(_sample(member)) for shard in shards for member in shard.members]
         if not written:
-            raise SourceError(f"No images in {self.name}. Members must end in {', '.join(EXTENSIONS)}.")
+            raise SourceError(f"No images in {self.name}. Members must end in {', '.join((*EXTENSIONS, ARRAY))}.")
         keys = Texts.of(
             f"{name}:{member}" for name, shard in zip(self.shard_names, shards, strict=True) for member in shard.members
         )
@@ -72,6 +75,7 @@ class TarSource(FileSource):
             [(number, *extent) for number, shard in enumerate(shards) for extent in shard.extents], dtype=np.int64
         )
         notes = tuple(note for shard in shards for note in shard.notes)
+        notes += note_of_raw(itertools.chain(*(shard.others for shard in shards)), self.name)
         labels, classes = number_labels(written, class_names(self.root), self.name)
         if labels is None:
             self._check_label(shards)
@@ -191,6 +195,8 @@ class _Shard:
     """By the extension of its member, the text of every label by sample."""
     first_json: list[str] | None = None
     """The keys of the first metadata; None if no metadata were read."""
+    arrays: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Offset and bytes of every NumPy array, by its name."""
     others: list[str] = field(default_factory=list)
     """Names, without folders, of members that are neither images nor labels."""
     parts: list[str] = field(default_factory=list)
@@ -212,7 +218,9 @@ class _Shard:
         *folders, name = member.split("/")
         if hidden(name) or any(hidden(folder) and folder not in (".", "..") for folder in folders):
             self.others.append(f".{name}")
-        elif extension in (*EXTENSIONS, *HEIC):
+        elif extension == ARRAY:
+            self.arrays[member] = (offset, size)
+        elif extension in EXTENSIONS:
             self.members.append(member)
             self.extents.append((offset, size))
         elif extension.endswith(EXTENSIONS):
@@ -231,6 +239,13 @@ class _Shard:
         elif extension not in (".cls", ".json"):
             self.others.append(name)
 
+    def settle_arrays(self, beside: bool) -> None:
+        """Take the arrays for images, unless there are images `beside` them in the source."""
+        if beside:
+            self.others += [member.rpartition("/")[2] for member in self.arrays]
+        else:
+            self.members, self.extents = [*self.arrays], [*self.arrays.values()]
+
     def note_what_is_missing(self, complete: bool) -> None:
         """Make notes of what a user may expect in the shard and that is not among its images."""
         if not complete:
@@ -238,7 +253,7 @@ class _Shard:
                 f"{self.path} is truncated or damaged after {len(self.members)} images. "
                 "Images after that point are skipped."
             )
-        elif not self.members:
+        elif not self.members and not self.arrays:
             self.notes.append(f"{self.path} contains no images.")
         for reason, names in (
             ("WebDataset splits names at the first dot, so the extension must come right after it", self.parts),

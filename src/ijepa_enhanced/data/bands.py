@@ -1,0 +1,203 @@
+"""Images that Pillow cannot hold: any number of channels, 8 or 16 bits or floats, in NumPy, TIFF and PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ijepa_enhanced.errors import MissingReader, UnreadableImage
+
+NUMPY = b"\x93NUMPY"
+"""The first bytes of a file of `numpy.save`."""
+
+INSTALL = "Install them with: pip install 'ijepa-enhanced[{}]'"
+"""What to do about a reader that is missing, after a sentence that names it."""
+
+MISSING = "needs the packages of the extra"
+"""How the reason begins if a reader is missing: the image may be readable the next time."""
+
+PNG_DEPTH, PNG_COLOR = 24, 25
+"""Places of the bits of a value and of the color type in a PNG file (ISO/IEC 15948, section 11.2.2)."""
+
+PNG_CHANNELS = {2: 3, 4: 2, 6: 4}
+"""Channels of each color type of PNG with more than one: RGB, gray with alpha, RGB with alpha."""
+
+ORIENTATION = 274
+"""TIFF tag; its values are those of EXIF."""
+
+_TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
+
+
+@dataclass(frozen=True)
+class Bands:
+    """An image whose header is read, and whose pixels are read later."""
+
+    height: int
+    """In pixels, of the upright image."""
+    width: int
+    channels: int
+    dtype: np.dtype[Any]
+    """uint8, uint16 or a float."""
+    load: Callable[[], NDArray[Any]]
+    """Returns the stored pixels, [h, w, C], or [h, w] if there is one channel."""
+    orientation: int = 1
+    """EXIF orientation of the stored pixels."""
+    plain: Image.Image | None = None
+    """The image as Pillow reads it, in 8 bits; None if it cannot."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (np.uint8, np.uint16) and self.dtype.kind != "f":
+            raise UnreadableImage(f"has values of type {self.dtype}: save them as uint8, uint16 or floats")
+        if not (self.height and self.width and self.channels):
+            raise UnreadableImage("has no pixels")
+
+    @property
+    def mode(self) -> str:
+        """Return the channels and the type in words, as Pillow's images have a mode."""
+        return f"{self.channels} x {self.dtype}"
+
+    def pixels(self) -> NDArray[Any]:
+        """Return the upright pixels, [h, w, C].
+
+        Raises:
+            UnreadableImage: a value is NaN or infinite. Damaged files raise other errors too, see `decode.FAILURES`.
+        """
+        stored = self.load()
+        stored = stored.reshape(*stored.shape[:2], self.channels)
+        check_finite(stored)
+        return turned(stored, self.orientation)
+
+
+def check_finite(pixels: NDArray[Any]) -> None:
+    """Raise UnreadableImage if a value is NaN or infinite."""
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise UnreadableImage("contains NaN or infinite values: replace them")
+
+
+def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Return pixels [h, w, ...] upright, from their EXIF orientation."""
+    return _TURNS[orientation](pixels) if orientation in _TURNS else pixels
+
+
+def of_array(array: NDArray[Any]) -> Bands:
+    """Return an array [h, w] or [h, w, C] as an image.
+
+    Raises:
+        UnreadableImage: it has another number of axes, or values of another type.
+    """
+    return Bands(*_shape_of(array.shape), array.dtype, lambda: array)
+
+
+def open_npy(stream: BinaryIO) -> Bands:
+    """Read the header of a file of `numpy.save`.
+
+    Raises:
+        UnreadableImage: it holds Python objects, or no array [h, w] or [h, w, C].
+        ValueError: the header is damaged.
+    """
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read(stream)
+    if dtype.hasobject:
+        raise UnreadableImage("holds Python objects, which could run any code when loaded: save numbers instead")
+    start = stream.tell()
+
+    def load() -> NDArray[Any]:
+        stream.seek(0)
+        # Not `numpy.load`, which makes room for as many values as a damaged header says.
+        values = np.frombuffer(stream.read(), dtype, math.prod(shape), start)
+        return values.reshape(shape, order="F" if by_columns else "C")
+
+    return Bands(*_shape_of(shape), dtype.newbyteorder("="), lambda: load().astype(dtype.newbyteorder("="), copy=False))
+
+
+def open_tiff(stream: BinaryIO, plain: Image.Image | None = None) -> Bands:
+    """Read the header of the first page of a TIFF file with tifffile.
+
+    Args:
+        stream: the file.
+        plain: see `Bands`.
+
+    Raises:
+        MissingReader: tifffile is not installed.
+        UnreadableImage: the page is no image of pixels.
+        Exception: what tifffile takes for damage is of many types.
+    """
+    try:
+        import tifffile
+    except ImportError as error:
+        raise missing("bands", "a TIFF image of other channels than Pillow reads") from error
+    stream.seek(0)
+    page = tifffile.TiffFile(stream).pages.first
+    if page.dtype is None:
+        raise UnreadableImage(f"has values of {page.bitspersample} bits, which are not read")
+    if page.axes not in ("YX", "YXS", "SYX"):
+        raise UnreadableImage(f"the first page has the axes {page.axes}: only height, width and channels are read")
+    sides, channels = (int(page.imagelength), int(page.imagewidth)), int(page.samplesperpixel)
+    orientation = int(page.tags.valueof(ORIENTATION, 1))
+    height, width = sides if orientation < 5 else sides[::-1]
+
+    def load() -> NDArray[Any]:
+        stored = page.asarray(maxworkers=1)  # this is one of several workers
+        return np.moveaxis(stored, 0, 2) if page.axes == "SYX" else stored
+
+    return Bands(height, width, channels, np.dtype(page.dtype), load, orientation, plain)
+
+
+def open_png(stream: BinaryIO, plain: Image.Image, color: int, orientation: int) -> Bands:
+    """Return a PNG of 16 bits whose header Pillow has read.
+
+    Args:
+        stream: the file.
+        plain: see `Bands`.
+        color: the color type, a key of `PNG_CHANNELS`.
+        orientation: of the stored pixels.
+
+    Raises:
+        MissingReader: imagecodecs is not installed.
+    """
+    try:
+        import imagecodecs
+    except ImportError as error:
+        raise missing("bands", "a PNG image of 16 bits with several channels") from error
+    sides = (plain.height, plain.width)
+    height, width = sides if orientation < 5 else sides[::-1]
+
+    def load() -> NDArray[Any]:
+        stream.seek(0)
+        return imagecodecs.png_decode(stream.read())
+
+    return Bands(height, width, PNG_CHANNELS[color], np.dtype(np.uint16), load, orientation, plain)
+
+
+def missing(extra: str, what: str) -> MissingReader:
+    """Return the error of an image whose reader is not installed."""
+    return MissingReader(f"{MISSING} '{extra}', as {what}. {INSTALL.format(extra)}")
+
+
+def as_file(data: bytes | BinaryIO) -> BinaryIO:
+    """Return bytes as a file."""
+    return io.BytesIO(data) if isinstance(data, bytes) else data
+
+
+def _shape_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return height, width and channels of an array."""
+    if len(shape) not in (2, 3):
+        raise UnreadableImage(f"has the shape {[*shape]}: only [height, width] and [height, width, channels] are read")
+    height, width, channels = (*shape, 1)[:3]
+    return height, width, channels
