@@ -196,6 +196,15 @@ class SourceOptions(Common):
 
 
 @dataclass(frozen=True)
+class ScanOptions(SourceOptions):
+    """Options of `ijepa scan`."""
+
+    stats: bool = option(False)
+    """Also measure the mean and standard deviation of each channel, in at most 4,096 images. `ijepa train` needs them
+    if data.channels is not 3, and measures them itself if they are not in the catalog."""
+
+
+@dataclass(frozen=True)
 class EmbedOptions(SourceOptions, InferenceOptions):
     """Options of `ijepa embed`."""
 

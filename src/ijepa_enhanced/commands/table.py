@@ -22,9 +22,9 @@ from ijepa_enhanced.commands.options import (
     PrepareOptions,
     ProgramOptions,
     ReportOptions,
+    ScanOptions,
     SearchOptions,
     ServeOptions,
-    SourceOptions,
     StudyOptions,
     TrainOptions,
     TransformersOptions,
@@ -207,8 +207,8 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "scan": Command(
         "Scan images: count them, summarize their sizes and list unreadable ones.",
-        ("ijepa scan photos",),
-        SourceOptions,
+        ("ijepa scan photos", "ijepa scan tiles --stats"),
+        ScanOptions,
         "scan.run",
     ),
     "prepare": Command(

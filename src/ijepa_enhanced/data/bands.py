@@ -17,11 +17,8 @@ from ijepa_enhanced.errors import MissingReader, UnreadableImage
 NUMPY = b"\x93NUMPY"
 """The first bytes of a file of `numpy.save`."""
 
-INSTALL = "Install them with: pip install 'ijepa-enhanced[{}]'"
-"""What to do about a reader that is missing, after a sentence that names it."""
-
-MISSING = "needs the packages of the extra"
-"""How the reason begins if a reader is missing: the image may be readable the next time."""
+MISSING = "needs the extra"
+"""How the reason begins if a reader is not installed: the next scan may read the image."""
 
 PNG_DEPTH, PNG_COLOR = 24, 25
 """Places of the bits of a value and of the color type in a PNG file (ISO/IEC 15948, section 11.2.2)."""
@@ -141,7 +138,7 @@ def open_tiff(stream: BinaryIO, plain: Image.Image | None = None) -> Bands:
     try:
         import tifffile
     except ImportError as error:
-        raise missing("bands", "a TIFF image of other channels than Pillow reads") from error
+        raise missing("bands", "a TIFF image with channels that Pillow does not know") from error
     stream.seek(0)
     page = tifffile.TiffFile(stream).pages.first
     if page.dtype is None:
@@ -174,7 +171,7 @@ def open_png(stream: BinaryIO, plain: Image.Image, color: int, orientation: int)
     try:
         import imagecodecs
     except ImportError as error:
-        raise missing("bands", "a PNG image of 16 bits with several channels") from error
+        raise missing("bands", "a PNG image with colors of 16 bits") from error
     sides = (plain.height, plain.width)
     height, width = sides if orientation < 5 else sides[::-1]
 
@@ -187,7 +184,9 @@ def open_png(stream: BinaryIO, plain: Image.Image, color: int, orientation: int)
 
 def missing(extra: str, what: str) -> MissingReader:
     """Return the error of an image whose reader is not installed."""
-    return MissingReader(f"{MISSING} '{extra}', as {what}. {INSTALL.format(extra)}")
+    return MissingReader(
+        f"{MISSING} '{extra}', as it is {what}: run pip install 'ijepa-enhanced[{extra}]', then `ijepa scan SOURCE`"
+    )
 
 
 def as_file(data: bytes | BinaryIO) -> BinaryIO:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data.headers import Unfinished, list_and_scan, scan_again
-from ijepa_enhanced.data.listing import Listing, map_listing, save_listing
+from ijepa_enhanced.data.listing import Listing, Statistics, map_listing, save_listing
 from ijepa_enhanced.data.sources.base import UNREAD, Source
 from ijepa_enhanced.data.sources.mixed import MixedSource
 from ijepa_enhanced.data.sources.names import listed
@@ -134,6 +134,16 @@ def open_catalog(source: Source, cache: bool = True, retry: bool = False) -> Cat
     """
     source.attach(partial(_listing_of, cache=cache, retry=retry))
     return _catalog_of(source)
+
+
+def keep_statistics(source: Source, statistics: Statistics) -> None:
+    """Keep what the channels of a source are like in its catalog, if that has a file."""
+
+    def kept(leaf: Source) -> Listing:
+        listing = leaf.listing.with_statistics(statistics)
+        return listing if leaf.listing.path is None else _kept(listing, catalog_path(leaf), leaf.name)
+
+    source.attach(kept)
 
 
 def scan(source: Source) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ijepa_enhanced.data.bands import MISSING
 from ijepa_enhanced.data.listing import Listing, Sizes, Texts, map_listing, map_sizes, save_listing, save_sizes
 from ijepa_enhanced.data.sources.base import THREADS, UNREAD, Source
 from ijepa_enhanced.errors import UnreadableImage
@@ -100,8 +101,10 @@ def list_and_scan(source: Source, unfinished: Unfinished) -> Listing:
 
 
 def scan_again(source: Source, sizes: Sizes) -> Sizes | None:
-    """Read the headers that the disk or the network did not give at the last scan; None if nothing has changed."""
-    rows = [row for row in np.flatnonzero(sizes.heights == 0).tolist() if sizes.reasons[row].startswith(UNREAD)]
+    """Read the headers that the disk, the network or a missing extra kept from the last scan; None if none changes."""
+    rows = [
+        row for row in np.flatnonzero(sizes.heights == 0).tolist() if sizes.reasons[row].startswith((UNREAD, MISSING))
+    ]
     found = _look(source, rows)
     if [reason for _, _, reason in found] == [sizes.reasons[row] for row in rows]:
         return None

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.files import replacing
 
-FORMAT = 4
-"""Version of the file. Raise it when the meaning of a column or of the metadata changes."""
+FORMAT = 5
+"""Version of the file. Raise it when the meaning of a column or of the metadata changes, or more images are read."""
 
 METADATA = b"ijepa_enhanced"
 """Key of the schema's metadata that holds all but the columns, as JSON."""
@@ -82,6 +82,17 @@ class Sizes:
     """N reasons why a header cannot be read; empty where it can."""
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What the values of each of C channels are like, on [0, 1]. Every image that was measured counts the same."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Standard deviation."""
+    images: int
+    """That were measured."""
+
+
 @dataclass(frozen=True, eq=False)
 class Listing:
     """The images of a source in its order."""
@@ -110,6 +121,8 @@ class Listing:
     """SHA-256 of keys, labels and sizes, the same wherever the images lie; empty until the headers are scanned."""
     path: Path | None = None
     """The file that the columns are mapped from."""
+    statistics: Statistics | None = None
+    """None until the channels are measured."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -126,6 +139,10 @@ class Listing:
     def with_fingerprint(self, fingerprint: str) -> Listing:
         """Return the listing with the state of the files that it was made of."""
         return dataclasses.replace(self, fingerprint=fingerprint, path=None)
+
+    def with_statistics(self, statistics: Statistics) -> Listing:
+        """Return the listing with what its channels are like."""
+        return dataclasses.replace(self, statistics=statistics, path=None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path of a mapped listing in place of its columns."""
@@ -157,7 +174,9 @@ def save_listing(listing: Listing, path: Path, source: str) -> None:
     facts = {
         name: getattr(listing, name) for name in ("classes", "folders", "notes", "passed_over", "fingerprint", "hash")
     }
-    _write(path, columns, {"format": FORMAT, "source": source, "labelled": listing.labels is not None} | facts)
+    facts |= {"format": FORMAT, "source": source, "labelled": listing.labels is not None}
+    facts["statistics"] = listing.statistics and dataclasses.asdict(listing.statistics)
+    _write(path, columns, facts)
 
 
 def map_listing(path: Path) -> Listing:
@@ -170,7 +189,7 @@ def map_listing(path: Path) -> Listing:
     columns, facts = _map(path)
     if facts["format"] != FORMAT:
         raise ValueError("it was written by another version of ijepa-enhanced")
-    location = columns.get("location")
+    location, measured = columns.get("location"), facts["statistics"]
     return Listing(
         _from_arrow(columns["key"]),
         _numbers(columns["label"], np.int64) if facts["labelled"] else None,
@@ -184,6 +203,7 @@ def map_listing(path: Path) -> Listing:
         _sizes_of(columns) if "height" in columns else None,
         facts["hash"],
         path,
+        measured and Statistics(tuple(measured["mean"]), tuple(measured["std"]), measured["images"]),
     )
 
 

@@ -199,9 +199,8 @@ def _opened(stream: BinaryIO, start: bytes) -> Opened:
             return open_tiff(stream, image)
         if reader is PngImagePlugin.PngImageFile and start[PNG_DEPTH] == 16 and start[PNG_COLOR] in PNG_CHANNELS:
             return open_png(stream, image, start[PNG_COLOR], orientation_of(image))
-    except MissingReader as error:
-        if multiprocessing.parent_process() is None:
-            _say_once(f"Colors of 16 bits are read in 8 bits: the first such image {error}")
+    except MissingReader:  # Pillow's reading is what is left
+        _warn_of_8_bits()
     return image
 
 
@@ -212,8 +211,13 @@ def _has_more(image: TiffImagePlugin.TiffImageFile) -> bool:
 
 
 @cache
-def _say_once(warning: str) -> None:
-    logger.warning("%s", warning)
+def _warn_of_8_bits() -> None:
+    """Say once, and not in each worker, what is read of images with more bits or channels than Pillow takes."""
+    if multiprocessing.parent_process() is None:
+        logger.warning(
+            "Some images have colors of 16 bits, or more channels than RGB. Only RGB of 8 bits is read of them. To read "
+            "all, run pip install 'ijepa-enhanced[bands]'."
+        )
 
 
 def _reader(data: bytes) -> type[ImageFile.ImageFile]:

@@ -34,6 +34,21 @@ from numpy.typing import NDArray
 _Array = NDArray[np.float64]
 _Shape = Callable[[_Array, _Array], _Array]
 
+BANDS = np.array(
+    [
+        [0.0, 0.1, 0.9],
+        [0.1, 0.8, 0.1],
+        [0.9, 0.1, 0.0],
+        [0.7, 0.6, -0.3],
+        [-0.3, 0.7, 0.6],
+        [0.6, -0.3, 0.7],
+    ]
+)
+"""[6, 3]: how the bands of `render_bands` mix red, green and blue. The first three are about blue, green and red, in
+the order of satellites."""
+BAND_RANGES = np.array([[900, 5000], [800, 6000], [700, 8000], [900, 12000], [1500, 20000], [400, 30000]])
+"""[6, 2]: values of each band for black and for white, of 65,535: like a sensor that does not use all of its range."""
+
 VERSION = 1
 """Raised by any change of any size, label or pixel; accuracies on two versions cannot be compared."""
 IMAGES = {"train": 8192, "val": 2048}
@@ -77,6 +92,21 @@ def render(part: str, row: int, seed: int = 0) -> Sample:
         IndexError: the part has no such row.
         OverflowError: the seed is negative or has more than 64 bits.
     """
+    canvas, label, mask = _scene(part, row, seed)
+    pixels = np.rint(255 * canvas).astype(np.uint8)
+    return Sample(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), label, mask)
+
+
+def render_bands(part: str, row: int, seed: int = 0) -> NDArray[np.uint16]:
+    """The same image as six bands of 16 bits: uint16 [h, w, 6]; errors as for `render`."""
+    canvas, _, _ = _scene(part, row, seed)
+    mixed = np.einsum("bc,chw->hwb", BANDS, canvas).clip(0, 1)
+    low, high = BAND_RANGES.T
+    return np.rint(low + (high - low) * mixed).astype(np.uint16)
+
+
+def _scene(part: str, row: int, seed: int) -> tuple[_Array, int, NDArray[np.bool_]]:
+    """Return the colors of an image on [0, 1], [3, h, w], its label, and the object's mask [h, w]."""
     rng, height, width, label = _begin(part, row, seed)
     light = rng.random()
     # Half the range away on a circle of lights, so that neither dark nor light tells object from background.
@@ -94,8 +124,7 @@ def render(part: str, row: int, seed: int = 0) -> Sample:
     for _ in range(front):
         _clutter(rng, canvas, light, contrast)
     canvas += rng.uniform(0, 0.06) * (rng.random((height, width)) - 0.5)
-    pixels = np.rint(255 * np.clip(canvas, 0, 1)).astype(np.uint8)
-    return Sample(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)), label, distance < 0)
+    return np.clip(canvas, 0, 1), label, distance < 0
 
 
 def label_map(part: str, row: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.opening import FAILURES, open_image, orientation_of, upright
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.sources.synthetic import NAMES
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate.tokens import LabelledSource
 
@@ -39,7 +40,7 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
     """Return the images and label maps that `spec` describes.
 
     Args:
-        spec: `synthetic`, or a folder with images in `images` and for each of them a PNG of the same name in `labels`,
+        spec: a built-in source, or a folder with images in `images` and for each of them a PNG of the same name in `labels`,
             of one channel, of one bit or with a palette. It lies over the upright image. Its values are the labels;
             pixels of 255 do not count. If `images` has folders named after splits, `labels` may have the same ones.
         part: of the synthetic images.
@@ -47,7 +48,7 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
     Raises:
         SourceError: there are no such images.
     """
-    if spec == "synthetic":
+    if spec in NAMES:
         source = open_source(spec, part)
         return LabelledMaps(source, open_catalog(source), partial(synthetic.label_map, part))
     root = Path(spec).expanduser()

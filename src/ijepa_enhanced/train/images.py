@@ -11,6 +11,7 @@ from ijepa_enhanced.data.loader import check_shared_memory
 from ijepa_enhanced.data.plan import EpochPlan, Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.statistics import check_source
 from ijepa_enhanced.devices import SHARED_MEMORY, free_memory
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.masks import MIN_TOKENS
@@ -37,6 +38,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     with ranks.one_first():  # one rank scans the images, and the others read its catalog
         # One more readable image is another plan. So a resumed run keeps its images, and only rank 0 tries for more.
         catalog = open_catalog(source, retry=not resume and ranks.main)
+    check_source(source, config.data.channels)
     unreadable = Unreadable(catalog, config.data.max_unreadable)
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
     own_packs = plan.share(ranks.world)
@@ -53,6 +55,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
         held,
         free.get(str(SHARED_MEMORY)),
         ranks.local_world_size,
+        config.data.channels,
     )
     if config.data.cache == "memory":
         source = InMemory(source, free, ranks.local_world_size)

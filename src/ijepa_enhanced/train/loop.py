@@ -92,6 +92,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         # Opened first, so that a wrong encoder or source leaves no folder behind.
         start = load_start(config, folder, resume)
         images = open_images(config, ranks, resume)
+        start = start.measured(images.catalog, config, ranks)
         ranks.agree(facts_of(config, images.plan.hash))
         if not resume and ranks.main:
             write_config(config, folder)
@@ -187,6 +188,7 @@ class Run:
             teacher.prefix,
             student.depth,
             student.prefix,
+            config.data.channels,
         )
 
     def introduce(self, state: TrainState) -> None:

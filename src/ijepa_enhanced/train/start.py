@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ijepa_enhanced.data.catalog import Catalog
+from ijepa_enhanced.data.listing import Statistics
+from ijepa_enhanced.data.statistics import statistics_of
+from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
+from ijepa_enhanced.errors import EncoderError
+from ijepa_enhanced.files import replacing
 from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.models.inflate import inflated
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
-from ijepa_enhanced.pretrained import license_of
+from ijepa_enhanced.ops.preprocess import CHANNELS
+from ijepa_enhanced.pretrained import license_of, read_json
 from ijepa_enhanced.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+STATISTICS = "statistics.json"
+"""File in a run's folder with the mean and standard deviation of each channel of its images, if they are not RGB."""
 START = "start"
 """The encoder in a run's folder that the run started from, if it did not start from random weights."""
 TEACHER = "teacher"
@@ -30,9 +42,41 @@ class Start:
     teacher: Encoder | None
     """A teacher that does not change; None: a moving average of the student."""
 
+    statistics: Statistics | None = None
+    """Of the channels of the images, if they are not RGB and the encoder does not know them."""
+
     def architecture(self, config: TrainConfig) -> Architecture:
         """Return the architecture of the student."""
-        return config.encoder.architecture if self.encoder is None else self.encoder.config
+        if self.encoder is not None:
+            return self.encoder.config
+        return dataclasses.replace(config.encoder.architecture, channels=config.data.channels)
+
+    def measured(self, catalog: Catalog, config: TrainConfig, ranks: Ranks) -> Start:
+        """Return the start with the statistics of the channels, if they are not RGB, and an encoder for so many.
+
+        Raises:
+            SourceError: a channel is constant, or no image can be measured.
+        """
+        channels = config.data.channels
+        own = CHANNELS if self.encoder is None else self.encoder.config.channels
+        statistics = self.statistics
+        if own == channels or catalog.source is None:
+            return self
+        if statistics is None:
+            with ranks.one_first():
+                statistics = statistics_of(catalog.source, channels)
+            statistics = ranks.gather(statistics)[0]
+        encoder = self.encoder
+        if encoder is not None:
+            logger.info(
+                "The patch embedding of %s is for %d channels: each of the %d channels of the images gets their mean.",
+                config.init,
+                own,
+                channels,
+            )
+            how = dataclasses.replace(encoder.preprocessing, **_of_channels(statistics))
+            encoder = Encoder(inflated(encoder.network, channels), how, encoder.origin, encoder.record)
+        return dataclasses.replace(self, encoder=encoder, statistics=statistics)
 
     def keep(self, folder: Path) -> None:
         """Write the encoders into the folder of the run, so that it resumes without the files that they come from.
@@ -43,6 +87,9 @@ class Start:
         for name, encoder in ((START, self.encoder), (TEACHER, self.teacher)):
             if encoder is not None:
                 encoder.save_pretrained(folder / name)
+        if self.statistics is not None:
+            with replacing(folder / STATISTICS) as temporary:
+                temporary.write_text(json.dumps(dataclasses.asdict(self.statistics), indent=2) + "\n")
 
     @property
     def origin(self) -> Origin | None:
@@ -57,6 +104,8 @@ class Start:
             longest: rows and columns of the longest grids of training.
         """
         before = Preprocessing() if self.encoder is None else self.encoder.preprocessing
+        if self.encoder is None and self.statistics is not None:
+            before = Preprocessing(**_of_channels(self.statistics))
         architecture = self.architecture(config)
         grid = None
         # Other positions have no untrained part, or are resized to every grid.
@@ -89,10 +138,39 @@ def load_start(config: TrainConfig, folder: Path, resume: bool) -> Start:
         return encoder
 
     start, teacher = kept_or_given(START, config.init), kept_or_given(TEACHER, config.teacher)
+    check_channels(start, teacher, config)
     if start is not None and start.origin is not None and not resume:
         terms = start.origin.license or "unknown"
         logger.info("Starting from %s. Its license (%s) applies to what is trained from it too.", config.init, terms)
-    return Start(start, teacher)
+    measured = read_json(folder / STATISTICS) if resume else None
+    return Start(start, teacher, Statistics(**measured) if measured else None)
+
+
+def check_channels(start: Encoder | None, teacher: Encoder | None, config: TrainConfig) -> None:
+    """Check that the encoders suit the images. Weights for RGB can start an encoder for other channels.
+
+    Raises:
+        EncoderError: they do not.
+    """
+    for option, name, encoder, others in (
+        ("init", config.init, start, (CHANNELS,)),
+        ("teacher", config.teacher, teacher, ()),
+    ):
+        if encoder is not None and encoder.config.channels not in (config.data.channels, *others):
+            found = encoder.config.channels
+            raise EncoderError(
+                f"{option} {name} is an encoder of images with {found} channels, but data.channels is "
+                f"{config.data.channels}. Set data.channels to {found}, or use another encoder."
+            )
+
+
+def _of_channels(statistics: Statistics) -> dict[str, Any]:
+    """Return the fields of `Preprocessing` that depend on the channels."""
+    return {
+        "channels": len(statistics.mean),
+        "mean": tuple(statistics.mean),
+        "std": tuple(statistics.std),
+    }
 
 
 def origin_of(encoder: Encoder, name: str) -> Origin | None:

@@ -13,7 +13,7 @@ from ijepa_enhanced.data.sources.mixed import MixedSource
 from ijepa_enhanced.data.sources.names import count_kinds, hidden, is_image, split_word
 from ijepa_enhanced.data.sources.patterns import existing_files
 from ijepa_enhanced.data.sources.splits import choose_files, choose_folder, folders_of_images
-from ijepa_enhanced.data.sources.synthetic import SyntheticSource
+from ijepa_enhanced.data.sources.synthetic import NAMES, SyntheticSource
 from ijepa_enhanced.data.sources.tables import Columns, is_saved, open_hub, open_parquet, open_saved
 from ijepa_enhanced.data.sources.tar import TarSource
 from ijepa_enhanced.errors import SourceError
@@ -23,12 +23,12 @@ def open_source(spec: str, part: str = "train") -> Source:
     """The source that `spec` describes.
 
     Args:
-        spec: `synthetic`; a folder of images, of tar shards, of Parquet files or of a data set that was saved with
-            `save_to_disk`; tar or Parquet files, several as `train-{000..003}.tar` or `train-*.parquet`; a list of
-            images, `.csv` or `.jsonl`; `hf://NAME` or `hf://NAME:SPLIT`. After Parquet and data sets
-            `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns, and `#config=NAME` after a data
-            set of the Hub which of its configurations is meant; after tar shards, `#label=NAME` says which key of
-            their members `KEY.json` holds the labels. Several of these with ` + ` between are mixed, see
+        spec: `synthetic` or `synthetic-bands`; a folder of images, of tar shards, of Parquet files or of a data set
+            that was saved with `save_to_disk`; tar or Parquet files, several as `train-{000..003}.tar` or
+            `train-*.parquet`; a list of images, `.csv` or `.jsonl`; `hf://NAME` or `hf://NAME:SPLIT`. After Parquet and
+            data sets `#image=COLUMN,label=COLUMN`, either or both, says what is in the columns, and `#config=NAME`
+            after a data set of the Hub which of its configurations is meant; after tar shards, `#label=NAME` says which
+            key of their members `KEY.json` holds the labels. Several of these with ` + ` between are mixed, see
             `MixedSource`, by the weights that follow them: `photos@2 + train-*.tar@1`.
         part: `train`, `val` or `test`; see `splits` for what belongs to it.
 
@@ -38,8 +38,8 @@ def open_source(spec: str, part: str = "train") -> Source:
     if " + " in spec and not _exists(spec):
         mixed = [_split_weight(one.strip()) for one in spec.split(" + ")]
         return MixedSource([open_source(place, part) for place, _ in mixed], [weight for _, weight in mixed], spec)
-    if spec == "synthetic":
-        return SyntheticSource(part)
+    if spec in NAMES:
+        return SyntheticSource(part, spec)
     if not spec:
         raise SourceError("The source of the images is empty. Set it to a folder, tar shards or 'synthetic'.")
     place, columns = _split_columns(spec)

@@ -6,13 +6,22 @@ import numpy as np
 from PIL import Image
 
 from ijepa_enhanced.data import synthetic
+from ijepa_enhanced.data.bands import of_array
 from ijepa_enhanced.data.listing import Listing, Texts
+from ijepa_enhanced.data.opening import Opened
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import SourceError
+
+NAMES = ("synthetic", "synthetic-bands")
+"""What users call these sources: RGB of 8 bits, and the same images as six bands of 16 bits."""
 
 
 class SyntheticSource(Source):
     """The built-in synthetic images of one part, `train` or `val`.
+
+    Args:
+        part: of the images.
+        name: one of `NAMES`.
 
     Raises:
         SourceError: there is no such part.
@@ -20,12 +29,13 @@ class SyntheticSource(Source):
 
     kind = "built-in images"
 
-    def __init__(self, part: str = "train") -> None:
+    def __init__(self, part: str = "train", name: str = NAMES[0]) -> None:
         if part not in synthetic.IMAGES:
             raise SourceError(
                 f"The synthetic images have only the splits {' and '.join(synthetic.IMAGES)}, not '{part}'."
             )
-        self.name = "synthetic"
+        self.name = name
+        self.bands = name == NAMES[1]
         self.part = part
         self.split = f"split {part}"
 
@@ -38,7 +48,7 @@ class SyntheticSource(Source):
 
     def identity(self) -> tuple[str, ...]:
         """See `Source`."""
-        return ("synthetic", self.fingerprint())
+        return (self.name, self.fingerprint())
 
     def fingerprint(self) -> str:
         """See `Source`."""
@@ -46,15 +56,18 @@ class SyntheticSource(Source):
 
     def read(self, row: int) -> bytes:
         """See `Source`."""
-        return synthetic.render(self.part, row).pixels.tobytes()
+        pixels = synthetic.render_bands(self.part, row) if self.bands else synthetic.render(self.part, row).pixels
+        return pixels.tobytes()
 
     def length(self, row: int) -> int:
         """See `Source`."""
         height, width = self.size(row)
-        return height * width * 3
+        return height * width * (len(synthetic.BANDS) * 2 if self.bands else 3)
 
-    def restore(self, row: int, data: bytes) -> Image.Image:
+    def restore(self, row: int, data: bytes) -> Opened:
         """See `Source`."""
+        if self.bands:
+            return of_array(np.frombuffer(data, np.uint16).reshape(*self.size(row), len(synthetic.BANDS)))
         return Image.frombytes("RGB", self.size(row)[::-1], data)
 
     def size(self, row: int) -> tuple[int, int]:

@@ -1,0 +1,154 @@
+"""The channels of a source: how many its images have, and the mean and standard deviation of each."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ijepa_enhanced.data.catalog import keep_statistics
+from ijepa_enhanced.data.decode import decode_whole
+from ijepa_enhanced.data.listing import Statistics
+from ijepa_enhanced.data.opening import channels_of, check_channels
+from ijepa_enhanced.data.sources.base import Source
+from ijepa_enhanced.data.sources.mixed import MixedSource
+from ijepa_enhanced.devices import default_workers
+from ijepa_enhanced.errors import SourceError, UnreadableImage
+
+logger = logging.getLogger(__name__)
+
+LOOKED = 16
+"""Images whose channels are counted, spread evenly over a source."""
+MEASURED = 4096
+"""Most images that are measured, spread likewise. The error of a mean is then 1/64 of the deviation between images."""
+RESOLUTION = 256
+"""Larger images are shrunk to it, about the resolution of training: sqrt(height * width) in pixels."""
+CONSTANT = 1e-5
+"""A channel is constant if its standard deviation is less than so many of its means: rounding of float32 is 6e-8."""
+
+
+def check_source(source: Source, channels: int) -> None:
+    """Check that images of a source have so many channels. That a few have others shows when they are decoded.
+
+    Args:
+        source: after `open_catalog`.
+        channels: C.
+
+    Raises:
+        SourceError: none of `LOOKED` images has; the message says how many they have.
+    """
+    found = Counter[int]()
+    for row in _spread(source, LOOKED):
+        try:
+            image = source.open(row)
+            found[channels_of(image)] += 1
+            check_channels(image, channels)
+            return
+        except UnreadableImage:
+            continue
+    if found:
+        most = found.most_common(1)[0][0]
+        raise SourceError(
+            f"The images of {source.name} have {_counted(most)}, but data.channels is {channels}. Set data.channels to "
+            f"{most}."
+        )
+
+
+def statistics_of(source: Source, channels: int | None = None) -> Statistics:
+    """Return mean and standard deviation of each channel, from the catalog, or measured and kept there.
+
+    Args:
+        source: after `open_catalog`. In a mixture, each source counts as its share of an epoch.
+        channels: C; None: as many as most images have.
+
+    Raises:
+        SourceError: a channel is constant, or no image can be measured.
+    """
+    channels = channels or _common_channels(source)
+    parts: Sequence[Source] = source.sources if isinstance(source, MixedSource) else [source]
+    found = [_of_part(part, channels) for part in parts]
+    joined = found[0] if len(found) == 1 else _joined(found, _shown(source, parts))
+    for number, (mean, std) in enumerate(zip(joined.mean, joined.std, strict=True), start=1):
+        if std <= CONSTANT * abs(mean):
+            raise SourceError(
+                f"Channel {number} of {channels} has the same value everywhere in {source.name}, so it cannot be "
+                "normalized. Remove this channel from the images."
+            )
+    return joined
+
+
+def _common_channels(source: Source) -> int:
+    found = Counter[int]()
+    for row in _spread(source, LOOKED):
+        try:
+            found[channels_of(source.open(row))] += 1
+        except UnreadableImage:
+            continue
+    if not found:
+        raise SourceError(f"None of {LOOKED} images of {source.name} can be read.")
+    return found.most_common(1)[0][0]
+
+
+def _of_part(source: Source, channels: int) -> Statistics:
+    """Return the statistics of a source that is no mixture."""
+    known = source.listing.statistics
+    if known is not None and len(known.mean) == channels:
+        return known
+    rows = _spread(source, MEASURED)
+    logger.info("Measuring the mean and standard deviation of %s in %d images.", _counted(channels), len(rows))
+    with ThreadPoolExecutor(default_workers()) as pool:
+        found = [moments for moments in pool.map(partial(_moments, source, channels), rows) if moments is not None]
+    if not found:
+        raise SourceError(f"None of {len(rows):,} images of {source.name} can be decoded with {_counted(channels)}.")
+    mean, square = np.mean(found, axis=0)
+    measured = _statistics(mean, square, len(found))
+    keep_statistics(source, measured)
+    return measured
+
+
+def _moments(source: Source, channels: int, row: int) -> NDArray[np.float64] | None:
+    """Return the mean of the values on [0, 1], and of their squares, of each channel of an image: [2, C].
+
+    Return None if it cannot be decoded, which is said when it is trained on.
+    """
+    try:
+        pixels = decode_whole(source.open(row), RESOLUTION, channels) / np.float64(255)
+    except UnreadableImage:
+        return None
+    return np.stack([pixels.mean(axis=(0, 1)), np.square(pixels).mean(axis=(0, 1))])
+
+
+def _statistics(mean: NDArray[np.float64], square: NDArray[np.float64], images: int) -> Statistics:
+    return Statistics(tuple(mean.tolist()), tuple(np.sqrt(np.maximum(square - mean**2, 0)).tolist()), images)
+
+
+def _shown(source: Source, parts: Iterable[Source]) -> NDArray[np.float64]:
+    """Return the images of each part that an epoch of a mixture shows."""
+    shares, sizes = source.listing.shares, source.listing.sizes
+    assert shares is not None
+    assert sizes is not None
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    return np.array([part.sum() for part in np.split(shares * (sizes.heights > 0), ends)])
+
+
+def _joined(found: Sequence[Statistics], shown: NDArray[np.float64]) -> Statistics:
+    """Return the statistics of several sources together, by the images that an epoch shows of each."""
+    means, stds = np.array([each.mean for each in found]), np.array([each.std for each in found])
+    weights = shown / shown.sum()
+    return _statistics(weights @ means, weights @ (stds**2 + means**2), sum(each.images for each in found))
+
+
+def _spread(source: Source, most: int) -> list[int]:
+    """Return up to so many rows of readable images, spread evenly."""
+    assert source.listing.sizes is not None
+    rows = np.flatnonzero(source.listing.sizes.heights)
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64)].tolist()
+
+
+def _counted(channels: int) -> str:
+    return f"{channels} channel{'s' * (channels > 1)}"
