@@ -215,8 +215,8 @@ def _warn_of_8_bits() -> None:
     """Say once, and not in each worker, what is read of images with more bits or channels than Pillow takes."""
     if multiprocessing.parent_process() is None:
         logger.warning(
-            "Some images have colors of 16 bits, or more channels than RGB. Only RGB of 8 bits is read of them. To read "
-            "all, run pip install 'ijepa-enhanced[bands]'."
+            "Some images have colors of 16 bits, or more channels than RGB. Only RGB of 8 bits is read of them. To "
+            "read all, run pip install 'ijepa-enhanced[bands]'."
         )
 
 

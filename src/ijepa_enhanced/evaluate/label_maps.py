@@ -40,9 +40,10 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
     """Return the images and label maps that `spec` describes.
 
     Args:
-        spec: a built-in source, or a folder with images in `images` and for each of them a PNG of the same name in `labels`,
-            of one channel, of one bit or with a palette. It lies over the upright image. Its values are the labels;
-            pixels of 255 do not count. If `images` has folders named after splits, `labels` may have the same ones.
+        spec: `synthetic`, `synthetic-bands`, or a folder with images in `images` and for each of them a PNG of the same
+            name in `labels`, of one channel, of one bit or with a palette. It lies over the upright image. Its values
+            are the labels; pixels of 255 do not count. If `images` has folders named after splits, `labels` may have
+            the same ones.
         part: of the synthetic images.
 
     Raises:
