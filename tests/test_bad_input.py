@@ -419,6 +419,26 @@ WRONG_REQUESTS = {
         "--objective.contrastive_weight > 0 needs at least two views per image. Set --data.masked_views to 2, or set "
         "--data.global_views or --data.local_views above 0.",
     ),
+    "more channels than there can be": (
+        nothing,
+        f"{TRAIN} --data.channels 33",
+        "--data.channels must be between 1 and 32, not 33.",
+    ),
+    "channels that the images do not have": (
+        nothing,
+        f"{TRAIN} --data.channels 6",
+        "Most images of photos have 3 channels, but data.channels is 6. Set data.channels to 3.",
+    ),
+    "changes of RGB for other channels": (
+        nothing,
+        f"{TRAIN} --data.channels 6 --augment.gray 0.2 --augment.solarize 0.1",
+        "--augment.gray and --augment.solarize change red, green and blue, but --data.channels is 6. Set both to 0.",
+    ),
+    "a recipe for RGB with other channels": (
+        nothing,
+        f"{TRAIN} --config own-images --data.channels 6 --augment.solarize 0",
+        "own-images: augment.gray changes red, green and blue, but data.channels is 6. Set it to 0.",
+    ),
     "global views for nothing": (
         nothing,
         f"{TRAIN} --data.global_views 1",

@@ -171,3 +171,12 @@ def test_means_are_those_of_the_channels(height: int) -> None:
 def test_a_probability_outside_0_and_1_is_an_error(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"^augment\.{name} must be between 0 and 1, not {value}\.$"):
         AugmentConfig(**{name: value})
+
+
+def test_other_channels_change_brightness_and_contrast_alone() -> None:
+    """Each about its own mean, without an end of the scale; floats may lie below 0 and above 255."""
+    pixels = np.random.default_rng(0).normal(100, 300, (40, 56, 6)).astype(np.float32)
+    means = channel_means(pixels)
+    np.testing.assert_allclose(means, pixels.mean(axis=(0, 1)), rtol=1e-5)
+    found = changed(pixels, brightness=1.2, contrast=0.7, saturation=0.5, hue=0.1)
+    np.testing.assert_allclose(found, 1.2 * (0.7 * pixels + 0.3 * means), rtol=1e-4, atol=1e-2)  # values up to 1,500

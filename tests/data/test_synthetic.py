@@ -188,3 +188,13 @@ def test_what_does_not_exist_is_an_error(part, row, seed, error):
     for function in (header, render):
         with pytest.raises(error):
             function(part, row, seed)
+
+
+def test_the_bands_are_those_of_the_same_scene() -> None:
+    bands, sample = synthetic.render_bands("train", 3), render("train", 3)
+    assert bands.dtype == np.uint16
+    assert bands.shape == (*sample.pixels.shape[:2], len(synthetic.BANDS))
+    low, high = synthetic.BAND_RANGES.T
+    assert ((low <= bands) & (bands <= high)).all()
+    green = low[1] + (high[1] - low[1]) * (sample.pixels / 255 @ synthetic.BANDS[1])
+    np.testing.assert_allclose(bands[..., 1], green, atol=(high[1] - low[1]) / 255)  # a level of 8 bits

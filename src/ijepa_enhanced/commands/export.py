@@ -14,6 +14,7 @@ from ijepa_enhanced.export import to_torch as pt2
 from ijepa_enhanced.export import to_transformers as folders
 from ijepa_enhanced.export.program import INPUT, OUTPUTS, Shape, trained_grid
 from ijepa_enhanced.files import make_folder
+from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.train.start import origin_of
 
 
@@ -77,8 +78,18 @@ def write_program(options: ProgramOptions, export: Callable[[Encoder, Path, Shap
 
 
 def load(weights: str) -> Encoder:
-    """Return an encoder, whose origin has the license that its card states if nothing else does."""
+    """Return an encoder, whose origin has the license that its card states if nothing else does.
+
+    Raises:
+        RequestError: its images are not RGB.
+        EncoderError: it cannot be loaded.
+    """
     encoder = Encoder.from_pretrained(weights)
+    if encoder.config.channels != CHANNELS:
+        raise RequestError(
+            f"{weights} takes images of {encoder.config.channels} channels, but exported programs take RGB of 8 bits. "
+            "Use it from Python, with Encoder.from_pretrained."
+        )
     encoder.origin = encoder.origin or origin_of(encoder, weights)
     return encoder
 

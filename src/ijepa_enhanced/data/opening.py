@@ -63,7 +63,8 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"MM\0*": TiffImagePlugin.TiffImageFile,
     b"\0\0\0\x0cjP  \r\n\x87\n": Jpeg2KImagePlugin.Jpeg2KImageFile,
     b"\xff\x4f\xff\x51": Jpeg2KImagePlugin.Jpeg2KImageFile,  # without a container
-    b"II+\0": TiffImagePlugin.TiffImageFile,  # BigTIFF; Pillow cannot read the big-endian one
+    b"II+\0": TiffImagePlugin.TiffImageFile,  # BigTIFF
+    b"MM\0+": TiffImagePlugin.TiffImageFile,  # which only tifffile reads
 }
 
 FAILURES = (

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -33,29 +34,28 @@ CONSTANT = 1e-5
 
 
 def check_source(source: Source, channels: int) -> None:
-    """Check that images of a source have so many channels. That a few have others shows when they are decoded.
+    """Check that most images of a source have so many channels. That some have others shows when they are decoded.
 
     Args:
         source: after `open_catalog`.
         channels: C.
 
     Raises:
-        SourceError: none of `LOOKED` images has; the message says how many they have.
+        SourceError: most of `LOOKED` images have others; the message says how many.
     """
-    found = Counter[int]()
+    others, looked = Counter[int](), 0
     for row in _spread(source, LOOKED):
-        try:
+        with suppress(UnreadableImage):
             image = source.open(row)
-            found[channels_of(image)] += 1
+            looked += 1
+            others[channels_of(image)] += 1
             check_channels(image, channels)
-            return
-        except UnreadableImage:
-            continue
-    if found:
-        most = found.most_common(1)[0][0]
+            others[channels_of(image)] -= 1
+    if 2 * others.total() > looked:
+        most = others.most_common(1)[0][0]
         raise SourceError(
-            f"The images of {source.name} have {_counted(most)}, but data.channels is {channels}. Set data.channels to "
-            f"{most}."
+            f"Most images of {source.name} have {_counted(most)}, but data.channels is {channels}. Set data.channels "
+            f"to {most}."
         )
 
 
@@ -85,10 +85,8 @@ def statistics_of(source: Source, channels: int | None = None) -> Statistics:
 def _common_channels(source: Source) -> int:
     found = Counter[int]()
     for row in _spread(source, LOOKED):
-        try:
+        with suppress(UnreadableImage):
             found[channels_of(source.open(row))] += 1
-        except UnreadableImage:
-            continue
     if not found:
         raise SourceError(f"None of {LOOKED} images of {source.name} can be read.")
     return found.most_common(1)[0][0]
