@@ -101,6 +101,14 @@ def test_all_bands_come_through_in_their_order() -> None:
     assert whole(near_infrared, 4).dtype == np.uint8
     np.testing.assert_array_equal(whole(near_infrared, 4), small)
     np.testing.assert_array_equal(whole(near_infrared, 3), small[..., :3])  # as Pillow reads it
+    # Pillow opens these as gray and as RGB, and would leave out bands without a word.
+    for data in (
+        tiff(np.moveaxis(DEEP, 2, 0).copy(), planarconfig="separate", compression="lzw"),
+        tiff((DEEP >> 8).astype(np.uint8), photometric="rgb", extrasamples=["unspecified"] * 3),
+    ):
+        with pytest.raises(UnreadableImage, match=r"^has 6 channels instead of 3"):
+            whole(data, 3)
+        assert not np.array_equal(*(picture_of(open_image(data), 100)[..., channel] for channel in (0, 2)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -197,7 +197,7 @@ def _opened(stream: BinaryIO, start: bytes) -> Opened:
         return open_tiff(stream)
     try:
         if isinstance(image, TiffImagePlugin.TiffImageFile) and _has_more(image):
-            return open_tiff(stream, image)
+            return open_tiff(stream, image if _is_rgb(image) else None)
         if reader is PngImagePlugin.PngImageFile and start[PNG_DEPTH] == 16 and start[PNG_COLOR] in PNG_CHANNELS:
             return open_png(stream, image, start[PNG_COLOR], orientation_of(image))
     except MissingReader:  # Pillow's reading is what is left
@@ -209,6 +209,12 @@ def _has_more(image: TiffImagePlugin.TiffImageFile) -> bool:
     """Return whether a TIFF file has channels or bits that Pillow leaves out."""
     bits, samples = image.tag_v2.get(_BITS, (1,)), image.tag_v2.get(_SAMPLES, 1)
     return samples > 1 and (max(bits) > 8 or samples != len(image.getbands()))
+
+
+def _is_rgb(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Return whether Pillow reads a TIFF file with several channels as RGB or gray, with one more channel at most."""
+    samples = image.tag_v2.get(_SAMPLES, 1)
+    return samples == 2 or (samples <= CHANNELS + 1 and len(image.getbands()) >= CHANNELS)
 
 
 @cache
