@@ -13,6 +13,12 @@ from ijepa_enhanced.data.opening import MAX_PIXELS, open_image, upright_size
 from ijepa_enhanced.errors import UnreadableImage
 
 
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 def encode(image, file_format, **options):
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
@@ -464,10 +470,10 @@ def test_a_lack_of_memory_is_not_the_image_s_fault(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "NPY"])
 def test_damaged_files_raise_nothing_else(file_format):
     rng = np.random.default_rng(0)
-    data = encode(Image.fromarray(noise(24, 32)), file_format)
+    data = npy(noise(24, 32)) if file_format == "NPY" else encode(Image.fromarray(noise(24, 32)), file_format)
     outcomes = {"shown": 0, "unreadable": 0}
     for _ in range(400):
         damaged = np.frombuffer(data, np.uint8).copy()

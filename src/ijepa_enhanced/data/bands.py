@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -109,7 +110,10 @@ def open_npy(stream: BinaryIO) -> Bands:
     """
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_columns, dtype = read(stream)
+    try:
+        shape, by_columns, dtype = read(stream)
+    except tokenize.TokenError as error:  # which is no ValueError
+        raise ValueError("the header is no Python dictionary") from error
     if dtype.hasobject:
         raise UnreadableImage("holds Python objects, which could run any code when loaded: save numbers instead")
     start = stream.tell()
