@@ -150,7 +150,8 @@ def open_tiff(stream: BinaryIO, plain: Image.Image | None = None) -> Bands:
     if page.axes not in ("YX", "YXS", "SYX"):
         raise UnreadableImage(f"the first page has the axes {page.axes}: only height, width and channels are read")
     sides, channels = (int(page.imagelength), int(page.imagewidth)), int(page.samplesperpixel)
-    orientation = int(page.tags.valueof(ORIENTATION, 1))
+    orientation = page.tags.valueof(ORIENTATION, 1)
+    orientation = orientation if orientation in _TURNS else 1
     height, width = sides if orientation < 5 else sides[::-1]
 
     def load() -> NDArray[Any]:
