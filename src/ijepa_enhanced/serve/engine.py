@@ -16,6 +16,7 @@ from ijepa_enhanced.data.opening import open_image
 from ijepa_enhanced.devices import default_workers
 from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder, Resolution
 from ijepa_enhanced.errors import UnreadableImage
+from ijepa_enhanced.ops.preprocess import CHANNELS
 from ijepa_enhanced.serve.config import Limits
 from ijepa_enhanced.serve.packer import Packaged, Packer, PackReport
 
@@ -146,7 +147,7 @@ class Engine:
 
 
 def decode(
-    data: bytes, max_pixels: int, resolution: int | None, patch_size: int, limit: int, channels: int
+    data: bytes, max_pixels: int, resolution: int | None, patch_size: int, limit: int, channels: int = CHANNELS
 ) -> tuple[Decoded, float]:
     """Return an image as patches, and the seconds that this took; arguments as for `decode_input`.
 
