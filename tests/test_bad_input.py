@@ -475,7 +475,7 @@ WRONG_REQUESTS = {
     "an option like no other": (
         nothing,
         "scan photos --zzz",
-        "Unknown option '--zzz'. Available: --json, --debug, --help.",
+        "Unknown option '--zzz'. Available: --stats, --json, --debug, --help.",
     ),
     "a group": (
         yaml("lr: 1\n"),
