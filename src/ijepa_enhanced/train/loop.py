@@ -41,6 +41,7 @@ from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
 from ijepa_enhanced.train.parallel import parallelize, whole
 from ijepa_enhanced.train.record import training_facts
+from ijepa_enhanced.train.saved import resumes
 from ijepa_enhanced.train.share import Share
 from ijepa_enhanced.train.signals import StopSignals
 from ijepa_enhanced.train.start import Start, load_start
@@ -89,6 +90,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         OSError: the configuration, the log or an encoder cannot be written.
     """
     with ranks_of_run() as ranks:
+        resume = resumes(config, folder, resume, ranks)
         # Opened first, so that a wrong encoder or source leaves no folder behind.
         start = load_start(config, folder, resume)
         images = open_images(config, ranks, resume)
@@ -111,9 +113,9 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     """Create the run's folder and write its configuration.
 
     Raises:
-        RequestError: the folder exists, or cannot be created.
+        RequestError: the folder cannot be created.
     """
-    make_folder(folder, new=True)
+    make_folder(folder)
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
