@@ -25,13 +25,14 @@ from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
 
 START_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other until the first step is done: networks may be compiled. If a rank has ended, the
-others notice at once."""
+"""How long ranks wait for each other until the first step is done: networks may be compiled. Later, how long they wait
+for one that saves or scores. If a rank has ended, the others notice at once."""
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long they wait after the first step. It is longer than `train.faults.WORKER_TIMEOUT`, so that a rank with a stuck
 worker names it before the others give up."""
 WORK_TIMEOUT = timedelta(hours=12)
-"""How long ranks wait for one that works alone: it scans a large source, loads its images into memory or scores."""
+"""How long ranks wait, before the first step or without training, for one that works alone: it scans a large source,
+loads its images into memory or scores."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ class Ranks:
         return total.tolist()
 
     def expect_steps(self) -> None:
-        """Wait at most `STEP_TIMEOUT` for other ranks from now on, other than in `wait`."""
+        """Wait at most `STEP_TIMEOUT` for other ranks from now on, `START_TIMEOUT` while one works alone."""
         if self.world > 1:
             _set_pg_timeout(STEP_TIMEOUT)
+            _set_pg_timeout(START_TIMEOUT, self.patient)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over all ranks. A gradient that no rank has stays None.
@@ -272,6 +274,8 @@ def _rank_errors() -> Iterator[None]:
         raise
     except RuntimeError as error:
         here = str(error).partition("\n")[0]
+        if here.startswith("DataLoader worker"):  # its end interrupts this process, whatever it does
+            raise
         raise RankError(
             "Lost the connection to another process of this run. The log of that process tells why. Error in this "
             f"process: {here}"

@@ -25,13 +25,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ijepa_enhanced import distributed
 from ijepa_enhanced.cli import StderrHandler, logger
 from ijepa_enhanced.config import build
-from ijepa_enhanced.train import agreement, loop
+from ijepa_enhanced.train import loop
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.saved import read_train_config
 
 WORLD = 2
-HUNG_SECONDS = 3.0
-"""How long ranks wait for each other here."""
+HUNG_SECONDS = 20.0
+"""How long ranks wait here for one that hangs. It must be longer than a step, even on a busy machine."""
 FULL_BYTES = 100_000
 """What no file can grow beyond on a full disk: more than a log has, less than a rank's part of a checkpoint."""
 
@@ -43,9 +43,10 @@ class Struck:
         folder: of the run.
         resume: whether it exists.
         restarts: how often the agent starts its ranks again.
+        hangs: whether a rank will hang.
     """
 
-    def __init__(self, folder: Path, resume: bool, restarts: int) -> None:
+    def __init__(self, folder: Path, resume: bool = False, restarts: int = 0, hangs: bool = False) -> None:
         self.folder = folder
         self.agent = os.fork()
         if not self.agent:
@@ -55,7 +56,7 @@ class Struck:
             config = LaunchConfig(1, 1, WORLD, None, "run", rdzv_endpoint="127.0.0.1:0", rdzv_backend="c10d")
             config = dataclasses.replace(config, max_restarts=restarts, start_method="fork")
             try:
-                elastic_launch(config, work)(str(folder), resume)
+                elastic_launch(config, work)(str(folder), resume, hangs)
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -84,11 +85,11 @@ class Struck:
         return os.waitstatus_to_exitcode(os.waitpid(self.agent, 0)[1])
 
 
-def work(folder: str, resume: bool) -> None:
+def work(folder: str, resume: bool, hangs: bool) -> None:
     """Train as one rank, and write the number of each step that begins beside the run."""
     torch.set_num_threads(1)
-    distributed.STEP_TIMEOUT = timedelta(seconds=HUNG_SECONDS)
-    agreement.ANSWER_TIMEOUT = 2.0
+    if hangs:
+        distributed.STEP_TIMEOUT = distributed.START_TIMEOUT = timedelta(seconds=HUNG_SECONDS)
     run, original = Path(folder), loop.Run.step
 
     def recorded(self: loop.Run, state: Any, *rest: Any) -> None:
@@ -135,6 +136,7 @@ def strike(fault: str, run: Struck, rng: random.Random, photos: Path) -> float |
         kill([run.agent, *ranks])
         return None
     if fault == "worker":
+        run.until(lambda: children(one))
         kill(children(one)[-1:])
         return run.until(lambda: not alive(one))
     if fault == "disk":
@@ -150,22 +152,24 @@ def strike(fault: str, run: Struck, rng: random.Random, photos: Path) -> float |
     return None
 
 
-def strike_at(moment: float, fault: str, folder: Path, steps: int, step_seconds: float, rng: random.Random) -> Any:
-    """Start a run, strike it at a moment between 0 and 1 of its steps, and let it finish."""
-    run = Struck(folder, False, restarts=0 if fault == "all ranks" else 1)
+def strike_at(moment: float, fault: str, folder: Path, rng: random.Random) -> dict[str, Any]:
+    """Start a run, strike it after so many steps, and let it finish."""
+    run = Struck(folder, restarts=0 if fault == "all ranks" else 1, hangs=fault == "hang")
+    steps = int(moment)
+    if fault == "hang":
+        steps = max(1, steps)  # ranks may take long for the first step
     if fault == "save":
-        saves = folder / "checkpoints"
-        due = int(moment * steps) // 3 * 3
-        run.until(lambda: run.lines() >= due and any(saves.glob(".*.partial")))
-        time.sleep(rng.uniform(0, step_seconds))
-    else:
-        run.until(lambda: run.lines() >= int(moment * steps) and len(run.ranks) == WORLD)
-        time.sleep(step_seconds * (moment * steps % 1))
-    logged, half = run.lines(), sorted(path.name for path in (folder / "checkpoints").glob(".*.partial"))
+        steps = 3 * max(1, round(moment / 3))
+    run.until(lambda: len(run.ranks) == WORLD and run.lines() >= steps - 1)
+    seconds = run.until(lambda: run.lines() >= steps)
+    if fault == "save":
+        run.until(lambda: any((folder / "checkpoints").glob(".*.partial")) or run.lines() > steps)
+    time.sleep(max(seconds, 0.1) * rng.random())
+    logged, half = run.lines(), [path.name for path in (folder / "checkpoints").glob(".*.partial")]
     noticed = strike(fault, run, rng, folder.parent / "photos")
     codes = [run.wait()]
     if codes[0]:
-        codes.append(Struck(folder, (folder / "config.yaml").is_file(), restarts=0).wait())
+        codes.append(Struck(folder, (folder / "config.yaml").is_file()).wait())
     return {"run": folder.name, "logged": logged, "half": half, "noticed": noticed, "codes": codes}
 
 
@@ -173,14 +177,11 @@ def main(fault: str, moments: int, seed: int, folder: Path) -> None:
     rng = random.Random(seed)
     steps = build(TrainConfig, read_train_config(folder / "run.yaml")).steps
     assert steps is not None
-    whole = Struck(folder / "whole", False, restarts=0)
-    whole.until(lambda: whole.lines() >= 1)
-    start = time.monotonic()
-    assert whole.wait() == 0
-    step_seconds = (time.monotonic() - start) / steps
+    if not (folder / "whole").exists():
+        assert Struck(folder / "whole").wait() == 0
     for number in range(moments):
-        moment = (number + rng.random()) / moments
-        found = strike_at(moment, fault, folder / f"{fault.replace(' ', '-')}-{number}", steps, step_seconds, rng)
+        moment = (number + rng.random()) / moments * steps
+        found = strike_at(moment, fault, folder / f"{fault.replace(' ', '-')}-{number}", rng)
         with (folder / f"{fault}.jsonl").open("a") as file:
             print(json.dumps(found), file=file)
 

@@ -219,8 +219,8 @@ def test_ranks_are_patient_only_where_one_works_alone(monkeypatch: pytest.Monkey
         groups: Any = (torch.distributed.group.WORLD, ranks.patient)
         timeouts = [group._get_backend(ranks.device).options._timeout for group in groups]
         dataclasses.replace(ranks, world=2).expect_steps()
-        timeouts.append(groups[0]._get_backend(ranks.device).options._timeout)
-    assert timeouts == [START_TIMEOUT, WORK_TIMEOUT, STEP_TIMEOUT]
+        timeouts += [group._get_backend(ranks.device).options._timeout for group in groups]
+    assert timeouts == [START_TIMEOUT, WORK_TIMEOUT, STEP_TIMEOUT, START_TIMEOUT]
     waited: list[object] = []
     monkeypatch.setattr(torch.distributed, "barrier", waited.append)
     with dataclasses.replace(ranks, world=2).one_first():

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -30,7 +31,7 @@ from ijepa_enhanced.train.faults import (
     WORKER_TIMEOUT,
     check_weights,
     explaining_memory,
-    packs_of,
+    explaining_workers,
     record_skipped,
     too_many_skipped,
 )
@@ -229,6 +230,7 @@ class Run:
             ProgressBar(total, state.step) if ranks.main else nullcontext() as bar,
             StopSignals() as stop,
             explaining_memory(config.data),
+            explaining_workers(),
         ):
             if monitor and not state.step:
                 self.probe(state, monitor)  # a baseline for collapse, not in log.jsonl
@@ -237,7 +239,7 @@ class Run:
             while state.step < total:
                 with together(state.step + 1, ranks):
                     with state.meter.waiting():
-                        batches = packs_of(stream, own_packs)
+                        batches = [cast(MaskedBatch, next(stream)) for _ in range(own_packs)]
                     # Every rank learns the size of the whole step, and all stop at the same step.
                     share = Share.of_all(batches, stop.requested, ranks)
                     if share.stop:
