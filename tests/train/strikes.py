@@ -76,7 +76,7 @@ class Struck:
         """Wait until something is so, or the agent has ended, and return how long it took."""
         start = time.monotonic()
         while not condition() and alive(self.agent):
-            time.sleep(0.001)
+            time.sleep(0.005)
             assert time.monotonic() < start + seconds, f"{self.folder}: waited {seconds} s for {condition}"
         return time.monotonic() - start
 

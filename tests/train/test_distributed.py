@@ -237,9 +237,11 @@ def test_a_new_run_that_torchrun_starts_again_resumes(
     command = ["train", "--config", str(file), "--run", str(run)]
     assert main(command) == 0
     assert main(command) == 2
+    torch.distributed.destroy_process_group()  # the end of a process does this
     assert f"ijepa: {run} already exists." in capsys.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main([*command, "--seed", "1"]) == 2
+    torch.distributed.destroy_process_group()
     assert f"ijepa: {run} was started with seed = 0 and cannot continue with 1." in capsys.readouterr().err
     assert main(command) == 0
     assert f"{run} is finished: all 3 steps are done." in capsys.readouterr().err.splitlines()
