@@ -268,12 +268,29 @@ def test_torchrun_is_for_training_evaluation_and_embedding_alone(capsys: pytest.
     )
 
 
-def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> None:
+def test_the_ranks_of_a_machine_keep_one_copy_in_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second machine of two, with two ranks each."""
     source = FolderSource(photos)
     total = sum(source.length(row) for row in range(len(source)))
-    InMemory(source, {"memory": 4 * total}, copies=3)
+    sent: list[Any] = []
+
+    def gather(ranks: Ranks, value: Any, patient: bool = False) -> list[Any]:
+        assert patient, "one rank reads all images"
+        sent.append(value)
+        return [None, None, sent[0], None]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    first = InMemory(source, {"memory": 2 * total}, Ranks(rank=2, world=4))
+    monkeypatch.setattr(FolderSource, "length", None)  # the other rank reads nothing
+    second = InMemory(source, {}, Ranks(rank=3, world=4, local_rank=1))
+    assert sent[1] is None
+    first.memory[0] = 7
+    assert second.memory[0] == 7
+    for row in range(len(source)):
+        assert second.read(row) == first.read(row)
+    monkeypatch.undo()
     with pytest.raises(SourceError, match=r"but a run can use only 80% of the .* that are free in memory\."):
-        InMemory(source, {"memory": 3 * total}, copies=3)
+        InMemory(source, {"memory": total}, Ranks(rank=2, world=4))
 
 
 def test_what_a_failed_exchange_said_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

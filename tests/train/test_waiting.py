@@ -50,7 +50,7 @@ def pretraining(make_batch: Callable[..., Any]) -> Callable[[], object]:
 def finetuning(make_batch: Callable[..., Any]) -> Callable[[], object]:
     encoder = Encoder.random(EncoderConfig("Ti", 8, depth=1).architecture, Preprocessing(32), 0)
     model = Classifier(encoder, 2, 0.1, seed=0).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, FinetuneConfig()), lr=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, FinetuneConfig()), lr=0.0, fused=True)
     batch = dataclasses.replace(make_batch([(4, 5)] * 2, depth=1), labels=torch.tensor([0, 1]))
     return lambda: _step(model, optimizer, [batch], 2, torch.tensor([0, 1]), InferenceConfig(32))
 

@@ -137,10 +137,10 @@ def _train(
     source, ranks, device = train.source, config.ranks, model.encoder.device
     own_packs = training.share(ranks.world)
     plan = _plan_of(train.catalog, model, config, seed, training)
-    first = plan.epoch(0)
-    if first.too_small:
-        logger.warning("Skipped %d images of %s that are too small to fine-tune on.", first.too_small, source.name)
-    steps = max(1, round(training.epochs * len(first) / training.packs_per_step))
+    if plan.outline.too_small:
+        left_out = plan.outline.too_small
+        logger.warning("Skipped %d images of %s that are too small to fine-tune on.", left_out, source.name)
+    steps = max(1, round(training.epochs * plan.outline.packs / training.packs_per_step))
     packs = itertools.islice(plan.packs(Cursor(0, 0), ranks.rank, ranks.world), steps * own_packs)
     dataset = PackDataset(
         source,
@@ -152,7 +152,7 @@ def _train(
         changes=AugmentConfig(flip=training.flip),
     )
     stream = iter(make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda"))
-    optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0, fused=True)
     classes = classes.to(device)
     unreadable: dict[int, str] = {}
     seen, norms = 0, {-1: torch.zeros(())}

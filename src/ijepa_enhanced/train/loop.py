@@ -139,11 +139,11 @@ class Run:
         self.first_step, self.advised = 0, False  # the first step of this process, and whether it gave advice on speed
         self.images = images
         self.ranks = ranks
-        self.total = config.steps or max(1, round(config.epochs * len(images.first_epoch) / config.data.packs_per_step))
+        epoch = images.plan.outline
+        self.total = config.steps or max(1, round(config.epochs * epoch.packs / config.data.packs_per_step))
         torch.manual_seed(config.seed)
         # Recorded with the encoder: position embeddings beyond this grid stay untrained.
-        longest_rows, longest_cols = images.first_epoch.grids.reshape(-1, 2).max(axis=0).tolist()
-        preprocessing = start.preprocessing(config, (longest_rows, longest_cols))
+        preprocessing = start.preprocessing(config, epoch.longest)
         try:
             self.model = JEPA(
                 start.architecture(config),
@@ -210,7 +210,7 @@ class Run:
                 f"{data.packs_per_step * data.tokens_per_pack:,}",
                 f"{len(self.images.catalog.rows):,}",
                 self.images.source.name,
-                self.total * data.packs_per_step / len(self.images.first_epoch),
+                self.total * data.packs_per_step / self.images.plan.outline.packs,
                 f"; resuming after step {state.step:,}" if state.step else "",
             )
         self.ranks.agree({"checkpoint": state.step})
@@ -218,9 +218,7 @@ class Run:
     def loop(self, state: TrainState) -> Outcome:
         """Train from `state` to the last step, or until a signal asks to stop."""
         config, images, ranks, total = self.config, self.images, self.ranks, self.total
-        monitor = start_monitor(
-            config, images.source, images.plan, images.first_epoch, total, state.history, self.encoder.config
-        )
+        monitor = start_monitor(config, images.source, images.plan, total, state.history, self.encoder.config)
         packs = images.plan.packs(state.cursor, ranks.rank, ranks.world)
         pinned, workers = ranks.device.type == "cuda", config.data.workers
         stream = iter(make_loader(self.dataset, packs, workers, pinned, WORKER_TIMEOUT))
