@@ -649,13 +649,9 @@ def test_an_epoch_in_blocks_shows_every_image_once_and_goes_on_from_any_pack(mon
     # A random part of the images in each block, another one in each epoch.
     assert len({position // 50 for position in blocks[0].images.tolist()}) == 3
     assert set(plan.block(1, 0).images.tolist()) != set(blocks[0].images.tolist())
-    assert plan.outline == (
-        len(epoch),
-        epoch.grids.prod(axis=2).sum(),
-        tuple(epoch.grids.max(axis=(0, 1))),
-        epoch.too_small,
-        epoch.limited,
-    )
+    # Within the differences of blocks of 50 images.
+    assert plan.outline.packs == pytest.approx(len(epoch), rel=0.15)
+    assert plan.outline.tokens == pytest.approx(epoch.grids.prod(axis=2).sum(), rel=0.15)
     alone = first(plan, 2 * len(epoch))
     assert [pack[0] for pack in alone[: len(epoch)]] == [(0, number) for number in range(len(epoch))]
     assert alone[: len(epoch)] == [content(epoch[number]) for number in range(len(epoch))]

@@ -198,15 +198,13 @@ class Plan:
 
     @cached_property
     def outline(self) -> Outline:
-        """The outline of the first epoch; errors as for `block`."""
-        packs = tokens = too_small = limited = 0
-        longest = np.zeros(2, dtype=np.int64)
-        for number in range(self.blocks):
-            block = self.block(0, number)
-            packs, tokens = packs + len(block), tokens + int(block.pack_tokens.sum())
-            longest = np.maximum(longest, block.grids.max(axis=(0, 1)))
-            too_small, limited = too_small + block.too_small, limited + block.limited
-        return Outline(packs, tokens, (int(longest[0]), int(longest[1])), too_small, limited)
+        """The outline of the first epoch: of several blocks, an estimate by the first; errors as for `block`."""
+        block, blocks = self.block(0, 0), self.blocks
+        rows, cols = block.grids.max(axis=(0, 1)).tolist()
+        tokens = int(block.pack_tokens.sum())
+        return Outline(
+            blocks * len(block), blocks * tokens, (rows, cols), blocks * block.too_small, blocks * block.limited
+        )
 
     def _images_of(self, epoch: int, number: int) -> NDArray[np.int64]:
         """Return the positions in the catalog of a block's images, ascending: of several blocks, at random."""
