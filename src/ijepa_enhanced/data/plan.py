@@ -310,7 +310,8 @@ class Plan:
         number = 0
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(self.block, cursor.epoch, 0)
-            for epoch, block in itertools.product(itertools.count(cursor.epoch), range(self.blocks)):
+            for turn in itertools.count(cursor.epoch * self.blocks):
+                epoch, block = divmod(turn, self.blocks)
                 plan = coming.result()
                 after = plan.first + len(plan)
                 if block + 1 < self.blocks:
