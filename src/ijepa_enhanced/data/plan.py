@@ -35,7 +35,7 @@ MIN_IMAGES = 2
 
 
 BLOCK = 1 << 18
-"""Most views that are planned at once. More are planned in blocks, so that a plan takes little memory: some 60 MB for
+"""Most views that are planned at once. More are planned in blocks, so that a plan takes little memory: some 50 MB for
 each process (docs/scaling.md)."""
 
 

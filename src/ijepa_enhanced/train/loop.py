@@ -52,7 +52,7 @@ from ijepa_enhanced.train.step import StepResult, train_step
 logger = logging.getLogger(__name__)
 
 GRACE = 30.0
-"""Seconds between the SIGTERM and the SIGKILL of torchrun, which no option of it changes."""
+"""Seconds between the SIGTERM and the SIGKILL of torchrun, unless `--shutdown_timeout` of PyTorch 2.13 says more."""
 
 
 @dataclass(frozen=True)
