@@ -16,7 +16,7 @@ from ijepa_enhanced.evaluate.tokens import InferenceConfig
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    monkeypatch.setattr(devices, "CPU_LIMIT", Path(os.devnull))
+    monkeypatch.setattr(devices, "CGROUPS", Path(os.devnull))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
@@ -39,8 +39,23 @@ def test_a_container_has_the_cores_of_its_limit(
     limit: str, workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(devices, "CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     assert default_workers() == workers
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_job_has_what_all_of_its_control_groups_allow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = tmp_path / "slurm" / "job" / "step"
+    own.mkdir(parents=True)
+    (tmp_path / "membership").write_text("1:cpu:/elsewhere\n0::/slurm/job/step\n")
+    (own.parent / "cpu.max").write_text("300000 100000\n")
+    (own / "cpu.max").write_text("max 100000\n")
+    for name, value in (("max", "9000000"), ("current", "5000000"), ("stat", "anon 0")):
+        (own.parent / f"memory.{name}").write_text(value)
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "membership")
+    assert default_workers() == 3
+    assert free_memory()["memory"] == 4_000_000
 
 
 def test_what_is_free_is_told_truly() -> None:
@@ -53,7 +68,7 @@ def test_what_is_free_is_told_truly() -> None:
 
 
 def test_a_container_has_the_memory_of_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "MEMORY_LIMIT", tmp_path)
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     (tmp_path / "memory.current").write_text("7000000\n")
     (tmp_path / "memory.stat").write_text("anon 3000000\ninactive_file 2000000\n")
     (tmp_path / "memory.max").write_text("10000000\n")

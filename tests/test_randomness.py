@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ijepa_enhanced.randomness import Purpose, generator, view_draws
+from ijepa_enhanced.randomness import Purpose, generator, permuted, view_draws
 
 KEYS = [
     (seed, purpose, epoch, image, view)
@@ -70,6 +70,24 @@ def test_the_draws_of_many_views_are_those_of_their_generators() -> None:
         # In one go and bit by bit.
         assert numbers.tolist() == [*rng.random(5).tolist(), *rng.random(5).tolist()]
     assert view_draws(9, Purpose.AUGMENT, 3, [], 10).shape == (0, 10)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 1000, 1025, 4097])
+def test_a_permutation_moves_every_number_somewhere_else(count: int) -> None:
+    whole = permuted(np.arange(count), count, generator(0, Purpose.ORDER))
+    assert sorted(whole.tolist()) == list(range(count))
+    assert permuted(np.arange(count)[::3], count, generator(0, Purpose.ORDER)).tolist() == whole[::3].tolist()
+
+
+def test_a_permutation_is_as_even_as_a_random_one() -> None:
+    # How many of the first tenth come out in each tenth: 1,000 each, with a standard deviation below 30.
+    count, blocks = 100_000, []
+    for epoch in range(2):
+        moved = permuted(np.arange(count), count, generator(0, Purpose.ORDER, epoch))
+        blocks.append(moved[: count // 10])
+        assert (abs(np.bincount(blocks[-1] // (count // 10)) - 1000) < 150).all()
+        assert abs(np.corrcoef(np.arange(count), moved)[0, 1]) < 5 / count**0.5
+    assert abs(len(set(blocks[0].tolist()) & set(blocks[1].tolist())) - 1000) < 150
 
 
 @pytest.mark.parametrize("key", [(-1, 0, 0, 0), (0, -1, 0, 0), (0, 0, -1, 0), (0, 0, 0, -1), (2**64, 0, 0, 0)])

@@ -12,12 +12,12 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of computing in each period, and the period: how Docker and Kubernetes limit the CPU of a container."""
-
-
-MEMORY_LIMIT = Path("/sys/fs/cgroup")
-"""Where `memory.max` is the memory that a container may use, in bytes, and `memory.current` what it uses."""
+CGROUPS = Path("/sys/fs/cgroup")
+"""Control groups: how Docker, Kubernetes and Slurm limit a container or a job. In the folder of a group, `cpu.max` is
+the microseconds of computing in each period, and the period, `memory.max` the bytes of memory that the group may use,
+and `memory.current` what it uses."""
+OWN_CGROUP = Path("/proc/self/cgroup")
+"""Which of them this process is in: a line `0::/PATH`."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps memory that processes share."""
 MEGABYTE = 10**6
@@ -67,13 +67,24 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def own_cgroups() -> list[Path]:
+    """Return the folders of the control groups that limit this process: its own, and those that it is part of."""
+    inner = CGROUPS
+    with suppress(OSError):  # no Linux
+        for line in OWN_CGROUP.read_text().splitlines():
+            if line.startswith("0::"):
+                inner = CGROUPS / line.removeprefix("0::/")
+    return [inner, *(folder for folder in inner.parents if folder.is_relative_to(CGROUPS))]
+
+
 def default_workers() -> int:
     """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
     # A container or scheduler may allow fewer cores than the machine has; macOS and Windows cannot tell.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no container, or one without a limit: "max"
-        quota, period = CPU_LIMIT.read_text().split()
-        cores = min(cores, int(quota) // int(period))
+    for group in own_cgroups():
+        with suppress(OSError, ValueError):  # not a group, or one without a limit: "max"
+            quota, period = (group / "cpu.max").read_text().split()
+            cores = min(cores, int(quota) // int(period))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -99,18 +110,19 @@ def all_cores() -> AbstractContextManager[None]:
 def free_memory() -> dict[str, int]:
     """Return the bytes that are free, by place: `memory`, and `SHARED_MEMORY` where that is limited on its own.
 
-    The memory of a container is what its limit leaves, if that is less than what the machine has left.
+    The memory of a container or a job is what its limit leaves, if that is less than what the machine has left.
     """
     try:
         (available,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
         memory = int(available.split()[1]) * 1024
     except (OSError, ValueError):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # no container, or one without a limit, which is the word `max`
-        limit, used = (int((MEMORY_LIMIT / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (MEMORY_LIMIT / "memory.stat").read_text().splitlines())
-        # Files that were read and are no longer in use count as used, although the system frees them when needed.
-        memory = min(memory, max(0, limit - used + int(stat.get("inactive_file", 0))))
+    for group in own_cgroups():
+        with suppress(OSError, ValueError):  # not a group, or one without a limit, which is the word `max`
+            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Files that were read and are no longer in use count as used, although the system frees them when needed.
+            memory = min(memory, max(0, limit - used + int(stat.get("inactive_file", 0))))
     free = {"memory": memory}
     if SHARED_MEMORY.is_dir():
         free[str(SHARED_MEMORY)] = shutil.disk_usage(SHARED_MEMORY).free

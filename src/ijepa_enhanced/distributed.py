@@ -6,6 +6,8 @@ In training they exchange a few numbers at every step, and PyTorch sums their gr
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,19 +17,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
 
 START_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other until the first step is done: networks may be compiled. If a rank has ended, the
-others notice at once."""
+"""How long ranks wait for each other until the first step is done: networks may be compiled. Later, how long they wait
+for one that saves or scores. If a rank has ended, the others notice at once."""
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long they wait after the first step. It is longer than `train.faults.WORKER_TIMEOUT`, so that a rank with a stuck
 worker names it before the others give up."""
 WORK_TIMEOUT = timedelta(hours=12)
-"""How long ranks wait for one that works alone: it scans a large source, loads its images into memory or scores."""
+"""How long ranks wait, before the first step or without training, for one that works alone: it scans a large source,
+loads its images into memory or scores."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +130,10 @@ class Ranks:
         return total.tolist()
 
     def expect_steps(self) -> None:
-        """Wait at most `STEP_TIMEOUT` for other ranks from now on, other than in `wait`."""
+        """Wait at most `STEP_TIMEOUT` for other ranks from now on, `START_TIMEOUT` while one works alone."""
         if self.world > 1:
             _set_pg_timeout(STEP_TIMEOUT)
+            _set_pg_timeout(START_TIMEOUT, self.patient)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over all ranks. A gradient that no rank has stays None.
@@ -190,6 +196,39 @@ def is_main() -> bool:
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
+def own_part(store: Store, rank: int, world: int, timeout: timedelta) -> PrefixStore:
+    """Return the part of torchrun's store that only the ranks use which have started together.
+
+    torchrun keeps the store when it starts ranks again, and counts restarts on each machine on its own. So ranks would
+    find the addresses of those that have ended, and fail to connect. Rank 0 makes a new part, and tells its name to
+    each rank that asks under a name of its own.
+
+    Args:
+        store: of torchrun.
+        rank, world: this rank, and how many there are.
+        timeout: how long to wait for the other ranks.
+
+    Raises:
+        RuntimeError: a rank has not come.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank:
+        store.set(f"asks/{rank}", own)
+        store.wait([own], timeout)
+        part = store.get(own).decode()
+        store.set(f"{part}/{rank}", "")
+        return PrefixStore(part, store)
+    others = range(1, world)
+    while not all(store.check([f"{own}/{other}"]) for other in others):
+        for other in others:
+            if store.check([f"asks/{other}"]):
+                store.set(store.get(f"asks/{other}").decode(), own)
+        if time.monotonic() > end:
+            raise RuntimeError(f"Not all of the {world} processes have started within {timeout}.")
+        time.sleep(0.02)
+    return PrefixStore(own, store)
+
+
 @contextmanager
 def ranks_of_run(timeout: timedelta = START_TIMEOUT) -> Iterator[Ranks]:
     """Join the process group if `torchrun` started this process, and leave it at the end.
@@ -198,7 +237,7 @@ def ranks_of_run(timeout: timedelta = START_TIMEOUT) -> Iterator[Ranks]:
         timeout: how long ranks wait for each other, other than in `Ranks.wait`.
 
     Raises:
-        RankError: this machine has more ranks than GPUs.
+        RankError: this machine has more ranks than GPUs, or another rank cannot be reached.
     """
     if not dist.is_torchelastic_launched():
         yield Ranks(best_device())
@@ -213,10 +252,14 @@ def ranks_of_run(timeout: timedelta = START_TIMEOUT) -> Iterator[Ranks]:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    # Two backends: objects travel between the hosts by gloo, gradients between the GPUs by NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timeout)
-    patient = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
-    yield Ranks(device, dist.get_rank(), dist.get_world_size(), local_world_size, local_rank, patient)
+    with _rank_errors():
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        part = own_part(store, rank, world, timeout)
+        # Two backends: objects travel between the hosts by gloo, gradients between the GPUs by NCCL.
+        backends = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backends, timeout=timeout, store=part, rank=rank, world_size=world)
+        patient = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+    yield Ranks(device, rank, world, local_world_size, local_rank, patient)
     # Not in a `finally`: after an error the other ranks may wait for this one, and only the end of its process frees
     # them, because torchrun then stops them.
     dist.destroy_process_group()
@@ -231,6 +274,8 @@ def _rank_errors() -> Iterator[None]:
         raise
     except RuntimeError as error:
         here = str(error).partition("\n")[0]
+        if here.startswith("DataLoader worker"):  # its end interrupts this process, whatever it does
+            raise
         raise RankError(
             "Lost the connection to another process of this run. The log of that process tells why. Error in this "
             f"process: {here}"

@@ -9,6 +9,10 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+ROUNDS = 6
+"""Rounds of `permuted`. Four make a permutation that cannot be told from a random one if the round function is random
+(Luby and Rackoff, 1988); ours is simpler, so there are two more."""
+
 
 class Purpose(IntEnum):
     """What a number is drawn for. Every recorded run depends on these values: never renumber them."""
@@ -33,6 +37,37 @@ def generator(seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view:
     # The lowest word counts the draws, so that streams never overlap.
     counter = np.array([0, view, image, epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def permuted(places: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return where a random permutation of 0 to `count` - 1 moves some of these numbers, without a table of all.
+
+    It is a Feistel network on the smallest even number of bits that hold `count`, whose round function is the finalizer
+    of SplitMix64 (Steele et al., OOPSLA 2014). Numbers that leave the range go through it again, see Black and Rogaway,
+    "Ciphers with arbitrary finite domains" (CT-RSA 2002).
+
+    Args:
+        places: the numbers, int64 [n].
+        count: of all.
+        rng: draws the permutation.
+    """
+    bits = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    keys = rng.integers(0, 2**64, ROUNDS, dtype=np.uint64)
+
+    def network(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> bits, values & mask
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+            left, right = right, left ^ ((mixed >> np.uint64(31)) & mask)
+        return (left << bits) | right
+
+    moved = network(places.astype(np.uint64))
+    while (outside := moved >= count).any():
+        moved[outside] = network(moved[outside])
+    return moved.astype(np.int64)
 
 
 def view_draws(

@@ -640,6 +640,26 @@ def test_a_resumed_sequence_goes_on_where_it_stopped(steps: int, place: tuple[in
     assert first(make_plan(), each * 8, cursor, rank, world) == whole[each * steps :]
 
 
+def test_an_epoch_in_blocks_shows_every_image_once_and_goes_on_from_any_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ijepa_enhanced.data.plan.BLOCK", 60)
+    plan = make_plan()
+    assert plan.blocks == 3
+    blocks = [plan.block(0, number) for number in range(3)]
+    epoch = plan.epoch(0)
+    assert sorted(epoch.images.tolist()) == list(range(150))
+    # A random part of the images in each block, another one in each epoch.
+    assert len({position // 50 for position in blocks[0].images.tolist()}) == 3
+    assert set(plan.block(1, 0).images.tolist()) != set(blocks[0].images.tolist())
+    # Within the differences of blocks of 50 images.
+    assert plan.outline.packs == pytest.approx(len(epoch), rel=0.15)
+    assert plan.outline.tokens == pytest.approx(epoch.grids.prod(axis=2).sum(), rel=0.15)
+    alone = first(plan, 2 * len(epoch))
+    assert [pack[0] for pack in alone[: len(epoch)]] == [(0, number) for number in range(len(epoch))]
+    assert alone[: len(epoch)] == [content(epoch[number]) for number in range(len(epoch))]
+    for done in (0, 1, len(blocks[0]), len(blocks[0]) + 1, len(epoch) - 1):
+        assert first(make_plan(), 8, Cursor(0, done)) == alone[done : done + 8]
+
+
 @pytest.mark.parametrize("world", [4, 5, 12])
 def test_ranks_that_cannot_share_a_step_evenly_are_refused(world: int) -> None:
     with pytest.raises(ValueError, match=r".") as error:

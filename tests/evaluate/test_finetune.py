@@ -101,11 +101,14 @@ def test_nothing_is_skipped_when_it_is_scored(encoder: Encoder) -> None:
 def test_layers_have_their_own_rates(encoder: Encoder) -> None:
     model = Classifier(encoder, 3, 0.0, seed=0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, FinetuneConfig(layer_decay=0.5, weight_decay=0.1))
     found = {
-        names[id(group["params"][0])]: (group["share"], group["weight_decay"])  # type: ignore[index]
-        for group in parameter_groups(model, FinetuneConfig(layer_decay=0.5, weight_decay=0.1))
+        names[id(parameter)]: (group["share"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
     }
     assert found.keys() == set(names.values())
+    assert len(groups) == len(set(found.values())) == 8  # four rates, with decay and without
     expected = {
         "head.weight": (1.0, 0.1),
         "head.bias": (1.0, 0.0),
@@ -122,6 +125,7 @@ def test_layers_have_their_own_rates(encoder: Encoder) -> None:
     ("change", "message"),
     [
         ({"epochs": 0}, "finetune.epochs must be above 0, not 0."),
+        ({"packs_per_step": 0}, "finetune.packs_per_step must be at least 1, not 0."),
         ({"weight_decay": -1.0}, "finetune.weight_decay must be at least 0, not -1.0."),
         ({"layer_decay": 1.5}, "finetune.layer_decay must be above 0 and at most 1, not 1.5."),
         ({"drop_path": 1.0}, "finetune.drop_path must be at least 0 and below 1, not 1.0."),

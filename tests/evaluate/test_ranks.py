@@ -35,7 +35,7 @@ for module in (attentive, finetune):  # logits tell more than scores
     module.classification = lambda name, logits, classes, labels: [(name, logits.tolist()), ("labels", labels.tolist())]
 attentive.EPOCHS = attentive.LEAST_STEPS = 5
 features.PACKS_PER_PART = 2
-config = finetune.FinetuneConfig(epochs=3, drop_path=0.0, flip=0.0, min_crop=1.0)
+config = finetune.FinetuneConfig(epochs=3, packs_per_step=2, drop_path=0.0, flip=0.0, min_crop=1.0)
 with ranks_of_run() as ranks:
     setting = InferenceConfig(32, tokens_per_pack=64, workers=0, ranks=ranks)
     found = {}
@@ -66,7 +66,7 @@ with ranks_of_run() as ranks:
     trained = []
     make = finetune.Classifier
     finetune.Classifier = lambda *args: trained.append(make(*args)) or trained[0]
-    config = finetune.FinetuneConfig(epochs=3, drop_path=0.5)
+    config = finetune.FinetuneConfig(epochs=3, packs_per_step=2, drop_path=0.5)
     for _ in finetune.finetune(encoder, images, images, setting, training=config):
         pass
     weights = torch.cat([value.flatten() for value in trained[0].parameters()]).tolist()

@@ -219,8 +219,8 @@ def test_ranks_are_patient_only_where_one_works_alone(monkeypatch: pytest.Monkey
         groups: Any = (torch.distributed.group.WORLD, ranks.patient)
         timeouts = [group._get_backend(ranks.device).options._timeout for group in groups]
         dataclasses.replace(ranks, world=2).expect_steps()
-        timeouts.append(groups[0]._get_backend(ranks.device).options._timeout)
-    assert timeouts == [START_TIMEOUT, WORK_TIMEOUT, STEP_TIMEOUT]
+        timeouts += [group._get_backend(ranks.device).options._timeout for group in groups]
+    assert timeouts == [START_TIMEOUT, WORK_TIMEOUT, STEP_TIMEOUT, START_TIMEOUT]
     waited: list[object] = []
     monkeypatch.setattr(torch.distributed, "barrier", waited.append)
     with dataclasses.replace(ranks, world=2).one_first():
@@ -237,9 +237,11 @@ def test_a_new_run_that_torchrun_starts_again_resumes(
     command = ["train", "--config", str(file), "--run", str(run)]
     assert main(command) == 0
     assert main(command) == 2
+    torch.distributed.destroy_process_group()  # the end of a process does this
     assert f"ijepa: {run} already exists." in capsys.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main([*command, "--seed", "1"]) == 2
+    torch.distributed.destroy_process_group()
     assert f"ijepa: {run} was started with seed = 0 and cannot continue with 1." in capsys.readouterr().err
     assert main(command) == 0
     assert f"{run} is finished: all 3 steps are done." in capsys.readouterr().err.splitlines()
@@ -266,12 +268,29 @@ def test_torchrun_is_for_training_evaluation_and_embedding_alone(capsys: pytest.
     )
 
 
-def test_every_rank_of_a_machine_keeps_its_own_copy_in_memory(photos: Path) -> None:
+def test_the_ranks_of_a_machine_keep_one_copy_in_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second machine of two, with two ranks each."""
     source = FolderSource(photos)
     total = sum(source.length(row) for row in range(len(source)))
-    InMemory(source, {"memory": 4 * total}, copies=3)
+    sent: list[Any] = []
+
+    def gather(ranks: Ranks, value: Any, patient: bool = False) -> list[Any]:
+        assert patient, "one rank reads all images"
+        sent.append(value)
+        return [None, None, sent[0], None]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    first = InMemory(source, {"memory": 2 * total}, Ranks(rank=2, world=4))
+    monkeypatch.setattr(FolderSource, "length", None)  # the other rank reads nothing
+    second = InMemory(source, {}, Ranks(rank=3, world=4, local_rank=1))
+    assert sent[1] is None
+    first.memory[0] = 7
+    assert second.memory[0] == 7
+    for row in range(len(source)):
+        assert second.read(row) == first.read(row)
+    monkeypatch.undo()
     with pytest.raises(SourceError, match=r"but a run can use only 80% of the .* that are free in memory\."):
-        InMemory(source, {"memory": 3 * total}, copies=3)
+        InMemory(source, {"memory": total}, Ranks(rank=2, world=4))
 
 
 def test_what_a_failed_exchange_said_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from ijepa_enhanced.batch import Batch, MaskedBatch
 from ijepa_enhanced.data import loader
+from ijepa_enhanced.data.catalog import scan
 from ijepa_enhanced.data.loader import PackDataset
 from ijepa_enhanced.data.plan import Pack
 from ijepa_enhanced.data.sources.folder import FolderSource
@@ -358,11 +359,22 @@ def test_the_run_keeps_the_configuration_it_was_started_with(tiny: TrainConfig, 
     assert load_config(tmp_path / "run") == dataclasses.replace(tiny, steps=1)
 
 
-def test_a_checkpoint_of_other_images_is_refused(tiny: TrainConfig, tmp_path: Path, photos: Path) -> None:
-    train(dataclasses.replace(tiny, steps=1), tmp_path / "run")
-    next(photos.rglob("*.png")).unlink()
+def test_a_run_resumes_after_a_file_has_vanished(
+    tiny: TrainConfig, tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it would have gone on: the image counts as unreadable, and the plan stays. A new scan is another plan."""
+    data = dataclasses.replace(tiny.data, max_unreadable=0.05)
+    config = dataclasses.replace(tiny, data=data, monitor=dataclasses.replace(tiny.monitor, every=0))
+    train(dataclasses.replace(config, steps=1), tmp_path / "run")
+    gone = sorted(photos.rglob("*.png"))[0]
+    gone.unlink()
+    assert train(config, tmp_path / "run", resume=True).finished
+    assert [message for message in caplog.messages if "has changed since the last scan. The run continues" in message]
+    assert [message for message in caplog.messages if message.startswith(f"Skipped {gone.relative_to(photos)}: ")]
+    assert read_log(tmp_path / "run")[-1]["unreadable"] == 1
+    scan(FolderSource(photos))
     with pytest.raises(ResumeError) as error:
-        train(tiny, tmp_path / "run", resume=True)
+        train(config, tmp_path / "run", resume=True)
     assert str(error.value) == (
         f"Cannot resume {tmp_path / 'run'}: the images (for example, files were added or removed) or the data settings "
         "have changed since the run was started. Restore them, or start a new run."

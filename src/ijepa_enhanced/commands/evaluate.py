@@ -99,6 +99,8 @@ def run(options: EvaluateOptions) -> int:
     workers = default_workers() if options.workers is None else options.workers
     check_workers(workers, "--workers")
     with ranks_of_run(WORK_TIMEOUT) as ranks:  # rank 0 scores alone
+        if "finetune" in options.protocols:
+            finetune.share(ranks.world)  # or an error now, not after the other protocols
         encoder = Encoder.from_pretrained(options.run).to(ranks.device)
         dtype = autocast_dtype("auto", ranks.device)
         config = InferenceConfig(encoder.pixels(options.resolution), dtype, options.merge_rate, workers, ranks=ranks)

@@ -18,7 +18,7 @@ from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.distributed import is_main, is_restarted
+from ijepa_enhanced.distributed import is_main, is_one_of_many
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
@@ -56,33 +56,23 @@ def run(options: TrainOptions) -> int:
 
 
 def folder_of(options: TrainOptions, config: TrainConfig) -> tuple[Path, bool]:
-    """Return the folder of a new run, which does not exist yet, or of the run to resume, and whether it resumes.
-
-    A run that torchrun starts again after a failure resumes, although its command is that of a new run.
+    """Return the folder of a new run, or of the run to resume, and whether the command resumes it.
 
     Raises:
-        RequestError: a new run's folder exists, or the run to resume was started with another configuration.
+        RequestError: the folder has no name, or the run to resume was started with another configuration.
     """
     if options.resume is not None and options.run is not None:
         raise RequestError("--resume continues in the folder of the run. Remove --run.")
     named = options.resume or options.run
     if named is None and options.config is not None:
         named = read_train_config(find_config(options.config)).get("run")
+    if named is None and is_one_of_many():
+        raise RequestError("Under torchrun, set --run: all processes need one folder, and a restart must find it.")
     folder = Path(named or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if options.resume is not None or (is_restarted() and (folder / "config.yaml").is_file()):
+    if options.resume is not None:
         check_resumable(load_config(folder), config, folder)
         check_unchanged(folder)
-        return folder, True
-    if is_main() and (folder / "config.yaml").is_file():
-        raise RequestError(
-            f"{folder} already exists. To resume it, use --resume {folder}. Otherwise, choose another folder with "
-            "--run."
-        )
-    if is_main() and folder.is_dir():
-        raise RequestError(f"{folder} already exists and is not a run folder. Choose another folder with --run.")
-    if is_main() and folder.exists():
-        raise RequestError(f"{folder} is a file. Choose another folder with --run.")
-    return folder, False
+    return folder, options.resume is not None
 
 
 def draw(config: TrainConfig, folder: Path) -> list[Path]:

@@ -116,7 +116,7 @@ class Unreadable:
             yield self.source.key(row), self.source.listing.sizes.reasons[row]
 
 
-def open_catalog(source: Source, cache: bool = True, retry: bool = False) -> Catalog:
+def open_catalog(source: Source, cache: bool = True, retry: bool = False, keep: bool = False) -> Catalog:
     """Map the catalog of a source, or make it: list the images and read their headers.
 
     If several processes ask for a catalog that is not there, one of them makes it and the others wait. A scan that was
@@ -128,11 +128,13 @@ def open_catalog(source: Source, cache: bool = True, retry: bool = False) -> Cat
         cache: keep the catalog in `cache_folder`. If that cannot be written to, a warning says so.
         retry: read the headers again that the disk or the network did not give at the last scan. One more readable
             image is another catalog hash, so that runs on these images cannot resume.
+        keep: keep a catalog that is older than the images, so that a run can resume after a file was removed or added.
+            A warning says so.
 
     Raises:
         SourceError: the source cannot be listed, or holds no image.
     """
-    source.attach(partial(_listing_of, cache=cache, retry=retry))
+    source.attach(partial(_listing_of, cache=cache, retry=retry, keep=keep))
     return _catalog_of(source)
 
 
@@ -259,16 +261,18 @@ def _catalog_of(source: Source) -> Catalog:
     return Catalog(heights, widths, rows, labels, listing.classes, listing.hash, shares, source)
 
 
-def _listing_of(source: Source, cache: bool = True, retry: bool = False, again: bool = False) -> Listing:
+def _listing_of(
+    source: Source, cache: bool = True, retry: bool = False, again: bool = False, keep: bool = False
+) -> Listing:
     """Return the listing of a source with sizes, mapped from its catalog if that can be kept."""
     if not cache:
         return list_and_scan(source, Unfinished(None))
     path = catalog_path(source)
-    listing = None if again else _find(source, path)[0]
+    listing = None if again else _find(source, path, keep)[0]
     if listing is None:
         with _alone(path, source.name):
             # Another process may have made it while this one waited.
-            listing, why_not = (None, "") if again else _find(source, path)
+            listing, why_not = (None, "") if again else _find(source, path, keep)
             if listing is None:
                 if why_not:
                     logger.info("%s", why_not)
@@ -280,8 +284,14 @@ def _listing_of(source: Source, cache: bool = True, retry: bool = False, again: 
     return listing
 
 
-def _find(source: Source, path: Path) -> tuple[Listing | None, str]:
-    """Return what was kept of a source, or None and the reason why it cannot be used, if there is any."""
+def _find(source: Source, path: Path, keep: bool) -> tuple[Listing | None, str]:
+    """Return what was kept of a source, or None and the reason why it cannot be used, if there is any.
+
+    Args:
+        source: the images.
+        path: of its catalog.
+        keep: use it even if the images have changed since.
+    """
     try:
         listing = map_listing(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -290,6 +300,13 @@ def _find(source: Source, path: Path) -> tuple[Listing | None, str]:
         return None, f"Rebuilding the catalog of {source.name}: {path} cannot be used ({error})."
     source.attach(lambda _: listing)
     if source.fingerprint() != listing.fingerprint:
+        if keep:
+            logger.warning(
+                "%s has changed since the last scan. The run continues with the images that it has; those that are "
+                "gone count as unreadable.",
+                source.name,
+            )
+            return listing, ""
         return None, f"{source.name} has changed since the last scan. Scanning again."
     return listing, ""
 

@@ -3,64 +3,98 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ijepa_enhanced.data.listing import Listing
 from ijepa_enhanced.data.opening import Opened
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import MEGABYTE, free_memory
+from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
+ALONE = Ranks()
 SHARE = 0.8
 """Of what is free that may be taken; the rest is for the run itself."""
+
+
+def handle_of(shared: Tensor) -> tuple[int, int, int]:
+    """Return by what another process of this machine opens a tensor in shared memory: process, file and bytes."""
+    file, size = shared.untyped_storage()._share_fd_cpu_()
+    return os.getpid(), file, size
+
+
+def opened(process: int, file: int, size: int) -> Tensor:
+    """Return a tensor that another process shares, by its `handle_of`: uint8 [size]."""
+    own = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
+    try:
+        storage = torch.UntypedStorage._new_shared_fd_cpu(own, size)  # type: ignore[attr-defined]
+    finally:
+        os.close(own)
+    return torch.tensor([], dtype=torch.uint8).set_(storage)
 
 
 class InMemory(Source):
     """Another source with its images in shared memory: the bytes of their files, or drawn pixels; never decoded ones.
 
-    Processes that are forked or spawned share the one copy. It takes the bytes of all images of the source, and 16
-    more for each. Its file has no name from the start, so the system frees it with the last process, however that
-    ends. What cannot be read, or is not as long as it was said to be, is left to the source.
+    The ranks of a machine share one copy, and so do processes that are forked or spawned. It takes the bytes of all
+    images of the source, and 16 more for each. Its files have no names from the start, so the system frees them with
+    the last process, however that ends. What cannot be read, or is not as long as it was said to be, is left to the
+    source.
 
     Args:
-        source: all of it is read here.
+        source: the first rank of each machine reads all of it here.
         free: what `free_memory` said when it is to count; None: now.
-        copies: processes on this machine that each make one.
+        ranks: all of them call this.
 
     Raises:
         SourceError: it takes more than `SHARE` of the memory that is free.
     """
 
-    def __init__(self, source: Source, free: Mapping[str, int] | None = None, copies: int = 1) -> None:
+    def __init__(self, source: Source, free: Mapping[str, int] | None = None, ranks: Ranks = ALONE) -> None:
         self.source = source
         self.name = source.name
-        rows = range(len(source))
-        self.lengths = np.array([source.length(row) for row in rows], dtype=np.int64)
-        self.ends = np.cumsum(self.lengths)
-        total = int(self.ends[-1])
+        first = ranks.rank - ranks.local_rank  # of this machine
+        shared = self._fill(free) if ranks.rank == first else None
+        if ranks.world > 1:
+            # Sent by number: any process of this user on this machine can open a file that another has open.
+            handles = ranks.gather(shared and [handle_of(part) for part in shared], patient=True)[first]
+            shared = shared or [opened(*handle) for handle in handles]
+        assert shared is not None
+        self.memory = shared[0]
+        self.ends, self.lengths = (part.view(torch.int64).numpy() for part in shared[1:])
+
+    def _fill(self, free: Mapping[str, int] | None) -> list[Tensor]:
+        """Read all images, and return their bytes, where each ends and how long it is, in shared memory: uint8."""
+        source, rows = self.source, range(len(self.source))
+        lengths = torch.tensor([source.length(row) for row in rows], dtype=torch.int64)
+        ends = lengths.cumsum(0)
+        total = int(ends[-1])
         for place, room in (free or free_memory()).items():
-            if copies * total > SHARE * room:
+            if total > SHARE * room:
                 raise SourceError(
-                    f"The images of {source.name} need {copies * total / MEGABYTE:,.0f} MB, but a run can use only "
+                    f"The images of {source.name} need {total / MEGABYTE:,.0f} MB, but a run can use only "
                     f"{SHARE:.0%} of the {room / MEGABYTE:,.0f} MB that are free in {place}. Set data.cache to none, "
                     "or shrink the images with ijepa prepare."
                 )
         logger.info("Reading %d images into memory: %.0f MB.", len(rows), total / MEGABYTE)
-        self.memory = torch.empty(total, dtype=torch.uint8).share_memory_()
-        for row in rows:
+        memory = torch.empty(total, dtype=torch.uint8).share_memory_()
+        for row, (end, length) in enumerate(zip(ends.tolist(), lengths.tolist(), strict=True)):
             try:
                 data = source.read(row)
             except UnreadableImage:
                 data = b""
-            if len(data) == self.lengths[row]:
-                self._place(row).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+            if len(data) == length:
+                memory[end - length : end].numpy()[:] = np.frombuffer(data, dtype=np.uint8)
             else:
-                self.lengths[row] = 0
+                lengths[row] = 0
+        return [memory, *(part.view(torch.uint8).share_memory_() for part in (ends, lengths))]
 
     @property
     def listing(self) -> Listing:
@@ -79,13 +113,10 @@ class InMemory(Source):
         """See `Source`."""
         return self.source.identity()
 
-    def _place(self, row: int) -> torch.Tensor:
-        end = int(self.ends[row])
-        return self.memory[end - int(self.lengths[row]) : end]
-
     def read(self, row: int) -> bytes:
         """See `Source`."""
-        return self._place(row).numpy().tobytes() if self.lengths[row] else self.source.read(row)
+        end, length = int(self.ends[row]), int(self.lengths[row])
+        return self.memory[end - length : end].numpy().tobytes() if length else self.source.read(row)
 
     def length(self, row: int) -> int:
         """See `Source`."""

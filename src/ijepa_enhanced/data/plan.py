@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +26,17 @@ from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.packing import balance, cut_into_packs
 from ijepa_enhanced.errors import PlanError
 from ijepa_enhanced.masks import MIN_TOKENS
-from ijepa_enhanced.randomness import Purpose, generator
+from ijepa_enhanced.randomness import Purpose, generator, permuted
 
 LOCAL_CROP = 0.05
 """Smallest area of a local view's crop; DINO's, in its code."""
 MIN_IMAGES = 2
 """One image has no other to differ from: its variance is nothing."""
+
+
+BLOCK = 1 << 18
+"""Most views that are planned at once. More are planned in blocks, so that a plan takes little memory: some 50 MB for
+each process (docs/scaling.md)."""
 
 
 class Cursor(NamedTuple):
@@ -63,7 +71,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """All packs of one epoch."""
+    """All packs of one epoch, or of a block of it."""
 
     epoch: int
     images: NDArray[np.int64]
@@ -82,6 +90,8 @@ class EpochPlan:
     """Images left out of this epoch because a view of theirs has fewer tokens than a mask needs."""
     limited: int
     """Views scaled down to the limit of tokens a view."""
+    first: int = 0
+    """Packs of the epoch before these."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -90,7 +100,7 @@ class EpochPlan:
         chosen = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
         images, views = self.images[chosen], self.grids.shape[1]
         return Pack(
-            Cursor(self.epoch, number),
+            Cursor(self.epoch, self.first + number),
             np.repeat(images, views),
             np.tile(np.arange(views), len(images)),
             self.boxes[chosen].reshape(-1, 4),
@@ -118,6 +128,18 @@ class EpochPlan:
         """The highest `fill` that this many tokens allow in a whole number of packs."""
         total = int(self.pack_tokens.sum())
         return total / (-(-total // self.budget) * self.budget)
+
+
+class Outline(NamedTuple):
+    """What is known of an epoch without the plan of its packs."""
+
+    packs: int
+    tokens: int
+    longest: tuple[int, int]
+    """Most rows and most columns of a view."""
+    too_small: int
+    """As in `EpochPlan`, which also says what the next one is."""
+    limited: int
 
 
 class Plan:
@@ -148,24 +170,78 @@ class Plan:
         settings |= {"patch_size": self.patch_size, "seed": self.seed, "catalog": self.catalog.hash}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def views(self) -> int:
+        """Views of an image."""
+        return self.config.masked_views + self.config.global_views + self.config.local_views
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that an epoch is planned in; one, unless it has more than `BLOCK` views."""
+        return max(1, -(-len(self.catalog.heights) * self.views // BLOCK))
+
     def epoch(self, epoch: int) -> EpochPlan:
-        """The packs of one epoch.
+        """The packs of one epoch, all in memory; errors as for `block`."""
+        blocks = [self.block(epoch, number) for number in range(self.blocks)]
+        if len(blocks) == 1:
+            return blocks[0]
+        sizes = np.concatenate([np.diff(block.offsets) for block in blocks])
+        return dataclasses.replace(
+            blocks[0],
+            images=np.concatenate([block.images for block in blocks]),
+            offsets=np.concatenate([[0], np.cumsum(sizes)]),
+            boxes=np.concatenate([block.boxes for block in blocks]),
+            grids=np.concatenate([block.grids for block in blocks]),
+            too_small=sum(block.too_small for block in blocks),
+            limited=sum(block.limited for block in blocks),
+        )
+
+    @cached_property
+    def outline(self) -> Outline:
+        """The outline of the first epoch: of several blocks, an estimate by the first; errors as for `block`."""
+        block, blocks = self.block(0, 0), self.blocks
+        rows, cols = block.grids.max(axis=(0, 1)).tolist()
+        tokens = int(block.pack_tokens.sum())
+        return Outline(
+            blocks * len(block), blocks * tokens, (rows, cols), blocks * block.too_small, blocks * block.limited
+        )
+
+    def _images_of(self, epoch: int, number: int) -> NDArray[np.int64]:
+        """Return the positions in the catalog of a block's images, ascending: of several blocks, at random."""
+        count = len(self.catalog.heights)
+        start, stop = (count * place // self.blocks for place in (number, number + 1))
+        places = np.arange(start, stop)
+        if self.blocks == 1:
+            return places
+        # The draw of another view than that of `block`, so that the two do not depend on each other.
+        return np.sort(permuted(places, count, generator(self.seed, Purpose.ORDER, epoch, view=1)))
+
+    def block(self, epoch: int, block: int, first: int = 0) -> EpochPlan:
+        """The packs of one of the `blocks` of an epoch.
+
+        Args:
+            epoch: from 0.
+            block: from 0.
+            first: packs of the epoch before this block.
 
         Raises:
             PlanError: fewer than `MIN_IMAGES` images are large enough to train on.
         """
-        config, catalog = self.config, self.catalog
-        number = np.arange(config.masked_views + config.global_views + config.local_views)
+        config, candidates = self.config, self._images_of(epoch, block)
+        image_heights, image_widths = (
+            values[candidates, None] for values in (self.catalog.heights, self.catalog.widths)
+        )
+        number = np.arange(self.views)
         masked, local = number < config.masked_views, number >= config.masked_views + config.global_views
-        rng = generator(self.seed, Purpose.GEOMETRY, epoch)
-        draws = rng.random((4, len(catalog.heights), len(number)), dtype=np.float32)
+        rng = generator(self.seed, Purpose.GEOMETRY, epoch, block)
+        draws = rng.random((4, len(candidates), len(number)), dtype=np.float32)
         smallest = np.where(local, min(LOCAL_CROP, config.min_crop), config.min_crop)
         largest = np.where(local, config.min_crop, config.max_crop)
         crop = np.sqrt(smallest + (largest - smallest) * draws[0])
-        heights = np.maximum(1, catalog.heights[:, None] * crop)
-        widths = np.maximum(1, catalog.widths[:, None] * crop)
-        tops = (catalog.heights[:, None] - heights) * draws[1]
-        lefts = (catalog.widths[:, None] - widths) * draws[2]
+        heights = np.maximum(1, image_heights * crop)
+        widths = np.maximum(1, image_widths * crop)
+        tops = (image_heights - heights) * draws[1]
+        lefts = (image_widths - widths) * draws[2]
         resolution = None
         wanted = heights * widths
         if config.min_resolution is not None and config.max_resolution is not None:
@@ -177,8 +253,8 @@ class Plan:
         grids = fit_grids(heights, widths, resolution, self.patch_size, limit)
         enough = (grids.prod(axis=2) >= MIN_TOKENS)[:, masked].all(axis=1)
         shown = np.ones_like(enough)
-        if catalog.shares is not None:
-            shown = generator(self.seed, Purpose.MIX, epoch).random(len(shown)) < catalog.shares
+        if self.catalog.shares is not None:
+            shown = generator(self.seed, Purpose.MIX, epoch, block).random(len(shown)) < self.catalog.shares[candidates]
         if (enough & shown).sum() < MIN_IMAGES:
             large, images, side = (enough & shown).sum(), shown.sum(), self.patch_size
             found, more = f"there {'is' if images == 1 else 'are'} only {images}", ""
@@ -191,12 +267,12 @@ class Plan:
             )
         images = np.flatnonzero(enough & shown)
         tokens = grids[images].prod(axis=2).sum(axis=1)
-        packs = balance(tokens, config.tokens_per_pack, generator(self.seed, Purpose.ORDER, epoch))
+        packs = balance(tokens, config.tokens_per_pack, generator(self.seed, Purpose.ORDER, epoch, block))
         images = images[np.argsort(packs, kind="stable")]
         boxes = np.stack([tops, lefts, heights, widths], axis=2).astype(np.float32)
         return EpochPlan(
             epoch,
-            images,
+            candidates[images],
             np.concatenate([[0], np.cumsum(np.bincount(packs))]),
             boxes[images],
             grids[images],
@@ -204,6 +280,7 @@ class Plan:
             config.tokens_per_pack,
             too_small=int((~enough & shown).sum()),
             limited=int((wanted[images] / self.patch_size**2 > limit).sum()),
+            first=first,
         )
 
     def share(self, world: int) -> int:
@@ -223,21 +300,29 @@ class Plan:
     def packs(self, cursor: Cursor, rank: int = 0, world: int = 1) -> Iterator[Pack]:
         """The packs of one rank from `cursor`, the first pack of a step, on, without end.
 
-        Of each step's `packs_per_step` packs, rank r takes the r-th, the (r + world)-th and so on.
+        Of each step's `packs_per_step` packs, rank r takes the r-th, the (r + world)-th and so on. While the packs of a
+        block are used, a thread plans the next one.
 
         Raises:
             PlanError: see `share`.
         """
         self.share(world)
-        epoch, first = cursor
         number = 0
-        while True:
-            plan = self.epoch(epoch)
-            for pack in range(first, len(plan)):
-                if number % world == rank:
-                    yield plan[pack]
-                number = (number + 1) % self.config.packs_per_step
-            epoch, first = epoch + 1, 0
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(self.block, cursor.epoch, 0)
+            for turn in itertools.count(cursor.epoch * self.blocks):
+                epoch, block = divmod(turn, self.blocks)
+                plan = coming.result()
+                after = plan.first + len(plan)
+                if block + 1 < self.blocks:
+                    coming = thread.submit(self.block, epoch, block + 1, after)
+                else:
+                    coming = thread.submit(self.block, epoch + 1, 0)
+                start = cursor.pack - plan.first if epoch == cursor.epoch else 0
+                for pack in range(max(0, start), len(plan)):
+                    if number % world == rank:
+                        yield plan[pack]
+                    number = (number + 1) % self.config.packs_per_step
 
 
 def inference_packs(catalog: Catalog, resolution: int | None, patch_size: int, limit: int, budget: int) -> list[Pack]:

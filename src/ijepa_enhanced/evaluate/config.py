@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ijepa_enhanced.errors import PlanError
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -12,8 +14,10 @@ class FinetuneConfig:
     epochs: int = 100
     """Number of passes over the training images."""
     lr: float = 5e-4
-    """Peak learning rate of the classification head. Each optimizer step processes one pack of images. The rate is not
-    scaled with the batch size."""
+    """Peak learning rate of the classification head. It is not scaled with the batch size."""
+    packs_per_step: int = 1
+    """Number of packs per optimizer step, summed over all processes. A process with several packs accumulates
+    gradients."""
     layer_decay: float = 0.75
     """Layer-wise learning rate decay: each layer has this fraction of the learning rate of the next layer (BEiT,
     arXiv 2106.08254, appendix H)."""
@@ -30,6 +34,8 @@ class FinetuneConfig:
     """Probability of a horizontal flip."""
 
     def __post_init__(self) -> None:
+        if self.packs_per_step < 1:
+            raise ValueError(f"finetune.packs_per_step must be at least 1, not {self.packs_per_step}.")
         for name in ("epochs", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"finetune.{name} must be above 0, not {getattr(self, name)}.")
@@ -43,3 +49,17 @@ class FinetuneConfig:
         for name in ("warmup", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"finetune.{name} must be between 0 and 1, not {getattr(self, name)}.")
+
+    def share(self, world: int) -> int:
+        """Return the packs of a step that each of `world` ranks processes.
+
+        Raises:
+            PlanError: they cannot share them evenly.
+        """
+        share, rest = divmod(self.packs_per_step, world)
+        if rest:
+            raise PlanError(
+                f"finetune.packs_per_step ({self.packs_per_step}) must be a multiple of the number of processes "
+                f"({world}), for example {world}."
+            )
+        return share

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_enhanced.batch import Batch
+from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.loader import PackDataset, make_loader
-from ijepa_enhanced.data.plan import Plan
+from ijepa_enhanced.data.plan import Cursor, Plan
 from ijepa_enhanced.devices import autocast
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import NotFiniteError
@@ -94,8 +96,8 @@ def finetune(
 ) -> Iterator[tuple[str, float]]:
     """Yield `finetune`, and what comes with it (see `scores.classification`), of the last step: no step is chosen.
 
-    AdamW learns from random crops, resized to the resolution that is scored. A step is a pack, whose views the ranks
-    share. The encoder that is given does not change.
+    AdamW learns from random crops, resized to the resolution that is scored. The ranks share the packs of a step. The
+    encoder that is given does not change.
 
     Args:
         encoder: on the device to train on.
@@ -107,7 +109,7 @@ def finetune(
 
     Raises:
         UnreadableImage: no image of a source can be decoded.
-        PlanError: fewer than two training images are large enough.
+        PlanError: fewer than two training images are large enough, or the ranks cannot share the packs of a step.
         NotFiniteError: gradients or features are not finite.
     """
     training = training or FinetuneConfig()
@@ -132,84 +134,127 @@ def _train(
     counting: Counting,
     training: FinetuneConfig,
 ) -> None:
-    source, catalog, encoder, ranks = train.source, train.catalog, model.encoder, config.ranks
-    views = DataConfig(
-        tokens_per_pack=config.tokens_per_pack,
-        min_resolution=config.resolution,
-        max_resolution=config.resolution,
-        min_crop=training.min_crop,
-        max_view_tokens=config.tokens_per_pack,
-    )
-    plan = Plan(catalog, views, encoder.config.patch_size, seed)
-    first = plan.epoch(0)
-    if first.too_small:
-        logger.warning("Skipped %d images of %s that are too small to fine-tune on.", first.too_small, source.name)
-    steps = training.epochs * len(first)
-    own = slice(ranks.rank, None, ranks.world)
-    packs = (epoch[n].select(own) for epoch in map(plan.epoch, itertools.count()) for n in range(len(epoch)))
-    depth, device = encoder.config.depth, encoder.device
+    source, ranks, device = train.source, config.ranks, model.encoder.device
+    own_packs = training.share(ranks.world)
+    plan = _plan_of(train.catalog, model, config, seed, training)
+    if plan.outline.too_small:
+        left_out = plan.outline.too_small
+        logger.warning("Skipped %d images of %s that are too small to fine-tune on.", left_out, source.name)
+    steps = max(1, round(training.epochs * plan.outline.packs / training.packs_per_step))
+    packs = itertools.islice(plan.packs(Cursor(0, 0), ranks.rank, ranks.world), steps * own_packs)
     dataset = PackDataset(
         source,
-        catalog,
-        encoder.config.patch_size,
+        train.catalog,
+        model.encoder.config.patch_size,
         seed=seed,
-        depth=depth,
+        depth=model.encoder.config.depth,
         merge_rate=config.merge_rate,
         changes=AugmentConfig(flip=training.flip),
-        channels=encoder.config.channels,
+        channels=model.encoder.config.channels,
     )
-    trainable = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0)
+    stream = iter(make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda"))
+    optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0, fused=True)
+    classes = classes.to(device)
     unreadable: dict[int, str] = {}
-    seen = 0
+    seen, norms = 0, {-1: torch.zeros(())}
     with counting("finetune", steps) as progress:
-        loader = make_loader(dataset, itertools.islice(packs, steps), config.workers, pin_memory=device.type == "cuda")
-        for step, batch in enumerate(loader):
-            unreadable |= dict(batch.unreadable)
-            views_shown = int(ranks.sums([len(batch.image_ids)])[0])
-            if not views_shown:
+        for step in range(steps):
+            batches = [next(stream) for _ in range(own_packs)]
+            unreadable |= {row: reason for batch in batches for row, reason in batch.unreadable}
+            views = int(ranks.sums([sum(len(batch.image_ids) for batch in batches)])[0])
+            if not views:
                 continue
-            seen += views_shown
-            if len(batch.image_ids):
-                moved = batch.to(device, non_blocking=True)
-                assert moved.labels is not None
-                targets = torch.searchsorted(classes.to(device), moved.labels)
-                with autocast(device, config.dtype):
-                    pooled = model.pooled(moved.packed, moved.merge_plan)
-                loss = F.cross_entropy(model.head(pooled), targets, reduction="sum")
-                (loss / views_shown).backward()
-            ranks.sum_gradients(trainable)
+            seen += views
             for group in optimizer.param_groups:
                 rate = warmup_cosine(step, steps, round(training.warmup * steps), training.lr, 0.0)
                 group["lr"] = rate * group["share"]
-            if not nn.utils.clip_grad_norm_(trainable, 1.0).isfinite():
-                raise NotFiniteError(f"Fine-tuning diverged at step {step}. Lower --finetune.lr.")
-            optimizer.step()
-            optimizer.zero_grad()
+            norms[step] = _step(model, optimizer, batches, views, classes, config)
+            # After the device was given this step, so that it computes while the host waits for the one before.
+            _check_finite(norms, keep=1)
             progress(step + 1)
+    _check_finite(norms, keep=0)
     for found in ranks.gather(unreadable):
         unreadable |= found
     warn_of_unreadable(source, unreadable)
     need_images(seen, source)
 
 
-def parameter_groups(model: Classifier, training: FinetuneConfig) -> list[dict[str, object]]:
-    """What AdamW learns, each with its weight decay and the share of the learning rate that it has.
+def _plan_of(catalog: Catalog, model: Classifier, config: InferenceConfig, seed: int, training: FinetuneConfig) -> Plan:
+    """Return the plan of packs of random crops, at the resolution that is scored."""
+    views = DataConfig(
+        tokens_per_pack=config.tokens_per_pack,
+        packs_per_step=training.packs_per_step,
+        min_resolution=config.resolution,
+        max_resolution=config.resolution,
+        min_crop=training.min_crop,
+        max_view_tokens=config.tokens_per_pack,
+    )
+    return Plan(catalog, views, model.encoder.config.patch_size, seed)
+
+
+def _step(
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    views: int,
+    classes: Tensor,
+    config: InferenceConfig,
+) -> Tensor:
+    """Learn from this rank's packs of a step, and return the norm of the gradient, still on the device.
+
+    Args:
+        model: it learns.
+        optimizer: of the model.
+        batches: packs of this rank.
+        views: of all ranks.
+        classes: [C] labels in the order of the logits, on the device.
+        config: precision and ranks.
+    """
+    trainable, device = list(model.parameters()), classes.device
+    for batch in batches:
+        if len(batch.image_ids):
+            moved = batch.to(device, non_blocking=True)
+            assert moved.labels is not None
+            with autocast(device, config.dtype):
+                pooled = model.pooled(moved.packed, moved.merge_plan)
+            targets = torch.searchsorted(classes, moved.labels)
+            loss = F.cross_entropy(model.head(pooled), targets, reduction="sum")
+            (loss / views).backward()
+    config.ranks.sum_gradients(trainable)
+    norm = nn.utils.clip_grad_norm_(trainable, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def _check_finite(norms: dict[int, Tensor], keep: int) -> None:
+    """Check the norms of the gradient by step, and remove them but for the last `keep`.
+
+    Raises:
+        NotFiniteError: one is not finite.
+    """
+    for step in list(norms)[: len(norms) - keep]:
+        if not norms.pop(step).isfinite():
+            raise NotFiniteError(f"Fine-tuning diverged at step {step}. Lower --finetune.lr.")
+
+
+def parameter_groups(model: Classifier, training: FinetuneConfig) -> list[dict[str, Any]]:
+    """What AdamW learns, by its weight decay and the share of the learning rate that it has.
 
     The head and the last LayerNorm have all of it, block l of `depth` (from 0) layer_decay ** (depth - l), and what
     comes before the blocks layer_decay ** (depth + 1). Vectors and tables of positions do not decay.
     """
     depth = len(model.encoder.network.blocks.layers)
-    groups = []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.network.blocks.layers."):
             below = depth - int(name.split(".")[4])
         else:
             below = 0 if name.startswith(("head.", "encoder.network.blocks.")) else depth + 1
         decays = parameter.ndim > 1 and "positions" not in name
-        decay = training.weight_decay if decays else 0.0
-        groups.append({"params": [parameter], "share": training.layer_decay**below, "weight_decay": decay})
-    return groups
+        setting = training.layer_decay**below, training.weight_decay if decays else 0.0
+        groups.setdefault(setting, []).append(parameter)
+    return [{"params": own, "share": share, "weight_decay": decay} for (share, decay), own in groups.items()]
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from ijepa_enhanced.config import flatten
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.errors import RankError
+from ijepa_enhanced.files import remove_partials
 from ijepa_enhanced.train.config import TrainConfig
 
 ANSWER_TIMEOUT = 10.0
@@ -49,8 +50,9 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     """
     if ranks.world == 1:
         return
-    token = folder / f".shared-{ranks.gather(uuid.uuid4().hex)[0]}"
+    token = folder / f".shared-{ranks.gather(uuid.uuid4().hex)[0]}.partial"
     if ranks.main:
+        remove_partials(folder)  # those of runs that were killed here
         token.touch()
     ranks.wait()
     absent = [rank for rank, seen in enumerate(ranks.gather(token.exists())) if not seen]

@@ -8,12 +8,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
-from ijepa_enhanced.batch import Batch, MaskedBatch
+from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.errors import RunError
@@ -90,14 +89,15 @@ def check_weights(model: nn.Module, step: int, ranks: Ranks) -> None:
         )
 
 
-def packs_of(stream: Iterator[Batch], count: int) -> list[MaskedBatch]:
-    """Return the next packs of a loader.
+@contextmanager
+def explaining_workers() -> Iterator[None]:
+    """Turn PyTorch's error about a data worker into advice. It can interrupt the body anywhere.
 
     Raises:
         RunError: a data worker is stuck or has ended.
     """
     try:
-        return [cast(MaskedBatch, next(stream)) for _ in range(count)]
+        yield
     except RuntimeError as error:
         what = str(error)
         if what.startswith("DataLoader timed out"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ijepa_enhanced.data.catalog import Catalog, open_catalog
 from ijepa_enhanced.data.in_memory import InMemory
 from ijepa_enhanced.data.loader import check_shared_memory
-from ijepa_enhanced.data.plan import EpochPlan, Plan
+from ijepa_enhanced.data.plan import Outline, Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.data.statistics import check_source
@@ -29,7 +29,6 @@ class TrainingImages:
     catalog: Catalog
     unreadable: Unreadable
     plan: Plan
-    first_epoch: EpochPlan
 
 
 def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImages:
@@ -37,13 +36,12 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     source = open_source(config.data.source)
     with ranks.one_first():  # one rank scans the images, and the others read its catalog
         # One more readable image is another plan. So a resumed run keeps its images, and only rank 0 tries for more.
-        catalog = open_catalog(source, retry=not resume and ranks.main)
+        catalog = open_catalog(source, retry=not resume and ranks.main, keep=resume)
     check_source(source, config.data.channels)
     unreadable = Unreadable(catalog, config.data.max_unreadable)
     plan = Plan(catalog, config.data, config.encoder.patch_size, config.seed)
     own_packs = plan.share(ranks.world)
-    first_epoch = plan.epoch(0)
-    log_left_out(first_epoch, config)
+    log_left_out(plan.outline, config)
     free = free_memory()
     ranks.wait()  # every rank measures before the first one allocates
     # A rank holds the packs of this step and of the last one. For a GPU they are pinned, which is not shared memory.
@@ -58,22 +56,22 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
         config.data.channels,
     )
     if config.data.cache == "memory":
-        source = InMemory(source, free, ranks.local_world_size)
+        source = InMemory(source, free, ranks)
         ranks.wait()  # one machine may read its images much faster than another
-    return TrainingImages(source, catalog, unreadable, plan, first_epoch)
+    return TrainingImages(source, catalog, unreadable, plan)
 
 
-def log_left_out(plan: EpochPlan, config: TrainConfig) -> None:
+def log_left_out(epoch: Outline, config: TrainConfig) -> None:
     """Log how many images are too small to train on, and how many views are scaled down."""
-    if plan.too_small:
+    if epoch.too_small:
         logger.warning(
             "Skipped %d images that are too small (views with fewer than %d patches).",
-            plan.too_small,
+            epoch.too_small,
             MIN_TOKENS,
         )
-    if plan.limited:
+    if epoch.limited:
         logger.warning(
             "%d views per epoch exceed data.max_view_tokens and are scaled down to %d tokens.",
-            plan.limited,
+            epoch.limited,
             config.data.view_limit,
         )

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -30,7 +31,7 @@ from ijepa_enhanced.train.faults import (
     WORKER_TIMEOUT,
     check_weights,
     explaining_memory,
-    packs_of,
+    explaining_workers,
     record_skipped,
     too_many_skipped,
 )
@@ -41,6 +42,7 @@ from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
 from ijepa_enhanced.train.parallel import parallelize, whole
 from ijepa_enhanced.train.record import training_facts
+from ijepa_enhanced.train.saved import resumes
 from ijepa_enhanced.train.share import Share
 from ijepa_enhanced.train.signals import StopSignals
 from ijepa_enhanced.train.start import Start, load_start
@@ -50,7 +52,7 @@ from ijepa_enhanced.train.step import StepResult, train_step
 logger = logging.getLogger(__name__)
 
 GRACE = 30.0
-"""Seconds between the SIGTERM and the SIGKILL of torchrun, which no option of it changes."""
+"""Seconds between the SIGTERM and the SIGKILL of torchrun, unless `--shutdown_timeout` of PyTorch 2.13 says more."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         OSError: the configuration, the log or an encoder cannot be written.
     """
     with ranks_of_run() as ranks:
+        resume = resumes(config, folder, resume, ranks)
         # Opened first, so that a wrong encoder or source leaves no folder behind.
         start = load_start(config, folder, resume)
         images = open_images(config, ranks, resume)
@@ -112,9 +115,9 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     """Create the run's folder and write its configuration.
 
     Raises:
-        RequestError: the folder exists, or cannot be created.
+        RequestError: the folder cannot be created.
     """
-    make_folder(folder, new=True)
+    make_folder(folder)
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
@@ -137,11 +140,11 @@ class Run:
         self.first_step, self.advised = 0, False  # the first step of this process, and whether it gave advice on speed
         self.images = images
         self.ranks = ranks
-        self.total = config.steps or max(1, round(config.epochs * len(images.first_epoch) / config.data.packs_per_step))
+        epoch = images.plan.outline
+        self.total = config.steps or max(1, round(config.epochs * epoch.packs / config.data.packs_per_step))
         torch.manual_seed(config.seed)
         # Recorded with the encoder: position embeddings beyond this grid stay untrained.
-        longest_rows, longest_cols = images.first_epoch.grids.reshape(-1, 2).max(axis=0).tolist()
-        preprocessing = start.preprocessing(config, (longest_rows, longest_cols))
+        preprocessing = start.preprocessing(config, epoch.longest)
         try:
             self.model = JEPA(
                 start.architecture(config),
@@ -209,7 +212,7 @@ class Run:
                 f"{data.packs_per_step * data.tokens_per_pack:,}",
                 f"{len(self.images.catalog.rows):,}",
                 self.images.source.name,
-                self.total * data.packs_per_step / len(self.images.first_epoch),
+                self.total * data.packs_per_step / self.images.plan.outline.packs,
                 f"; resuming after step {state.step:,}" if state.step else "",
             )
         self.ranks.agree({"checkpoint": state.step})
@@ -217,9 +220,7 @@ class Run:
     def loop(self, state: TrainState) -> Outcome:
         """Train from `state` to the last step, or until a signal asks to stop."""
         config, images, ranks, total = self.config, self.images, self.ranks, self.total
-        monitor = start_monitor(
-            config, images.source, images.plan, images.first_epoch, total, state.history, self.encoder.config
-        )
+        monitor = start_monitor(config, images.source, images.plan, total, state.history, self.encoder.config)
         packs = images.plan.packs(state.cursor, ranks.rank, ranks.world)
         pinned, workers = ranks.device.type == "cuda", config.data.workers
         stream = iter(make_loader(self.dataset, packs, workers, pinned, WORKER_TIMEOUT))
@@ -229,6 +230,7 @@ class Run:
             ProgressBar(total, state.step) if ranks.main else nullcontext() as bar,
             StopSignals() as stop,
             explaining_memory(config.data),
+            explaining_workers(),
         ):
             if monitor and not state.step:
                 self.probe(state, monitor)  # a baseline for collapse, not in log.jsonl
@@ -237,7 +239,7 @@ class Run:
             while state.step < total:
                 with together(state.step + 1, ranks):
                     with state.meter.waiting():
-                        batches = packs_of(stream, own_packs)
+                        batches = [cast(MaskedBatch, next(stream)) for _ in range(own_packs)]
                     # Every rank learns the size of the whole step, and all stop at the same step.
                     share = Share.of_all(batches, stop.requested, ranks)
                     if share.stop:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ijepa_enhanced.data.catalog import Catalog
-from ijepa_enhanced.data.plan import EpochPlan, Plan
+from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import Encoder
@@ -217,7 +217,6 @@ def start_monitor(
     config: TrainConfig,
     source: Source,
     plan: Plan,
-    first_epoch: EpochPlan,
     steps: int,
     history: History,
     encoder: Architecture,
@@ -227,7 +226,7 @@ def start_monitor(
     Args:
         config: of the run.
         source: the training images.
-        plan, first_epoch: of the run.
+        plan: of the run.
         steps: of the whole run.
         history: of the probes before the run was resumed. The monitor updates it.
         encoder: the architecture that is probed.
@@ -236,14 +235,15 @@ def start_monitor(
         return None
     try:
         images = config.monitor.images or default_images(plan.catalog)
-        probe_set = ProbeSet(source, plan, first_epoch.images, images, encoder, config.merging.teacher_rate)
+        candidates = plan.block(0, 0).images
+        probe_set = ProbeSet(source, plan, candidates, images, encoder, config.merging.teacher_rate)
     except PlanError:
         logger.warning(
             "Monitoring is off: fewer than two images are large enough for its crops. Add larger images, or set "
             "monitor.every to 0 to hide this message."
         )
         return None
-    step_tokens = float(first_epoch.pack_tokens.mean()) * plan.config.packs_per_step
+    step_tokens = plan.outline.tokens / plan.outline.packs * plan.config.packs_per_step
     every = steps_between_probes(config.monitor, probe_set.tokens, steps, step_tokens, config.log_every)
     if not every:
         # Only a debug message, since it would appear in every short trial.

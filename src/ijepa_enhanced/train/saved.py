@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ijepa_enhanced.config import build, flatten, read_config
+from ijepa_enhanced.distributed import Ranks, is_restarted
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.checkpoint import newest_progress
@@ -62,6 +63,49 @@ def load_config(folder: Path) -> TrainConfig:
         RequestError: the folder has no configuration file, or one that another version of this program wrote.
     """
     return build(TrainConfig, read_config(config_of_run(folder), TrainConfig, {}))
+
+
+def resumes(config: TrainConfig, folder: Path, asked: bool, ranks: Ranks) -> bool:
+    """Return whether a run resumes: because it is asked to, or because torchrun has started it again after a failure.
+
+    All ranks call this, because torchrun counts a restart only on the machine on which a process has failed.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        asked: whether the command says so.
+        ranks: the processes that share it.
+
+    Raises:
+        RequestError: a new run's folder exists, or the run that is started again had another configuration.
+    """
+    restarted = any(ranks.gather(is_restarted()))
+    if asked:
+        return True
+    if restarted and (folder / "config.yaml").is_file():
+        check_resumable(load_config(folder), config, folder)
+        check_unchanged(folder)
+        return True
+    if ranks.main and not restarted:
+        check_new(folder)
+    return False
+
+
+def check_new(folder: Path) -> None:
+    """Check that there is nothing in the place of a new run's folder.
+
+    Raises:
+        RequestError: there is.
+    """
+    if (folder / "config.yaml").is_file():
+        raise RequestError(
+            f"{folder} already exists. To resume it, use --resume {folder}. Otherwise, choose another folder with "
+            "--run."
+        )
+    if folder.is_dir():
+        raise RequestError(f"{folder} already exists and is not a run folder. Choose another folder with --run.")
+    if folder.exists():
+        raise RequestError(f"{folder} is a file. Choose another folder with --run.")
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig, folder: Path) -> None:
