@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     monkeypatch.setattr(in_memory, "free_memory", lambda: free | {place: 2 * size})
     assert len(InMemory(FolderSource(pictures)).memory) == size
     monkeypatch.setattr(images, "free_memory", lambda: free | {place: 2 * size - 1})
-    monkeypatch.setattr(FolderSource, "read", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: pytest.fail("memory was taken"))
     options = (
         "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 "
         "--encoder.patch_size 8"
