@@ -74,7 +74,7 @@ RUNNABLE = [block for block in BLOCKS if block.language in ("sh", "python")]
 
 
 def lines_of(block: Block) -> list[list[str]]:
-    """The words of each line of shell, without placeholders."""
+    """The words of each shell command. Numbers replace `PLACEHOLDERS` that stand for one; the others are left out."""
     lines = block.text.replace("\\\n", " ").splitlines()
     words = (shlex.split(line, comments=True) for line in lines)
     return [[found for word in line if (found := PLACEHOLDERS.get(word, word))] for line in words if line]

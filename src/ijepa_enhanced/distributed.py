@@ -181,6 +181,10 @@ class Ranks:
             self.wait()
 
 
+ALONE = Ranks()
+"""The ranks of a process that was not started by torchrun."""
+
+
 def is_one_of_many() -> bool:
     """Return whether `torchrun` started this process together with others."""
     return dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"

@@ -88,8 +88,8 @@ def five_steps(kind: Any, case: Case, ranks: Ranks) -> dict[str, torch.Tensor]:
     network = parallelize(model, kind, ranks)
     optimizer = make_optimizer(model)
     for group in optimizer.param_groups:
-        # AdamW divides a gradient by its own size. Of one that is zero but for rounding, as that of a bias before a
-        # BatchNorm, rounding would decide; an epsilon well above float32's rounding of a gradient keeps it small.
+        # AdamW divides each gradient by its magnitude. Some gradients are only rounding errors, such as that of a bias
+        # before a BatchNorm, and would make full steps. An epsilon well above these errors keeps such steps small.
         group["eps"] = 1e-4
     for step in range(5):
         packs = [make_pack(PACKS * step + number, images, case.rate) for number, images in enumerate(case.images)]

@@ -30,7 +30,7 @@ PNG_CHANNELS = {2: 3, 4: 2, 6: 4}
 ORIENTATION = 274
 """TIFF tag; its values are those of EXIF."""
 
-_TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -89,7 +89,7 @@ def check_finite(pixels: NDArray[Any]) -> None:
 
 def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Return pixels [h, w, ...] upright, from their EXIF orientation."""
-    return _TURNS[orientation](pixels) if orientation in _TURNS else pixels
+    return TURNS[orientation](pixels) if orientation in TURNS else pixels
 
 
 def of_array(array: NDArray[Any]) -> Bands:
@@ -151,7 +151,7 @@ def open_tiff(stream: BinaryIO, plain: Image.Image | None = None) -> Bands:
         raise UnreadableImage(f"the first page has the axes {page.axes}: only height, width and channels are read")
     sides, channels = (int(page.imagelength), int(page.imagewidth)), int(page.samplesperpixel)
     orientation = page.tags.valueof(ORIENTATION, 1)
-    orientation = orientation if orientation in _TURNS else 1
+    orientation = orientation if orientation in TURNS else 1
     height, width = sides if orientation < 5 else sides[::-1]
 
     def load() -> NDArray[Any]:

@@ -139,7 +139,7 @@ def open_catalog(source: Source, cache: bool = True, retry: bool = False, keep: 
 
 
 def keep_statistics(source: Source, statistics: Statistics) -> None:
-    """Keep what the channels of a source are like in its catalog, if that has a file."""
+    """Store the statistics of the channels of a source in its catalog, if the catalog is a file."""
 
     def kept(leaf: Source) -> Listing:
         listing = leaf.listing.with_statistics(statistics)

@@ -65,7 +65,7 @@ def stored_values(image: Image.Image) -> NDArray[Any]:
         return values
     stored = values = np.asarray(image).astype(np.uint16)  # in the order of bytes of this machine
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
-        values = 65535 - values  # 0 is white, which Pillow heeds up to 8 bits
+        values = 65535 - values  # 0 is white. Pillow inverts such images itself only up to 8 bits.
     if (transparent := image.info.get("transparency")) is not None:
         values = np.where(stored == transparent, np.uint16(65535), values)
     return values

@@ -17,7 +17,6 @@ from ijepa_enhanced.data.bands import Bands, turned
 from ijepa_enhanced.data.colors import rgb, stored_values, to_srgb
 from ijepa_enhanced.data.opening import (
     FAILURES,
-    TURNS,
     Opened,
     channels_of,
     check_channels,
@@ -47,7 +46,7 @@ def decode_views(
     sigmas: NDArray[np.floating] | None = None,
     channels: int = CHANNELS,
 ) -> list[NDArray[Any]]:
-    """V views of one image, decoded once. With 3 channels they are sRGB, with transparent pixels on white.
+    """Return V views of one image, decoded once. With 3 channels they are sRGB, with transparent pixels on white.
 
     Args:
         image: of any mode; only the first frame of an animation is shown. It keeps its size and can be used again.
@@ -72,7 +71,7 @@ def decode_views(
 
 
 def decode_pixels(image: Opened, shrink: float, channels: int = CHANNELS) -> tuple[NDArray[Any], int]:
-    """The upright pixels [h, w, C] for views at least `shrink` times smaller, and how many times smaller they are.
+    """Return the upright pixels [h, w, C] for views at least `shrink` times smaller, and how much smaller they are.
 
     The array, of uint8, uint16 or floats as they are stored, is not to be written to. Errors as for `decode_views`.
     """
@@ -97,7 +96,6 @@ def decode_pixels(image: Opened, shrink: float, channels: int = CHANNELS) -> tup
 def _rgb_pixels(image: Image.Image, shrink: float) -> tuple[NDArray[np.uint8], int]:
     """Return the result of `decode_pixels` in sRGB."""
     orientation = orientation_of(image)
-    turn = TURNS.get(orientation)
     pixels, scale = _reduced(image, shrink)
     pixels = rgb(pixels)
     pixels.load()
@@ -105,9 +103,7 @@ def _rgb_pixels(image: Image.Image, shrink: float) -> tuple[NDArray[np.uint8], i
     if scale == 1 and shrink >= 2 * GAP:  # of a format without scales, the fewer pixels the faster
         scale = int(shrink / GAP)
         pixels = pixels.reduce(scale)
-    if turn is not None:
-        pixels = pixels.transpose(turn)
-    return np.asarray(pixels), scale
+    return turned(np.asarray(pixels), orientation), scale
 
 
 def _as_many(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
@@ -139,7 +135,7 @@ def _view(pixels: NDArray[Any], box: Sequence[float], size: Sequence[int], flip:
     else:
         view = F.interpolate(view, size, mode="bicubic", antialias=True)
     if pixels.dtype == np.uint16:
-        view = view.clamp_(0, 255)  # as bytes are
+        view = view.clamp_(0, 255)  # bicubic filters overshoot; for bytes, PyTorch does this
     if flip:
         view = view.flip(3)
     return view.permute(0, 2, 3, 1)[0].numpy()

@@ -14,12 +14,11 @@ from ijepa_enhanced.data.listing import Listing
 from ijepa_enhanced.data.opening import Opened
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.devices import MEGABYTE, free_memory
-from ijepa_enhanced.distributed import Ranks
+from ijepa_enhanced.distributed import ALONE, Ranks
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
-ALONE = Ranks()
 SHARE = 0.8
 """Of what is free that may be taken; the rest is for the run itself."""
 

@@ -84,13 +84,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the values of each of C channels are like, on [0, 1]. Every image that was measured counts the same."""
+    """Statistics of the values of C channels, scaled to [0, 1]. Every measured image has the same weight."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Standard deviation."""
     images: int
-    """That were measured."""
+    """Number of measured images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class Listing:
         return dataclasses.replace(self, fingerprint=fingerprint, path=None)
 
     def with_statistics(self, statistics: Statistics) -> Listing:
-        """Return the listing with what its channels are like."""
+        """Return the listing with the statistics of its channels."""
         return dataclasses.replace(self, statistics=statistics, path=None)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -28,6 +28,7 @@ from ijepa_enhanced.data.bands import (
     PNG_CHANNELS,
     PNG_COLOR,
     PNG_DEPTH,
+    TURNS,
     Bands,
     as_file,
     missing,
@@ -86,15 +87,6 @@ FAILURES = (
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _SIDEWAYS = (5, 6, 7, 8)
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def open_image(file: bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> Opened:
@@ -103,7 +95,7 @@ def open_image(file: bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> Opened:
     JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC and NumPy files are read.
 
     Args:
-        file: all bytes of it, or a file that can be sought in, of which no more is read than the header.
+        file: all bytes of it, or a file that can be sought in, and only its header is read.
         max_pixels: larger images are refused.
 
     Raises:
@@ -157,12 +149,6 @@ def upright_size(image: Opened) -> tuple[int, int]:
     if isinstance(image, Bands):
         return image.height, image.width
     return (image.width, image.height) if orientation_of(image) in _SIDEWAYS else (image.height, image.width)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Return the image, turned by its EXIF orientation."""
-    turn = TURNS.get(orientation_of(image))
-    return image if turn is None else image.transpose(turn)
 
 
 def channels_of(image: Opened) -> int:
@@ -230,7 +216,7 @@ def _warn_of_8_bits() -> None:
 def _reader(data: bytes) -> type[ImageFile.ImageFile]:
     """Return the reader of a file that begins with `data`; errors as for `open_image`."""
     if data[4:8] == b"ftyp":
-        # The brands of the file, of which the first may be that of the container alone.
+        # All brands of the file: the first one may name only the container format.
         brands = data[8 : int.from_bytes(data[:4])]
         if b"avif" in brands or b"avis" in brands:
             return AvifImagePlugin.AvifImageFile

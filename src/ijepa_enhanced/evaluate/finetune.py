@@ -156,7 +156,8 @@ def _train(
     optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0, fused=True)
     classes = classes.to(device)
     unreadable: dict[int, str] = {}
-    seen, norms = 0, {-1: torch.zeros(())}
+    seen = 0
+    norm: tuple[int, Tensor] | None = None  # of the gradient of the last step
     with counting("finetune", steps) as progress:
         for step in range(steps):
             batches = [next(stream) for _ in range(own_packs)]
@@ -168,11 +169,11 @@ def _train(
             for group in optimizer.param_groups:
                 rate = warmup_cosine(step, steps, round(training.warmup * steps), training.lr, 0.0)
                 group["lr"] = rate * group["share"]
-            norms[step] = _step(model, optimizer, batches, views, classes, config)
+            before, norm = norm, (step, _step(model, optimizer, batches, views, classes, config))
             # After the device was given this step, so that it computes while the host waits for the one before.
-            _check_finite(norms, keep=1)
+            _check_finite(before)
             progress(step + 1)
-    _check_finite(norms, keep=0)
+    _check_finite(norm)
     for found in ranks.gather(unreadable):
         unreadable |= found
     warn_of_unreadable(source, unreadable)
@@ -227,15 +228,17 @@ def _step(
     return norm
 
 
-def _check_finite(norms: dict[int, Tensor], keep: int) -> None:
-    """Check the norms of the gradient by step, and remove them but for the last `keep`.
+def _check_finite(norm: tuple[int, Tensor] | None) -> None:
+    """Check the norm of the gradient of a step; None: no step was made.
+
+    Args:
+        norm: the number of the step, from 0, and the norm.
 
     Raises:
-        NotFiniteError: one is not finite.
+        NotFiniteError: it is not finite.
     """
-    for step in list(norms)[: len(norms) - keep]:
-        if not norms.pop(step).isfinite():
-            raise NotFiniteError(f"Fine-tuning diverged at step {step}. Lower --finetune.lr.")
+    if norm is not None and not norm[1].isfinite():
+        raise NotFiniteError(f"Fine-tuning diverged at step {norm[0]}. Lower --finetune.lr.")
 
 
 def parameter_groups(model: Classifier, training: FinetuneConfig) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_enhanced.data import synthetic
-from ijepa_enhanced.data.bands import Bands
+from ijepa_enhanced.data.bands import Bands, turned
 from ijepa_enhanced.data.catalog import open_catalog
-from ijepa_enhanced.data.opening import FAILURES, open_image, orientation_of, upright
+from ijepa_enhanced.data.opening import FAILURES, open_image, orientation_of
 from ijepa_enhanced.data.sources.folder import FolderSource
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.data.sources.synthetic import NAMES
@@ -74,17 +74,16 @@ def open_maps(spec: str, part: str) -> LabelledMaps:
 def _read_map(path: Path) -> NDArray[np.uint8]:
     try:
         image = open_image(path.read_bytes())
-        image = image if isinstance(image, Bands) else upright(image)
-        labels = None if isinstance(image, Bands) else np.array(image, dtype=np.uint8)
+        stored = None if isinstance(image, Bands) else np.asarray(image, dtype=np.uint8)
     except FAILURES as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreadableImage(f"The label map {path} cannot be read: {reason}.") from error
-    if labels is None or image.mode not in ("1", "L", "P"):
+    if stored is None or image.mode not in ("1", "L", "P"):
         raise UnreadableImage(
             f"{path} is not a label map: its image mode must be L (one channel), P (palette) or 1 (one bit), not "
             f"{image.mode}."
         )
-    return labels
+    return np.ascontiguousarray(turned(stored, orientation_of(image)))
 
 
 def map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:

@@ -21,13 +21,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from ijepa_enhanced.distributed import Ranks
+from ijepa_enhanced.distributed import ALONE, Ranks
 from ijepa_enhanced.errors import CheckpointError
 from ijepa_enhanced.files import flush, remove_partials
 
 KEPT = 2
 """How many of the newest checkpoints are kept: one more than needed, in case the last one is damaged on disk."""
-ALONE = Ranks()
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 """One tensor for each moment, named after its parameter, because safetensors has no nested dictionaries."""
 

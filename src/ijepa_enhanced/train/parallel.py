@@ -104,7 +104,7 @@ def shard(model: JEPA, mesh: DeviceMesh) -> None:
 
 
 def sync_gradients(module: nn.Module, sync: bool) -> None:
-    """Set whether the next backward pass sums gradients over ranks: of several packs, only that of the last does.
+    """Set whether the next backward pass sums gradients over ranks. With several packs, only the last one needs to.
 
     Args:
         module: from `parallelize`.

@@ -92,7 +92,7 @@ def resumes(config: TrainConfig, folder: Path, asked: bool, ranks: Ranks) -> boo
 
 
 def check_new(folder: Path) -> None:
-    """Check that there is nothing in the place of a new run's folder.
+    """Check that the folder of a new run does not exist yet.
 
     Raises:
         RequestError: there is.

@@ -41,7 +41,6 @@ class Start:
     """What the student starts from; None: random weights."""
     teacher: Encoder | None
     """A teacher that does not change; None: a moving average of the student."""
-
     statistics: Statistics | None = None
     """Of the channels of the images, if they are not RGB and the encoder does not know them."""
 

@@ -45,7 +45,7 @@ def is_array(name: str) -> bool:
 
 
 def note_of_raw(names: Iterable[str], place: str) -> tuple[str, ...]:
-    """Return a sentence about raw photographs among the files of `place` that are not read; none if there are none."""
+    """Return a warning if the files of `place` include raw photographs, which are not read. Empty if they do not."""
     raw = [name for name in names if name.lower().endswith(RAW) and not hidden(name)]
     if not raw:
         return ()
