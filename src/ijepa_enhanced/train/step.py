@@ -42,9 +42,8 @@ def train_step(
     """
     set_step(optimizer, settings)
     losses = []
-    for number, batch in enumerate(
-        batches, start=1
-    ):  # gradients add up, because each loss is a share of the loss of the step
+    # Gradients add up, because each loss is a share of the loss of the step.
+    for number, batch in enumerate(batches, start=1):
         sync_gradients(network, number == len(batches))
         with autocast:
             loss = network(batch.to(device, non_blocking=True), size)
