@@ -110,6 +110,13 @@ def test_a_label_map_over_the_pixels_as_they_are_stored_is_refused(tmp_path: Pat
     )
 
 
+def test_a_label_map_is_turned_by_its_own_orientation(tmp_path: Path) -> None:
+    labels, exif = photo(tmp_path, 24, 1), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(labels))).save(tmp_path / "labels" / "a.png", exif=exif)
+    np.testing.assert_array_equal(map_of(open_maps(str(tmp_path), "train"), 0), labels)
+
+
 def test_a_label_map_of_one_bit(tmp_path: Path) -> None:
     labels = photo(tmp_path, 24, 1) > 2
     Image.fromarray(labels).save(tmp_path / "labels" / "a.png")

@@ -97,10 +97,10 @@ def map_of(maps: LabelledMaps, row: int) -> NDArray[np.uint8]:
     size = int(maps.catalog.heights[image]), int(maps.catalog.widths[image])
     orientation = maps.orientation(row)
     if labels.shape != size:
-        turned = f" after its EXIF orientation ({orientation}) is applied" if orientation > 1 else ""
+        after = f" after its EXIF orientation ({orientation}) is applied" if orientation > 1 else ""
         raise UnreadableImage(
             f"The label map of {maps.source.key(row)} in {maps.source.name} is {labels.shape[0]} x {labels.shape[1]} "
-            f"px, but its image is {size[0]} x {size[1]} px{turned}."
+            f"px, but its image is {size[0]} x {size[1]} px{after}."
         )
     if orientation > 1 and (orientation <= 4 or size[0] == size[1]):
         if not maps.ambiguous:
