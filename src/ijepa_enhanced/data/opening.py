@@ -205,8 +205,7 @@ def _is_rgb(image: TiffImagePlugin.TiffImageFile) -> bool:
 
 @cache
 def _warn_of_8_bits() -> None:
-    """Warn once, and not in each worker, that images with more bits or channels than Pillow supports are read in
-    part."""
+    """Warn once, not in each worker, that Pillow reads only a part of the bits or channels of some images."""
     if multiprocessing.parent_process() is None:
         logger.warning(
             "Some images have colors of 16 bits, or more channels than RGB. Only RGB of 8 bits is read of them. To "

@@ -244,8 +244,8 @@ def _check_finite(norm: tuple[int, Tensor] | None) -> None:
 def parameter_groups(model: Classifier, training: FinetuneConfig) -> list[dict[str, Any]]:
     """Group the parameters for AdamW by weight decay and by their share of the learning rate.
 
-    The share is 1 for the head and the last LayerNorm, layer_decay ** (depth - l) for block l (from 0), and layer_decay
-    ** (depth + 1) for everything before the blocks. Vectors and position tables have no weight decay.
+    The head and the last LayerNorm have a share of 1. Block l (from 0) has layer_decay ** (depth - l). Everything
+    before the blocks has layer_decay ** (depth + 1). Vectors and position tables have no weight decay.
     """
     depth = len(model.encoder.network.blocks.layers)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

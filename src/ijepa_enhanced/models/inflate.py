@@ -10,8 +10,7 @@ from ijepa_enhanced.models.vit import PatchMLP, VisionTransformer
 
 
 def inflated(network: VisionTransformer, channels: int) -> VisionTransformer:
-    """Return a copy of a network for another number of channels. Each channel gets the mean of the old channels'
-    weights.
+    """Return a copy of a network for another number of channels. Each channel gets the mean weights of the old ones.
 
     The weights are scaled by the old number of channels divided by the new one, so that a gray image gives the same
     features as before (as in timm's `adapt_input_conv`).
