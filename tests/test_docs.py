@@ -24,7 +24,7 @@ from ijepa_enhanced.models.preprocessing import Preprocessing
 from source_files import samples, shard
 
 ROOT = Path(__file__).parents[1]
-# The log and the changelog contain names that no longer exist.
+# The log and the changelog can contain names that no longer exist.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "log.md" and "_build" not in page.parts]
 COMMANDS = dict(all_commands())

@@ -113,7 +113,7 @@ def open_npy(stream: BinaryIO) -> Bands:
     try:
         shape, by_columns, dtype = read(stream)
     except tokenize.TokenError as error:  # it is not a ValueError
-        raise ValueError("the header is no Python dictionary") from error
+        raise ValueError("the header is not a Python dictionary") from error
     if dtype.hasobject:
         raise UnreadableImage("holds Python objects, which could run any code when loaded: save numbers instead")
     start = stream.tell()

@@ -208,7 +208,7 @@ def _warn_of_8_bits() -> None:
     """Warn once, not in each worker, that Pillow reads only a part of the bits or channels of some images."""
     if multiprocessing.parent_process() is None:
         logger.warning(
-            "Some images have colors of 16 bits, or more channels than RGB. Only RGB of 8 bits is read of them. To "
+            "Some images have 16-bit colors, or more channels than RGB. They are read as 8-bit RGB only. To "
             "read all, run pip install 'ijepa-enhanced[bands]'."
         )
 

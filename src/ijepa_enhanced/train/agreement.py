@@ -60,7 +60,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         token.unlink()
     if absent:
         raise RankError(
-            f"The files that process 0 writes into {folder} are not seen by: process {', '.join(map(str, absent))}. "
+            f"Process {', '.join(map(str, absent))} cannot see the files that process 0 writes into {folder}. "
             "All machines need one shared run folder: set --run to a path on shared storage."
         )
 
