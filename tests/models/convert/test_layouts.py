@@ -302,7 +302,9 @@ def test_a_tensor_that_should_give_a_size_and_does_not(layout: str, name: str, m
 def test_a_checkpoint_with_other_things_than_tensors_is_refused() -> None:
     checkpoint = ijepa_checkpoint(network_of(IJEPA), network_of(IJEPA))
     checkpoint["target_encoder"]["module.norm.weight"] = "ones"
-    with pytest.raises(EncoderError, match=r"^'target_encoder' is not a state dict, which is a dictionary of tensors\.$"):
+    with pytest.raises(
+        EncoderError, match=r"^'target_encoder' is not a state dict, which is a dictionary of tensors\.$"
+    ):
         convert(checkpoint, None, {})
 
 
