@@ -15,7 +15,7 @@ quickstart: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-## The tests again, with the lines that none of them runs. Not part of `test`: tracing takes half as much time again.
+## The tests, with a list of the lines that no test runs. Not part of `test`, because tracing takes 1.5 times as long.
 coverage: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --cov --cov-report=term:skip-covered
 

@@ -1,4 +1,4 @@
-"""The pages of the reference that are made from the code: the command line, and the configuration of a run."""
+"""Generate the reference pages that come from the code: the command line, and the configuration of a run."""
 
 import inspect
 import re
@@ -14,7 +14,7 @@ from ijepa_enhanced.train.config import TrainConfig
 
 
 def command_line() -> Iterator[str]:
-    """Yield Markdown: each command with its options. The keys of a run have a page of their own."""
+    """Yield Markdown: each command with its options. The configuration keys of a run are on another page."""
     for path, command in all_commands():
         yield f"## {path}\n\n{markdown(command.purpose)}\n"
         yield "\n".join(["```sh", *command.examples, "```\n"])
@@ -58,7 +58,7 @@ def directive(name: str, head: str, text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Return a docstring with its options as code, and its pages of the documentation as links."""
+    """Format the options in a docstring as code, and the pages of the documentation that it names as links."""
     parts = re.split(r"(`.*?`)", text)
     for place in range(0, len(parts), 2):  # outside code
         linked = re.sub(r"docs/([\w/]*?)(\w+)\.md", r"[\2](../\1\2.md)", parts[place])

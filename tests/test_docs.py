@@ -1,4 +1,4 @@
-"""What README.md and the pages of docs say: commands that the parser knows, blocks that run, and files that exist."""
+"""Test README.md and the pages of docs: the parser knows their commands, their blocks run, and their files exist."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ from ijepa_enhanced.models.preprocessing import Preprocessing
 from source_files import samples, shard
 
 ROOT = Path(__file__).parents[1]
-# The log keeps the names of its time, and the changelog those of before.
+# The log and the changelog can contain names that no longer exist.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "log.md" and "_build" not in page.parts]
 COMMANDS = dict(all_commands())
@@ -40,7 +40,7 @@ class Block(NamedTuple):
     language: str
     text: str
     note: str
-    """What a comment right before it says about running it, or nothing: it runs here."""
+    """Text of the comment before the block that says how it runs. It is empty if the block runs here."""
 
     @property
     def place(self) -> str:
@@ -49,18 +49,18 @@ class Block(NamedTuple):
 
     @property
     def is_command(self) -> bool:
-        """Whether it runs commands, which takes seconds, or needs what a command has written."""
+        """Whether it runs commands, which takes seconds, or needs files that a command wrote."""
         return self.language == "sh" or "ijepa_enhanced.cli" in self.text or '"embeddings"' in self.text
 
 
 def note_of(token: Token) -> str:
-    """What a comment says, or nothing if it is something else."""
+    """Return the text of a comment, or an empty string for other lines."""
     comment = re.fullmatch(r"<!-- (.*) -->\n?", token.content, re.DOTALL)
     return comment[1] if comment else ""
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
-    """Yield the blocks of a page. A comment before the first heading is about all of them."""
+    """Yield the blocks of a page. A comment before the first heading applies to all blocks."""
     tokens = MarkdownIt().parse(page.read_text())
     whole = note_of(tokens[0])
     for before, token in itertools.pairwise(tokens):
@@ -74,14 +74,14 @@ RUNNABLE = [block for block in BLOCKS if block.language in ("sh", "python")]
 
 
 def lines_of(block: Block) -> list[list[str]]:
-    """The words of each shell command. Numbers replace `PLACEHOLDERS` that stand for one; the others are left out."""
+    """Return the words of each shell command. `PLACEHOLDERS` become numbers or are left out."""
     lines = block.text.replace("\\\n", " ").splitlines()
     words = (shlex.split(line, comments=True) for line in lines)
     return [[found for word in line if (found := PLACEHOLDERS.get(word, word))] for line in words if line]
 
 
 def arguments_of(words: list[str]) -> list[str] | None:
-    """What follows `ijepa` in a line of shell, however it is called; None for other programs."""
+    """Return the words after `ijepa` in a shell line, however it is called. Return None for other programs."""
     text = shlex.join(words)
     called = re.match(r"(\w+=\S+ )?(ijepa|(torchrun|python) (.* )?-m (-- )?ijepa_enhanced)( |$)", text)
     return shlex.split(text[called.end() :].partition(" '>' ")[0]) if called else None
@@ -93,7 +93,7 @@ def test_pages_are_found() -> None:
 
 
 def test_every_block_has_a_language() -> None:
-    """A block that is only indented has none."""
+    """A block that is only indented has no language."""
     known = ("sh", "python", "yaml", "json", "text")
     wrong = [block for block in BLOCKS if block.language not in known and not block.language.startswith("{")]
     assert [block.place for block in wrong] == []
@@ -113,7 +113,7 @@ def test_every_block_runs_or_says_why_not() -> None:
 
 
 def test_commands_in_blocks_are_understood() -> None:
-    """Their options exist, and so do the values of those that have a fixed set, and recipes."""
+    """Their options, the values of options with fixed choices, and the recipes exist."""
     for block in BLOCKS:
         for arguments in filter(None, map(arguments_of, lines_of(block) if block.language == "sh" else [])):
             try:
@@ -159,7 +159,7 @@ def test_links_of_the_files_in_the_root_exist() -> None:
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages speak of: photos, and encoders in the places of runs."""
+    """Make a folder with what the pages name: photos, and encoders in place of runs."""
     root, random = tmp_path_factory.mktemp("desk"), np.random.default_rng(0)
     places = [f"{name}.jpg" for name in ("a", "cat", "dog", "query", "QUERY", "photos/pets/cat1", "photos/beach/0001")]
     places += ["b.png", *(f"photos/{label}/{number}.png" for label in ("pets", "beach") for number in range(4))]
@@ -180,7 +180,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, in which the test runs."""
+    """Copy the folder, and run the test in the copy."""
     shutil.copytree(furnished, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -191,7 +191,7 @@ def runs_here(page: Path) -> list[Block]:
 
 
 def names(folder: Path) -> dict[str, object]:
-    """What Python on a page may use without having made it."""
+    """Return the names that the Python code of a page may use without defining them."""
     return {"np": np, "encoder": Encoder.from_pretrained(folder / "runs/photos"), "images": ["a.jpg", "b.png"]}
 
 

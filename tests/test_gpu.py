@@ -155,7 +155,7 @@ def test_a_run_and_its_scores(pictures: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_ddp_and_fsdp_make_the_steps_of_one_gpu(make_batch: MakeBatch, make_stream: MakeStream, tmp_path: Path) -> None:
-    """One rank of NCCL: this shows that they run on CUDA, and tests/train/test_parallel.py that ranks add up."""
+    """One NCCL rank shows that `ddp` and `fsdp` run on CUDA. tests/train/test_parallel.py tests the sums over ranks."""
     packs = make_packs(make_batch, make_stream)[:2]
     size = StepSize(sum(len(pack.targets.index) for pack in packs), len(packs))
 

@@ -113,7 +113,7 @@ def test_an_edited_card_on_the_hub_is_kept_and_another_one_is_not(hub: Hub) -> N
 
 
 def test_a_card_that_cannot_be_read_is_not_overwritten(hub: Hub) -> None:
-    """Nobody knows whether somebody edited it."""
+    """Without the card, nobody knows whether it was edited."""
     tiny().push_to_hub("me/pets")
     words = b"---\nlicense: cc-by-4.0\n---\nCats and dogs.\n"
     hub.commit("me/pets", README__md=words)

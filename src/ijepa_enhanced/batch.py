@@ -30,8 +30,8 @@ class Batch(Movable):
     """One pack as the loader yields it. V is 0 if no image of the pack could be read."""
 
     packed: Packed
-    """Patches [T, P * P * C] of pixels on [0, 255], uint8, or float32 if an image of the pack has more than 8 bits. The
-    device changes their colors and normalizes them."""
+    """Pixel patches [T, P * P * C] with values from 0 to 255. They are uint8, or float32 if an image of the pack has
+    more than 8 bits. The device changes their colors and normalizes them."""
     image_ids: Tensor
     """int64 [V]: the row of each view's image in the source."""
     labels: Tensor | None
@@ -41,8 +41,8 @@ class Batch(Movable):
     unreadable: tuple[tuple[int, str], ...]
     """(row, reason) of each image of this pack that could not be decoded."""
     unmasked: Packed | None = dataclasses.field(default=None, kw_only=True)
-    """Such patches of the unmasked views (global and local) of the same images, which only the student sees; None if
-    there are none."""
+    """Pixel patches of the unmasked views (global and local) of the same images. Only the student sees these views.
+    None if the images have no unmasked views."""
     colors: Colors | None = dataclasses.field(default=None, kw_only=True)
     """Changes of the colors of the views of `packed`; None if they keep their colors."""
     unmasked_colors: Colors | None = dataclasses.field(default=None, kw_only=True)

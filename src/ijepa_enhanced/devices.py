@@ -13,11 +13,11 @@ import torch
 logger = logging.getLogger(__name__)
 
 CGROUPS = Path("/sys/fs/cgroup")
-"""Control groups: how Docker, Kubernetes and Slurm limit a container or a job. In the folder of a group, `cpu.max` is
-the microseconds of computing in each period, and the period, `memory.max` the bytes of memory that the group may use,
-and `memory.current` what it uses."""
+"""Control groups: how Docker, Kubernetes and Slurm limit a container or a job. In the folder of a group, `cpu.max`
+holds the microseconds of computing in each period, and the period. `memory.max` holds the bytes of memory that the
+group may use, and `memory.current` the bytes that it uses."""
 OWN_CGROUP = Path("/proc/self/cgroup")
-"""Which of them this process is in: a line `0::/PATH`."""
+"""File that names the control group of this process, in a line `0::/PATH`."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps memory that processes share."""
 MEGABYTE = 10**6
@@ -68,9 +68,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def own_cgroups() -> list[Path]:
-    """Return the folders of the control groups that limit this process: its own, and those that it is part of."""
+    """Return the folders of the control groups that limit this process: its own group and the groups above it."""
     inner = CGROUPS
-    with suppress(OSError):  # no Linux
+    with suppress(OSError):  # not on Linux
         for line in OWN_CGROUP.read_text().splitlines():
             if line.startswith("0::"):
                 inner = CGROUPS / line.removeprefix("0::/")
@@ -110,7 +110,7 @@ def all_cores() -> AbstractContextManager[None]:
 def free_memory() -> dict[str, int]:
     """Return the bytes that are free, by place: `memory`, and `SHARED_MEMORY` where that is limited on its own.
 
-    The memory of a container or a job is what its limit leaves, if that is less than what the machine has left.
+    In a container or a job, the free memory is what its limit leaves, if the machine does not have less.
     """
     try:
         (available,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
@@ -121,7 +121,7 @@ def free_memory() -> dict[str, int]:
         with suppress(OSError, ValueError):  # not a group, or one without a limit, which is the word `max`
             limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # Files that were read and are no longer in use count as used, although the system frees them when needed.
+            # The group counts cached files as used, but the system frees them when memory is needed.
             memory = min(memory, max(0, limit - used + int(stat.get("inactive_file", 0))))
     free = {"memory": memory}
     if SHARED_MEMORY.is_dir():

@@ -25,14 +25,15 @@ from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.errors import RankError
 
 START_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other until the first step is done: networks may be compiled. Later, how long they wait
-for one that saves or scores. If a rank has ended, the others notice at once."""
+"""How long ranks wait for each other until the first step is done, because networks may be compiled. Later, how long
+they wait for a rank that saves or scores. If a rank ends, the others notice at once."""
 STEP_TIMEOUT = timedelta(minutes=10)
-"""How long they wait after the first step. It is longer than `train.faults.WORKER_TIMEOUT`, so that a rank with a stuck
+"""How long ranks wait for each other after the first step. It is longer than `train.faults.WORKER_TIMEOUT`, so that a
+rank with a stuck
 worker names it before the others give up."""
 WORK_TIMEOUT = timedelta(hours=12)
-"""How long ranks wait, before the first step or without training, for one that works alone: it scans a large source,
-loads its images into memory or scores."""
+"""How long ranks wait for a rank that works alone, before the first step or without training. It scans a large source,
+loads its images into memory, or scores."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Ranks:
         return total.tolist()
 
     def expect_steps(self) -> None:
-        """Wait at most `STEP_TIMEOUT` for other ranks from now on, `START_TIMEOUT` while one works alone."""
+        """From now on, wait at most `STEP_TIMEOUT` for other ranks, or `START_TIMEOUT` while a rank works alone."""
         if self.world > 1:
             _set_pg_timeout(STEP_TIMEOUT)
             _set_pg_timeout(START_TIMEOUT, self.patient)
@@ -201,19 +202,19 @@ def is_main() -> bool:
 
 
 def own_part(store: Store, rank: int, world: int, timeout: timedelta) -> PrefixStore:
-    """Return the part of torchrun's store that only the ranks use which have started together.
+    """Return a part of torchrun's store that only the ranks of this start use.
 
-    torchrun keeps the store when it starts ranks again, and counts restarts on each machine on its own. So ranks would
-    find the addresses of those that have ended, and fail to connect. Rank 0 makes a new part, and tells its name to
-    each rank that asks under a name of its own.
+    torchrun keeps the store when it restarts ranks, and each machine counts restarts separately. So ranks would find
+    the addresses of ended ranks, and fail to connect. To avoid this, rank 0 makes a new part. Each rank asks for its
+    name under a key of its own.
 
     Args:
-        store: of torchrun.
-        rank, world: this rank, and how many there are.
+        store: the store of torchrun.
+        rank, world: this rank, and the number of ranks.
         timeout: how long to wait for the other ranks.
 
     Raises:
-        RuntimeError: a rank has not come.
+        RuntimeError: a rank has not started in time.
     """
     own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank:
@@ -259,7 +260,7 @@ def ranks_of_run(timeout: timedelta = START_TIMEOUT) -> Iterator[Ranks]:
     with _rank_errors():
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         part = own_part(store, rank, world, timeout)
-        # Two backends: objects travel between the hosts by gloo, gradients between the GPUs by NCCL.
+        # We use two backends: gloo sends objects between the hosts, NCCL sends gradients between the GPUs.
         backends = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backends, timeout=timeout, store=part, rank=rank, world_size=world)
         patient = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
@@ -278,7 +279,7 @@ def _rank_errors() -> Iterator[None]:
         raise
     except RuntimeError as error:
         here = str(error).partition("\n")[0]
-        if here.startswith("DataLoader worker"):  # its end interrupts this process, whatever it does
+        if here.startswith("DataLoader worker"):  # when a worker ends, it interrupts this process
             raise
         raise RankError(
             "Lost the connection to another process of this run. The log of that process tells why. Error in this "

@@ -60,7 +60,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Encoder(nn.Module):
-    """A network with its preprocessing: it turns images of any size into features::
+    """A network with its preprocessing. It turns images of any size into features::
 
         encoder = Encoder.from_pretrained("runs/pets")
         z = encoder.embed(["a.jpg", "b.png"])  # [2, D]

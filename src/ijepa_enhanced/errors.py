@@ -59,7 +59,7 @@ class ImageTooLarge(UnreadableImage):
 
 
 class MissingReader(UnreadableImage):
-    """An image that is read by an extra of this package, which is not installed."""
+    """The image needs an extra of this package that is not installed."""
 
 
 class NotFiniteError(UserError, ValueError):

@@ -77,7 +77,8 @@ def fetch_card(name: str, folder: Path) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    # Only the Hub's own answer says that there is no card. If it gives none, writing one would replace what is there.
+    # Only an answer of the Hub says that there is no card. Without an answer, writing a card might replace an existing
+    # one.
     with explaining(name), suppress(RemoteEntryNotFoundError):
         HfApi().hf_hub_download(name, "README.md", local_dir=folder)
 
@@ -111,7 +112,7 @@ def explaining(name: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        # huggingface_hub wraps errors of the upload of a large file, and those of a download.
+        # huggingface_hub wraps errors of downloads and of uploads of large files.
         wrapped = isinstance(error, (RuntimeError, LocalEntryNotFoundError))
         cause = error.__cause__ if wrapped and error.__cause__ else error
         answer = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None

@@ -156,8 +156,8 @@ class JEPA(nn.Module):
         The prediction loss is a mean over the target tokens of the whole step. The other terms are means over its
         packs. So the loss does not depend on how packs are divided into ranks and accumulation.
 
-        Every trainable parameter gets a gradient, which may be zero: ranks sum their gradients during the backward
-        pass, so they must all have the same ones, whatever images their packs have.
+        Every trainable parameter gets a gradient, which may be zero. Ranks sum their gradients during the backward
+        pass, so all ranks need gradients of the same parameters, whatever images their packs have.
 
         Args:
             predicted: [Tq, D], from `predict`.

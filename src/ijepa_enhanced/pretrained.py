@@ -39,8 +39,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 """NAME/MODEL or NAME/MODEL@REVISION."""
 
 UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What code raises for values and tensors of files that are of another kind than it expects. EncoderError is among
-them."""
+"""Exceptions that code raises if a file contains unexpected values or tensors. They include EncoderError."""
 
 WhichEncoder = Literal["target", "context"]
 
@@ -293,7 +292,7 @@ def license_of(card: str | None) -> str | None:
     if not isinstance(values, dict):
         return None
     found = values.get("license")
-    if found == "other":  # a license that the Hub has no identifier of, which may have a name
+    if found == "other":  # the Hub has no identifier for this license, but the card may name it
         found = values.get("license_name") or found
     return found if isinstance(found, str) else None
 

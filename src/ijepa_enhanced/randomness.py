@@ -40,15 +40,16 @@ def generator(seed: int, purpose: Purpose, epoch: int = 0, image: int = 0, view:
 
 
 def permuted(places: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return where a random permutation of 0 to `count` - 1 moves some of these numbers, without a table of all.
+    """Return where a random permutation of 0 to `count` - 1 moves some of these numbers. It needs no table of all
+    numbers.
 
-    It is a Feistel network on the smallest even number of bits that hold `count`, whose round function is the finalizer
-    of SplitMix64 (Steele et al., OOPSLA 2014). Numbers that leave the range go through it again, see Black and Rogaway,
-    "Ciphers with arbitrary finite domains" (CT-RSA 2002).
+    The permutation is a Feistel network on the smallest even number of bits that hold `count`. Its round function is
+    the finalizer of SplitMix64 (Steele et al., OOPSLA 2014). Numbers that leave the range go through the network again,
+    see Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002).
 
     Args:
         places: the numbers, int64 [n].
-        count: of all.
+        count: how many numbers the permutation moves.
         rng: draws the permutation.
     """
     bits = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))

@@ -1,4 +1,4 @@
-"""Channels and bits: what of them reaches the network, and what is said where that is not possible."""
+"""Test which channels and bits reach the network, and which errors explain why others do not."""
 
 import dataclasses
 import io
@@ -46,7 +46,7 @@ def whole(data: bytes, channels: int) -> np.ndarray:
 
 
 def first_pack(folder: Path, channels: int, **changes: float) -> tuple[Normalize, PackDataset, Plan]:
-    """What reads the packs of a folder's images, and the normalization that the network sees them through."""
+    """Return the loader for the images of a folder, and the normalization in front of the network."""
     source = FolderSource(folder)
     catalog = open_catalog(source, cache=False)
     config = DataConfig(str(folder), min_resolution=24, max_resolution=224, channels=channels, tokens_per_pack=4096)
@@ -101,7 +101,7 @@ def test_all_bands_come_through_in_their_order() -> None:
     assert whole(near_infrared, 4).dtype == np.uint8
     np.testing.assert_array_equal(whole(near_infrared, 4), small)
     np.testing.assert_array_equal(whole(near_infrared, 3), small[..., :3])  # as Pillow reads it
-    # Pillow opens these as gray and as RGB, and would leave out bands without a word.
+    # Pillow opens these as gray and as RGB, and would silently leave out bands.
     for data in (
         tiff(np.moveaxis(DEEP, 2, 0).copy(), planarconfig="separate", compression="lzw"),
         tiff((DEEP >> 8).astype(np.uint8), photometric="rgb", extrasamples=["unspecified"] * 3),
@@ -169,7 +169,7 @@ def test_readers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, cap
         MissingReader, match=r"^needs the extra 'heic', as it is a HEIC image: " + install.format("heic")
     ):
         open_image(heic)
-    # Of colors of 16 bits, what Pillow reads is left.
+    # 16-bit colors are still read, with the bits that Pillow keeps.
     for data in (imagecodecs.png_encode(DEEP[..., :3].copy()), tiff(DEEP[..., :3].copy(), photometric="rgb")):
         np.testing.assert_array_equal(whole(data, 3), DEEP[..., :3] >> 8)
     assert len(caplog.messages) == 1

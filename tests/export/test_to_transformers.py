@@ -87,7 +87,7 @@ MODELS: dict[str, tuple[Architecture, str, dict[str, Any]]] = {
 
 
 def test_the_license_that_a_card_states_is_exported(tmp_path: Path) -> None:
-    """Of an encoder that was trained from scratch, which has no origin."""
+    """The encoder was trained from scratch, so it has no origin."""
     encoder = saved(tmp_path / "ours", small())
     encoder.origin = None
     encoder.save_pretrained(tmp_path / "ours")

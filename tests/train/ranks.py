@@ -138,7 +138,7 @@ def fork(world: int, task: Callable[..., None], *arguments: Any, **options: Any)
 
 
 def wait(child: int) -> int:
-    """Return the exit code of a process when it ends."""
+    """Wait until a process ends, and return its exit code."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -174,7 +174,7 @@ def start(world: int, task: Callable[..., None], *arguments: Any, **options: Any
 
 
 def compared(folder: Path, world: int, local_world_size: int, *cases: str) -> None:
-    """Task: `compare` with `world` ranks, of which `local_world_size` are said to be on each machine."""
+    """Task: `compare` with `world` ranks, as if each machine had `local_world_size` of them."""
     assert fork(world, compare, folder / "differences.json", local_world_size, cases) == [0] * world
 
 
@@ -190,7 +190,7 @@ def continued(folder: Path, kind: str) -> None:
 
 
 def hang(file: Path, folder: Path, hung: int) -> None:
-    """Train, and stop for ever in the fourth step if this is the rank `hung`."""
+    """Train, and hang in the fourth step if this is the rank `hung`."""
     distributed.STEP_TIMEOUT, agreement.ANSWER_TIMEOUT = timedelta(seconds=4), 6.0
     original, steps = loop.train_step, itertools.count(1)
 
@@ -204,7 +204,7 @@ def hang(file: Path, folder: Path, hung: int) -> None:
 
 
 def hung(folder: Path, rank: int) -> None:
-    """Task: train in 3 ranks, of which one stops and is killed when the others have ended, as torchrun would."""
+    """Task: train in 3 ranks. One hangs, and is killed when the others have ended, as torchrun does."""
     children = start(3, hang, folder / "run.yaml", folder / "run", rank)
     codes = [wait(child) for number, child in enumerate(children) if number != rank]
     os.kill(children[rank], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Runs of two ranks that a fault strikes at a random moment, and that go on by themselves or are resumed.
+"""Start runs of two ranks, cause a fault at a random moment, and let them continue or resume them.
 
 Run as a script, in a process that has started no threads yet: `python strikes.py FAULT MOMENTS SEED FOLDER`. The ranks
 are forked by torchrun's own agent, because each import takes seconds. The folder holds `run.yaml`; each moment leaves a
@@ -33,7 +33,7 @@ WORLD = 2
 HUNG_SECONDS = 20.0
 """How long ranks wait here for one that hangs. It must be longer than a step, even on a busy machine."""
 FULL_BYTES = 100_000
-"""What no file can grow beyond on a full disk: more than a log has, less than a rank's part of a checkpoint."""
+"""Largest file on the full disk, in bytes: larger than a log, smaller than a rank's part of a checkpoint."""
 
 
 class Struck:
@@ -64,7 +64,7 @@ class Struck:
 
     @property
     def ranks(self) -> list[int]:
-        """Process numbers of the ranks that live."""
+        """Return the process numbers of the living ranks."""
         return [pid for pid in children(self.agent) if alive(pid)]
 
     def lines(self) -> int:
@@ -73,7 +73,7 @@ class Struck:
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
     def until(self, condition: Callable[[], Any], seconds: float = 120.0) -> float:
-        """Wait until something is so, or the agent has ended, and return how long it took."""
+        """Wait until a condition holds or the agent has ended, and return the seconds."""
         start = time.monotonic()
         while not condition() and alive(self.agent):
             time.sleep(0.005)
@@ -104,7 +104,7 @@ def work(folder: str, resume: bool, hangs: bool) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
+    """Return the processes that a process has started."""
     with suppress(OSError):
         tasks = Path(f"/proc/{pid}/task").iterdir()
         return sorted(int(child) for task in tasks for child in (task / "children").read_text().split())
@@ -112,7 +112,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process has not ended."""
+    """Return whether a process is alive."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

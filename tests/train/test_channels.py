@@ -1,4 +1,4 @@
-"""Runs on images that are not RGB."""
+"""Train on images that are not RGB."""
 
 import dataclasses
 import json

@@ -176,7 +176,7 @@ def test_a_run_folder_that_ranks_do_not_share_is_named(tmp_path: Path, monkeypat
     with pytest.raises(RankError) as error:
         check_shared(tmp_path, ranks)
     assert str(error.value) == (
-        f"The files that process 0 writes into {tmp_path} are not seen by: process 1. All machines need one shared run "
+        f"Process 1 cannot see the files that process 0 writes into {tmp_path}. All machines need one shared run "
         "folder: set --run to a path on shared storage."
     )
     assert not [*tmp_path.iterdir()]

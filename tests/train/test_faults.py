@@ -1,4 +1,4 @@
-"""Whatever strikes a run of two ranks, and at whatever moment, only steps since the last checkpoint are lost."""
+"""A fault in a run of two ranks, at any moment, loses only the steps since the last checkpoint."""
 
 import collections
 import dataclasses
@@ -20,11 +20,11 @@ from ijepa_enhanced.train.saved import read_train_config
 
 MOMENTS = 10
 RATES = ("views_per_second", "tokens_per_second", "data_wait", "monitor_seconds", "monitor_share")
-"""What a log holds about the machine, not about the run."""
+"""Values of the log that depend on the machine, not on the run."""
 
 
 def lost_steps(run: Path) -> int:
-    """How many steps were made twice, after a check that the run is whole."""
+    """Check that the run is complete, and return how many steps were made twice."""
     config = build(TrainConfig, read_train_config(run.parent / "run.yaml"))
     assert config.steps is not None
     assert [line["step"] for line in read_log(run)] == list(range(1, config.steps + 1))

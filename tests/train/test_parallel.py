@@ -1,4 +1,4 @@
-"""Ranks train as one process does, whatever they share, and what they save goes on in any number of them."""
+"""Ranks train like one process, with DDP and FSDP. Any number of ranks can resume their checkpoints."""
 
 import collections
 import dataclasses

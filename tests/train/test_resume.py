@@ -189,7 +189,7 @@ def test_ten_random_moments(number_of_signal: signal.Signals, tiny: TrainConfig,
 
 
 def test_what_diverged_is_not_saved(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that are no numbers after the fourth step."""
+    """Make the weights NaN after the fourth step."""
     config = dataclasses.replace(tiny, log_every=100, monitor=dataclasses.replace(tiny.monitor, every=0))
     update, steps = loop.JEPA.update_teacher, []
 
@@ -362,7 +362,7 @@ def test_the_run_keeps_the_configuration_it_was_started_with(tiny: TrainConfig, 
 def test_a_run_resumes_after_a_file_has_vanished(
     tiny: TrainConfig, tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As it would have gone on: the image counts as unreadable, and the plan stays. A new scan is another plan."""
+    """The image counts as unreadable and the plan stays, as without a restart. A new scan changes the plan."""
     data = dataclasses.replace(tiny.data, max_unreadable=0.05)
     config = dataclasses.replace(tiny, data=data, monitor=dataclasses.replace(tiny.monitor, every=0))
     train(dataclasses.replace(config, steps=1), tmp_path / "run")

@@ -20,7 +20,7 @@ from ijepa_enhanced.train.optimizer import StepSettings, make_optimizer
 from ijepa_enhanced.train.step import train_step
 
 ASKING = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.masked_select", "aten.equal")
-"""What `item`, `float`, `bool` and sizes that depend on values call."""
+"""Operations that `item`, `float`, `bool` and value-dependent sizes call."""
 
 
 class Asked(TorchDispatchMode):

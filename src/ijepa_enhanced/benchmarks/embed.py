@@ -273,7 +273,7 @@ def under(dtype: torch.dtype, device: torch.device, embed: Embed) -> Tensor:
 
 
 def parser_of(text: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a benchmark of embedding, whose help begins with `text`."""
+    """Return the parser of an embedding benchmark. Its help begins with `text`."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="synthetic")
     parser.add_argument("--csv", action="store_true")

@@ -133,7 +133,7 @@ def padded(rows: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
 
 
 class Original(nn.Module):
-    """The original's method with our widths, on `Rows`; it has the methods of `JEPA` that a step calls."""
+    """The original I-JEPA method with our widths, on `Rows`. It has the methods of `JEPA` that a step calls."""
 
     def __init__(self, encoder: Architecture, predictor: PredictorConfig) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Bytes that ranks exchange and seconds of a step, by one sum after the backward pass, DDP and FSDP.
+"""Measure the bytes that ranks exchange and the seconds of a step: one sum after the backward pass, DDP and FSDP.
 
     torchrun --nproc-per-node 4 -m ijepa_enhanced.benchmarks.parallel
 
-It trains ViT-Ti/16 on random packs of 288 tokens, one for each rank, and reads the bytes off the loopback interface of
-Linux, so that other programs must not use it and all ranks must be processes of one machine without GPUs.
+It trains ViT-Ti/16 on random packs of 288 tokens, one for each rank. It counts the bytes on the loopback interface of
+Linux. So no other program may use this interface, and all ranks must be processes of one machine without GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TURNS, STEPS = 3, 2
 
 
 class Summing(nn.Module):
-    """A model whose ranks sum gradients after the backward pass, in one piece, when its parameters are asked for."""
+    """A model that sums all gradients over the ranks at once, after the backward pass, when `trainable` is called."""
 
     def __init__(self, model: JEPA, ranks: Ranks) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What catalog and plan cost at any number of images: `python -m ijepa_enhanced.benchmarks.scale --images 100000000`.
+"""Measure what catalog and plan cost for N images: `python -m ijepa_enhanced.benchmarks.scale --images 100000000`.
 
-Sizes are simulated, like ImageNet's. Columns are mapped from files, as those of a catalog are.
+The image sizes are simulated and resemble ImageNet's. As in a real catalog, the columns are memory-mapped files.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from ijepa_enhanced.data.plan import Cursor, Plan
 from ijepa_enhanced.devices import MEGABYTE
 
 PART = 1_000_000
-"""Images whose sizes are drawn; those of more images repeat them."""
+"""Number of images whose sizes are drawn. Further images repeat these sizes."""
 RANKS = 64
 STEPS = 20
-"""Steps whose tokens are compared between ranks."""
+"""Number of steps in which the tokens of ranks are compared."""
 
 
 def mapped_catalog(count: int, folder: Path) -> Catalog:
-    """Return the catalog of `count` images, all of them readable, with its sizes in files of `folder`."""
+    """Return a catalog of `count` readable images. The files in `folder` hold their sizes."""
     part = imagenet_like(min(count, PART))
     columns = []
     for name, values in (("heights", part.heights), ("widths", part.widths)):
@@ -41,7 +41,7 @@ def mapped_catalog(count: int, folder: Path) -> Catalog:
 
 
 def run(images: int = PART, csv: bool = False) -> None:
-    """Print memory, seconds and the spread of work between ranks at a number of images."""
+    """Print the memory, the seconds, and the spread of work between ranks for a number of images."""
     row: dict[str, Any] = {"images": images}
     with tempfile.TemporaryDirectory() as folder:
         tracemalloc.start()  # NumPy reports its arrays to it; mapped files do not count
@@ -71,7 +71,8 @@ def many_views() -> DataConfig:
 
 
 def spread(plan: Plan) -> float:
-    """Return the mean over steps of most minus fewest tokens of `RANKS` ranks, over their mean."""
+    """Return the spread of work: the difference between the most and the fewest tokens of a rank, divided by the mean
+    over ranks, averaged over steps."""
     packs = itertools.islice(plan.packs(Cursor(0, 0)), RANKS * STEPS)
     tokens = np.array([pack.grids.prod(axis=1).sum() for pack in packs]).reshape(STEPS, RANKS)
     return float(np.mean((tokens.max(axis=1) - tokens.min(axis=1)) / tokens.mean(axis=1)))

@@ -78,7 +78,7 @@ def write_program(options: ProgramOptions, export: Callable[[Encoder, Path, Shap
 
 
 def load(weights: str) -> Encoder:
-    """Return an encoder, whose origin has the license that its card states if nothing else does.
+    """Load an encoder. If its origin has no license, use the license that its card states.
 
     Raises:
         RequestError: its images are not RGB.

@@ -290,7 +290,7 @@ def add_option(parser: Any, option: Option) -> None:
 
 def help_of(option: Option) -> str:
     """Return the help of an option, with its default."""
-    # An option of a command that is None by default says in its own help what that means.
+    # If an option of a command is None by default, its own help says what None means.
     quiet = option.switch or option.default in (MISSING, ()) or (option.default is None and not option.key)
     return option.help if quiet else f"{option.help} (default: {yaml_text(option.default)})"
 

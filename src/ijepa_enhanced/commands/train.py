@@ -56,7 +56,7 @@ def run(options: TrainOptions) -> int:
 
 
 def folder_of(options: TrainOptions, config: TrainConfig) -> tuple[Path, bool]:
-    """Return the folder of a new run, or of the run to resume, and whether the command resumes it.
+    """Return the folder of the run, and whether the command resumes this run.
 
     Raises:
         RequestError: the folder has no name, or the run to resume was started with another configuration.

@@ -72,11 +72,11 @@ class Changes:
         and cut off at the end alone: the code of SimCLR and BYOL draws the order and cuts off after each, and BYOL's
         adds to brightness instead of scaling.
 
-        Other channels than red, green and blue have no luma and no hue: brightness scales all of them, contrast scales
-        distances from each channel's own mean.
+        If the channels are not red, green and blue, luma and hue do not exist. Then brightness scales all channels, and
+        contrast scales distances from the mean of each channel.
 
         Args:
-            means: [V, C] of the channels of each view, as it is. Only views that `recolor` need theirs.
+            means: [V, C] the mean of each channel of each view, before any change. Only views that `recolor` need it.
         """
         solarized = torch.from_numpy(self.solarize.copy())
         channels = means.shape[1]

@@ -19,16 +19,16 @@ NUMPY = b"\x93NUMPY"
 """The first bytes of a file of `numpy.save`."""
 
 MISSING = "needs the extra"
-"""How the reason begins if a reader is not installed: the next scan may read the image."""
+"""Start of the reason if a reader is not installed. The next scan tries again to read the image."""
 
 PNG_DEPTH, PNG_COLOR = 24, 25
-"""Places of the bits of a value and of the color type in a PNG file (ISO/IEC 15948, section 11.2.2)."""
+"""Byte offsets of the bit depth and of the color type in a PNG file (ISO/IEC 15948, section 11.2.2)."""
 
 PNG_CHANNELS = {2: 3, 4: 2, 6: 4}
 """Channels of each color type of PNG with more than one: RGB, gray with alpha, RGB with alpha."""
 
 ORIENTATION = 274
-"""TIFF tag; its values are those of EXIF."""
+"""TIFF tag of the orientation. It has the same values as in EXIF."""
 
 TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -43,10 +43,10 @@ TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
 
 @dataclass(frozen=True)
 class Bands:
-    """An image whose header is read, and whose pixels are read later."""
+    """An image file whose header is already read. Its pixels are read on demand."""
 
     height: int
-    """In pixels, of the upright image."""
+    """Height of the upright image in pixels."""
     width: int
     channels: int
     dtype: np.dtype[Any]
@@ -66,7 +66,7 @@ class Bands:
 
     @property
     def mode(self) -> str:
-        """Return the channels and the type in words, as Pillow's images have a mode."""
+        """Return the channels and the type in words. Pillow's images have the same attribute."""
         return f"{self.channels} x {self.dtype}"
 
     def pixels(self) -> NDArray[Any]:
@@ -88,7 +88,7 @@ def check_finite(pixels: NDArray[Any]) -> None:
 
 
 def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Return pixels [h, w, ...] upright, from their EXIF orientation."""
+    """Turn pixels [h, w, ...] upright according to their EXIF orientation."""
     return TURNS[orientation](pixels) if orientation in TURNS else pixels
 
 
@@ -96,7 +96,7 @@ def of_array(array: NDArray[Any]) -> Bands:
     """Return an array [h, w] or [h, w, C] as an image.
 
     Raises:
-        UnreadableImage: it has another number of axes, or values of another type.
+        UnreadableImage: the array has the wrong number of axes, or an unsupported type.
     """
     return Bands(*_shape_of(array.shape), array.dtype, lambda: array)
 
@@ -105,22 +105,22 @@ def open_npy(stream: BinaryIO) -> Bands:
     """Read the header of a file of `numpy.save`.
 
     Raises:
-        UnreadableImage: it holds Python objects, or no array [h, w] or [h, w, C].
+        UnreadableImage: the file holds Python objects, or an array of another shape than [h, w] or [h, w, C].
         ValueError: the header is damaged.
     """
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, by_columns, dtype = read(stream)
-    except tokenize.TokenError as error:  # which is no ValueError
-        raise ValueError("the header is no Python dictionary") from error
+    except tokenize.TokenError as error:  # it is not a ValueError
+        raise ValueError("the header is not a Python dictionary") from error
     if dtype.hasobject:
         raise UnreadableImage("holds Python objects, which could run any code when loaded: save numbers instead")
     start = stream.tell()
 
     def load() -> NDArray[Any]:
         stream.seek(0)
-        # Not `numpy.load`, which makes room for as many values as a damaged header says.
+        # `numpy.load` is not used here: it allocates as many values as a damaged header says.
         values = np.frombuffer(stream.read(), dtype, math.prod(shape), start)
         return values.reshape(shape, order="F" if by_columns else "C")
 
@@ -136,8 +136,8 @@ def open_tiff(stream: BinaryIO, plain: Image.Image | None = None) -> Bands:
 
     Raises:
         MissingReader: tifffile is not installed.
-        UnreadableImage: the page is no image of pixels.
-        Exception: what tifffile takes for damage is of many types.
+        UnreadableImage: the page is not an image of pixels.
+        Exception: the file is damaged. tifffile raises many types.
     """
     try:
         import tifffile
@@ -155,20 +155,20 @@ def open_tiff(stream: BinaryIO, plain: Image.Image | None = None) -> Bands:
     height, width = sides if orientation < 5 else sides[::-1]
 
     def load() -> NDArray[Any]:
-        stored = page.asarray(maxworkers=1)  # this is one of several workers
+        stored = page.asarray(maxworkers=1)  # several workers decode at the same time
         return np.moveaxis(stored, 0, 2) if page.axes == "SYX" else stored
 
     return Bands(height, width, channels, np.dtype(page.dtype), load, orientation, plain)
 
 
 def open_png(stream: BinaryIO, plain: Image.Image, color: int, orientation: int) -> Bands:
-    """Return a PNG of 16 bits whose header Pillow has read.
+    """Return a 16-bit PNG image. Pillow has already read its header.
 
     Args:
         stream: the file.
         plain: see `Bands`.
-        color: the color type, a key of `PNG_CHANNELS`.
-        orientation: of the stored pixels.
+        color: its color type, a key of `PNG_CHANNELS`.
+        orientation: EXIF orientation of the stored pixels.
 
     Raises:
         MissingReader: imagecodecs is not installed.

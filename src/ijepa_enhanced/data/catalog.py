@@ -128,8 +128,7 @@ def open_catalog(source: Source, cache: bool = True, retry: bool = False, keep: 
         cache: keep the catalog in `cache_folder`. If that cannot be written to, a warning says so.
         retry: read the headers again that the disk or the network did not give at the last scan. One more readable
             image is another catalog hash, so that runs on these images cannot resume.
-        keep: keep a catalog that is older than the images, so that a run can resume after a file was removed or added.
-            A warning says so.
+        keep: use the catalog even if images were added or removed since, so that a run can resume. A warning is logged.
 
     Raises:
         SourceError: the source cannot be listed, or holds no image.
@@ -139,7 +138,7 @@ def open_catalog(source: Source, cache: bool = True, retry: bool = False, keep: 
 
 
 def keep_statistics(source: Source, statistics: Statistics) -> None:
-    """Store the statistics of the channels of a source in its catalog, if the catalog is a file."""
+    """Store the channel statistics of a source in its catalog file. Do nothing if the catalog is not a file."""
 
     def kept(leaf: Source) -> Listing:
         listing = leaf.listing.with_statistics(statistics)
@@ -285,11 +284,11 @@ def _listing_of(
 
 
 def _find(source: Source, path: Path, keep: bool) -> tuple[Listing | None, str]:
-    """Return what was kept of a source, or None and the reason why it cannot be used, if there is any.
+    """Return the kept listing of a source. If it cannot be used, return None and the reason, if there is one.
 
     Args:
         source: the images.
-        path: of its catalog.
+        path: file of its catalog.
         keep: use it even if the images have changed since.
     """
     try:

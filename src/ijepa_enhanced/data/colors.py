@@ -1,4 +1,4 @@
-"""The colors of Pillow's images: sRGB in 8 bits, and gray in 16."""
+"""Convert the colors of Pillow's images: to sRGB with 8 bits, or gray with 16 bits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ijepa_enhanced.data.bands import check_finite
 from ijepa_enhanced.errors import UnreadableImage
 
 SAME_COLOR = 3
-"""Levels of 255 by which profiles that call themselves sRGB differ from lcms's sRGB, by rounding of their curves."""
+"""Largest difference, in levels of 255, between lcms's sRGB and profiles that are sRGB. Their curves are rounded."""
 
 _COLORS = np.stack(np.meshgrid(*[np.arange(0, 256, 51, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
 """A grid of RGB colors, [1, 216, 3]."""
 
 _PHOTOMETRIC = 0x0106
-"""TIFF tag; 0 means that 0 is white."""
+"""TIFF tag of the photometric interpretation. Its value 0 means that 0 is white."""
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -31,7 +31,7 @@ def rgb(image: Image.Image) -> Image.Image:
         Exception: the pixels are damaged, see `decode.FAILURES`.
     """
     if image.mode in ("I", "F"):
-        # These have no white point: the darkest and brightest pixel are all there is to go by.
+        # These images have no white point. So the darkest and the brightest pixel set the scale.
         values = np.asarray(image, dtype=np.float64)
         check_finite(values)
         low, high = values.min(), values.max()
@@ -51,10 +51,10 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def stored_values(image: Image.Image) -> NDArray[Any]:
-    """Return the channels of an image as they are stored, [h, w] or [h, w, C]; a palette becomes RGB, bits bytes.
+    """Return the stored values of an image, [h, w] or [h, w, C]. A palette becomes RGB, and single bits become bytes.
 
     Raises:
-        UnreadableImage: they are integers of 32 bits, or a value is NaN or infinite.
+        UnreadableImage: the values are 32-bit integers, or a value is NaN or infinite.
         Exception: the pixels are damaged, see `decode.FAILURES`.
     """
     if image.mode == "I":
@@ -63,7 +63,7 @@ def stored_values(image: Image.Image) -> NDArray[Any]:
         values = np.asarray(image.convert({"P": "RGB", "1": "L"}[image.mode]) if image.mode in ("P", "1") else image)
         check_finite(values)
         return values
-    stored = values = np.asarray(image).astype(np.uint16)  # in the order of bytes of this machine
+    stored = values = np.asarray(image).astype(np.uint16)  # in the byte order of this machine
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
         values = 65535 - values  # 0 is white. Pillow inverts such images itself only up to 8 bits.
     if (transparent := image.info.get("transparency")) is not None:
@@ -75,13 +75,14 @@ def stored_values(image: Image.Image) -> NDArray[Any]:
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return the transform from the colors of an ICC profile to sRGB.
 
-    None if it would change no channel by more than `SAME_COLOR`, or if the profile is damaged or not for the mode.
+    Return None if it changes no channel by more than `SAME_COLOR`, or if the profile is damaged or does not fit the
+    mode.
     """
     shown = "RGBA" if mode == "RGBA" else "RGB"
     try:
         colors = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(colors, ImageCms.createProfile("sRGB"), mode, shown)
-        # By what it does, not by its name: "Linear sRGB" is not sRGB.
+        # Compare results, not names: "Linear sRGB" is not sRGB.
         samples = Image.fromarray(_COLORS).convert(mode)
         before = np.asarray(samples.convert("RGB"), np.int16)
         after = np.asarray(transform.apply(samples).convert("RGB"), np.int16)

@@ -12,7 +12,8 @@ VIEW_SHARE = 8
 """By default a view has at most 1 / 8 of the tokens of a pack. Packs of fewer, larger views are harder to balance."""
 
 MOST_CHANNELS = 32
-"""More channels than satellites have that see colors (Sentinel-2 has 13); hyperspectral images have hundreds."""
+"""Most channels of an image. Multispectral satellites have fewer (Sentinel-2 has 13), hyperspectral cameras have
+hundreds."""
 
 LOCAL_SCALE = 2
 """Resolution of the other views, divided by that of local views. DINO uses 224 / 96 (arXiv 2104.14294)."""
@@ -144,8 +145,8 @@ class AugmentConfig:
     flip: float = 0.0
     """Probability of a horizontal flip."""
     color: float = 0.0
-    """Probability of color jitter: brightness, contrast, saturation and hue. Only the first two if data.channels is not
-    3."""
+    """Probability of color jitter: brightness, contrast, saturation and hue. If data.channels is not 3, only brightness
+    and contrast change."""
     gray: float = 0.0
     """Probability of conversion to grayscale."""
     blur: float = 0.0

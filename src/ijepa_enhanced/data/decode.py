@@ -1,4 +1,4 @@
-"""From an opened image to the pixels of its views."""
+"""Decode an opened image into the pixels of its views."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def decode_views(
         channels: C. With 3, gray images become RGB.
 
     Returns:
-        V arrays [height, width, C]: uint8, or float32 if the image has more than 8 bits. Values of 16 bits are scaled
-        to 0 to 255, floats from 0 to 1 likewise. Floats beyond stay beyond.
+        V arrays [height, width, C]: uint8, or float32 if the image has more than 8 bits. 16-bit values are scaled to
+        the range 0 to 255. Floats are multiplied by 255 and not clipped.
 
     Raises:
-        UnreadableImage: the pixels cannot be decoded, or are not finite, or have another number of channels.
+        UnreadableImage: the pixels cannot be decoded or are not finite, or the image does not have C channels.
     """
     pixels, scale = decode_pixels(image, float((boxes[:, 2:] / sizes).min()), channels)
     flips = np.zeros(len(boxes), dtype=np.bool_) if flips is None else flips
@@ -73,7 +73,7 @@ def decode_views(
 def decode_pixels(image: Opened, shrink: float, channels: int = CHANNELS) -> tuple[NDArray[Any], int]:
     """Return the upright pixels [h, w, C] for views at least `shrink` times smaller, and how much smaller they are.
 
-    The array, of uint8, uint16 or floats as they are stored, is not to be written to. Errors as for `decode_views`.
+    The array has the stored type: uint8, uint16 or float. Do not write to it. Errors as for `decode_views`.
     """
     check_channels(image, channels)
     try:
@@ -107,13 +107,14 @@ def _rgb_pixels(image: Image.Image, shrink: float) -> tuple[NDArray[np.uint8], i
 
 
 def _as_many(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
-    """Return pixels [h, w] or [h, w, C] with C axes, where one channel can stand for three."""
+    """Return pixels [h, w] or [h, w, C] as [h, w, channels]. One channel is repeated if three are asked for."""
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     return np.broadcast_to(pixels, (*pixels.shape[:2], channels))
 
 
 def _plain(image: Bands, channels: int) -> Image.Image | None:
-    """Return Pillow's reading of an image in 8 bits if RGB is to be made of other channels, or by an ICC profile."""
+    """Return the image as Pillow reads it, in 8 bits, if it must be converted to RGB from other channels or by an ICC
+    profile."""
     if channels != CHANNELS or image.plain is None:
         return None
     profile = image.plain.info.get("icc_profile", b"")
@@ -122,7 +123,7 @@ def _plain(image: Bands, channels: int) -> Image.Image | None:
 
 
 def _view(pixels: NDArray[Any], box: Sequence[float], size: Sequence[int], flip: bool, sigma: float) -> NDArray[Any]:
-    """One view of `decode_views` from the pixels [h, w, C] of an image, with a box in these pixels."""
+    """Return one view for `decode_views` from the pixels [h, w, C] of an image. The box is in these pixels."""
     top, left, bottom, right = (round(edge) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
     top, left = min(top, len(pixels) - 1), min(left, pixels.shape[1] - 1)
     crop = _levels(pixels[top : max(bottom, top + 1), left : max(right, left + 1)])
@@ -135,21 +136,21 @@ def _view(pixels: NDArray[Any], box: Sequence[float], size: Sequence[int], flip:
     else:
         view = F.interpolate(view, size, mode="bicubic", antialias=True)
     if pixels.dtype == np.uint16:
-        view = view.clamp_(0, 255)  # bicubic filters overshoot; for bytes, PyTorch does this
+        view = view.clamp_(0, 255)  # bicubic filters overshoot; PyTorch clamps bytes itself
     if flip:
         view = view.flip(3)
     return view.permute(0, 2, 3, 1)[0].numpy()
 
 
 def _levels(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return a copy on 0 to 255: uint8, or float32 of what has more than 8 bits."""
+    """Return a copy with values from 0 to 255: uint8, or float32 if the pixels have more than 8 bits."""
     if pixels.dtype == np.uint8:
         return pixels.copy()
     return pixels / np.float32(257) if pixels.dtype == np.uint16 else pixels.astype(np.float32) * 255
 
 
 def decode_whole(image: Opened, max_resolution: float, channels: int = CHANNELS) -> NDArray[Any]:
-    """The whole image as `decode_views` shows it, [height, width, C], shrunk where it is larger than `max_resolution`.
+    """Return the whole image as `decode_views` does, [height, width, C], but shrunk if it exceeds `max_resolution`.
 
     Args:
         image, channels: see `decode_views`.
@@ -165,20 +166,21 @@ def decode_whole(image: Opened, max_resolution: float, channels: int = CHANNELS)
 
 
 def picture_of(image: Opened, max_resolution: float) -> NDArray[np.uint8]:
-    """The whole image for people to look at, uint8 [height, width, 3], see `displayed`; arguments as `decode_whole`."""
+    """Return the whole image for display, uint8 [height, width, 3]: see `displayed`. Arguments as for
+    `decode_whole`."""
     return displayed(decode_whole(image, max_resolution, shown_channels(image)))
 
 
 def shown_channels(image: Opened) -> int:
-    """Return the channels to decode an image with before it is `displayed`: 3 if it can become RGB, or all it has."""
+    """Return how many channels to decode before an image is `displayed`: 3 if it can become RGB, else all of them."""
     return channels_of(image) if isinstance(image, Bands) and image.plain is None else CHANNELS
 
 
 def displayed(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Pixels [h, w, C] of a view as RGB, uint8 [h, w, 3]: the first three channels are red, green and blue.
+    """Return pixels [h, w, C] as RGB, uint8 [h, w, 3]. The first three channels become red, green and blue.
 
-    Of fewer than three channels, the first is shown in gray. Values of more than 8 bits are stretched in each channel,
-    from black at the 2nd percentile of the picture to white at the 98th, because few cameras use all 16 bits.
+    If there are fewer than three channels, the first one becomes gray. Values of more than 8 bits are stretched in each
+    channel: the 2nd percentile of the picture becomes black and the 98th white, because few cameras use all 16 bits.
     """
     shown = pixels[..., :CHANNELS] if pixels.shape[2] >= CHANNELS else pixels[..., :1].repeat(CHANNELS, axis=2)
     if shown.dtype == np.uint8:

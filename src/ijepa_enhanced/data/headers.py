@@ -101,7 +101,8 @@ def list_and_scan(source: Source, unfinished: Unfinished) -> Listing:
 
 
 def scan_again(source: Source, sizes: Sizes) -> Sizes | None:
-    """Read the headers that the disk, the network or a missing extra kept from the last scan; None if none changes."""
+    """Read again the headers that the last scan could not read because of the disk, the network or a missing extra.
+    Return None if nothing has changed."""
     rows = [
         row for row in np.flatnonzero(sizes.heights == 0).tolist() if sizes.reasons[row].startswith((UNREAD, MISSING))
     ]

@@ -20,17 +20,17 @@ from ijepa_enhanced.errors import SourceError, UnreadableImage
 logger = logging.getLogger(__name__)
 
 SHARE = 0.8
-"""Of what is free that may be taken; the rest is for the run itself."""
+"""Share of the free memory that the images may use. The rest is for the run itself."""
 
 
 def handle_of(shared: Tensor) -> tuple[int, int, int]:
-    """Return by what another process of this machine opens a tensor in shared memory: process, file and bytes."""
+    """Return what another process of this machine needs to open a tensor in shared memory: process, file and bytes."""
     file, size = shared.untyped_storage()._share_fd_cpu_()
     return os.getpid(), file, size
 
 
 def opened(process: int, file: int, size: int) -> Tensor:
-    """Return a tensor that another process shares, by its `handle_of`: uint8 [size]."""
+    """Open a tensor that another process shares, from the result of its `handle_of`: uint8 [size]."""
     own = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR)
     try:
         storage = torch.UntypedStorage._new_shared_fd_cpu(own, size)  # type: ignore[attr-defined]
@@ -42,10 +42,10 @@ def opened(process: int, file: int, size: int) -> Tensor:
 class InMemory(Source):
     """Another source with its images in shared memory: the bytes of their files, or drawn pixels; never decoded ones.
 
-    The ranks of a machine share one copy, and so do processes that are forked or spawned. It takes the bytes of all
-    images of the source, and 16 more for each. Its files have no names from the start, so the system frees them with
-    the last process, however that ends. What cannot be read, or is not as long as it was said to be, is left to the
-    source.
+    The ranks of a machine share one copy, and so do processes that are forked or spawned. It needs the bytes of all
+    images of the source, and 16 more for each image. Its files have no names, so the system frees them when the last
+    process ends, even if it is killed. If an image cannot be read, or its length is not as stated, the source reads it
+    later.
 
     Args:
         source: the first rank of each machine reads all of it here.
@@ -62,7 +62,7 @@ class InMemory(Source):
         first = ranks.rank - ranks.local_rank  # of this machine
         shared = self._fill(free) if ranks.rank == first else None
         if ranks.world > 1:
-            # Sent by number: any process of this user on this machine can open a file that another has open.
+            # The ranks exchange file numbers: a process can open a file that another process of the same user has open.
             handles = ranks.gather(shared and [handle_of(part) for part in shared], patient=True)[first]
             shared = shared or [opened(*handle) for handle in handles]
         assert shared is not None

@@ -28,8 +28,8 @@ from ijepa_enhanced.packed import Packed
 logger = logging.getLogger(__name__)
 
 ImageLike = Opened | NDArray[Any] | Tensor | bytes | str | Path
-"""A PIL image, an array [height, width, C], a tensor [C, height, width], the bytes of an image file, or the path of
-one. Arrays and tensors are uint8 or uint16, or floats if C is not 3."""
+"""A PIL image, an array [height, width, C], a tensor [C, height, width], or the bytes or the path of an image file.
+Arrays and tensors are uint8 or uint16, or floats if C is not 3."""
 
 
 class Decoded(NamedTuple):
@@ -255,7 +255,7 @@ def _patches(image: Opened, resolution: int | None, patch_size: int, limit: int,
 
 
 def _open(image: ImageLike, channels: int) -> Opened:
-    """Return an image of any kind, opened; errors as for `decode_input`."""
+    """Open an image of any kind. Errors as for `decode_input`."""
     if isinstance(image, Bands):
         return image
     if isinstance(image, Image.Image):
@@ -273,10 +273,10 @@ def _open(image: ImageLike, channels: int) -> Opened:
 
 
 def _of_array(image: Tensor | NDArray[Any], channels: int) -> Bands:
-    """Return an array or a tensor, opened; errors as for `decode_input`."""
+    """Open an array or a tensor. Errors as for `decode_input`."""
     tensor = isinstance(image, Tensor)
     array = image.movedim(0, -1).cpu().numpy() if isinstance(image, Tensor) else image
-    # Floats that are RGB may end at 1 or at 255, or be normalized already: nothing tells which.
+    # RGB floats may go up to 1 or to 255, or be normalized already. The array does not tell which.
     floats = channels != CHANNELS
     known = array.dtype in (np.uint8, np.uint16) or (floats and array.dtype.kind == "f")
     if not known or array.ndim != 3 or array.shape[2] != channels:

@@ -122,7 +122,7 @@ class Listing:
     path: Path | None = None
     """The file that the columns are mapped from."""
     statistics: Statistics | None = None
-    """None until the channels are measured."""
+    """Statistics of the channels. None until they are measured."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -78,7 +78,7 @@ class PackDataset(Dataset[Batch]):
     student_prefix: int = 0
     """Of what the student sees."""
     channels: int = CHANNELS
-    """C. Images of other channels are unreadable; with 3, see `decode_views`."""
+    """C. Images with another number of channels are unreadable. For 3, see `decode_views`."""
 
     def __post_init__(self) -> None:
         if self.changes == AugmentConfig():  # drawing only to change nothing costs time too
@@ -122,9 +122,9 @@ class PackDataset(Dataset[Batch]):
     def _read(
         self, pack: Pack, rows: NDArray[np.int64], changes: Changes | None
     ) -> tuple[list[NDArray[Any]], NDArray[np.float64], tuple[tuple[int, str], ...]]:
-        """Return the patches of the masked and of the unmasked views, channel means [V, C], and what is unreadable.
+        """Return the patches of the masked and of the unmasked views, channel means [V, C], and the unreadable images.
 
-        Patches are uint8, or all float32 if an image has more than 8 bits.
+        All patches are uint8, or all are float32 if an image has more than 8 bits.
         """
         tokens = pack.grids.prod(axis=1)
         width = self.patch_size**2 * self.channels
@@ -233,7 +233,7 @@ def make_loader(
         keys: one for each item.
         workers: processes that make items; 0 makes them in this one, None means `default_workers`.
         pin_memory: copy items to pinned memory, for a GPU.
-        timeout: seconds to wait for the workers' next item before an error; 0: as long as it takes.
+        timeout: seconds to wait for the next item of the workers before an error. 0 means no limit.
     """
     workers = default_workers() if workers is None else workers
     with warnings.catch_warnings():
@@ -262,9 +262,9 @@ def check_shared_memory(
 ) -> None:
     """Check that the packs which workers hand over fit into the shared memory of this machine.
 
-    Each worker keeps up to `PREFETCH` packs there, with P * P * C bytes for the patch of each token and `BESIDE_PATCH`
-    for all else. Images of other channels than 3 often have more than 8 bits, so they count 4 bytes a value. A
-    container often has 64 MB of it, and the system kills a process that finds it full without a word.
+    Each worker keeps up to `PREFETCH` packs there. A token needs P * P * C bytes for its patch and `BESIDE_PATCH` bytes
+    for everything else. If C is not 3, a value counts as 4 bytes, because such images often have more than 8 bits. A
+    container often has only 64 MB of shared memory, and the system kills a process that exceeds it without a message.
 
     Args:
         workers: of each rank; None means `default_workers`.

@@ -1,4 +1,4 @@
-"""Opening an image file: which kind it is, and what its header says."""
+"""Open image files: find their format and read their headers."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ from ijepa_enhanced.ops.preprocess import CHANNELS
 logger = logging.getLogger(__name__)
 
 Opened = Image.Image | Bands
-"""An image whose header is read: one of Pillow's, or one that Pillow cannot hold."""
+"""An image whose header is already read: a Pillow image, or `Bands` if Pillow cannot hold it."""
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused: Pillow's own limit against files that decompress to more than memory holds."""
+"""Most pixels of an image. This is Pillow's own limit against files that decompress to more than fits in memory."""
 
 _BITS, _SAMPLES = 258, 277
-"""TIFF tags: bits of a value in each channel, and channels."""
+"""TIFF tags: bits per value of each channel, and number of channels."""
 
 LONGEST_BRANDS = 1024
-"""Bytes in which the brands of an AVIF or HEIC file end."""
+"""The brands of an AVIF or HEIC file end within this many bytes."""
 
-# Called directly, because `Image.open` warns or fails on large images before it tells their size.
+# We call these classes directly, because `Image.open` warns or fails on large images before it returns their size.
 _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
@@ -80,28 +80,28 @@ FAILURES = (
     ArithmeticError,
     struct.error,
 )
-"""What 100,000 randomly damaged files made Pillow raise, then what its readers themselves take for damage."""
+"""Exceptions that Pillow raised for 100,000 randomly damaged files, then those that its own readers treat as damage."""
 
-# Pillow warns of damage in metadata, which does not keep an image from being read. Not by `catch_warnings`, which is
-# not safe in the threads that scan a source.
+# Pillow warns of damaged metadata, but the image can still be read. `catch_warnings` is not safe here, because threads
+# scan a source.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _SIDEWAYS = (5, 6, 7, 8)
 
 
 def open_image(file: bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> Opened:
-    """Read the header of an image file; the pixels are decoded later.
+    """Read the header of an image file. The pixels are decoded later.
 
-    JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC and NumPy files are read.
+    The file is a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, HEIC or NumPy file.
 
     Args:
-        file: all bytes of it, or a file that can be sought in, and only its header is read.
+        file: all its bytes, or a seekable file. Only the header of a seekable file is read.
         max_pixels: larger images are refused.
 
     Raises:
         ImageTooLarge: it has more than `max_pixels`.
-        MissingReader: it is read by a package that is not installed.
-        UnreadableImage: it is no such file, or its header is damaged.
+        MissingReader: the package that reads it is not installed.
+        UnreadableImage: it has another format, or its header is damaged.
     """
     stream = as_file(file)
     start = stream.read(LONGEST_BRANDS)
@@ -122,9 +122,9 @@ def open_image(file: bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> Opened:
 def orientation_of(image: Opened) -> int:
     """Return the EXIF orientation, 1 to 8, from the header.
 
-    It is where `ImageOps.exif_transpose` finds it: in EXIF data of any form, or in XMP data. Not `image.getexif`, which
-    decodes a whole PNG to see whether EXIF data follows the pixels. Pillow itself turns TIFF images. An image that the
-    caller has turned by a quarter is upright.
+    It looks in the same places as `ImageOps.exif_transpose`: in EXIF data of any form, and in XMP data. It does not
+    call `image.getexif`, which decodes a whole PNG to see whether EXIF data follows the pixels. Pillow itself turns
+    TIFF images. An image that the caller has turned by 90 degrees counts as upright.
     """
     if isinstance(image, Bands):
         return image.orientation
@@ -145,24 +145,24 @@ def orientation_of(image: Opened) -> int:
 
 
 def upright_size(image: Opened) -> tuple[int, int]:
-    """Height and width in pixels after the EXIF orientation is applied, from the header alone."""
+    """Return height and width in pixels, after the EXIF orientation is applied. Only the header is read."""
     if isinstance(image, Bands):
         return image.height, image.width
     return (image.width, image.height) if orientation_of(image) in _SIDEWAYS else (image.height, image.width)
 
 
 def channels_of(image: Opened) -> int:
-    """Return how many channels an image has, from the header; a palette counts as RGB."""
+    """Return how many channels an image has. Only the header is read. A palette counts as RGB."""
     if isinstance(image, Bands):
         return image.channels
     return CHANNELS if image.mode == "P" else len(image.getbands())
 
 
 def check_channels(image: Opened, channels: int) -> None:
-    """Check that an image has so many channels; any image that Pillow reads can become RGB.
+    """Check that an image has this number of channels. Any image that Pillow reads can become RGB.
 
     Raises:
-        UnreadableImage: it does not.
+        UnreadableImage: it has another number.
     """
     found = channels_of(image)
     as_rgb = not isinstance(image, Bands) or image.plain is not None or found == 1
@@ -186,29 +186,29 @@ def _opened(stream: BinaryIO, start: bytes) -> Opened:
             return open_tiff(stream, image if _is_rgb(image) else None)
         if reader is PngImagePlugin.PngImageFile and start[PNG_DEPTH] == 16 and start[PNG_COLOR] in PNG_CHANNELS:
             return open_png(stream, image, start[PNG_COLOR], orientation_of(image))
-    except MissingReader:  # Pillow's reading is what is left
+    except MissingReader:  # fall back to Pillow
         _warn_of_8_bits()
     return image
 
 
 def _has_more(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Return whether a TIFF file has channels or bits that Pillow leaves out."""
+    """Return whether a TIFF file has channels or bits that Pillow ignores."""
     bits, samples = image.tag_v2.get(_BITS, (1,)), image.tag_v2.get(_SAMPLES, 1)
     return samples > 1 and (max(bits) > 8 or samples != len(image.getbands()))
 
 
 def _is_rgb(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Return whether Pillow reads a TIFF file with several channels as RGB or gray, with one more channel at most."""
+    """Return whether Pillow reads a TIFF file with several channels as RGB or gray, with at most one extra channel."""
     samples = image.tag_v2.get(_SAMPLES, 1)
     return samples == 2 or (samples <= CHANNELS + 1 and len(image.getbands()) >= CHANNELS)
 
 
 @cache
 def _warn_of_8_bits() -> None:
-    """Say once, and not in each worker, what is read of images with more bits or channels than Pillow takes."""
+    """Warn once, not in each worker, that Pillow reads only a part of the bits or channels of some images."""
     if multiprocessing.parent_process() is None:
         logger.warning(
-            "Some images have colors of 16 bits, or more channels than RGB. Only RGB of 8 bits is read of them. To "
+            "Some images have 16-bit colors, or more channels than RGB. They are read as 8-bit RGB only. To "
             "read all, run pip install 'ijepa-enhanced[bands]'."
         )
 
@@ -237,7 +237,8 @@ def _heic() -> type[ImageFile.ImageFile]:
 
 
 def check_orientation(image: Image.Image, orientation: int) -> None:
-    """Raise UnreadableImage if a PNG whose pixels are loaded has another orientation after them than before."""
+    """Raise UnreadableImage if a PNG stores another orientation after its pixels than before them. The pixels are
+    loaded."""
     if isinstance(image, PngImagePlugin.PngImageFile) and _late_orientation(image) != orientation:
         raise UnreadableImage(
             "the EXIF orientation is stored after the pixel data, where it is not read: save the image again with the "
@@ -246,7 +247,7 @@ def check_orientation(image: Image.Image, orientation: int) -> None:
 
 
 def _late_orientation(image: Image.Image) -> int:
-    """Return the orientation of a PNG whose pixels are loaded, and with them what its file holds after them."""
+    """Return the orientation of a PNG whose pixels, and the metadata after them, are loaded."""
     plain = Image.Image()
     plain.info = image.info
     return orientation_of(plain)

@@ -35,8 +35,8 @@ MIN_IMAGES = 2
 
 
 BLOCK = 1 << 18
-"""Most views that are planned at once. More are planned in blocks, so that a plan takes little memory: some 50 MB for
-each process (docs/scaling.md)."""
+"""Most views that are planned at once. Larger epochs are planned in blocks, so that a plan takes little memory: about
+50 MB in each process (docs/scaling.md)."""
 
 
 class Cursor(NamedTuple):
@@ -91,7 +91,7 @@ class EpochPlan:
     limited: int
     """Views scaled down to the limit of tokens a view."""
     first: int = 0
-    """Packs of the epoch before these."""
+    """Number of packs of the epoch that come before these."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -131,14 +131,14 @@ class EpochPlan:
 
 
 class Outline(NamedTuple):
-    """What is known of an epoch without the plan of its packs."""
+    """Size of an epoch, without the plan of its packs."""
 
     packs: int
     tokens: int
     longest: tuple[int, int]
     """Most rows and most columns of a view."""
     too_small: int
-    """As in `EpochPlan`, which also says what the next one is."""
+    """`too_small` and `limited` are explained in `EpochPlan`."""
     limited: int
 
 
@@ -177,11 +177,11 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """Blocks that an epoch is planned in; one, unless it has more than `BLOCK` views."""
+        """Number of blocks that an epoch is planned in. It is 1 if the epoch has at most `BLOCK` views."""
         return max(1, -(-len(self.catalog.heights) * self.views // BLOCK))
 
     def epoch(self, epoch: int) -> EpochPlan:
-        """The packs of one epoch, all in memory; errors as for `block`."""
+        """Return all packs of one epoch, in memory. Errors as for `block`."""
         blocks = [self.block(epoch, number) for number in range(self.blocks)]
         if len(blocks) == 1:
             return blocks[0]
@@ -198,7 +198,8 @@ class Plan:
 
     @cached_property
     def outline(self) -> Outline:
-        """The outline of the first epoch: of several blocks, an estimate by the first; errors as for `block`."""
+        """Outline of the first epoch. With several blocks, it is estimated from the first one. Errors as for
+        `block`."""
         block, blocks = self.block(0, 0), self.blocks
         rows, cols = block.grids.max(axis=(0, 1)).tolist()
         tokens = int(block.pack_tokens.sum())
@@ -207,17 +208,18 @@ class Plan:
         )
 
     def _images_of(self, epoch: int, number: int) -> NDArray[np.int64]:
-        """Return the positions in the catalog of a block's images, ascending: of several blocks, at random."""
+        """Return the positions in the catalog of the images of a block, ascending. Several blocks share the images at
+        random."""
         count = len(self.catalog.heights)
         start, stop = (count * place // self.blocks for place in (number, number + 1))
         places = np.arange(start, stop)
         if self.blocks == 1:
             return places
-        # The draw of another view than that of `block`, so that the two do not depend on each other.
+        # This draw uses another view number than `block`, so that the two draws are independent.
         return np.sort(permuted(places, count, generator(self.seed, Purpose.ORDER, epoch, view=1)))
 
     def block(self, epoch: int, block: int, first: int = 0) -> EpochPlan:
-        """The packs of one of the `blocks` of an epoch.
+        """Return the packs of one of the `blocks` of an epoch.
 
         Args:
             epoch: from 0.
@@ -300,8 +302,8 @@ class Plan:
     def packs(self, cursor: Cursor, rank: int = 0, world: int = 1) -> Iterator[Pack]:
         """The packs of one rank from `cursor`, the first pack of a step, on, without end.
 
-        Of each step's `packs_per_step` packs, rank r takes the r-th, the (r + world)-th and so on. While the packs of a
-        block are used, a thread plans the next one.
+        In each step of `packs_per_step` packs, rank r gets pack r, pack r + world and so on. While the packs of a block
+        are used, a thread plans the next block.
 
         Raises:
             PlanError: see `share`.

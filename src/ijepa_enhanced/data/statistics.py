@@ -1,4 +1,4 @@
-"""The channels of a source: how many its images have, and the mean and standard deviation of each."""
+"""Count the channels of the images of a source, and measure the mean and standard deviation of each channel."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from ijepa_enhanced.errors import SourceError, UnreadableImage
 logger = logging.getLogger(__name__)
 
 LOOKED = 16
-"""Images whose channels are counted, spread evenly over a source."""
+"""Number of images whose channels are counted. They are spread evenly over a source."""
 MEASURED = 4096
-"""Most images that are measured, spread likewise. The error of a mean is then 1/64 of the deviation between images."""
+"""Most images that are measured, spread evenly. The standard error of a mean is then 1/64 of the deviation between
+images."""
 RESOLUTION = 256
-"""Larger images are shrunk to it, about the resolution of training: sqrt(height * width) in pixels."""
+"""Larger images are shrunk to this resolution, sqrt(height * width) in pixels. It is close to that of training."""
 CONSTANT = 1e-5
-"""A channel is constant if its standard deviation is less than so many of its means: rounding of float32 is 6e-8."""
+"""A channel is constant if its standard deviation is below `CONSTANT` times its mean. Float32 rounds at 6e-8."""
 
 
 def check_source(source: Source, channels: int) -> None:
-    """Check that most images of a source have so many channels. That some have others shows when they are decoded.
+    """Check that most images of a source have this number of channels. The others become unreadable when they are
+    decoded.
 
     Args:
         source: after `open_catalog`.
         channels: C.
 
     Raises:
-        SourceError: most of `LOOKED` images have others; the message says how many.
+        SourceError: most of `LOOKED` images have another number. The message says which.
     """
     others, looked = Counter[int](), 0
     for row in _spread(source, LOOKED):
@@ -60,11 +62,12 @@ def check_source(source: Source, channels: int) -> None:
 
 
 def statistics_of(source: Source, channels: int | None = None) -> Statistics:
-    """Return mean and standard deviation of each channel, from the catalog, or measured and kept there.
+    """Return the mean and standard deviation of each channel. Read them from the catalog, or measure and store them
+    there.
 
     Args:
-        source: after `open_catalog`. In a mixture, each source counts as its share of an epoch.
-        channels: C; None: as many as most images have.
+        source: after `open_catalog`. In a mixture, each source counts by its share of an epoch.
+        channels: C. None: the number that most images have.
 
     Raises:
         SourceError: a channel is constant, or no image can be measured.
@@ -93,7 +96,7 @@ def _common_channels(source: Source) -> int:
 
 
 def _of_part(source: Source, channels: int) -> Statistics:
-    """Return the statistics of a source that is no mixture."""
+    """Return the statistics of a source that is not a mixture."""
     known = source.listing.statistics
     if known is not None and len(known.mean) == channels:
         return known
@@ -110,9 +113,9 @@ def _of_part(source: Source, channels: int) -> Statistics:
 
 
 def _moments(source: Source, channels: int, row: int) -> NDArray[np.float64] | None:
-    """Return the mean of the values on [0, 1], and of their squares, of each channel of an image: [2, C].
+    """Return the mean value and the mean square of each channel of an image: [2, C]. Values are scaled to [0, 1].
 
-    Return None if it cannot be decoded, which is said when it is trained on.
+    Return None if the image cannot be decoded. Training logs this later.
     """
     try:
         pixels = decode_whole(source.open(row), RESOLUTION, channels) / np.float64(255)
@@ -126,7 +129,7 @@ def _statistics(mean: NDArray[np.float64], square: NDArray[np.float64], images: 
 
 
 def _shown(source: Source, parts: Iterable[Source]) -> NDArray[np.float64]:
-    """Return the images of each part that an epoch of a mixture shows."""
+    """Return the number of images of each part in an epoch of a mixture."""
     shares, sizes = source.listing.shares, source.listing.sizes
     assert shares is not None
     assert sizes is not None
@@ -135,14 +138,14 @@ def _shown(source: Source, parts: Iterable[Source]) -> NDArray[np.float64]:
 
 
 def _joined(found: Sequence[Statistics], shown: NDArray[np.float64]) -> Statistics:
-    """Return the statistics of several sources together, by the images that an epoch shows of each."""
+    """Return the statistics of several sources together, weighted by the number of images of each in an epoch."""
     means, stds = np.array([each.mean for each in found]), np.array([each.std for each in found])
     weights = shown / shown.sum()
     return _statistics(weights @ means, weights @ (stds**2 + means**2), sum(each.images for each in found))
 
 
 def _spread(source: Source, most: int) -> list[int]:
-    """Return up to so many rows of readable images, spread evenly."""
+    """Return at most this number of rows of readable images, spread evenly."""
     assert source.listing.sizes is not None
     rows = np.flatnonzero(source.listing.sizes.heights)
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64)].tolist()

@@ -44,10 +44,11 @@ BANDS = np.array(
         [0.6, -0.3, 0.7],
     ]
 )
-"""[6, 3]: how the bands of `render_bands` mix red, green and blue. The first three are about blue, green and red, in
-the order of satellites."""
+"""[6, 3]: how the bands of `render_bands` mix red, green and blue. The first three are mostly blue, green and red, in
+the order that satellites use."""
 BAND_RANGES = np.array([[900, 5000], [800, 6000], [700, 8000], [900, 12000], [1500, 20000], [400, 30000]])
-"""[6, 2]: values of each band for black and for white, of 65,535: like a sensor that does not use all of its range."""
+"""[6, 2]: values of each band for black and for white, out of 65,535. Like a real sensor, the bands do not use the full
+range."""
 
 VERSION = 1
 """Raised by any change of any size, label or pixel; accuracies on two versions cannot be compared."""
@@ -98,7 +99,7 @@ def render(part: str, row: int, seed: int = 0) -> Sample:
 
 
 def render_bands(part: str, row: int, seed: int = 0) -> NDArray[np.uint16]:
-    """The same image as six bands of 16 bits: uint16 [h, w, 6]; errors as for `render`."""
+    """Return the same image as six bands of 16 bits: uint16 [h, w, 6]. Errors as for `render`."""
     canvas, _, _ = _scene(part, row, seed)
     mixed = np.einsum("bc,chw->hwb", BANDS, canvas).clip(0, 1)
     low, high = BAND_RANGES.T

@@ -51,10 +51,10 @@ class FinetuneConfig:
                 raise ValueError(f"finetune.{name} must be between 0 and 1, not {getattr(self, name)}.")
 
     def share(self, world: int) -> int:
-        """Return the packs of a step that each of `world` ranks processes.
+        """Return how many packs of a step each of `world` ranks processes.
 
         Raises:
-            PlanError: they cannot share them evenly.
+            PlanError: the ranks cannot share the packs evenly.
         """
         share, rest = divmod(self.packs_per_step, world)
         if rest:

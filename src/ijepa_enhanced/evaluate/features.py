@@ -219,7 +219,8 @@ def thumbnails(
 
 
 class _Thumbnails(Dataset[tuple[Tensor, dict[int, str]]]):
-    """Pixels [n, side, side, C] of some images of the catalog; row and reason of those that have none."""
+    """Return the pixels [n, side, side, C] of some images of the catalog, and row and reason of each unreadable
+    image."""
 
     def __init__(self, images: LabelledSource, side: int, channels: int) -> None:
         self.images = images

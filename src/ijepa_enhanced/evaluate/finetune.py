@@ -170,7 +170,7 @@ def _train(
                 rate = warmup_cosine(step, steps, round(training.warmup * steps), training.lr, 0.0)
                 group["lr"] = rate * group["share"]
             before, norm = norm, (step, _step(model, optimizer, batches, views, classes, config))
-            # After the device was given this step, so that it computes while the host waits for the one before.
+            # Check the previous step only now, so that the device computes this step while the host waits.
             _check_finite(before)
             progress(step + 1)
     _check_finite(norm)
@@ -201,13 +201,13 @@ def _step(
     classes: Tensor,
     config: InferenceConfig,
 ) -> Tensor:
-    """Learn from this rank's packs of a step, and return the norm of the gradient, still on the device.
+    """Train on the packs of this rank in a step, and return the norm of the gradient on the device.
 
     Args:
-        model: it learns.
-        optimizer: of the model.
+        model: the model to train.
+        optimizer: the optimizer of the model.
         batches: packs of this rank.
-        views: of all ranks.
+        views: number of views in the packs of all ranks.
         classes: [C] labels in the order of the logits, on the device.
         config: precision and ranks.
     """
@@ -229,10 +229,10 @@ def _step(
 
 
 def _check_finite(norm: tuple[int, Tensor] | None) -> None:
-    """Check the norm of the gradient of a step; None: no step was made.
+    """Check the gradient norm of a step. Do nothing if `norm` is None, because no step was made yet.
 
     Args:
-        norm: the number of the step, from 0, and the norm.
+        norm: the number of the step, from 0, and its gradient norm.
 
     Raises:
         NotFiniteError: it is not finite.
@@ -242,10 +242,10 @@ def _check_finite(norm: tuple[int, Tensor] | None) -> None:
 
 
 def parameter_groups(model: Classifier, training: FinetuneConfig) -> list[dict[str, Any]]:
-    """What AdamW learns, by its weight decay and the share of the learning rate that it has.
+    """Group the parameters for AdamW by weight decay and by their share of the learning rate.
 
-    The head and the last LayerNorm have all of it, block l of `depth` (from 0) layer_decay ** (depth - l), and what
-    comes before the blocks layer_decay ** (depth + 1). Vectors and tables of positions do not decay.
+    The head and the last LayerNorm have a share of 1. Block l (from 0) has layer_decay ** (depth - l). Everything
+    before the blocks has layer_decay ** (depth + 1). Vectors and position tables have no weight decay.
     """
     depth = len(model.encoder.network.blocks.layers)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -131,7 +131,7 @@ def trace(
         more: further operations to replace, and what replaces them.
     """
     side, prefix = encoder.config.patch_size, encoder.config.prefix
-    # Different numbers: the tracer treats equal sizes as one size.
+    # The sizes differ, because the tracer treats equal sizes as one size.
     rows, cols = shape.grid or (5, 7)
     segments = Segments.of([prefix + rows * cols] * shape.batch)
     module = EqualViews(encoder, encoder.merge_plan(segments, shape.merge_rate))
@@ -190,7 +190,7 @@ def check(encoder: Encoder, shape: Shape, run: Callable[[NDArray[np.uint8]], tup
         expected = encoder.embed(images, "native", shape.merge_rate, tokens_per_pack=limit)
         expected_maps = torch.stack(encoder.feature_maps(images, "native", shape.merge_rate, tokens_per_pack=limit))
         found.append([distance(feature, expected), distance(maps, expected_maps)])
-    # Of NumPy: the largest of numbers with a nan is nan. Python's `max` may leave it out.
+    # NumPy's maximum is nan if a number is nan. Python's `max` may ignore it.
     worst = float(np.median(np.max(found, axis=1)) if shape.merge_rate else np.max(found))
     if not worst < BOUND:  # nor if it is nan
         raise RunError(

@@ -54,7 +54,7 @@ class Architecture:
     """Whether the final LayerNorm is applied to the feature of a view after pooling (timm's `fc_norm`). False: to each
     token before."""
     channels: int = 3
-    """C, of the images."""
+    """C, the number of channels of the images."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "hidden", "patch_size", "channels"):

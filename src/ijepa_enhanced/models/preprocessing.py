@@ -16,7 +16,7 @@ class Preprocessing:
     """Resolution that the network was trained at, sqrt(height * width) in pixels; if there were several, the largest.
     None: native size."""
     channels: int = CHANNELS
-    """C, of the images."""
+    """C, the number of channels of the images."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean of each channel, for pixel values on [0, 1]."""
     std: tuple[float, ...] = IMAGENET_STD

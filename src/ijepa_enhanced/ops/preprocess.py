@@ -1,4 +1,4 @@
-"""Preprocessing on the device: from patches of pixels to the recolored, normalized patches that a network takes."""
+"""Preprocess on the device: recolor and normalize patches of pixels for a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ijepa_enhanced.batch import Colors
 from ijepa_enhanced.packed import Packed, segment_ids
 
 CHANNELS = 3
-"""Of images, unless `data.channels` says otherwise: red, green and blue."""
+"""Number of channels of images, unless `data.channels` says otherwise: red, green and blue."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,8 +22,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def recolor(packed: Packed, colors: Colors) -> Tensor:
     """Return the patches of V views in their changed colors: float32 [T, P * P * C] on [0, 255], not rounded.
 
-    With other channels than 3, maps are diagonal. Values are then neither cut off nor solarized, since floats may lie
-    anywhere.
+    If C is not 3, only the diagonals of the maps are used. Values are then neither clipped nor solarized, because
+    floats can have any value.
     """
     views = segment_ids(packed.segments.cu_seqlens, len(packed.values))  # of each token
     channels = colors.affine.shape[1]

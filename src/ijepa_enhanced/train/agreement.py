@@ -1,4 +1,4 @@
-"""What the ranks of a run must have in common, and which of them is missing when they lose each other."""
+"""Check what the ranks of a run must have in common, and find out which rank is missing when a connection is lost."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ijepa_enhanced.files import remove_partials
 from ijepa_enhanced.train.config import TrainConfig
 
 ANSWER_TIMEOUT = 10.0
-"""Seconds for which a rank that has lost another waits for all to say that they are here, so that the error can name
-those that do not. torchrun ends all ranks 30 seconds after the first error."""
+"""Seconds that a rank waits for answers of all ranks after it has lost one, so that the error can name the ranks that
+do not answer. torchrun ends all ranks 30 seconds after the first error."""
 
 
 def facts_of(config: TrainConfig, plan: str) -> dict[str, Any]:
     """Return what all ranks must have in common, for `Ranks.agree`.
 
     Args:
-        config: of the run. The images may have another path on each machine.
-        plan: its hash.
+        config: configuration of the run. The path of the images may differ between machines.
+        plan: hash of the plan.
     """
     settings = flatten(dataclasses.asdict(config))
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
@@ -43,16 +43,16 @@ def facts_of(config: TrainConfig, plan: str) -> dict[str, Any]:
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
-    """Check that all ranks see the same folder, by a file that rank 0 leaves in it. All ranks call this.
+    """Check that all ranks see the same folder: rank 0 writes a file, and the others look for it. All ranks call this.
 
     Raises:
-        RankError: a rank does not; the message names the folder.
+        RankError: a rank does not see the file. The message names the folder.
     """
     if ranks.world == 1:
         return
     token = folder / f".shared-{ranks.gather(uuid.uuid4().hex)[0]}.partial"
     if ranks.main:
-        remove_partials(folder)  # those of runs that were killed here
+        remove_partials(folder)  # left by killed runs
         token.touch()
     ranks.wait()
     absent = [rank for rank, seen in enumerate(ranks.gather(token.exists())) if not seen]
@@ -60,14 +60,14 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         token.unlink()
     if absent:
         raise RankError(
-            f"The files that process 0 writes into {folder} are not seen by: process {', '.join(map(str, absent))}. "
+            f"Process {', '.join(map(str, absent))} cannot see the files that process 0 writes into {folder}. "
             "All machines need one shared run folder: set --run to a path on shared storage."
         )
 
 
 @contextmanager
 def together(step: int, ranks: Ranks) -> Iterator[None]:
-    """Name this rank, the step, and the ranks that do not answer, if ranks lose each other in the body.
+    """If ranks lose each other in the body, raise an error that names this rank, the step, and the silent ranks.
 
     Raises:
         RankError: another rank is gone or hangs.
@@ -84,10 +84,10 @@ def together(step: int, ranks: Ranks) -> Iterator[None]:
 
 
 def silent(ranks: Ranks) -> str:
-    """Return which ranks do not come here within `ANSWER_TIMEOUT`, as a sentence, or nothing."""
+    """Return a sentence about the ranks that do not call this within `ANSWER_TIMEOUT`. It is empty if all do."""
     here = [f"lost/{rank}" for rank in range(ranks.world)]
     try:
-        # The store is in torchrun, so it answers whichever rank hangs.
+        # torchrun holds the store, so the store answers even if a rank hangs.
         store = _get_default_store()
         store.set(here[ranks.rank], "")
         end = time.monotonic() + ANSWER_TIMEOUT

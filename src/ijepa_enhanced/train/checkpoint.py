@@ -49,7 +49,7 @@ def save_checkpoint(
         folder: of the run's checkpoints, which all ranks share.
         step: steps done.
         model, optimizer: their weights and moments are saved.
-        progress: what else to save, as JSON; see `read_progress`. That of rank 0 counts.
+        progress: what else to save, as JSON; see `read_progress`. Only the progress of rank 0 is saved.
         ranks: the processes that share the run.
 
     Raises:
@@ -85,13 +85,13 @@ def _complete(partial: Path, final: Path, progress: dict[str, Any]) -> None:
     """Add the progress to a checkpoint, flush and rename it, and delete old ones."""
     sizes = {path.name: path.stat().st_size for path in partial.glob("*.safetensors")}
     (partial / "progress.json").write_text(json.dumps(progress | {"files": sizes}))
-    # The files first, then the folder that names them: after a power cut, a renamed folder must have its contents.
+    # Flush the files before the folder, so that a renamed folder has its contents after a power cut.
     for written in (*partial.iterdir(), partial):
         flush(written)
     partial.rename(final)
     flush(final.parent)
     for old in newest_first(final.parent)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)  # the new one is safe; what is left is deleted after the next save
+        shutil.rmtree(old, ignore_errors=True)  # the new checkpoint is safe; the next save deletes what is left
 
 
 def _on_rank0(act: Callable[[], None], ranks: Ranks) -> None:
@@ -118,7 +118,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def set_aside(folder: Path, good: Path, ranks: Ranks) -> None:
-    """Rename the checkpoints after `good`, which are damaged, so that their steps can be saved again."""
+    """Rename the damaged checkpoints after `good`, so that their steps can be saved again."""
     if ranks.main:
         for checkpoint in newest_first(folder):
             if checkpoint > good:
@@ -132,7 +132,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     """Return the `progress` that `save_checkpoint` was given.
 
     Raises:
-        CheckpointError: the checkpoint is damaged: this file, or the number or size of the others.
+        CheckpointError: the checkpoint is damaged: this file is, or a file is missing or has another size.
     """
     try:
         progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
@@ -235,7 +235,7 @@ def _unreadable(checkpoint: Path, reason: str) -> CheckpointError:
 def _reason(error: BaseException) -> str:
     """Return the message of the operating system, which PyTorch wraps in its own errors."""
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]  # of the first rank that failed
+        error = next(iter(error.failures.values()))[0]  # the error of the first rank that failed
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

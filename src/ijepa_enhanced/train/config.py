@@ -107,8 +107,8 @@ class TrainConfig:
     (docs/measurements.md)."""
     parallel: Parallel = "ddp"
     """How the processes of `torchrun` share the networks. ddp: each has all weights. fsdp: each has a part of weights,
-    gradients and moments, for networks that do not fit on one GPU; it communicates more (docs/scaling.md). With several
-    machines, each machine has all parts."""
+    gradients and moments. Use it for networks that do not fit on one GPU; it communicates more (docs/scaling.md). With
+    several machines, each machine has all parts."""
     checkpoint_every: int = 1000
     """Number of steps between checkpoints."""
     log_every: int = 10

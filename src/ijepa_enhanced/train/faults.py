@@ -1,4 +1,4 @@
-"""What a run does about a step that fails: skip it, or say what to change."""
+"""Handle steps that fail: skip them, or tell the user what to change."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ijepa_enhanced.train.unreadable import Unreadable
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 10
-"""Steps in a row that may be skipped because their loss or gradient is not finite. A damaged image spoils one step, and
-a second in a later epoch. If all steps fail, the weights or the settings are the cause. The number is a guess."""
+"""Most steps in a row that are skipped because their loss or gradient is not finite. A damaged image spoils one step in
+each epoch. If all steps fail, the weights or the settings are the cause. The number is a guess."""
 WORKER_TIMEOUT = 300.0
-"""Seconds within which data workers make the next pack, or are said to be stuck. A pack takes them seconds."""
+"""Data workers count as stuck if they need more seconds than this for the next pack. A pack normally takes seconds."""
 SKIPPED = "skipped.jsonl"
 """File in a run's folder with the keys of the images of skipped steps."""
 
@@ -37,14 +37,15 @@ def record_skipped(
 ) -> None:
     """Append a line with the keys of the images that a skipped step trained on. All ranks call this.
 
-    They are those of the packs whose loss is not finite, or of all packs if only the gradient is not.
+    The line lists the images of packs whose loss is not finite. If all losses are finite, it lists the images of all
+    packs.
 
     Args:
         folder: of the run.
         step: number of the step, from 1.
         batches: packs of this rank.
-        losses: of each of them.
-        images: gives the keys.
+        losses: losses of these packs.
+        images: source of the keys.
         ranks: the processes that share the step.
     """
     bad = [not loss.total.isfinite() for loss in losses]
@@ -65,7 +66,7 @@ def record_skipped(
 
 
 def too_many_skipped(folder: Path, step: int, count: int) -> RunError:
-    """Return the error of `count` skipped steps in a row, the last of them `step`."""
+    """Return the error for `count` skipped steps in a row that end with `step`."""
     checkpoint = latest_checkpoint(folder / "checkpoints")
     kept = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
     return RunError(
@@ -79,7 +80,7 @@ def check_weights(model: nn.Module, step: int, ranks: Ranks) -> None:
     """Check that all weights are finite. All ranks call this.
 
     Raises:
-        RunError: a weight is not.
+        RunError: a weight is NaN or infinite.
     """
     bad = sum(not local(value).isfinite().all() for value in model.parameters())
     if ranks.sums([bad])[0]:
@@ -91,7 +92,7 @@ def check_weights(model: nn.Module, step: int, ranks: Ranks) -> None:
 
 @contextmanager
 def explaining_workers() -> Iterator[None]:
-    """Turn PyTorch's error about a data worker into advice. It can interrupt the body anywhere.
+    """Turn PyTorch's error about a data worker into advice. The error can interrupt the body at any line.
 
     Raises:
         RunError: a data worker is stuck or has ended.
@@ -124,7 +125,7 @@ def explaining_memory(config: DataConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         half, twice = config.tokens_per_pack // 2, 2 * config.packs_per_step
-        try:  # whether half the budget is a valid configuration
+        try:  # check that half the budget is a valid configuration
             dataclasses.replace(config, tokens_per_pack=half, max_view_tokens=config.view_limit)
             advice = (
                 f"Start a new run with --data.tokens_per_pack {half} --data.packs_per_step {twice} "

@@ -1,4 +1,4 @@
-"""The images of a run: open them, and plan their packs."""
+"""Open the images of a run, and plan their packs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     """Open the source, plan its packs, and check that they fit into memory; errors as for `train`."""
     source = open_source(config.data.source)
     with ranks.one_first():  # one rank scans the images, and the others read its catalog
-        # One more readable image is another plan. So a resumed run keeps its images, and only rank 0 tries for more.
+        # One more readable image changes the plan. So a resumed run keeps its images, and only rank 0 looks for more.
         catalog = open_catalog(source, retry=not resume and ranks.main, keep=resume)
     check_source(source, config.data.channels)
     unreadable = Unreadable(catalog, config.data.max_unreadable)
@@ -57,7 +57,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     )
     if config.data.cache == "memory":
         source = InMemory(source, free, ranks)
-        ranks.wait()  # one machine may read its images much faster than another
+        ranks.wait()  # machines may read their images at different speeds
     return TrainingImages(source, catalog, unreadable, plan)
 
 

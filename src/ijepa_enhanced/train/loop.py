@@ -52,7 +52,7 @@ from ijepa_enhanced.train.step import StepResult, train_step
 logger = logging.getLogger(__name__)
 
 GRACE = 30.0
-"""Seconds between the SIGTERM and the SIGKILL of torchrun, unless `--shutdown_timeout` of PyTorch 2.13 says more."""
+"""Seconds between the SIGTERM and the SIGKILL of torchrun. `--shutdown_timeout` of PyTorch 2.13 can raise them."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class Run:
         Args:
             state: of the run. It advances by what all ranks trained on.
             batches: this rank's packs.
-            share: what all ranks have in this step.
+            share: counts of this step over all ranks.
         """
         if share.unreadable:
             for found in self.ranks.gather([image for batch in batches for image in batch.unreadable]):
@@ -287,13 +287,13 @@ class Run:
                 self.autocast,
                 self.ranks.device,
             )
-        # After the device was given this step, so that it computes while the host waits for the one before.
+        # Check the previous step only now, so that the device computes this step while the host waits.
         self.settle(state)
         state.advance(share.views // self.config.data.masked_views, share.next)
         self.unsettled = result and (batches, result)
 
     def settle(self, state: TrainState) -> None:
-        """Wait until the device has finished the last step, and count it: as trained on, or as skipped.
+        """Wait until the device has finished the last step, and count the step as done or as skipped.
 
         Raises:
             RunError: too many steps in a row were skipped, or weights are not finite.
@@ -314,7 +314,7 @@ class Run:
     def after_step(
         self, state: TrainState, log: RunLog | None, bar: ProgressBar | None, monitor: Monitor | None
     ) -> None:
-        """Write a line of the log, probe the teacher, and save, if they are due."""
+        """Write a line of the log, probe the teacher, and save, each if it is due."""
         config, last = self.config, state.step == self.total
         probes = monitor is not None and monitor.due(state.step)
         logs = state.step % config.log_every == 0 or last or probes
@@ -323,7 +323,7 @@ class Run:
             self.settle(state)
         if logs:
             self.log_step(state, log, bar, monitor if probes else None)
-        # The weights may be why steps are skipped: keep the checkpoints of before.
+        # Skipped steps may be caused by the weights, so keep the earlier checkpoints.
         if saves and (last or not state.skipped_in_row):
             self.save(state, log)
 

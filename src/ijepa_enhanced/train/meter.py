@@ -22,7 +22,7 @@ LOSSES = ("prediction", "vicreg", "contrastive")
 MOST_WAITING = 0.1
 """Share of the time that a run may wait for data before it says what to do."""
 SETTLED = 100
-"""Steps of a process before its waiting counts: the first ones have the start of the workers in them."""
+"""Number of first steps of a process whose waiting does not count, because the workers start in them."""
 
 
 class Meter:

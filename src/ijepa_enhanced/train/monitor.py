@@ -226,7 +226,7 @@ def start_monitor(
     Args:
         config: of the run.
         source: the training images.
-        plan: of the run.
+        plan: plan of the run.
         steps: of the whole run.
         history: of the probes before the run was resumed. The monitor updates it.
         encoder: the architecture that is probed.

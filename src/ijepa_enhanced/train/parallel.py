@@ -1,7 +1,7 @@
-"""Data parallelism of PyTorch: every rank computes its packs, and gradients are summed during the backward pass.
+"""Share a model with PyTorch's data parallelism: each rank computes its packs, and the backward pass sums gradients.
 
-`ddp` keeps whole weights on every rank. `fsdp` keeps a shard of weights, gradients and moments on each, and gathers the
-weights of a block while it computes.
+`ddp` keeps whole weights on every rank. `fsdp` keeps a shard of weights, gradients and moments on each rank, and
+gathers the weights of a block when they are needed.
 """
 
 import itertools
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 def parallelize(model: JEPA, kind: Parallel, ranks: Ranks) -> nn.Module:
-    """Share a model among the ranks, and return the module whose `forward` is that of `model`.
+    """Share a model among the ranks, and return a module with the same `forward` as `model`.
 
-    All ranks start with the weights and buffers of rank 0. A backward pass leaves in every gradient its sum over the
-    ranks, not the mean, because the loss of a pack is already its share of the loss of the step.
+    All ranks start with the weights and buffers of rank 0. A backward pass sums gradients over the ranks. It does not
+    average them, because the loss of a pack is already its share of the loss of the step.
 
     Args:
-        model: on the device of this rank. `fsdp` shards it in place, so make its optimizer afterwards.
+        model: a model on the device of this rank. `fsdp` shards it in place, so create the optimizer afterwards.
         kind: how to share it.
         ranks: the processes that share it.
     """
@@ -65,21 +65,21 @@ def replicate(model: JEPA) -> nn.Module:
 
 
 def weights_of(model: JEPA) -> Iterator[Tensor]:
-    """Yield all parameters and buffers, those of a frozen teacher included, which is not a submodule."""
+    """Yield all parameters and buffers, including those of a frozen teacher, which is not a submodule."""
     modules: list[nn.Module] = [model, model.teacher] if model.frozen else [model]
     for module in modules:
         yield from itertools.chain(module.parameters(), module.buffers())
 
 
 def summed(_: None, bucket: GradBucket) -> Future[Tensor]:
-    """Sum a bucket of gradients over the ranks: the communication hook of DDP, which would average them."""
+    """Sum a bucket of gradients over the ranks. This is a communication hook of DDP, which averages by default."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
 
 
 def mesh_of(ranks: Ranks) -> DeviceMesh:
-    """Return the mesh that weights are sharded on: all ranks, or, with several machines, the ranks of each machine.
+    """Return the mesh to shard weights on: all ranks, or with several machines the ranks of each machine.
 
     Shards stay within a machine, where ranks exchange weights fast, and machines exchange gradients only.
     """
@@ -91,7 +91,7 @@ def mesh_of(ranks: Ranks) -> DeviceMesh:
 
 
 def shard(model: JEPA, mesh: DeviceMesh) -> None:
-    """Shard student, teacher and predictor, block by block, and what is outside of blocks together."""
+    """Shard student, teacher and predictor. Each block is a unit, and everything outside of blocks is another one."""
     blocks: list[nn.Module] = [*model.student.blocks.layers, *model.teacher.blocks.layers]
     if model.predictor is not None:
         blocks += model.predictor.layers

@@ -66,7 +66,7 @@ def load_config(folder: Path) -> TrainConfig:
 
 
 def resumes(config: TrainConfig, folder: Path, asked: bool, ranks: Ranks) -> bool:
-    """Return whether a run resumes: because it is asked to, or because torchrun has started it again after a failure.
+    """Return whether a run resumes, either on request or because torchrun has restarted it after a failure.
 
     All ranks call this, because torchrun counts a restart only on the machine on which a process has failed.
 
@@ -77,7 +77,7 @@ def resumes(config: TrainConfig, folder: Path, asked: bool, ranks: Ranks) -> boo
         ranks: the processes that share it.
 
     Raises:
-        RequestError: a new run's folder exists, or the run that is started again had another configuration.
+        RequestError: the folder of a new run exists, or the restarted run had another configuration.
     """
     restarted = any(ranks.gather(is_restarted()))
     if asked:
@@ -95,7 +95,7 @@ def check_new(folder: Path) -> None:
     """Check that the folder of a new run does not exist yet.
 
     Raises:
-        RequestError: there is.
+        RequestError: the folder exists.
     """
     if (folder / "config.yaml").is_file():
         raise RequestError(

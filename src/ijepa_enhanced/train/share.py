@@ -1,4 +1,4 @@
-"""What a rank has in a step, and what all ranks have together."""
+"""Count what a rank trains on in a step, and sum these counts over ranks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ijepa_enhanced.distributed import Ranks
 
 
 class Share(NamedTuple):
-    """Counts of the packs of a step. Those of all ranks are the sums of those of each."""
+    """Counts of the packs of a step, for one rank or summed over all ranks."""
 
     stop: int
-    """Ranks that a signal has asked to stop."""
+    """Number of ranks that a signal has asked to stop."""
     target_tokens: int
     views: int
     """Masked views."""
     unreadable: int
-    """Images that could not be decoded."""
+    """Number of images that could not be decoded."""
     epoch: int
-    """Epoch of the last pack of the step, which the last rank has; 0 on other ranks."""
+    """Epoch of the last pack of the step. Only the last rank has this pack. It is 0 on other ranks."""
     pack: int
     """Number of that pack in its epoch; 0 on other ranks."""
 
     @classmethod
     def of_all(cls, batches: Sequence[MaskedBatch], stop: bool, ranks: Ranks) -> Self:
-        """Return the sums over all ranks, by one exchange of six numbers. All ranks call this.
+        """Return the sums over all ranks. The ranks exchange six numbers once. All ranks call this.
 
         Args:
             batches: packs of this rank.

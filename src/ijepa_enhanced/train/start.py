@@ -51,7 +51,8 @@ class Start:
         return dataclasses.replace(config.encoder.architecture, channels=config.data.channels)
 
     def measured(self, catalog: Catalog, config: TrainConfig, ranks: Ranks) -> Start:
-        """Return the start with the statistics of the channels, if they are not RGB, and an encoder for so many.
+        """Return the start for images that are not RGB: with channel statistics, and an encoder for this number of
+        channels.
 
         Raises:
             SourceError: a channel is constant, or no image can be measured.
@@ -149,7 +150,7 @@ def check_channels(start: Encoder | None, teacher: Encoder | None, config: Train
     """Check that the encoders suit the images. Weights for RGB can start an encoder for other channels.
 
     Raises:
-        EncoderError: they do not.
+        EncoderError: an encoder does not suit the images.
     """
     for option, name, encoder, others in (
         ("init", config.init, start, (CHANNELS,)),

@@ -49,7 +49,7 @@ class TrainState:
     skipped: int = 0
     """Steps that were skipped because their loss or gradient was not finite."""
     skipped_in_row: int = 0
-    """How many of the last steps were."""
+    """Number of steps that were skipped in a row until now."""
     grad_norm: float = 0.0
     """Norm of all gradients of the last step that was not skipped, before clipping."""
     log_bytes: int = 0
@@ -65,7 +65,7 @@ class TrainState:
 
         Args:
             images: shown in the step.
-            cursor: of the first pack of the next one.
+            cursor: cursor of the first pack of the next step.
         """
         self.step += 1
         self.images += images
@@ -135,7 +135,7 @@ class TrainState:
         return False
 
     def _check_plan(self, progress: dict[str, Any], folder: Path) -> None:
-        """Raise ResumeError if a checkpoint is of another plan."""
+        """Raise ResumeError if a checkpoint belongs to another plan."""
         if progress["plan"] != self.plan:
             raise ResumeError(
                 f"Cannot resume {folder.parent}: the images (for example, files were added or removed) or the data "
@@ -143,7 +143,7 @@ class TrainState:
             )
 
     def _restore(self, progress: dict[str, Any], ranks: Ranks) -> None:
-        """Take over what a checkpoint holds besides weights and moments."""
+        """Restore what a checkpoint holds besides weights and moments."""
         self.step, self.images, self.log_bytes = progress["step"], progress["images"], progress["log_bytes"]
         self.cursor = Cursor(*progress["cursor"])
         self.meter.restore(progress["meter"], ranks)

@@ -31,7 +31,7 @@ def train_step(
 
     Args:
         model: student, teacher and predictor.
-        network: what makes the loss of a pack, and sums gradients over ranks; from `parallelize`.
+        network: the module that computes the loss of a pack and sums gradients over ranks, from `parallelize`.
         optimizer: of the model, from `make_optimizer`.
         batches: packs on the host. A pack without readable images has a gradient of zero.
         size: of the whole step, over all ranks.
@@ -47,11 +47,11 @@ def train_step(
         sync_gradients(network, number == len(batches))
         with autocast:
             loss = network(batch.to(device, non_blocking=True), size)
-        # The factor is 1, but NaN if the loss is not finite. Then the gradients are NaN too, on all ranks.
+        # The factor is 1 if the loss is finite, else NaN. NaN makes the gradients NaN too, on all ranks.
         loss.total.backward(0.0 * loss.total.detach() + 1.0)
         losses.append(loss)
     grad_norm = whole_tensor(nn.utils.clip_grad_norm_(model.trainable(), clip))
-    # The fused optimizer reads this on the device and leaves the weights as they are, so the host need not wait.
+    # The fused optimizer reads this on the device and then skips the update, so the host does not wait.
     optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()

@@ -93,7 +93,7 @@ def _head(title: str, runs: Sequence[Run]) -> str:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Return what nobody should overlook: a collapse, skipped steps, and everything that is missing."""
+    """Return the warnings of a run: a collapse, skipped steps, and everything that is missing."""
     found = []
     alarms, skipped = run.logged("alarm"), run.logged("skipped")
     if collapsed := [step for step, alarm in alarms if alarm]:
@@ -188,7 +188,7 @@ def _masks(run: Run) -> str:
     pack = first.select(np.flatnonzero(~first.unmasked)[:VIEWS_SHOWN])
     patch_size = run.config["encoder"]["patch_size"]
     changes = AugmentConfig(**run.config.get("augment", {}))
-    channels = DataConfig(**run.config["data"]).channels  # which runs of older versions do not name
+    channels = DataConfig(**run.config["data"]).channels  # older runs do not state it, so use the default
     dataset = PackDataset(
         images.source, images.catalog, patch_size, seed=run.config["seed"], changes=changes, channels=channels
     )

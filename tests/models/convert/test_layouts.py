@@ -270,7 +270,7 @@ def test_weights_of_another_kind_are_refused() -> None:
     del state["patch_embed.proj.weight"]
     with pytest.raises(EncoderError, match=r"^'patch_embed\.proj\.weight' is missing, so these are not weights of"):
         convert(state, description, {})
-    with pytest.raises(EncoderError, match=r"^The file is no state dict: a dictionary of tensors\.$"):
+    with pytest.raises(EncoderError, match=r"^The file is not a state dict, which is a dictionary of tensors\.$"):
         convert({"state_dict": state}, description, {})
     with pytest.raises(EncoderError, match=r"^There is no config\.json beside the file, and it is no checkpoint of"):
         convert(state, None, {})
@@ -302,7 +302,9 @@ def test_a_tensor_that_should_give_a_size_and_does_not(layout: str, name: str, m
 def test_a_checkpoint_with_other_things_than_tensors_is_refused() -> None:
     checkpoint = ijepa_checkpoint(network_of(IJEPA), network_of(IJEPA))
     checkpoint["target_encoder"]["module.norm.weight"] = "ones"
-    with pytest.raises(EncoderError, match=r"^'target_encoder' is no state dict: a dictionary of tensors\.$"):
+    with pytest.raises(
+        EncoderError, match=r"^'target_encoder' is not a state dict, which is a dictionary of tensors\.$"
+    ):
         convert(checkpoint, None, {})
 
 

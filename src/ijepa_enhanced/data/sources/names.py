@@ -14,10 +14,11 @@ EXTENSIONS = (
 """Endings of the names of image files and members, in small or capital letters."""
 
 ARRAY = ".npy"
-"""Ending of files that are images if a source has no others: beside images they hold masks, embeddings or the like."""
+"""Ending of NumPy files. They count as images only if a source has no other images, because beside images they usually
+hold masks or embeddings."""
 
 RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
-"""Endings of photographs that cameras do not develop. They are not read, and users hear of them."""
+"""Endings of raw photographs. They are not read, and a warning says so."""
 
 SYSTEM = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini")
 """Files and folders that macOS, storage devices and Windows add to folders, in small letters."""
@@ -40,12 +41,13 @@ def is_image(name: str) -> bool:
 
 
 def is_array(name: str) -> bool:
-    """Return whether the name of a file is that of a NumPy array; hidden files are not."""
+    """Return whether a file is a NumPy array, judged by its name. Hidden files are not."""
     return name.lower().endswith(ARRAY) and not hidden(name)
 
 
 def note_of_raw(names: Iterable[str], place: str) -> tuple[str, ...]:
-    """Return a warning if the files of `place` include raw photographs, which are not read. Empty if they do not."""
+    """Return a warning if the files of `place` include raw photographs, which are not read. Otherwise, return an empty
+    tuple."""
     raw = [name for name in names if name.lower().endswith(RAW) and not hidden(name)]
     if not raw:
         return ()

@@ -13,7 +13,7 @@ from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import SourceError
 
 NAMES = ("synthetic", "synthetic-bands")
-"""What users call these sources: RGB of 8 bits, and the same images as six bands of 16 bits."""
+"""Names of the built-in sources: 8-bit RGB, and the same images as six bands of 16 bits."""
 
 
 class SyntheticSource(Source):

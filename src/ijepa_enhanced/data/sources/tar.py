@@ -196,7 +196,7 @@ class _Shard:
     first_json: list[str] | None = None
     """The keys of the first metadata; None if no metadata were read."""
     arrays: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Offset and bytes of every NumPy array, by its name."""
+    """Offset and size in bytes of every NumPy array, by name."""
     others: list[str] = field(default_factory=list)
     """Names, without folders, of members that are neither images nor labels."""
     parts: list[str] = field(default_factory=list)
@@ -240,7 +240,7 @@ class _Shard:
             self.others.append(name)
 
     def settle_arrays(self, beside: bool) -> None:
-        """Take the arrays for images, unless there are images `beside` them in the source."""
+        """Use the arrays as images, unless the source has other images (`beside`)."""
         if beside:
             self.others += [member.rpartition("/")[2] for member in self.arrays]
         else:

@@ -48,7 +48,7 @@ def convert(checkpoint: Mapping[str, Any], encoder: Literal["target", "context"]
         (other,) = set(PARTS) - {encoder}
         raise EncoderError(f"'{PARTS[encoder]}' is missing. Load the {other} encoder: --encoder {other}.")
     if not is_state_dict(weights):
-        raise EncoderError(f"'{PARTS[encoder]}' is no state dict: a dictionary of tensors.")
+        raise EncoderError(f"'{PARTS[encoder]}' is not a state dict, which is a dictionary of tensors.")
     reader = Reader(weights, [(r"^module\.", "")])
     width, _, side, _ = reader.peek("patch_embed.proj.weight", 4).shape
     heads = {variant.width: variant.heads for variant in VARIANTS.values()}

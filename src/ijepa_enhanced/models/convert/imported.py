@@ -24,8 +24,8 @@ class Imported:
     architecture: Architecture
     preprocessing: Preprocessing
     weights: dict[str, Tensor]
-    """The state dict of a `VisionTransformer` of this architecture. No tensor is a part of a larger one, of which
-    `torch.export` would save all."""
+    """The state dict of a `VisionTransformer` of this architecture. No tensor is a view of a larger one, because
+    `torch.export` would save all of it."""
     layout: str
     """See `Origin.layout`."""
     license: str | None = None

@@ -52,7 +52,7 @@ def convert(
             "'target_encoder' in it."
         )
     if not is_state_dict(content):
-        raise EncoderError("The file is no state dict: a dictionary of tensors.")
+        raise EncoderError("The file is not a state dict, which is a dictionary of tensors.")
     if "model_type" not in config:
         kind = timm_naflex if "embeds.proj.weight" in content else timm_vit
         return kind.convert(content, Config(config))

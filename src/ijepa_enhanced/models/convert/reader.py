@@ -19,7 +19,7 @@ LISTED = 5
 
 
 def is_state_dict(content: Any) -> bool:
-    """Return whether something is a dictionary of tensors by name."""
+    """Return whether an object is a dictionary of tensors by name."""
     return isinstance(content, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     )
@@ -62,8 +62,8 @@ class Reader:
         """Return a tensor that says how large the network is, without taking it.
 
         Args:
-            name: of the tensor.
-            dimensions: how many it may have.
+            name: name of the tensor.
+            dimensions: allowed numbers of dimensions.
 
         Raises:
             EncoderError: it is missing, or has another number of dimensions.
