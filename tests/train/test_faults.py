@@ -29,7 +29,10 @@ def lost_steps(run: Path) -> int:
     assert config.steps is not None
     assert [line["step"] for line in read_log(run)] == list(range(1, config.steps + 1))
     assert not [path for path in run.rglob(".*") if path.is_file() or path.suffix == ".partial"]
-    assert len([*(run / "checkpoints").iterdir()]) == 2
+    # The newest two. A kill between the last save and the deletion of the oldest one leaves that one too.
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names[-2:] == ["step-00000006", "step-00000009"]
+    assert names[:-2] in ([], ["step-00000003"])
     made = collections.Counter(run.with_suffix(".steps").read_text().split())
     return sum(made.values()) - config.steps
 
