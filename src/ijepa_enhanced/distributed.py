@@ -29,8 +29,7 @@ START_TIMEOUT = timedelta(minutes=30)
 they wait for a rank that saves or scores. If a rank ends, the others notice at once."""
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for each other after the first step. It is longer than `train.faults.WORKER_TIMEOUT`, so that a
-rank with a stuck
-worker names it before the others give up."""
+rank with a stuck worker names it before the others give up."""
 WORK_TIMEOUT = timedelta(hours=12)
 """How long ranks wait for a rank that works alone, before the first step or without training. It scans a large source,
 loads its images into memory, or scores."""
@@ -278,10 +277,15 @@ def _rank_errors() -> Iterator[None]:
     except torch.OutOfMemoryError:  # a RuntimeError too, but not the fault of another rank
         raise
     except RuntimeError as error:
-        here = str(error).partition("\n")[0]
-        if here.startswith("DataLoader worker"):  # when a worker ends, it interrupts this process
+        if str(error).startswith("DataLoader worker"):  # when a worker ends, it interrupts this process
             raise
-        raise RankError(
-            "Lost the connection to another process of this run. The log of that process tells why. Error in this "
-            f"process: {here}"
-        ) from error
+        raise lost_connection(error) from error
+
+
+def lost_connection(error: RuntimeError) -> RankError:
+    """Return the error of a rank whose communication failed with `error`."""
+    here = str(error).partition("\n")[0]
+    return RankError(
+        "Lost the connection to another process of this run. The log of that process tells why. Error in this process: "
+        f"{here}"
+    )

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -64,11 +64,19 @@ def check(folder: Path, fault: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["one rank", "all ranks", "worker", "save", "disk", "hang", "file"])
-def test_only_steps_since_the_last_checkpoint_are_lost(fault: str, tiny: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "parallel"),
+    [(fault, "ddp") for fault in ("one rank", "all ranks", "worker", "save", "disk", "hang", "file")]
+    # What FSDP2 does differently is how a checkpoint is saved and loaded.
+    + [(fault, "fsdp") for fault in ("one rank", "save")],
+)
+def test_only_steps_since_the_last_checkpoint_are_lost(
+    fault: str, parallel: Literal["ddp", "fsdp"], tiny: TrainConfig, tmp_path: Path
+) -> None:
     data = dataclasses.replace(tiny.data, workers=1, max_unreadable=1.0)
     monitor = dataclasses.replace(tiny.monitor, every=6)
     config = dataclasses.replace(tiny, data=data, monitor=monitor, steps=9, log_every=1, precision="fp32")
+    config = dataclasses.replace(config, parallel=parallel)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     command = (sys.executable, str(Path(__file__).with_name("strikes.py")), fault, str(MOMENTS), "0", str(tmp_path))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

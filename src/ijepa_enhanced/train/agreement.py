@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ijepa_enhanced.config import flatten
-from ijepa_enhanced.distributed import Ranks
+from ijepa_enhanced.distributed import Ranks, lost_connection
 from ijepa_enhanced.errors import RankError
 from ijepa_enhanced.files import remove_partials
 from ijepa_enhanced.train.config import TrainConfig
@@ -79,7 +79,7 @@ def together(step: int, ranks: Ranks) -> Iterator[None]:
         lost = isinstance(error, RankError | dist.DistError) or "gloo" in str(error)
         if ranks.world == 1 or not lost or isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = error if isinstance(error, RankError) else lost_connection(error)
         raise RankError(f"Rank {ranks.rank}, step {step}:{silent(ranks)} {reason}") from error
 
 
