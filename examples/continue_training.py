@@ -4,7 +4,8 @@
     python examples/continue_training.py PHOTOS --weights WEIGHTS --labeled LABELED --steps 1000
 
 With `--labeled`, a folder with one subfolder for each class, both encoders classify images by nearest neighbors and by
-a linear probe. Without it, nothing says whether the new encoder is better: the training loss does not.
+a linear probe. The table calls them `start` and `trained`. Without it, nothing says whether the new encoder is better:
+the training loss does not.
 """
 
 import argparse
@@ -29,5 +30,4 @@ def ijepa(*words: str) -> None:
 # The recipe `continue` is chosen because of --init. Any option of `ijepa train --help` can follow.
 ijepa("train", arguments.photos, "--init", arguments.weights, "--run", arguments.run, "--steps", str(arguments.steps))
 if arguments.labeled:
-    for encoder in ("start", "encoder"):  # before and after training
-        ijepa("evaluate", f"{arguments.run}/{encoder}", "--data", arguments.labeled)
+    ijepa("evaluate", arguments.run, "--data", arguments.labeled, "--baselines")

@@ -2,9 +2,9 @@
 
     python examples/finetune_and_export.py LABELED --weights facebook/dinov2-small --out classifier
 
-LABELED is a folder with one subfolder of images for each class. Every fifth image is held out to measure the accuracy.
-`classifier/encoder.onnx` turns one image of any size into its feature (docs/weights.md), and `classifier/head.npz`
-turns a feature into the scores of the classes. The last lines of this script use both.
+LABELED is a folder with one subfolder of images for each class. Other files are skipped. Every fifth image is held out
+to measure the accuracy. `classifier/encoder.onnx` turns one image of any size into its feature (docs/weights.md), and
+`classifier/head.npz` turns a feature into the scores of the classes. The last lines of this script use both.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ijepa_enhanced import Encoder
 from ijepa_enhanced.cli import main
@@ -29,7 +29,9 @@ parser.add_argument("--batch", type=int, default=32, help="images per step")
 arguments = parser.parse_args()
 
 classes = sorted(folder.name for folder in arguments.labeled.iterdir() if folder.is_dir())
-images = [(path, classes.index(path.parent.name)) for path in sorted(arguments.labeled.glob("*/*"))]
+endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+paths = [path for path in sorted(arguments.labeled.glob("*/*")) if path.suffix.lower() in endings]
+images = [(path, classes.index(path.parent.name)) for path in paths]
 random.Random(0).shuffle(images)
 val, train = images[::5], [image for number, image in enumerate(images) if number % 5]
 
@@ -70,7 +72,7 @@ if code := main(["export", "onnx", str(arguments.out / "encoder"), str(arguments
 # What an application does: it needs numpy, Pillow and onnxruntime, and neither PyTorch nor this package.
 session = onnxruntime.InferenceSession(arguments.out / "encoder.onnx")
 facts, layer = session.get_modelmeta().custom_metadata_map, np.load(arguments.out / "head.npz")
-photo = Image.open(val[0][0]).convert("RGB")
+photo = ImageOps.exif_transpose(Image.open(val[0][0])).convert("RGB")  # upright
 patch, native = int(facts["patch_size"]), (photo.width * photo.height) ** 0.5
 scale = int(facts.get("resolution", native)) / native  # without a resolution, images keep their size
 size = [max(1, round(side * scale / patch)) * patch for side in photo.size]

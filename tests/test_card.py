@@ -67,6 +67,11 @@ def test_a_card_tells_how_to_use_an_encoder(tmp_path: Path, monkeypatch: pytest.
     assert "| Feature of an image | mean of its patches |" in text
 
 
+def test_a_card_of_imported_weights_does_not_say_how_they_were_trained(tmp_path: Path) -> None:
+    header, _ = card_of(tiny(Origin("vit", "transformers vit")), tmp_path)
+    assert header["tags"] == ["vision-transformer"]
+
+
 def test_a_card_tells_of_the_run_and_the_scores(tmp_path: Path) -> None:
     encoder = tiny()
     scores = {"protocol": "Scored on cats.", "values": {"kNN-20": "70.0%"}, "weights": hash_weights(encoder)}

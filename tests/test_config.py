@@ -203,7 +203,7 @@ def test_flattening_joins_the_names_by_dots() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid(name: str) -> None:
     _, options = parse(["train", "--config", name])
-    config = train_config(options)
+    config, _ = train_config(options)
     assert isinstance(config, TrainConfig)
     values = read_train_config(find_config(name))
     assert values, "a recipe sets something"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from ijepa_enhanced.data.decode import patchify
 from ijepa_enhanced.encoder import Encoder, Resolution
 from ijepa_enhanced.errors import EncoderError, NotFiniteError, UnreadableImage
 from ijepa_enhanced.models.config import Architecture, EncoderConfig
-from ijepa_enhanced.models.preprocessing import Preprocessing
+from ijepa_enhanced.models.preprocessing import Origin, Preprocessing
 from ijepa_enhanced.packed import Packed
 
 TINY = EncoderConfig(variant="Ti", depth=2, patch_size=8).architecture
@@ -394,6 +395,46 @@ def test_a_damaged_folder_says_so(encoder: Encoder, tmp_path: Path, damage: str)
         (tmp_path / "config.json").write_text(damage)
     with pytest.raises(EncoderError, match=rf"^The encoder in {tmp_path} cannot be loaded: "):
         Encoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        ("architecture", "resampling", "lanczos", "must be squeeze, linear, bicubic, bicubic-antialias or none, not"),
+        ("architecture", "positions", "alibi", "must be factorized, table, sincos or rope, not 'alibi'."),
+        ("architecture", "depth", "three", "must be an integer, not 'three'."),
+        ("architecture", "position_grid", [8], "must be two integers, not [8]."),
+        ("architecture", "class_token", 2, "must be true or false, not 2."),
+        ("architecture", "heads", None, "must be an integer, not null."),
+        ("preprocessing", "pooling", "max", "must be mean or cls, not 'max'."),
+        ("preprocessing", "mean", [0.5, "x", 0.5], "must be a list of numbers, not [0.5, x, 0.5]."),
+        ("preprocessing", "trained_grid", 3, "must be two integers or null, not 3."),
+        ("origin", "encoder", "both", "must be target, context or null, not 'both'."),
+    ],
+)
+def test_a_field_of_config_json_with_another_value_is_named(
+    group: str, field: str, value: object, message: str, encoder: Encoder, tmp_path: Path
+) -> None:
+    encoder.origin = Origin("a", "b")
+    encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[group][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EncoderError, match=re.escape(f" cannot be loaded: {group}.{field} {message}")):
+        Encoder.from_pretrained(tmp_path)
+
+
+def test_fields_of_config_json_that_are_unknown_or_missing_are_named(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for architecture, message in (
+        (config["architecture"] | {"head": 3}, "unknown field 'architecture.head'. Did you mean 'architecture.heads'?"),
+        ({"width": 32}, "architecture.depth must be an integer, not null."),
+        (3, "config.json must give architecture as an object, not 3."),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": architecture}))
+        with pytest.raises(EncoderError, match=re.escape(message)):
+            Encoder.from_pretrained(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

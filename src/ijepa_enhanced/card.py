@@ -31,7 +31,7 @@ def card(
     parts = [
         f"---\n{yaml.safe_dump(header(origin, record), sort_keys=False)}---",
         f"# {name}",
-        "A self-supervised image encoder. It accepts images of any size and shape, and keeps their aspect ratio.",
+        "An image encoder. It accepts images of any size and shape, and keeps their aspect ratio.",
         f'```python\nfrom ijepa_enhanced import Encoder\n\nencoder = Encoder.from_pretrained("{name}")\n'
         f'features = encoder.embed(["photo.jpg"])  # [1, {network.width}]\n```',
         table(facts(network, preprocessing, origin)),
@@ -58,12 +58,14 @@ def edited_card(path: Path) -> str | None:
 
 def header(origin: Origin | None, record: Record) -> dict[str, Any]:
     """Return the metadata of a card (https://huggingface.co/docs/hub/model-cards)."""
-    terms = origin.license if origin else None
+    training = record.training or {}
+    terms = (origin.license if origin else None) or training.get("teacher_license")
     found: dict[str, Any] = {"license": terms} if terms in LICENSES else {"license": "other", "license_name": terms}
     found = found if terms else {}
     found |= {"library_name": "ijepa-enhanced", "pipeline_tag": "image-feature-extraction"}
-    found["tags"] = ["i-jepa", "self-supervised-learning", "vision-transformer"]
-    if datasets := (record.training or {}).get("datasets"):
+    trained_here = ["i-jepa", "self-supervised-learning"] if record.training or not origin else []
+    found["tags"] = [*trained_here, "vision-transformer"]
+    if datasets := training.get("datasets"):
         found["datasets"] = datasets
     if origin and "/" in origin.name:  # a Hub id, perhaps with a revision
         found["base_model"] = origin.name.partition("@")[0]

@@ -101,7 +101,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
 
     Args:
         name: the option or key, for the message.
-        kind: str, int, float, bool, None, a Literal, or a union of these.
+        kind: str, int, float, bool, None, a Literal, a tuple of integers or numbers, or a union of these.
         value: what was given.
 
     Raises:
@@ -124,6 +124,8 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     NoneType: "null",
+    tuple[int, int]: "two integers",
+    tuple[float, ...]: "a list of numbers",
 }
 
 
@@ -137,6 +139,12 @@ def _converted(kind: Any, value: Any) -> Any:
         return {"true": True, "false": False}.get(str(value).lower(), _NO)
     if kind is str:
         return value if isinstance(value, str) else _NO
+    if get_origin(kind) is tuple:
+        part, *others = get_args(kind)
+        if not isinstance(value, list) or (others != [...] and len(value) != 1 + len(others)):
+            return _NO
+        found = tuple(_converted(part, each) for each in value)
+        return _NO if _NO in found else found
     if isinstance(value, bool) or not isinstance(value, (str, int) if kind is int else (str, int, float)):
         return _NO
     try:

@@ -11,21 +11,24 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ijepa_enhanced.card import card, edited_card
+from ijepa_enhanced.config import Config, checked
 from ijepa_enhanced.devices import MEGABYTE, free_memory
-from ijepa_enhanced.errors import EncoderError, NotFiniteError, first_sentence
+from ijepa_enhanced.errors import EncoderError, NotFiniteError, first_sentence, unknown
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.hub import download
 from ijepa_enhanced.models.config import Architecture
+from ijepa_enhanced.models.convert.ijepa_checkpoint import PARTS, is_checkpoint
 from ijepa_enhanced.models.convert.layouts import convert, is_foreign
 from ijepa_enhanced.models.convert.reader import Reader
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing, Record
 from ijepa_enhanced.models.vit import VisionTransformer
+from ijepa_enhanced.ops.positions import Resampling
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +116,7 @@ def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
         return load_ours(folder, config, encoder)
     weights = place if place.is_file() else weights_in(place)
     content, processor = read_weights(weights), read_json(folder / "preprocessor_config.json") or {}
+    check_memory(weights, bytes_of(content, encoder))
     try:
         imported = convert(content, config if is_foreign(config) else None, processor, encoder)
         network = network_of(imported.architecture, imported.weights)
@@ -149,12 +153,10 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
             f"{folder} was saved by an older version of ijepa-enhanced. Train the encoder again, or rewrite "
             "config.json as docs/decisions.md describes."
         )
-    origin = config.get("origin")
-    if encoder == "context" and not (origin and origin.get("encoder") == "context"):
-        raise EncoderError(f"{folder} has no context encoder: only checkpoints of I-JEPA's own code have one.")
     try:
-        architecture = Architecture(**_tuples(config["architecture"]))
-        preprocessing = Preprocessing(**_tuples(config["preprocessing"]))
+        origin = read_fields(Origin, "origin", config["origin"]) if config.get("origin") else None
+        architecture = read_fields(Architecture, "architecture", config.get("architecture"))
+        preprocessing = read_fields(Preprocessing, "preprocessing", config.get("preprocessing"))
         with torch.device("meta"):
             expected = VisionTransformer(architecture).state_dict()
         reader = Reader(read_weights(folder / "model.safetensors"))
@@ -162,11 +164,29 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
         reader.finish()
         network = network_of(architecture, state)
         record = Record(config.get("training"), config.get("scores"), edited_card(folder / "README.md"))
-        pretrained = Pretrained(network, preprocessing, Origin(**origin) if origin else None, record)
+        pretrained = Pretrained(network, preprocessing, origin, record)
     except UNFIT as error:
         raise EncoderError(f"The encoder in {folder} cannot be loaded: {error}") from error
+    if encoder == "context" and not (origin and origin.encoder == "context"):
+        raise EncoderError(f"{folder} has no context encoder: only checkpoints of I-JEPA's own code have one.")
     check_finite(network, folder)
     return pretrained
+
+
+def read_fields(cls: type[Config], name: str, values: Any) -> Config:
+    """Return the dataclass whose fields are the object `name` of a config.json.
+
+    Raises:
+        RequestError: a field is unknown, missing, or of a wrong type.
+    """
+    if not isinstance(values, dict):
+        raise EncoderError(f"config.json must give {name} as an object, not {values!r}.")
+    kinds = get_type_hints(cls, localns={"Resampling": Resampling})  # models/config.py imports it for type checks only
+    if others := [key for key in values if key not in kinds]:
+        raise EncoderError(unknown("field", f"{name}.{others[0]}", [f"{name}.{kind}" for kind in kinds], "config.json"))
+    # A field that is missing is refused as null is, if it has no default.
+    given = {each.name: None for each in dataclasses.fields(cls) if each.default is dataclasses.MISSING} | values  # type: ignore[arg-type]
+    return cls(**{key: checked(f"{name}.{key}", kinds[key], value) for key, value in given.items()})
 
 
 def network_of(architecture: Architecture, weights: dict[str, Tensor]) -> VisionTransformer:
@@ -247,7 +267,10 @@ def read_weights(path: Path) -> Any:
         files = [path]
         if path.name.endswith(".index.json"):
             files = [path.parent / name for name in sorted(set((read_json(path) or {})["weight_map"].values()))]
-        check_memory(path, sum(file.stat().st_size for file in files))
+        # Only the parts of a checkpoint that are used are read from the disk, if its format allows it.
+        mapped = path.suffix in PICKLES and zipfile.is_zipfile(path)
+        if not mapped:
+            check_memory(path, sum(file.stat().st_size for file in files))
         if files != [path]:
             return {name: value for file in files for name, value in load_file(file).items()}
         if path.suffix == ".safetensors":
@@ -256,8 +279,7 @@ def read_weights(path: Path) -> Any:
             raise EncoderError(f"{path} is no file of weights: these end in .safetensors, {', '.join(PICKLES)}.")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is an error
-            # Only the parts of a checkpoint that are used are read from the disk, if its format allows it.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, *UNFIT) as error:
         if isinstance(error, EncoderError):
             raise
@@ -268,6 +290,12 @@ def read_weights(path: Path) -> Any:
             ) from error
         reason = "" if isinstance(error, pickle.UnpicklingError) else f": {first_sentence(error)}"
         raise EncoderError(f"{path} is damaged or no file of weights{reason or '.'}") from error
+
+
+def bytes_of(content: Any, encoder: WhichEncoder) -> int:
+    """Return the size of the tensors to load: of one encoder, if the content of a file is a checkpoint of I-JEPA."""
+    used = content.get(PARTS[encoder]) if is_checkpoint(content) else content
+    return sum(value.nbytes for value in used.values() if isinstance(value, Tensor)) if isinstance(used, dict) else 0
 
 
 def check_memory(path: Path, size: int) -> None:
@@ -295,8 +323,3 @@ def license_of(card: str | None) -> str | None:
     if found == "other":  # the Hub has no identifier for this license, but the card may name it
         found = values.get("license_name") or found
     return found if isinstance(found, str) else None
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values from a JSON file, which has no tuples, with tuples in place of lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

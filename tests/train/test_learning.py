@@ -22,7 +22,7 @@ MARGIN = 0.03
 
 @pytest.mark.slow
 def test_the_quickstart_beats_its_random_start(tmp_path: Path) -> None:
-    config = train_config(parse(["train", "--config", "quickstart"])[1])
+    config, _ = train_config(parse(["train", "--config", "quickstart"])[1])
     train(config, tmp_path / "run")
     start = Encoder.random(config.encoder.architecture, Preprocessing(), config.seed)
     sources = [open_source("synthetic", part) for part in ("train", "val")]

@@ -22,6 +22,7 @@ from ijepa_enhanced.train.config import MonitorConfig, TrainConfig
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.monitor import History
 from ijepa_enhanced.train.saved import start_of
+from ijepa_enhanced.train.start import load_start
 
 WEIGHTS = Architecture(
     48, 2, 3, 96, 8, positions="table", position_grid=(5, 5), resampling="bicubic", class_token=True, layer_scale=True
@@ -130,6 +131,21 @@ def test_a_teacher_does_not_change_and_the_student_is_what_is_saved(
     assert all(
         torch.equal(value, model.student.state_dict()[name]) for name, value in saved.network.state_dict().items()
     )
+
+
+def test_the_license_of_a_teacher_is_said_and_recorded(
+    tiny: TrainConfig, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    train(dataclasses.replace(tiny, teacher=str(weights), steps=1), tmp_path / "run")
+    said = "Its license (cc-by-nc-4.0) applies to what is trained from it too."
+    assert f"Predicting the features of {weights}. {said}" in caplog.text
+    card = (tmp_path / "run" / "encoder" / "README.md").read_text()
+    assert "\nlicense: cc-by-nc-4.0\n" in card
+    assert "\n| Teacher license | cc-by-nc-4.0 |\n" in card
+    # It goes on to what starts from the student.
+    start = load_start(TrainConfig(init=str(tmp_path / "run")), tmp_path, resume=False)
+    assert start.origin == Origin("run", "ijepa-enhanced", "cc-by-nc-4.0")
 
 
 def test_the_targets_are_the_teachers_own_features(tiny: TrainConfig, teacher: Path) -> None:

@@ -77,8 +77,9 @@ class TrainOptions(Common):
 
     source: str | None = option(None, metavar="SOURCE", positional=True)
     """Your images: a folder, tar shards, Parquet files, a CSV or JSONL list, hf://NAME or synthetic. If --config is
-    not given, settings come from the recipe own-images (with a GPU) or own-images-cpu (without). If SOURCE is also
-    omitted, the defaults below apply, with the built-in synthetic images."""
+    not given, settings come from the recipe continue (with --init), from-teacher (with --teacher), own-images (with a
+    GPU) or own-images-cpu (without). If SOURCE is also omitted, the defaults below apply, with the built-in synthetic
+    images."""
     config: str | None = option(None, metavar="NAME_OR_FILE")
     """Settings to start from: a recipe (RECIPES) or a YAML file. Other options override them."""
     run: str | None = option(None, metavar="DIR")

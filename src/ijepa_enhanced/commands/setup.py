@@ -42,8 +42,10 @@ SMALLEST = 0.75
 """Lowest resolution of training from weights, a multiple of theirs: that of the recipe own-images-cpu."""
 
 
-def train_config(options: TrainOptions) -> TrainConfig:
+def train_config(options: TrainOptions) -> tuple[TrainConfig, Encoder | None]:
     """Return the configuration that `ijepa train` is asked for: a recipe or a run that is resumed, and flags on top.
+
+    The encoder is that of --init, which the configuration depends on. None: without --init, or if a run is resumed.
 
     Raises:
         RequestError: there is no such recipe or run, or a value is out of its range.
@@ -54,16 +56,16 @@ def train_config(options: TrainOptions) -> TrainConfig:
             raise RequestError("SOURCE and --data.source both set the images. Use only one of them.")
         given["data.source"] = options.source
     if options.resume is not None:
-        return configuration(options.config, given, read_train_config(config_of_run(Path(options.resume))))
+        return configuration(options.config, given, read_train_config(config_of_run(Path(options.resume)))), None
     recipe = options.config
     if options.source is not None and recipe is None:
         recipe = "from-teacher" if given.get("teacher") else "continue" if given.get("init") else recipe_of_machine()
     config = configuration(recipe, given)
-    return config if config.init is None else config_from_weights(config.init, recipe, given)
+    return (config, None) if config.init is None else config_from_weights(config.init, recipe, given)
 
 
-def config_from_weights(weights: str, recipe: str | None, given: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration of a run that starts from weights.
+def config_from_weights(weights: str, recipe: str | None, given: Mapping[str, Any]) -> tuple[TrainConfig, Encoder]:
+    """Return the configuration of a run that starts from weights, and the encoder with these weights.
 
     The patch size is that of the weights. Resolutions that neither flags nor the recipe set follow from the resolution
     that the weights were trained at.
@@ -86,7 +88,7 @@ def config_from_weights(weights: str, recipe: str | None, given: Mapping[str, An
         )
     smallest = None if resolution is None else max(1, round(SMALLEST * resolution))
     resolutions = {"data.min_resolution": smallest, "data.max_resolution": resolution}
-    return configuration(recipe, {**given, "encoder.patch_size": patch_size}, resolutions)
+    return configuration(recipe, {**given, "encoder.patch_size": patch_size}, resolutions), encoder
 
 
 def recipe_of_machine() -> str:

@@ -48,6 +48,6 @@ def configure(flags: list[str]) -> TrainConfig:
             instead = " Use the key `seeds` instead." if name == "--seed" else ""
             raise RequestError(f"{name} cannot be used in `arms` or `common` of a study.{instead}")
     _, options = parse(["train", *flags])
-    config = train_config(options)
+    config, _ = train_config(options)
     share_cores(config.data.workers)
     return config

@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 def run(options: TrainOptions) -> int:
     """Train, draw how it went, and print what was written; the exit code is 1 if the run was interrupted."""
     hush_others()
-    config = train_config(options)
+    config, initial = train_config(options)
     if options.print_config:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         return 0
     folder, resume = folder_of(options, config)
     share_cores(config.data.workers)
-    outcome = train(config, folder, resume)
+    outcome = train(config, folder, resume, initial)
     if not is_main():
         return 0
     if not outcome.finished:

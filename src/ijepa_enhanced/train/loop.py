@@ -67,7 +67,7 @@ class Outcome:
     """False if a signal stopped the run, which can then be resumed."""
 
 
-def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
+def train(config: TrainConfig, folder: Path, resume: bool = False, initial: Encoder | None = None) -> Outcome:
     """Train, and write logs, checkpoints and encoders into `folder`.
 
     `folder/encoder` is the last teacher, and `folder/best` the best teacher so far by the monitor. Under `torchrun`,
@@ -79,6 +79,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
         resume: continue from the newest checkpoint in `folder`, or from the start if there is none. On the CPU, with
             the same number of threads and the same versions, the result equals that of an uninterrupted run bit for
             bit.
+        initial: the encoder of `config.init`, if it is loaded already.
 
     Raises:
         SourceError: the images cannot be found, or there is too little memory for `data.cache` or `data.workers`.
@@ -93,7 +94,7 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> Outcome:
     with ranks_of_run() as ranks:
         resume = resumes(config, folder, resume, ranks)
         # Opened first, so that a wrong encoder or source leaves no folder behind.
-        start = load_start(config, folder, resume)
+        start = load_start(config, folder, resume, initial)
         images = open_images(config, ranks, resume)
         start = start.measured(images.catalog, config, ranks)
         ranks.agree(facts_of(config, images.plan.hash))
@@ -167,6 +168,7 @@ class Run:
         # What is trained: the moving average, or the student of a teacher that does not change.
         trained = self.model.student if self.model.frozen else self.model.teacher
         self.encoder = Encoder(trained, preprocessing, start.origin)
+        self.teacher_license = start.teacher_license
         self.autocast = autocast(ranks.device, autocast_dtype(config.precision, ranks.device))
         self.model.student.blocks.recompute = config.activation_checkpointing
         if config.compile:
@@ -388,6 +390,7 @@ class Run:
         """Write the encoder, with whole weights, into the folder `name` of the run. Rank 0 writes."""
         if self.ranks.main:
             remove_partials(self.folder / name)
-            facts = training_facts(self.config, len(self.images.catalog.rows), state.step, state.images)
+            images = len(self.images.catalog.rows)
+            facts = training_facts(self.config, images, state.step, state.images, self.teacher_license)
             encoder.record = Record(training=facts)
             encoder.save_pretrained(self.folder / name)

@@ -14,7 +14,9 @@ from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.saved import FREE_ON_RESUME
 
 
-def training_facts(config: TrainConfig, in_source: int, steps: int, images: int) -> dict[str, Any]:
+def training_facts(
+    config: TrainConfig, in_source: int, steps: int, images: int, teacher_license: str | None = None
+) -> dict[str, Any]:
     """Return `Record.training` of an encoder.
 
     Args:
@@ -22,6 +24,7 @@ def training_facts(config: TrainConfig, in_source: int, steps: int, images: int)
         in_source: number of images in its source.
         steps: done.
         images: shown, counted each time.
+        teacher_license: of a teacher with weights of others. None: none is known.
     """
     defaults = flatten(dataclasses.asdict(TrainConfig()))
     recipe = {
@@ -36,6 +39,7 @@ def training_facts(config: TrainConfig, in_source: int, steps: int, images: int)
         "images_seen": images,
         "initial_weights": config.init and public_name(config.init),
         "teacher": config.teacher and public_name(config.teacher),
+        "teacher_license": teacher_license,
         "datasets": hub_datasets(config.data.source),
         "recipe": yaml.safe_dump(recipe, sort_keys=False) if recipe else "",
     }

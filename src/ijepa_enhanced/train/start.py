@@ -96,6 +96,11 @@ class Start:
         """Return where the weights come from that the student starts from, with their license."""
         return None if self.encoder is None else self.encoder.origin
 
+    @property
+    def teacher_license(self) -> str | None:
+        """Return the license of the teacher's weights; None: there is no such teacher, or its license is unknown."""
+        return self.teacher.origin.license if self.teacher and self.teacher.origin else None
+
     def preprocessing(self, config: TrainConfig, longest: tuple[int, int]) -> Preprocessing:
         """Return the preprocessing of the encoder that is trained.
 
@@ -115,33 +120,39 @@ class Start:
         return dataclasses.replace(before, resolution=config.data.max_resolution, trained_grid=grid)
 
 
-def load_start(config: TrainConfig, folder: Path, resume: bool) -> Start:
+def load_start(config: TrainConfig, folder: Path, resume: bool, initial: Encoder | None = None) -> Start:
     """Load the encoders that a run begins with.
 
     Args:
         config: of the run.
         folder: of the run.
         resume: whether it resumes. It then uses the encoders that it has kept in `folder`.
+        initial: the encoder of `config.init`, if it is loaded already.
 
     Raises:
         EncoderError: an encoder cannot be loaded.
     """
 
-    def kept_or_given(name: str, given: str | None) -> Encoder | None:
+    def kept_or_given(name: str, given: str | None, loaded: Encoder | None = None) -> Encoder | None:
         if given is None:
             return None
         # config.json is written last: a run that was killed before has only the weights that it was given.
         whole = resume and (folder / name / "config.json").is_file()
-        encoder = Encoder.from_pretrained(folder / name if whole else given)
+        if whole or loaded is None:
+            loaded = Encoder.from_pretrained(folder / name if whole else given)
         if not whole:
-            encoder.origin = encoder.origin or origin_of(encoder, given)
-        return encoder
+            loaded.origin = loaded.origin or origin_of(loaded, given)
+        return loaded
 
-    start, teacher = kept_or_given(START, config.init), kept_or_given(TEACHER, config.teacher)
+    start, teacher = kept_or_given(START, config.init, initial), kept_or_given(TEACHER, config.teacher)
     check_channels(start, teacher, config)
-    if start is not None and start.origin is not None and not resume:
-        terms = start.origin.license or "unknown"
-        logger.info("Starting from %s. Its license (%s) applies to what is trained from it too.", config.init, terms)
+    for what, given, encoder in (
+        ("Starting from", config.init, start),
+        ("Predicting the features of", config.teacher, teacher),
+    ):
+        if encoder is not None and encoder.origin is not None and not resume:
+            terms = encoder.origin.license or "unknown"
+            logger.info("%s %s. Its license (%s) applies to what is trained from it too.", what, given, terms)
     measured = read_json(folder / STATISTICS) if resume else None
     return Start(start, teacher, Statistics(**measured) if measured else None)
 
@@ -175,7 +186,8 @@ def _of_channels(statistics: Statistics) -> dict[str, Any]:
 
 def origin_of(encoder: Encoder, name: str) -> Origin | None:
     """Return the origin of what is trained from an encoder of ours; None if it is neither on the Hub nor licensed."""
-    terms, place = license_of(encoder.record.card), Path(name)
+    place, training = Path(name), encoder.record.training or {}
+    terms = license_of(encoder.record.card) or training.get("teacher_license")
     if not place.exists():  # a Hub id
         return Origin(name, "ijepa-enhanced", terms)
     return Origin(place.resolve().name, "ijepa-enhanced", terms) if terms else None

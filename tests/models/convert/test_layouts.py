@@ -345,6 +345,16 @@ def test_weights_that_are_larger_than_the_memory_are_refused(tmp_path: Path, mon
     monkeypatch.setattr(pretrained, "free_memory", lambda: {"memory": size - 1})
     with pytest.raises(EncoderError, match=r"model\.safetensors needs 0 MB of memory, but only 0 MB are free\. Use"):
         Encoder.from_pretrained(folder)
+    # Of a checkpoint of I-JEPA, one encoder is loaded.
+    checkpoint = tmp_path / "a.pth.tar"
+    torch.save(ijepa_checkpoint(network_of(IJEPA), network_of(IJEPA)), checkpoint)
+    size = sum(value.nbytes for value in torch.load(checkpoint)["target_encoder"].values())
+    assert size < checkpoint.stat().st_size / 2
+    monkeypatch.setattr(pretrained, "free_memory", lambda: {"memory": size})
+    Encoder.from_pretrained(checkpoint)
+    monkeypatch.setattr(pretrained, "free_memory", lambda: {"memory": size - 1})
+    with pytest.raises(EncoderError, match=r"a\.pth\.tar needs \d MB of memory"):
+        Encoder.from_pretrained(checkpoint)
 
 
 def test_the_size_of_learned_positions_is_a_trained_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,7 @@ def convert(
     if config is None:
         raise EncoderError(
             "There is no config.json beside the file, and it is no checkpoint of I-JEPA's own code, which has "
-            "'target_encoder' in it."
+            "'target_encoder' in it. Put the config.json of transformers or timm beside it (docs/weights.md)."
         )
     if not is_state_dict(content):
         raise EncoderError("The file is not a state dict, which is a dictionary of tensors.")
