@@ -1,7 +1,17 @@
-"""`python -m ijepa_enhanced` is `ijepa`."""
+"""The entry point of `ijepa`, which is the same as `python -m ijepa_enhanced`."""
 
 import sys
 
-from ijepa_enhanced.cli import main
+from ijepa_enhanced.commands.interrupts import end_at_interrupt
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command and return its exit code."""
+    end_at_interrupt()
+    from ijepa_enhanced.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

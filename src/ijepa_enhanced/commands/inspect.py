@@ -53,8 +53,14 @@ def data(options: DataOptions) -> int:
     print_counts(counts | {f"class {name}": size for name, size in list(sizes.items())[:LISTED]})
     if len(sizes) > LISTED:
         print(f"and {len(sizes) - LISTED} more classes with at least {min(sizes.values())} images each")
+    pairs = [[source.key(row) for row in pair] for pair in seen.identical + seen.near]
+    for copy, earlier in pairs[:LISTED]:
+        print(f"duplicate: {copy} of {earlier}")
+    if len(pairs) > LISTED:
+        print(f"and {len(pairs) - LISTED} more duplicates")
     print(*pictures, sep="\n")
-    print_json(options, counts | {"classes": sizes, "pictures": [str(path) for path in pictures]})
+    more = {"classes": sizes, "duplicates": pairs, "pictures": [str(path) for path in pictures]}
+    print_json(options, counts | more)
     return 0
 
 

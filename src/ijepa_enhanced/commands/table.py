@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ijepa_enhanced.commands.interrupts import raise_at_interrupt
 from ijepa_enhanced.commands.options import (
     BenchmarkOptions,
     Common,
@@ -54,7 +55,9 @@ class Command:
     def run(self, options: Common) -> int:
         """Import the command, run it and return the exit code."""
         module, _, name = self.function.partition(".")
-        code: int = getattr(importlib.import_module(f"ijepa_enhanced.commands.{module}"), name)(options)
+        function = getattr(importlib.import_module(f"ijepa_enhanced.commands.{module}"), name)
+        raise_at_interrupt()
+        code: int = function(options)
         return code
 
 

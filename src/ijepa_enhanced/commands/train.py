@@ -18,6 +18,7 @@ from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.distributed import is_main, is_one_of_many
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.train.config import TrainConfig
@@ -30,6 +31,10 @@ from ijepa_enhanced.visualize.views import draw_masked_views
 
 logger = logging.getLogger(__name__)
 
+MOST_CPU_TOKENS = 16384
+"""Tokens of a step above which a recipe is for a GPU. A CPU core trains a small encoder on about 5,000 tokens/s, and
+larger ones on fewer (docs/measurements.md)."""
+
 
 def run(options: TrainOptions) -> int:
     """Train, draw how it went, and print what was written; the exit code is 1 if the run was interrupted."""
@@ -39,6 +44,8 @@ def run(options: TrainOptions) -> int:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         return 0
     folder, resume = folder_of(options, config)
+    if not resume and options.config is not None:
+        check_recipe(options, options.config, config)
     share_cores(config.data.workers)
     outcome = train(config, folder, resume, initial)
     if not is_main():
@@ -53,6 +60,30 @@ def run(options: TrainOptions) -> int:
     print(folder, *pictures, sep="\n")
     print_json(options, {"run": str(folder), "steps": outcome.steps, "images_seen": outcome.images})
     return 0 if outcome.finished else 1
+
+
+def check_recipe(options: TrainOptions, recipe: str, config: TrainConfig) -> None:
+    """Check that a recipe fits what it is used for.
+
+    A warning is logged if the recipe is for a GPU and there is none.
+
+    Raises:
+        RequestError: neither the recipe nor an option names images. The default, the built-in images, was not meant.
+    """
+    values = read_train_config(find_config(recipe))
+    if options.source is None and "data.source" not in {*values, *options.given}:
+        raise RequestError(
+            f"{recipe} names no images. Add yours: ijepa train SOURCE --config {recipe}. For the built-in images, "
+            "SOURCE is synthetic."
+        )
+    tokens = config.data.tokens_per_pack * config.data.packs_per_step
+    if tokens > MOST_CPU_TOKENS and best_device().type == "cpu":
+        logger.warning(
+            "No GPU was found, and each step of %s has %s tokens, which takes minutes on a CPU. The recipe for a CPU "
+            "is own-images-cpu.",
+            recipe,
+            f"{tokens:,}",
+        )
 
 
 def folder_of(options: TrainOptions, config: TrainConfig) -> tuple[Path, bool]:

@@ -17,6 +17,7 @@ import yaml
 
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.loader import PackDataset, make_loader
+from ijepa_enhanced.data.sources.open import anchored
 from ijepa_enhanced.devices import autocast, autocast_dtype
 from ijepa_enhanced.distributed import Ranks, is_one_of_many, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
@@ -113,12 +114,13 @@ def train(config: TrainConfig, folder: Path, resume: bool = False, initial: Enco
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
-    """Create the run's folder and write its configuration.
+    """Create the run's folder and write its configuration, with absolute paths of the images.
 
     Raises:
         RequestError: the folder cannot be created.
     """
     make_folder(folder)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=anchored(config.data.source)))
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 

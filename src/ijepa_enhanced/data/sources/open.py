@@ -57,6 +57,15 @@ def open_source(spec: str, part: str = "train") -> Source:
     return _open_shards(files, place, spec, columns)
 
 
+def anchored(spec: str) -> str:
+    """Return a source with absolute paths, so that it means the same images in any current folder."""
+    if " + " in spec and not _exists(spec):
+        return " + ".join(anchored(one.strip()) for one in spec.split(" + "))
+    if not spec or spec in NAMES or spec.startswith("hf://") or is_remote(spec):
+        return spec
+    return os.path.abspath(os.path.expanduser(spec))
+
+
 def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Columns) -> Source:
     """Return what a folder holds for a part: a saved data set, shards or images."""
     if (folder / "config.yaml").is_file() and (folder / "log.jsonl").is_file():
