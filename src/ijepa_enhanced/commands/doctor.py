@@ -84,8 +84,8 @@ def checks() -> Iterator[Check]:
 
 def versions() -> str:
     """Return the versions that a bug report needs."""
-    names = (PACKAGE, "torch", "numpy", "pillow")
-    found = (f"{name} {importlib.metadata.version(name)}" for name in names)
+    found = [f"{name} {importlib.metadata.version(name)}" for name in (PACKAGE, "numpy", "pillow")]
+    found.insert(1, f"torch {torch.__version__}")  # with the build, such as +cu130, which its metadata may lack
     return ", ".join((*found, f"Python {platform.python_version()}", f"{platform.system()} {platform.machine()}"))
 
 
