@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: quickstart test coverage lint docs bench clean
+.PHONY: quickstart test coverage lint docs wheel bench clean
 
 ## Train a small encoder on the built-in images and score it against its untrained start.
 quickstart: .venv/installed
@@ -28,6 +28,10 @@ lint: .venv/installed-dev
 docs: .venv/installed-dev
 	$(BIN)/sphinx-build -M html docs docs/_build --quiet --fresh-env --fail-on-warning --keep-going
 
+## The wheel and the source archive in dist/, and the wheel used in an environment of its own.
+wheel: .venv/installed-dev
+	.ci/wheel
+
 ## Every speed table, written to benchmarks/results.
 bench: .venv/installed-dev
 	$(BIN)/ijepa benchmark packing --csv
@@ -49,5 +53,6 @@ clean:
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e '.[dev]'
+	$(PIP) 'pip>=25.1'  # older ones have no --group
+	$(PIP) -e . --group dev
 	touch $@ .venv/installed

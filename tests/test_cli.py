@@ -31,6 +31,7 @@ from ijepa_enhanced.commands.options import PROTOCOLS
 from ijepa_enhanced.commands.setup import counting_bars, print_table, share_cores
 from ijepa_enhanced.commands.study import configure
 from ijepa_enhanced.commands.table import COMMANDS, INSPECT, Command
+from ijepa_enhanced.devices import best_device
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import (
     EncoderError,
@@ -456,7 +457,7 @@ def test_inspecting_draws(what: str, pictures: Path, tmp_path: Path) -> None:
     answer = ijepa("inspect", what, pictures, "--out", folder, "--encoder.patch_size", "8", "--json")
     path = folder / f"{what}.png"
     assert (answer.code, answer.out[:-1], answer.json) == (0, [str(path)], {"picture": str(path)}), answer.err
-    said = "Using the recipe own-images" + ("" if torch.cuda.is_available() else "-cpu") + ", because"
+    said = "Using the recipe own-images" + ("-cpu" if best_device().type == "cpu" else "") + ", because"
     assert [line[: len(said)] for line in answer.err] == [said], "the one that training uses"
     assert [file.name for file in folder.iterdir()] == [path.name]
     with Image.open(path) as picture:
@@ -857,7 +858,7 @@ def test_the_advice_for_too_little_gpu_memory_is_an_option_of_the_command(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
 
     monkeypatch.setattr(f"ijepa_enhanced.commands.{arguments[0]}.run", too_much)
-    said = f"ijepa: CUDA out of memory. Close other programs that use the GPU{advice}."
+    said = f"ijepa: The GPU is out of memory. Close other programs that use the GPU{advice}."
     assert ijepa(*arguments) == (1, [], [said])
 
 
@@ -933,7 +934,8 @@ def test_the_default_resolution_is_the_trained_one(run: Run, pictures: Path, tmp
 def test_training_on_photos_picks_a_recipe_by_the_machine(
     gpu: bool, recipe: str, monkeypatch: pytest.MonkeyPatch, pictures: Path
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    device = torch.device("mps" if gpu else "cpu")
+    monkeypatch.setattr("ijepa_enhanced.commands.setup.best_device", lambda: device)
     answer = ijepa("train", pictures, "--steps", "7", "--print-config")
     why = "this machine has a GPU" if gpu else "no GPU was found"
     said = f"Using the recipe {recipe}, because {why}. Use --config NAME for another one."

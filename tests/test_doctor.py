@@ -29,11 +29,19 @@ def test_a_problem_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_a_build_without_cuda_beside_a_driver_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "best_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert doctor.device_check().state == "note"
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert doctor.device_check().state == "problem"
+
+
+def test_any_gpu_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "best_device", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (2**33, 2**34))
+    found = doctor.device_check()
+    assert (found.state, found.found) == ("note", "1 x mps, 16 GiB")
 
 
 def test_small_shared_memory_and_many_threads_come_with_the_option_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +60,6 @@ def test_extras_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> Non
         "datasets>=4; extra == 'data'",
         'fsspec[http]; extra == "data"',
         "no-such-package ; extra == 'other'",
-        "ruff; extra == 'dev'",
     ]
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements)
     assert doctor.extras() == {"data": ["datasets", "fsspec"], "other": ["no-such-package"]}

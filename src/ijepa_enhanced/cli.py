@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
         if not is_out_of_memory(error):
             raise
         advice = f", or {command.less_memory}" if command.less_memory else ""
-        raise RunError(f"CUDA out of memory. Close other programs that use the GPU{advice}.") from error
+        raise RunError(f"The GPU is out of memory. Close other programs that use the GPU{advice}.") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,19 +22,50 @@ OWN_CGROUP = Path("/proc/self/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux keeps memory that processes share."""
 MEGABYTE = 10**6
+AMPERE = 8
+"""The first major compute capability of CUDA that FlashAttention 2 runs on."""
 
 
 def best_device() -> torch.device:
-    """Return the GPU if PyTorch can use one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the GPU if PyTorch can use one (CUDA, XPU or MPS), else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def kind_of(device: torch.device) -> Literal["cpu", "gpu"]:
+    """Return whether a device is a CPU or any other, which benchmarks choose their sizes by."""
+    return "cpu" if device.type == "cpu" else "gpu"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU's model if PyTorch knows it, else the type of the device, such as cpu or mps."""
+    backend = torch.get_device_module(device)
+    return backend.get_device_name(device) if hasattr(backend, "get_device_name") else device.type
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bfloat16 matrices."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)  # an emulation gains nothing
-    # Checked first: builds without oneDNN do not have the second function.
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Return whether the hardware is known to multiply bfloat16 matrices."""
+    if device.type == "cpu":
+        # Checked first: builds without oneDNN do not have the second function.
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    backend = torch.get_device_module(device)
+    # CUDA and XPU can tell, MPS cannot. An emulation gains nothing.
+    return hasattr(backend, "is_bf16_supported") and backend.is_bf16_supported(including_emulation=False)
+
+
+def has_varlen_attention(device: torch.device) -> bool:
+    """Return whether PyTorch's attention over packed streams (FlashAttention 2) runs on the device."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= AMPERE
+
+
+def pins_memory(device: torch.device) -> bool:
+    """Return whether copies to the device are faster from pinned memory. MPS shares the memory of the host."""
+    return device.type in ("cuda", "xpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has computed what was asked of it; a CPU already has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -246,21 +246,22 @@ def ranks_of_run(timeout: timedelta = START_TIMEOUT) -> Iterator[Ranks]:
     if not dist.is_torchelastic_launched():
         yield Ranks(best_device())
         return
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = best_device()
+    gpus = 0 if device.type == "cpu" else torch.accelerator.device_count()
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if 0 < gpus < local_world_size:
         raise RankError(
             f"torchrun started {local_world_size} processes on this machine. Each needs its own GPU, but the machine "
             f"has only {gpus}. Use torchrun --nproc-per-node {gpus}."
         )
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(device)
+        device = torch.device(device.type, local_rank)
+        torch.accelerator.set_device_index(device)
     with _rank_errors():
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         part = own_part(store, rank, world, timeout)
-        # We use two backends: gloo sends objects between the hosts, NCCL sends gradients between the GPUs.
-        backends = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        # We use two backends: gloo sends objects between the hosts. NCCL (CUDA) or XCCL (XPU) sends gradients.
+        backends = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}" if gpus else "gloo"
         dist.init_process_group(backends, timeout=timeout, store=part, rank=rank, world_size=world)
         patient = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
     yield Ranks(device, rank, world, local_world_size, local_rank, patient)

@@ -250,8 +250,8 @@ def test_a_new_run_that_torchrun_starts_again_resumes(
 @pytest.mark.usefixtures("launched")
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_main()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("ijepa_enhanced.distributed.best_device", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     with pytest.raises(RankError) as error, ranks_of_run():
         pass
     assert str(error.value) == (

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ijepa_enhanced.benchmarks.growth import grow, growth_tokens, print_growth
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
-from ijepa_enhanced.devices import autocast_dtype, best_device
+from ijepa_enhanced.devices import autocast_dtype, best_device, kind_of
 from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.ops.attention import attention, dense_attention, padded_attention
 from ijepa_enhanced.packed import Segments, segment_ids
 
 TURNS = 3
 HEADS, HEAD_WIDTH = 6, 64
-TOKENS = {"cpu": 2048, "cuda": 32768}
+TOKENS = {"cpu": 2048, "gpu": 32768}
 """Tokens of a stream: what one dense product has time and memory for."""
 VIEWS = (16, 64, 256, 1024, 4096)
 """Tokens of each view; those longer than a stream are left out."""
@@ -49,7 +49,7 @@ def run(csv: bool = False, tokens: int | None = None) -> dict[str, Any]:
     """
     device = best_device()
     counts = growth_tokens(GROWTH_TOKENS, tokens)
-    tokens = tokens or TOKENS[device.type]
+    tokens = tokens or TOKENS[kind_of(device)]
     streams = {f"{view:,}": [view] * (tokens // view) for view in VIEWS if view <= tokens}
     streams["{}-{}".format(*MIXED)] = mixed_lengths(tokens)
     costs = []
@@ -105,7 +105,7 @@ def compare(case: str, views: str, lengths: list[int], device: torch.device) -> 
 def inputs(queries: Segments, keys: Segments) -> tuple[Tensor, Tensor, Tensor]:
     """Return random q [T, H, K], and k and v [S, H, K]."""
     device = queries.cu_seqlens.device
-    dtype = autocast_dtype("auto", device) if device.type == "cuda" else torch.float32
+    dtype = autocast_dtype("auto", device) if device.type != "cpu" else torch.float32
     q, k, v = (
         torch.randn(segments.total, HEADS, HEAD_WIDTH, device=device, dtype=dtype, requires_grad=True)
         for segments in (queries, keys, keys)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from ijepa_enhanced.devices import kind_of
 from ijepa_enhanced.evaluate.cost import profiler
 from ijepa_enhanced.ops.linear import Linear
 
-PRODUCT_WIDTH = {"cpu": 1024, "cuda": 8192}
+PRODUCT_WIDTH = {"cpu": 1024, "gpu": 8192}
 PRODUCTS = 10
 KERNELS, KERNEL_NAME = 15, 60
 """Rows of a profile, and the most characters of a kernel's name: on CUDA some have hundreds."""
@@ -23,7 +24,7 @@ def matrix_products(device: torch.device, dtype: torch.dtype) -> tuple[Callable[
 
     Their rate stands for the most that the device reaches.
     """
-    width = PRODUCT_WIDTH[device.type]
+    width = PRODUCT_WIDTH[kind_of(device)]
     x, layer = torch.randn(width, width, device=device, dtype=dtype), Linear(width, width, device=device, dtype=dtype)
 
     @torch.no_grad()

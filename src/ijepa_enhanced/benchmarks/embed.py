@@ -36,7 +36,7 @@ from ijepa_enhanced.data.geometry import fit_grids
 from ijepa_enhanced.data.opening import upright_size
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.devices import autocast, autocast_dtype, best_device
+from ijepa_enhanced.devices import autocast, autocast_dtype, best_device, kind_of
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate.cost import interleaved_seconds
@@ -50,7 +50,7 @@ from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.models.variants import variant_name
 
 TURNS = 3
-IMAGES = {"cpu": 16, "cuda": 256}
+IMAGES = {"cpu": 16, "gpu": 256}
 SCALE, MOST_TOKENS = 2.0, 1024
 """Images are shown at twice their size, so that those of small data sets are as large and as mixed as photographs, and
 smaller if they had more tokens."""
@@ -93,11 +93,11 @@ def run(
     encoder = load(weights, variant, patch).to(device)
     name = f"{variant_name(encoder.width)}/{encoder.config.patch_size}"
     config, pair = encoder.config, [some(images) for images in labelled_pair(train, source)] if train else None
-    images = read(source, count or IMAGES[device.type], config.patch_size, scale)
+    images = read(source, count or IMAGES[kind_of(device)], config.patch_size, scale)
     patches = float(np.mean(patches_of(images, config)))
     # On CUDA ragged streams have no kernel in float32 (ops/attention.py).
     fast = autocast_dtype("auto", device)
-    precisions = [fast] if device.type == "cuda" else list(dict.fromkeys([torch.float32, fast]))
+    precisions = [fast] if device.type != "cpu" else list(dict.fromkeys([torch.float32, fast]))
     with torch.inference_mode():
         methods, absent = methods_of(encoder, patches, weights if is_of_transformers(encoder) else None)
         rows = speed_rows(methods, absent, images, config, device, precisions)

@@ -37,7 +37,7 @@ MEMORY_TOKENS = 65536
 def run(source: str = "synthetic", csv: bool = False) -> dict[str, Any]:
     """Print three tables and return the largest share of a block, the last rate's speed-up, and bytes per token."""
     device = best_device()
-    dtype = autocast_dtype("auto", device) if device.type == "cuda" else torch.float32
+    dtype = autocast_dtype("auto", device) if device.type != "cpu" else torch.float32
     with torch.inference_mode(), autocast(device, dtype):
         costs = [cost(view, width, device) for view in VIEWS for width in WIDTHS]
         print(f"Time of one block with {COST_TOKENS:,} tokens, with merging computed but not applied (ms)")

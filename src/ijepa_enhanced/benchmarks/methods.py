@@ -19,6 +19,7 @@ from ijepa_enhanced.benchmarks.peers import (
     transformers_ijepa,
     transformers_model,
 )
+from ijepa_enhanced.devices import kind_of
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.models.config import Architecture
 
@@ -61,7 +62,7 @@ def methods_of(encoder: Encoder, patches: float, folder: str | None = None) -> t
     peers: dict[tuple[str, int | None], Callable[[Encoder], Prepare]] = {
         (name, None): peer for name, peer in alone.items()
     }
-    batched = partial(one_size, tokens=TOKENS[encoder.device.type])
+    batched = partial(one_size, tokens=TOKENS[kind_of(encoder.device)])
     peers |= {(f"transformers squares of {square} px", square): batched for square in squares}
     methods = [Method(OURS, rate, partial(ours, encoder, rate)) for rate in RATES]
     absent: dict[str, str] = {}

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_enhanced.data.decode import patchify
+from ijepa_enhanced.devices import kind_of
 from ijepa_enhanced.encoder import CPU_TOKENS, TOKENS_PER_PACK, Encoder
 from ijepa_enhanced.models.blocks import LAYER_NORM_EPS
 from ijepa_enhanced.ops.positions import within_grid
 from ijepa_enhanced.packed import Packed, Segments
 
-TOKENS = {"cpu": CPU_TOKENS, "cuda": TOKENS_PER_PACK}
+TOKENS = {"cpu": CPU_TOKENS, "gpu": TOKENS_PER_PACK}
 """Tokens of a batch: as many as of a pack of ours."""
 
 Images = Sequence[NDArray[np.uint8]]
@@ -83,7 +84,7 @@ def timm_naflexvit(encoder: Encoder) -> Prepare:
             samples.append((sample, 0))
         longest = max(len(sample["patches"]) for sample, _ in samples)
         collate = dataset.NaFlexCollator(max_seq_len=longest)
-        size = max(1, TOKENS[device.type] // longest)
+        size = max(1, TOKENS[kind_of(device)] // longest)
         batches = [
             {name: x.to(device) for name, x in collate(samples[start : start + size])[0].items() if torch.is_tensor(x)}
             for start in range(0, len(samples), size)

@@ -28,7 +28,7 @@ from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.devices import best_device
+from ijepa_enhanced.devices import best_device, kind_of, pins_memory
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate.cost import interleaved_seconds, peak_bytes
 from ijepa_enhanced.evaluate.tokens import LabelledSource
@@ -40,9 +40,9 @@ TURNS = 3
 PACKS = 2
 """Packs of a turn. Each timed turn shows packs not seen before, since a run makes new shapes all the time too."""
 ORIGINAL = "the original's"
-VARIANTS = {"cpu": ("Ti",), "cuda": ("S", "B", "L", "H")}
-PATCH = {"cpu": 16, "cuda": 14}
-TOKENS = {"cpu": 2048, "cuda": 32768}
+VARIANTS = {"cpu": ("Ti",), "gpu": ("S", "B", "L", "H")}
+PATCH = {"cpu": 16, "gpu": 14}
+TOKENS = {"cpu": 2048, "gpu": 32768}
 """Tokens of a pack."""
 GROWTH_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PREDICTORS = {
@@ -84,12 +84,12 @@ def run(
     if tokens is not None and tokens < ROW:
         raise RequestError(f"--tokens must be at least {ROW}, not {tokens}.")
     device = best_device()
-    variants = [variant] if variant else VARIANTS[device.type]
-    configs = [EncoderConfig(name, patch or PATCH[device.type]) for name in variants]
+    variants = [variant] if variant else VARIANTS[kind_of(device)]
+    configs = [EncoderConfig(name, patch or PATCH[kind_of(device)]) for name in variants]
     opened = open_source(source)
     # Not cached: a bare GPU image has nothing to read or write the cache with.
     images = LabelledSource(opened, open_catalog(opened, cache=False))
-    parts, kernels, methods = measure_all(configs, images, tokens or TOKENS[device.type], device, compiled)
+    parts, kernels, methods = measure_all(configs, images, tokens or TOKENS[kind_of(device)], device, compiled)
     print("Time of each part of a training step, after waiting for the device. Images are decoded before the step.")
     print_table([row | {"": bar(row["over_step"])} for row in parts])
     print("Kernels of one training step, sorted by their time on the device (PyTorch profiler)")
@@ -181,7 +181,7 @@ def measure(config: EncoderConfig, images: LabelledSource, tokens: int, device: 
 
 def pinned(packs: Sequence[Any], device: torch.device) -> list[Any]:
     """Return packs in the kind of host memory that the loader puts them into for this device."""
-    return [pack.pin_memory() if device.type == "cuda" else pack for pack in packs]
+    return [pack.pin_memory() if pins_memory(device) else pack for pack in packs]
 
 
 def in_turn(training: Training, packs: Sequence[Any]) -> Callable[[], None]:

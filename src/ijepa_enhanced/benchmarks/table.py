@@ -11,6 +11,7 @@ import numpy as np
 import PIL
 import torch
 
+from ijepa_enhanced.devices import best_device, device_name
 from ijepa_enhanced.files import replacing
 
 RESULTS = Path("benchmarks/results")
@@ -21,8 +22,9 @@ BAR = 40
 
 def hardware() -> str:
     """Return a name for this machine's accelerator, or for its processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace(" ", "-")
+    device = best_device()
+    if device.type != "cpu":
+        return device_name(device).replace(" ", "-")
     return f"{platform.machine()}-cpu-{torch.get_num_threads()}threads"
 
 

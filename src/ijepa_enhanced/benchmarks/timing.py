@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.benchmarks.original import Original
-from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.devices import autocast, autocast_dtype, synchronize
 from ijepa_enhanced.jepa import JEPA, Losses, StepSize
 from ijepa_enhanced.models.config import Architecture, PredictorConfig
 from ijepa_enhanced.objective import ObjectiveConfig
@@ -49,8 +49,7 @@ class Clock:
         """End the part that is being measured and begin another, or none; in between, wait for the device."""
         if not self._runs:
             return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         now = time.perf_counter()
         if self._part is not None:
             self.seconds.setdefault(self._part, []).append(now - self._start)

@@ -22,6 +22,7 @@ from ijepa_enhanced.devices import (
     SHARED_MEMORY,
     best_device,
     default_workers,
+    device_name,
     free_memory,
     multiplies_bf16,
 )
@@ -83,20 +84,20 @@ def checks() -> Iterator[Check]:
 
 def versions() -> str:
     """Return the versions that a bug report needs."""
-    names = (PACKAGE, "torch", "numpy", "pillow")
-    found = (f"{name} {importlib.metadata.version(name)}" for name in names)
+    found = [f"{name} {importlib.metadata.version(name)}" for name in (PACKAGE, "numpy", "pillow")]
+    found.insert(1, f"torch {torch.__version__}")  # with the build, such as +cu130, which its metadata may lack
     return ", ".join((*found, f"Python {platform.python_version()}", f"{platform.system()} {platform.machine()}"))
 
 
 def device_check() -> Check:
     """Check for a GPU that PyTorch can use, and that it supports bfloat16."""
     device = best_device()
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found = f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if device.type != "cpu":
+        _, memory = torch.accelerator.get_memory_info(device)
+        found = f"{torch.accelerator.device_count()} x {device_name(device)}, {memory / 2**30:.0f} GiB"
         if multiplies_bf16(device):
             return Check("device", "ok", f"{found}, bfloat16")
-        return Check("device", "note", found, "It has no bfloat16, so training is slower and needs more memory.")
+        return Check("device", "note", found, "It computes in float32, so training is slower and needs more memory.")
     if shutil.which("nvidia-smi"):
         return Check(
             "device",
@@ -159,7 +160,7 @@ def extras() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires(PACKAGE) or []:
         marked = re.fullmatch(r"([\w.-]+)[^;]*;.*extra == ['\"](\w+)['\"].*", requirement)
-        if marked and marked[2] != "dev":
+        if marked:
             found.setdefault(marked[2], []).append(marked[1])
     return found
 

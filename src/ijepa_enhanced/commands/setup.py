@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ijepa_enhanced.commands.options import Common, TrainOptions
 from ijepa_enhanced.config import as_options, build, either, find_config, keys_of
-from ijepa_enhanced.devices import default_workers
+from ijepa_enhanced.devices import best_device, default_workers
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
@@ -93,7 +93,7 @@ def config_from_weights(weights: str, recipe: str | None, given: Mapping[str, An
 
 def recipe_of_machine() -> str:
     """Return the recipe for images without --config, and log it."""
-    gpu = torch.cuda.is_available()
+    gpu = best_device().type != "cpu"
     recipe = "own-images" if gpu else "own-images-cpu"
     why = "this machine has a GPU" if gpu else "no GPU was found"
     logger.info("Using the recipe %s, because %s. Use --config NAME for another one.", recipe, why)

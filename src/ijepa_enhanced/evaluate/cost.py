@@ -10,19 +10,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ijepa_enhanced.devices import synchronize
+
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes of tensors that `run` holds at once, on top of what was there before it.
 
-    CUDA's allocator counts this itself; on the CPU PyTorch's profiler records every allocation. The peak of the process
-    would not do: it never falls, and does not show freed memory that is used again. Scratch memory that a library such
-    as oneDNN allocates for itself is not counted.
+    The allocator of a GPU counts this itself; on the CPU PyTorch's profiler records every allocation. The peak of the
+    process would not do: it never falls, and does not show freed memory that is used again. Scratch memory that a
+    library such as oneDNN allocates for itself is not counted.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.accelerator.max_memory_allocated(device) - before
     with profiler(torch.profiler.ProfilerActivity.CPU, memory=True) as profile:
         run()
     assert profile.profiler is not None
@@ -54,8 +56,7 @@ def interleaved_seconds(runs: Sequence[Callable[[], object]], device: torch.devi
         for run, times in zip(runs, seconds, strict=True):
             start = time.perf_counter()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             if turn:
                 times.append(time.perf_counter() - start)
     return [statistics.median(times) for times in seconds]

@@ -21,6 +21,7 @@ from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.decode import decode_views
 from ijepa_enhanced.data.loader import check_unchanged, make_loader
 from ijepa_enhanced.data.sources.base import UNREAD
+from ijepa_enhanced.devices import device_name
 from ijepa_enhanced.encoder import Encoder, hash_weights
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.evaluate.cache import FeatureCache, Part, cache_limit
@@ -123,9 +124,7 @@ def extract(
 
 def _where(encoder: Encoder, config: InferenceConfig) -> str:
     """Return what the time of an extraction depends on beside the work itself."""
-    device = encoder.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{platform.node()}, {config.ranks.world} x {name}, {config.workers} workers"
+    return f"{platform.node()}, {config.ranks.world} x {device_name(encoder.device)}, {config.workers} workers"
 
 
 def _features(parts: list[Part], catalog: Catalog, several: bool, seconds: float | None) -> Features:

@@ -19,7 +19,7 @@ from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Cursor, Plan
-from ijepa_enhanced.devices import autocast
+from ijepa_enhanced.devices import autocast, pins_memory
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import NotFiniteError
 from ijepa_enhanced.evaluate.config import FinetuneConfig
@@ -152,7 +152,7 @@ def _train(
         changes=AugmentConfig(flip=training.flip),
         channels=model.encoder.config.channels,
     )
-    stream = iter(make_loader(dataset, packs, config.workers, pin_memory=device.type == "cuda"))
+    stream = iter(make_loader(dataset, packs, config.workers, pin_memory=pins_memory(device)))
     optimizer = torch.optim.AdamW(parameter_groups(model, training), lr=0.0, fused=True)
     classes = classes.to(device)
     unreadable: dict[int, str] = {}

@@ -72,6 +72,6 @@ def scale(features: Tensor, mean: Tensor, std: Tensor, place: torch.device, ones
 
 def roomiest(device: torch.device, size: int) -> torch.device:
     """Return `device` if `size` bytes fill at most half of what is free there, else the host."""
-    if device.type == "cuda" and 2 * size > torch.cuda.mem_get_info(device)[0]:
+    if device.type != "cpu" and 2 * size > torch.accelerator.get_memory_info(device)[0]:
         return torch.device("cpu")
     return device

@@ -21,7 +21,7 @@ from ijepa_enhanced.data.catalog import Catalog, cache_folder
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Pack, inference_packs
 from ijepa_enhanced.data.sources.base import Source
-from ijepa_enhanced.devices import autocast, default_workers
+from ijepa_enhanced.devices import autocast, default_workers, pins_memory
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.encoder import TOKENS_PER_PACK, Encoder
 from ijepa_enhanced.errors import NotFiniteError, RequestError, UnreadableImage
@@ -145,7 +145,7 @@ def token_batches(
         prefix=network.prefix,
         channels=network.channels,
     )
-    loader = make_loader(dataset, packs, config.workers, pin_memory=encoder.device.type == "cuda")
+    loader = make_loader(dataset, packs, config.workers, pin_memory=pins_memory(encoder.device))
     for batch in loader if clock is None else clock.timed(loader):
         yield last_outputs(encoder, images.source, batch, config.dtype, layers)
 

@@ -3,8 +3,9 @@
 - CUDA, half precision, Ampere or later: `torch.nn.attention.varlen` (FlashAttention 2, arXiv 2307.08691).
 - CPU: PyTorch's flash kernel, called once for all segments of the same length. It is wrapped in one custom op, so that
   a compiled graph holds a single node of dynamic length and no Python loop.
-- CUDA otherwise (float32, or a GPU before Ampere): the segments as one batch, padded to the longest. If padding would
-  take more memory than the full attention matrix, one T x S product with a block-diagonal mask instead.
+- Otherwise (CUDA with float32 or before Ampere, and any other device): the segments as one batch, padded to the
+  longest. If padding would take more memory than the full attention matrix, one T x S product with a block-diagonal
+  mask instead.
 
 After merging (ToMe, arXiv 2210.09461, section 3), a key that stands for s patches counts s times: log(s) is added to
 its logits. The varlen kernel takes no mask, so there the bias is encoded in additional head channels.
@@ -19,10 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from ijepa_enhanced.devices import has_varlen_attention
 from ijepa_enhanced.packed import Segments, segment_ids
-
-AMPERE = 8
-"""The first major compute capability that FlashAttention 2 runs on."""
 
 
 def attention(
@@ -47,7 +46,7 @@ def attention(
         out, _ = cpu_attention(q, k, v, segments.cu_seqlens, keys.cu_seqlens, bias)
         return out
     longest, longest_key = segments.max_seqlen, keys.max_seqlen
-    if q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_properties(q.device).major >= AMPERE:
+    if q.dtype in (torch.bfloat16, torch.float16) and has_varlen_attention(q.device):
         width = q.shape[2]
         if bias is not None:
             q, k, v = with_bias_channels(q, k, v, bias)

@@ -18,7 +18,7 @@ import yaml
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.sources.open import anchored
-from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.devices import autocast, autocast_dtype, pins_memory
 from ijepa_enhanced.distributed import Ranks, is_one_of_many, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RunError
@@ -226,7 +226,7 @@ class Run:
         config, images, ranks, total = self.config, self.images, self.ranks, self.total
         monitor = start_monitor(config, images.source, images.plan, total, state.history, self.encoder.config)
         packs = images.plan.packs(state.cursor, ranks.rank, ranks.world)
-        pinned, workers = ranks.device.type == "cuda", config.data.workers
+        pinned, workers = pins_memory(ranks.device), config.data.workers
         stream = iter(make_loader(self.dataset, packs, workers, pinned, WORKER_TIMEOUT))
         own_packs = images.plan.share(ranks.world)
         with (

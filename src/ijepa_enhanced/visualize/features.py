@@ -44,7 +44,7 @@ def pca_maps(maps: Sequence[Tensor]) -> list[NDArray[np.uint8]]:
     Raises:
         ValueError: a feature is not finite.
     """
-    tokens = torch.cat([features.flatten(0, 1) for features in maps]).double().cpu()
+    tokens = torch.cat([features.flatten(0, 1) for features in maps]).cpu().double()
     if not tokens.isfinite().all():
         raise ValueError("Some features are NaN or infinite, so the encoder cannot be used.")
     centered = tokens - tokens.mean(dim=0)

@@ -20,6 +20,7 @@ from PIL import Image
 from ijepa_enhanced.data.catalog import LISTED, summary
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.loader import PackDataset, masks_of
+from ijepa_enhanced.devices import best_device, device_name
 from ijepa_enhanced.files import replacing
 from ijepa_enhanced.visualize.configuration import configuration_section
 from ijepa_enhanced.visualize.logged import curves_section
@@ -210,9 +211,9 @@ def _masks(run: Run) -> str:
 def _versions(runs: Sequence[Run]) -> str:
     recorded = [name for name in ("threads", "torch") if any(name in run.progress for run in runs)]
     rows = [(f"training: {name}", *(str(run.progress.get(name, NOTHING)) for run in runs)) for name in recorded]
-    processor = f"{platform.machine()}, {os.cpu_count()} cores"
+    device, processor = best_device(), f"{platform.machine()}, {os.cpu_count()} cores"
     here = {
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+        "hardware": processor if device.type == "cpu" else device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
