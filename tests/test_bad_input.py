@@ -439,6 +439,12 @@ WRONG_REQUESTS = {
         f"{TRAIN} --config own-images --data.channels 6 --augment.solarize 0",
         "own-images: augment.gray changes red, green and blue, but data.channels is 6. Set it to 0.",
     ),
+    "a recipe without images": (
+        nothing,
+        "train --config own-images-cpu --run new",
+        "own-images-cpu names no images. Add yours: ijepa train SOURCE --config own-images-cpu. For the built-in "
+        "images, SOURCE is synthetic.",
+    ),
     "global views for nothing": (
         nothing,
         f"{TRAIN} --data.global_views 1",
@@ -849,7 +855,7 @@ WRONG_REQUESTS = {
         "train --resume run",
         "run/config.yaml: unknown key 'step'. Did you mean 'steps'?",
     ),
-    "resume on other images": (other_images, "train --resume run", OTHER_PLAN),
+    "resume on other images": (other_images, "train --resume run --data.source photos", OTHER_PLAN),
 }
 
 

@@ -45,6 +45,7 @@ from ijepa_enhanced.errors import (
 from ijepa_enhanced.evaluate.protocol import FEATURE_PROTOCOLS
 from ijepa_enhanced.study.config import load_study
 from ijepa_enhanced.train.logging import SummaryWriter
+from ijepa_enhanced.train.loop import Outcome
 from ijepa_enhanced.train.saved import load_config
 from ijepa_enhanced.visualize.merges import draw_merges
 
@@ -865,6 +866,39 @@ def test_the_advice_for_too_little_gpu_memory_is_an_option_of_the_command(
 def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
     monkeypatch.setattr("ijepa_enhanced.commands.scan.run", lambda options: signal.raise_signal(signal.SIGINT))
     assert ijepa("scan", pictures) == (1, [], ["ijepa: Interrupted."])
+
+
+def test_an_interrupted_import_says_so() -> None:
+    """In a process of its own: Ctrl-C then comes in the middle of an import, and Python's first handler is active."""
+    program = """
+import signal, sys
+from ijepa_enhanced.__main__ import main
+class Interrupting:
+    def find_spec(self, name, *rest):
+        if name == "ijepa_enhanced.commands.options":
+            signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "ijepa: Interrupted.\n")
+
+
+def test_a_recipe_for_a_gpu_says_so_on_a_cpu(monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr("ijepa_enhanced.commands.train.best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("ijepa_enhanced.commands.train.train", lambda *rest: Outcome(0, 0, finished=True))
+    monkeypatch.setattr("ijepa_enhanced.commands.train.draw", lambda *rest: [])
+    said = [
+        ijepa("train", pictures, "--config", recipe, "--run", tmp_path).err for recipe in ("own-images", "continue")
+    ]
+    assert said == [
+        [
+            "No GPU was found, and each step of own-images has 32,768 tokens, which takes minutes on a CPU. The recipe "
+            "for a CPU is own-images-cpu."
+        ],
+        [],
+    ]
 
 
 def test_torchrun_shares_only_training_evaluation_and_embedding(

@@ -114,6 +114,10 @@ def test_the_command(photos, tmp_path, capsys):
         "near": 4,
     }
     assert said["classes"] == {"bee": 22, "ant": 5}
+    assert len(said["duplicates"]) == 6
+    assert [line for line in out if line.startswith("duplicate: ")] == [
+        f"duplicate: {copy} of {earlier}" for copy, earlier in said["duplicates"]
+    ]
     assert [line.split(maxsplit=1) for line in out if line.startswith(("classes", "images decoded", "class bee"))] == [
         ["classes", "2"],
         ["images", "decoded                27"],

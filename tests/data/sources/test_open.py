@@ -12,7 +12,7 @@ import pytest
 
 from ijepa_enhanced.data.catalog import open_catalog, report_unreadable, taken
 from ijepa_enhanced.data.sources.names import count_kinds, listed
-from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.data.sources.open import anchored, open_source
 from ijepa_enhanced.errors import SourceError
 from source_files import described, heights, keys, png, samples, shard, write
 
@@ -21,6 +21,22 @@ def test_one_image_is_a_source(tmp_path):
     source = open_source(str(write(tmp_path, **{"only.png": png(9, 2)})))
     assert keys(source) == ["only.png"]
     assert source.size(0) == (9, 2)
+
+
+def test_an_anchored_source_means_the_same_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert anchored("photos@2 + train-{000..003}.tar#label=cls + hf://NAME:train") == (
+        f"{tmp_path}/photos@2 + {tmp_path}/train-{{000..003}}.tar#label=cls + hf://NAME:train"
+    )
+    assert anchored("~/photos") == "/home/me/photos"
+    assert [anchored(spec) for spec in ("synthetic", "", "https://host/a.tar")] == [
+        "synthetic",
+        "",
+        "https://host/a.tar",
+    ]
+    (tmp_path / "a + b").mkdir()
+    assert anchored("a + b") == f"{tmp_path}/a + b", "the name of a folder"
 
 
 @pytest.mark.parametrize(
