@@ -868,6 +868,18 @@ def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, picture
     assert ijepa("scan", pictures) == (1, [], ["ijepa: Interrupted."])
 
 
+@pytest.mark.parametrize(("rank", "waited"), [("0", []), ("1", [cli.FIRST_RANK_SECONDS])])
+def test_the_first_rank_of_a_machine_tells_of_a_wrong_request(
+    rank: str, waited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    slept: list[float] = []
+    monkeypatch.setattr("ijepa_enhanced.cli.time.sleep", slept.append)
+    assert ijepa("nothing").code == 2
+    assert slept == waited
+
+
 def test_an_interrupted_import_says_so() -> None:
     """In a process of its own: Ctrl-C then comes in the middle of an import, and Python's first handler is active."""
     program = """

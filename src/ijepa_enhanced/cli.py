@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,9 @@ from ijepa_enhanced.commands.flags import parse
 from ijepa_enhanced.errors import RequestError, RunError, UserError
 
 logger = logging.getLogger("ijepa_enhanced")
+
+FIRST_RANK_SECONDS = 10.0
+"""How much later than others the first rank of a machine may find a wrong request, when many import at once."""
 
 
 def print_to_stderr(text: str) -> None:
@@ -42,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except UserError as error:
+        if isinstance(error, RequestError):
+            let_first_rank_speak()
         return failure(error, str(error), error.exit_code, debug)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and stdout_is_closed():
@@ -98,6 +104,12 @@ def run(arguments: Sequence[str]) -> int:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU had too little memory, told without importing torch."""
     return "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
+
+
+def let_first_rank_speak() -> None:
+    """Wait on all ranks of a machine but the first, which finds the same wrong request; then torchrun ends all."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+        time.sleep(FIRST_RANK_SECONDS)
 
 
 def failure(error: BaseException, message: str, code: int, debug: bool) -> int:

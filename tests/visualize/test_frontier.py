@@ -11,7 +11,9 @@ from ijepa_enhanced.visualize.frontier import draw_frontier
 
 
 def point(resolution: int | None, rate: float, linear: float, speed: float) -> Point:
-    return Point(resolution, rate, linear - 0.1, linear, linear, linear, linear, 10.0, speed / 2, speed, 1.0, 100.0)
+    return Point(
+        resolution, rate, linear - 0.1, linear, linear, linear, 0.1, 0.9, linear, 10.0, speed / 2, speed, 1.0, 100.0
+    )
 
 
 POINTS = [

@@ -37,13 +37,17 @@ class Point:
     merge_rate: float
     """Share of its tokens that each layer merges into others."""
     knn20: float
-    """Top-1 accuracy of 20 nearest neighbors, a fraction of 1, as all five. All but `choosing_linear` are of the half
-    of the validation images that has no part in the choice."""
+    """Top-1 accuracy of 20 nearest neighbors, a fraction of 1, as all accuracies here. All but `choosing_linear` are of
+    the half of the validation images that has no part in the choice."""
     knn20_mean_per_class: float
     choosing_linear: float
     """Top-1 accuracy of a linear layer on the half of the validation images that the choice is made by."""
     linear: float
     """Top-1 accuracy of a linear layer."""
+    linear_low: float
+    """Lower end of its 95% interval, see `scores.interval`."""
+    linear_high: float
+    """Upper end."""
     linear_mean_per_class: float
     rankme: float
     images_per_second: float | None
@@ -102,7 +106,8 @@ def advice(points: Sequence[Point]) -> str:
         )
     return (
         f"Recommended: {setting_name(chosen.resolution, chosen.merge_rate)}. {reason}. This choice used one half of "
-        f"the validation images; on the other half, the linear accuracy is {chosen.linear:.1%}."
+        f"the validation images; on the other half, the linear accuracy is {chosen.linear:.1%} (95% confidence "
+        f"interval {chosen.linear_low:.1%} to {chosen.linear_high:.1%})."
     )
 
 
