@@ -38,6 +38,7 @@ def columns(listing: Listing) -> list[object]:
     assert listing.sizes is not None
     found = [[*listing.keys], listing.labels.tolist(), listing.classes, listing.location.tolist(), listing.folders]
     found += [listing.notes, listing.fingerprint, listing.hash, [*listing.sizes.reasons]]
+    found += [values.tolist() for values in listing.sizes.readable()]
     return [*found, listing.sizes.heights.tolist(), listing.sizes.widths.tolist()]
 
 
@@ -54,9 +55,11 @@ def test_a_listing_comes_back_from_its_file_on_mapped_memory(tmp_path: Path) -> 
     assert columns(mapped) == columns(example())
     assert isinstance(mapped.keys, Texts)
     assert mapped.sizes is not None
-    for values in (mapped.keys.data, mapped.keys.ends, mapped.labels, mapped.location, mapped.sizes.heights):
+    texts, readable = mapped.keys, mapped.sizes.readable()
+    for values in (texts.data, texts.ends, mapped.labels, mapped.location, mapped.sizes.heights, *readable):
         assert values is not None
         assert not values.flags.writeable
+    assert [values.tolist() for values in readable] == [[0, 2], [3, 5], [6, 10]]
 
 
 @pytest.mark.parametrize("reasons", [["", ""], ["a", "b"]])
@@ -84,6 +87,9 @@ def test_other_programs_can_read_the_file(tmp_path: Path) -> None:
         "height": [3, 0, 5],
         "width": [6, 0, 10],
         "reason": [None, b"empty file", None],
+        "readable_row": [0, 2, 0],
+        "readable_height": [3, 5, 0],
+        "readable_width": [6, 10, 0],
     }
 
 

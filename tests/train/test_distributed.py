@@ -261,7 +261,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("launched")
-def test_torchrun_is_for_training_evaluation_and_embedding_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_torchrun_is_for_training_evaluation_and_embedding_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ijepa_enhanced.cli.FIRST_RANK_SECONDS", 0.0)
     assert main(["scan", "synthetic"]) == 2
     assert capsys.readouterr().err == (
         "ijepa: `ijepa scan` does not run under torchrun: only train, evaluate and embed do. Run it without torchrun.\n"

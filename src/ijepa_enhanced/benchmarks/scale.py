@@ -1,6 +1,6 @@
 """Measure what catalog and plan cost for N images: `python -m ijepa_enhanced.benchmarks.scale --images 100000000`.
 
-The image sizes are simulated and resemble ImageNet's. As in a real catalog, the columns are memory-mapped files.
+The image sizes are simulated and resemble ImageNet's. The catalog is a real file, with one unreadable image in 1,000.
 """
 
 import argparse
@@ -17,36 +17,43 @@ from ijepa_enhanced.benchmarks.packing import PATCH_SIZE, imagenet_like
 from ijepa_enhanced.benchmarks.table import print_table, write_csv
 from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import DataConfig
+from ijepa_enhanced.data.listing import Listing, Sizes, Texts, map_listing, save_listing
 from ijepa_enhanced.data.plan import Cursor, Plan
 from ijepa_enhanced.devices import MEGABYTE
 
 PART = 1_000_000
 """Number of images whose sizes are drawn. Further images repeat these sizes."""
+UNREADABLE = 1000
+"""One image in so many is unreadable."""
 RANKS = 64
 STEPS = 20
 """Number of steps in which the tokens of ranks are compared."""
 
 
 def mapped_catalog(count: int, folder: Path) -> Catalog:
-    """Return a catalog of `count` readable images. The files in `folder` hold their sizes."""
+    """Return a catalog of `count` images without keys, mapped from a file in `folder`."""
     part = imagenet_like(min(count, PART))
-    columns = []
-    for name, values in (("heights", part.heights), ("widths", part.widths)):
-        path = folder / name
-        with path.open("wb") as file:
-            for start in range(0, count, PART):
-                file.write(values[: count - start].astype(np.int32).tobytes())
-        columns.append(np.memmap(path, np.int32, "r"))
-    return Catalog(columns[0], columns[1], np.arange(count), None, None, "simulated")
+    heights, widths = (np.resize(values.astype(np.int32), count) for values in (part.heights, part.widths))
+    heights[::UNREADABLE] = widths[::UNREADABLE] = 0
+    empty = Texts(np.zeros(count + 1, np.int64), np.empty(0, np.uint8))
+    path = folder / "catalog.arrow"
+    save_listing(Listing(empty, sizes=Sizes(heights, widths, empty)), path, "simulated")
+    listing = map_listing(path)
+    assert listing.sizes is not None
+    rows, heights, widths = listing.sizes.readable()
+    return Catalog(heights, widths, rows, None, None, "simulated")
 
 
 def run(images: int = PART, csv: bool = False) -> None:
     """Print the memory, the seconds, and the spread of work between ranks for a number of images."""
     row: dict[str, Any] = {"images": images}
     with tempfile.TemporaryDirectory() as folder:
-        tracemalloc.start()  # NumPy reports its arrays to it; mapped files do not count
         catalog = mapped_catalog(images, Path(folder))
-        row["catalog_MB"] = tracemalloc.get_traced_memory()[0] / MEGABYTE
+        row["catalog_MB_own"] = (
+            sum(values.nbytes for values in (catalog.rows, catalog.heights, catalog.widths) if values.flags.owndata)
+            / MEGABYTE
+        )
+        tracemalloc.start()  # NumPy reports its arrays to it
         for views, config in ((1, DataConfig(packs_per_step=RANKS)), (9, many_views())):
             plan = Plan(catalog, config, PATCH_SIZE, seed=0)
             tracemalloc.reset_peak()

@@ -251,10 +251,9 @@ def catalog_path(source: Source) -> Path:
 def _catalog_of(source: Source) -> Catalog:
     listing = source.listing
     assert listing.sizes is not None
-    heights, widths, labels, shares = listing.sizes.heights, listing.sizes.widths, listing.labels, listing.shares
-    rows = np.flatnonzero(heights)
-    if len(rows) < len(heights):
-        heights, widths = heights[rows], widths[rows]
+    rows, heights, widths = listing.sizes.readable()
+    labels, shares = listing.labels, listing.shares
+    if len(rows) < len(listing):
         labels = None if labels is None else labels[rows]
         shares = None if shares is None else shares[rows]
     return Catalog(heights, widths, rows, labels, listing.classes, listing.hash, shares, source)

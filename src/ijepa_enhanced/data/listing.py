@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 from ijepa_enhanced.errors import RunError
 from ijepa_enhanced.files import replacing
 
-FORMAT = 5
+FORMAT = 6
 """Version of the file. Raise it when the meaning of a column or of the metadata changes, or more images are read."""
 
 METADATA = b"ijepa_enhanced"
 """Key of the schema's metadata that holds all but the columns, as JSON."""
 
+
+READABLE = ("readable_row", "readable_height", "readable_width")
+"""Columns of `Readable`."""
 
 _Number = TypeVar("_Number", np.int32, np.int64)
 
@@ -70,6 +73,17 @@ class Texts(Names):
         return self.data[self.ends[row] : self.ends[row + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
+class Readable(NamedTuple):
+    """The M images whose header can be read."""
+
+    rows: NDArray[np.int64]
+    """[M] ascending."""
+    heights: NDArray[np.int32]
+    """[M] pixels of the upright image."""
+    widths: NDArray[np.int32]
+    """[M]"""
+
+
 @dataclass(frozen=True, eq=False)
 class Sizes:
     """What a scan of the headers found."""
@@ -80,6 +94,15 @@ class Sizes:
     """[N]"""
     reasons: Names
     """N reasons why a header cannot be read; empty where it can."""
+    mapped: Readable | None = None
+    """The images that can be read, if they are mapped from a file."""
+
+    def readable(self) -> Readable:
+        """Return the images that can be read."""
+        if self.mapped is not None:
+            return self.mapped
+        rows = np.flatnonzero(self.heights)
+        return Readable(rows, self.heights[rows], self.widths[rows])
 
 
 @dataclass(frozen=True)
@@ -261,16 +284,25 @@ def _columns_of(sizes: Sizes) -> dict[str, Any]:
     import pyarrow as pa
 
     unreadable = np.packbits(sizes.heights == 0, bitorder="little")
-    return {
+    columns = {
         "height": pa.array(sizes.heights),
         "width": pa.array(sizes.widths),
         "reason": _to_arrow(sizes.reasons, unreadable),
     }
+    # Again for the readable images alone, with zeros at the end: processes map these columns, and copy nothing.
+    for name, values in zip(READABLE, sizes.readable(), strict=True):
+        columns[name] = pa.array(np.pad(values, (0, len(sizes.heights) - len(values))))
+    return columns
 
 
 def _sizes_of(columns: dict[str, Any]) -> Sizes:
     heights, widths = (_numbers(columns[name], np.int32) for name in ("height", "width"))
-    return Sizes(heights, widths, _from_arrow(columns["reason"]))
+    reasons, (row, *size) = columns["reason"], READABLE
+    count = reasons.null_count
+    readable = Readable(
+        _numbers(columns[row], np.int64)[:count], *(_numbers(columns[name], np.int32)[:count] for name in size)
+    )
+    return Sizes(heights, widths, _from_arrow(reasons), readable)
 
 
 def _numbers(array: Any, dtype: type[_Number]) -> NDArray[_Number]:

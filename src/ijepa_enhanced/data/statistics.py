@@ -147,7 +147,7 @@ def _joined(found: Sequence[Statistics], shown: NDArray[np.float64]) -> Statisti
 def _spread(source: Source, most: int) -> list[int]:
     """Return at most this number of rows of readable images, spread evenly."""
     assert source.listing.sizes is not None
-    rows = np.flatnonzero(source.listing.sizes.heights)
+    rows = source.listing.sizes.readable().rows
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64)].tolist()
 
 

@@ -26,8 +26,8 @@ def test_one_image_is_a_source(tmp_path):
 def test_an_anchored_source_means_the_same_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    assert anchored("photos@2 + train-{000..003}.tar#label=cls + hf://NAME:train") == (
-        f"{tmp_path}/photos@2 + {tmp_path}/train-{{000..003}}.tar#label=cls + hf://NAME:train"
+    assert anchored("photos@2 + train-{000..003}.tar#label=cls + hf://NAME:train + synthetic@0.5") == (
+        f"{tmp_path}/photos@2 + {tmp_path}/train-{{000..003}}.tar#label=cls + hf://NAME:train + synthetic@0.5"
     )
     assert anchored("~/photos") == "/home/me/photos"
     assert [anchored(spec) for spec in ("synthetic", "", "https://host/a.tar")] == [

@@ -60,7 +60,9 @@ def open_source(spec: str, part: str = "train") -> Source:
 def anchored(spec: str) -> str:
     """Return a source with absolute paths, so that it means the same images in any current folder."""
     if " + " in spec and not _exists(spec):
-        return " + ".join(anchored(one.strip()) for one in spec.split(" + "))
+        parts = [one.strip() for one in spec.split(" + ")]
+        places = [_split_weight(one)[0] for one in parts]
+        return " + ".join(anchored(place) + one.removeprefix(place) for one, place in zip(parts, places, strict=True))
     if not spec or spec in NAMES or spec.startswith("hf://") or is_remote(spec):
         return spec
     return os.path.abspath(os.path.expanduser(spec))
