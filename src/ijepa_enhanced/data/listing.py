@@ -290,7 +290,8 @@ def _columns_of(sizes: Sizes) -> dict[str, Any]:
         "reason": _to_arrow(sizes.reasons, unreadable),
     }
     # Again for the readable images alone, with zeros at the end: processes map these columns, and copy nothing.
-    for name, values in zip(READABLE, sizes.readable(), strict=True):
+    readable: tuple[NDArray[np.integer], ...] = sizes.readable()
+    for name, values in zip(READABLE, readable, strict=True):
         columns[name] = pa.array(np.pad(values, (0, len(sizes.heights) - len(values))))
     return columns
 
