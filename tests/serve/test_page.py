@@ -166,8 +166,9 @@ def test_all_of_the_page_works_by_keyboard(browser: Any, url: str, gallery: Path
     for _ in range(2):  # the slider of layers is off
         tab.page.keyboard.press("Tab")
     assert tab.page.evaluate("document.activeElement.className") == "seen"
+    tab.has(".chosen", "row 3 of 5, column 6 of 10")  # the middle
     tab.page.keyboard.press("ArrowDown")
-    tab.has(".chosen", "row 5 of ")
+    tab.has(".chosen", "row 4 of 5, column 6 of 10")
     assert tab.wrong == []
 
 
