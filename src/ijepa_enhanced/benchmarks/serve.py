@@ -217,6 +217,7 @@ class Load:
         self.seconds: list[float] = []
         self.memory: list[int] = []
         self.local = threading.local()
+        self.connections: list[http.client.HTTPConnection] = []
 
     def run(self, clients: int) -> dict[str, Any]:
         """Send all requests, and return what was measured.
@@ -229,6 +230,8 @@ class Load:
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(self._request, range(self.requests)))
         total = time.perf_counter() - start
+        for connection in self.connections:
+            connection.close()
         good = self.requests - len(self.broken)
         if self.statuses[200] != good:
             raise RuntimeError(f"{good} requests are good, but the answers are {dict(self.statuses)}.")
@@ -269,6 +272,7 @@ class Load:
         """Return status and content of an answer, over the connection of this thread."""
         if not hasattr(self.local, "connection"):
             self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+            self.connections.append(self.local.connection)
         connection = self.local.connection
         connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"} | headers)
         answer = connection.getresponse()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import tokenize
 from collections.abc import Callable
@@ -143,6 +144,7 @@ def open_tiff(stream: BinaryIO, plain: Image.Image | None = None) -> Bands:
         import tifffile
     except ImportError as error:
         raise missing("bands", "a TIFF image with channels that Pillow does not know") from error
+    tifffile.logger().setLevel(logging.CRITICAL)  # its errors are raised too, and reported with the name of the file
     stream.seek(0)
     page = tifffile.TiffFile(stream).pages.first
     if page.dtype is None:
