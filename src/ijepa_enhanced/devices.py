@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,30 @@ def has_varlen_attention(device: torch.device) -> bool:
 def pins_memory(device: torch.device) -> bool:
     """Return whether copies to the device are faster from pinned memory. MPS shares the memory of the host."""
     return device.type in ("cuda", "xpu")
+
+
+class HostCopy:
+    """A small tensor on its way to the host.
+
+    The copy is queued at once, so `read` waits only for what the device got before it, and not for a later step.
+
+    Args:
+        value: on any device.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        device = value.device
+        queued = pins_memory(device)
+        self.value = value.detach().to("cpu", non_blocking=queued)  # PyTorch pins the memory of such a copy
+        self.copied = torch.Event(device) if queued else None
+        if self.copied is not None:
+            self.copied.record()
+
+    def read(self) -> Tensor:
+        """Return the tensor on the host when it has arrived."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.value
 
 
 def synchronize(device: torch.device) -> None:

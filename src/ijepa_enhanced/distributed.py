@@ -111,7 +111,7 @@ class Ranks:
         """
         by_rank = self.gather(facts)
         for name in facts:
-            if len({str(each[name]) for each in by_rank}) > 1:
+            if len({str(each.get(name)) for each in by_rank}) > 1:
                 raise RankError(
                     f"The processes of this run do not have the same {name}. All machines need the same images, the "
                     "same package versions and one shared run folder."
@@ -193,6 +193,14 @@ def is_one_of_many() -> bool:
 def is_restarted() -> bool:
     """Return whether `torchrun --max-restarts` started this process again after a failure."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def launch_id() -> str | None:
+    """Return the name that torchrun gives to all processes of a job, also after restarts (`--rdzv-id`).
+
+    It is "none" if the user has not chosen one. Return None if torchrun did not start this process.
+    """
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def is_main() -> bool:

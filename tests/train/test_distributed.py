@@ -29,8 +29,9 @@ from ijepa_enhanced.errors import RankError, SourceError
 from ijepa_enhanced.train.agreement import check_shared
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
-from ijepa_enhanced.train.loop import train
+from ijepa_enhanced.train.loop import Outcome, train
 from ijepa_enhanced.train.meter import Meter
+from ijepa_enhanced.train.saved import LAUNCH, launched_here
 
 SAME = ("loss", "prediction", "vicreg", "contrastive", "fill", "grad_norm", "rankme", "knn", "best", "epoch")
 """What a log holds about the run, not about the machine."""
@@ -236,15 +237,34 @@ def test_a_new_run_that_torchrun_starts_again_resumes(
     file.write_text(yaml.safe_dump(dataclasses.asdict(dataclasses.replace(tiny, steps=3))))
     command = ["train", "--config", str(file), "--run", str(run)]
     assert main(command) == 0
-    assert main(command) == 2
-    torch.distributed.destroy_process_group()  # the end of a process does this
-    assert f"ijepa: {run} already exists." in capsys.readouterr().err
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
+    for count in "01":  # a job that is started again has still not created the run
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert main(command) == 2
+        torch.distributed.destroy_process_group()  # the end of a process does this
+        assert f"ijepa: {run} already exists." in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    # torchrun does not count that it starts processes again because another machine was replaced.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert main([*command, "--seed", "1"]) == 2
     torch.distributed.destroy_process_group()
     assert f"ijepa: {run} was started with seed = 0 and cannot continue with 1." in capsys.readouterr().err
     assert main(command) == 0
     assert f"{run} is finished: all 3 steps are done." in capsys.readouterr().err.splitlines()
+    (run / LAUNCH).write_text("none")  # what all jobs without --rdzv-id are called
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert [launched_here(run, restarted) for restarted in (False, True)] == [False, True]
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize(("finished", "code"), [(True, 0), (False, 1)])
+def test_a_rank_that_was_stopped_has_not_succeeded(
+    finished: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun would take the work of its machine as done."""
+    assert not is_main()
+    monkeypatch.setattr("ijepa_enhanced.commands.train.train", lambda *rest: Outcome(3, 9, finished))
+    assert main(["train", "synthetic", "--run", str(tmp_path / "run")]) == code
 
 
 @pytest.mark.usefixtures("launched")

@@ -49,7 +49,7 @@ def run(options: TrainOptions) -> int:
     share_cores(config.data.workers)
     outcome = train(config, folder, resume, initial)
     if not is_main():
-        return 0
+        return 0 if outcome.finished else 1  # after 0, torchrun would take the work of this machine as done
     if not outcome.finished:
         logger.warning("Stopped after step %d. Continue with: ijepa train --resume %s", outcome.steps, folder)
     try:

@@ -19,7 +19,7 @@ from ijepa_enhanced.data.catalog import Catalog
 from ijepa_enhanced.data.config import AugmentConfig, DataConfig
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.plan import Cursor, Plan
-from ijepa_enhanced.devices import autocast, pins_memory
+from ijepa_enhanced.devices import HostCopy, autocast, pins_memory
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import NotFiniteError
 from ijepa_enhanced.evaluate.config import FinetuneConfig
@@ -157,7 +157,7 @@ def _train(
     classes = classes.to(device)
     unreadable: dict[int, str] = {}
     seen = 0
-    norm: tuple[int, Tensor] | None = None  # of the gradient of the last step
+    norm: tuple[int, HostCopy] | None = None  # of the gradient of the last step
     with counting("finetune", steps) as progress:
         for step in range(steps):
             batches = [next(stream) for _ in range(own_packs)]
@@ -200,8 +200,8 @@ def _step(
     views: int,
     classes: Tensor,
     config: InferenceConfig,
-) -> Tensor:
-    """Train on the packs of this rank in a step, and return the norm of the gradient on the device.
+) -> HostCopy:
+    """Train on the packs of this rank in a step, and return the norm of the gradient.
 
     Args:
         model: the model to train.
@@ -225,10 +225,10 @@ def _step(
     norm = nn.utils.clip_grad_norm_(trainable, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return HostCopy(norm)
 
 
-def _check_finite(norm: tuple[int, Tensor] | None) -> None:
+def _check_finite(norm: tuple[int, HostCopy] | None) -> None:
     """Check the gradient norm of a step. Do nothing if `norm` is None, because no step was made yet.
 
     Args:
@@ -237,7 +237,7 @@ def _check_finite(norm: tuple[int, Tensor] | None) -> None:
     Raises:
         NotFiniteError: it is not finite.
     """
-    if norm is not None and not norm[1].isfinite():
+    if norm is not None and not norm[1].read().isfinite():
         raise NotFiniteError(f"Fine-tuning diverged at step {norm[0]}. Lower --finetune.lr.")
 
 

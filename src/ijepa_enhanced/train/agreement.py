@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,20 +27,18 @@ ANSWER_TIMEOUT = 10.0
 do not answer. torchrun ends all ranks 30 seconds after the first error."""
 
 
-def facts_of(config: TrainConfig, plan: str) -> dict[str, Any]:
-    """Return what all ranks must have in common, for `Ranks.agree`.
+def facts_of(config: TrainConfig, resume: bool) -> dict[str, Any]:
+    """Return what all ranks must have in common before they do anything together, for `Ranks.agree`.
 
     Args:
         config: configuration of the run. The path of the images may differ between machines.
-        plan: hash of the plan.
+        resume: whether the run resumes.
     """
     settings = flatten(dataclasses.asdict(config))
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return {f"value of {name}": value for name, value in settings.items() if name != "data.source"} | {
-        "images": plan,
-        "PyTorch": torch.__version__,
-        "code of ijepa-enhanced": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest(),
-    }
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    facts = {"code of ijepa-enhanced": code, "PyTorch": torch.__version__, "choice of --run or --resume": resume}
+    return facts | {f"value of {name}": value for name, value in settings.items() if name != "data.source"}
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
@@ -85,9 +84,18 @@ def together(step: int, ranks: Ranks) -> Iterator[None]:
 
 def silent(ranks: Ranks) -> str:
     """Return a sentence about the ranks that do not call this within `ANSWER_TIMEOUT`. It is empty if all do."""
+    said: list[str] = []
+    # In a thread, because a store on a machine that hangs never answers.
+    asking = threading.Thread(target=lambda: said.append(_silent(ranks)), daemon=True)
+    asking.start()
+    asking.join(2 * ANSWER_TIMEOUT)
+    return said[0] if said else " The machine of rank 0 does not answer."
+
+
+def _silent(ranks: Ranks) -> str:
     here = [f"lost/{rank}" for rank in range(ranks.world)]
     try:
-        # torchrun holds the store, so the store answers even if a rank hangs.
+        # Usually torchrun holds the store, so the store answers even if a rank hangs.
         store = _get_default_store()
         store.set(here[ranks.rank], "")
         end = time.monotonic() + ANSWER_TIMEOUT

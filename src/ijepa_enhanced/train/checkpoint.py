@@ -57,7 +57,8 @@ def save_checkpoint(
             checkpoints are untouched.
     """
     final = folder / f"step-{step:08d}"
-    if final.exists():
+    # Rank 0 decides, because another machine may not see the folder yet.
+    if ranks.gather(final.exists())[0]:
         return final
     partial = folder / f".{final.name}.partial"
     try:

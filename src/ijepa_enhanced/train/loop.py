@@ -43,7 +43,7 @@ from ijepa_enhanced.train.monitor import Monitor, start_monitor
 from ijepa_enhanced.train.optimizer import make_optimizer, step_settings
 from ijepa_enhanced.train.parallel import parallelize, whole
 from ijepa_enhanced.train.record import training_facts
-from ijepa_enhanced.train.saved import resumes
+from ijepa_enhanced.train.saved import keep_launch, resumes
 from ijepa_enhanced.train.share import Share
 from ijepa_enhanced.train.signals import StopSignals
 from ijepa_enhanced.train.start import Start, load_start
@@ -94,13 +94,15 @@ def train(config: TrainConfig, folder: Path, resume: bool = False, initial: Enco
     """
     with ranks_of_run() as ranks:
         resume = resumes(config, folder, resume, ranks)
+        ranks.agree(facts_of(config, resume))
         # Opened first, so that a wrong encoder or source leaves no folder behind.
         start = load_start(config, folder, resume, initial)
         images = open_images(config, ranks, resume)
         start = start.measured(images.catalog, config, ranks)
-        ranks.agree(facts_of(config, images.plan.hash))
+        ranks.agree({"images": images.plan.hash})
         if not resume and ranks.main:
             write_config(config, folder)
+            keep_launch(folder)
             start.keep(folder)
         check_shared(folder, ranks)
         run = Run(config, folder, images, start, ranks)
@@ -305,7 +307,7 @@ class Run:
         if self.unsettled is None:
             return
         (batches, result), self.unsettled = self.unsettled, None
-        if result.grad_norm.isfinite():
+        if result.grad_norm.read().isfinite():
             state.trained(batches, result)
             return
         state.skipped += 1

@@ -10,12 +10,16 @@ from typing import Any
 import yaml
 
 from ijepa_enhanced.config import build, flatten, read_config
-from ijepa_enhanced.distributed import Ranks, is_restarted
+from ijepa_enhanced.distributed import Ranks, is_restarted, launch_id
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
+from ijepa_enhanced.files import replacing
 from ijepa_enhanced.train.checkpoint import newest_progress
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.start import START
+
+LAUNCH = "launch.txt"
+"""File with the name of the torchrun job that created a run."""
 
 FREE_ON_RESUME = (
     "data.source",
@@ -66,9 +70,10 @@ def load_config(folder: Path) -> TrainConfig:
 
 
 def resumes(config: TrainConfig, folder: Path, asked: bool, ranks: Ranks) -> bool:
-    """Return whether a run resumes, either on request or because torchrun has restarted it after a failure.
+    """Return whether a run resumes, either on request or because torchrun has started its own run again.
 
-    All ranks call this, because torchrun counts a restart only on the machine on which a process has failed.
+    All ranks call this, because torchrun counts a restart only on the machine on which a process has failed, and does
+    not count one to replace a machine.
 
     Args:
         config: of the run.
@@ -82,13 +87,30 @@ def resumes(config: TrainConfig, folder: Path, asked: bool, ranks: Ranks) -> boo
     restarted = any(ranks.gather(is_restarted()))
     if asked:
         return True
-    if restarted and (folder / "config.yaml").is_file():
+    exists = (folder / "config.yaml").is_file()
+    if ranks.gather(exists and launched_here(folder, restarted))[0]:
         check_resumable(load_config(folder), config, folder)
         check_unchanged(folder)
         return True
-    if ranks.main and not restarted:
+    if ranks.main and (exists or not restarted):
         check_new(folder)
     return False
+
+
+def launched_here(folder: Path, restarted: bool) -> bool:
+    """Return whether the torchrun of this process has created a run.
+
+    Without `--rdzv-id`, all jobs have the same name, so it must also have restarted.
+    """
+    path, own = folder / LAUNCH, launch_id()
+    return own is not None and (own != "none" or restarted) and path.is_file() and path.read_text() == own
+
+
+def keep_launch(folder: Path) -> None:
+    """Write the name of the torchrun job that creates a run. Do nothing without torchrun."""
+    if (own := launch_id()) is not None:
+        with replacing(folder / LAUNCH) as temporary:
+            temporary.write_text(own)
 
 
 def check_new(folder: Path) -> None:

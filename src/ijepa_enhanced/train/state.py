@@ -74,7 +74,7 @@ class TrainState:
     def trained(self, batches: Sequence[MaskedBatch], result: StepResult) -> None:
         """Record the results of a step that was not skipped."""
         self.meter.add_step(result.losses, batches)
-        self.grad_norm = float(result.grad_norm)
+        self.grad_norm = float(result.grad_norm.read())
         self.skipped_in_row = 0
 
     def save(
@@ -116,7 +116,9 @@ class TrainState:
             ResumeError: the checkpoint is of another plan.
         """
         damaged: list[CheckpointError] = []
-        for checkpoint in newest_first(folder):
+        # Those that rank 0 sees, because another machine may not see the newest one yet.
+        names = ranks.gather([path.name for path in newest_first(folder)])[0]
+        for checkpoint in (folder / name for name in names):
             try:
                 progress = read_together(checkpoint, ranks)
                 self._check_plan(progress, folder)

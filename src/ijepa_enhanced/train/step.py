@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ijepa_enhanced.batch import MaskedBatch
+from ijepa_enhanced.devices import HostCopy
 from ijepa_enhanced.jepa import JEPA, Losses, StepSize
 from ijepa_enhanced.train.optimizer import StepSettings, set_step
 from ijepa_enhanced.train.parallel import sync_gradients, whole_tensor
@@ -56,13 +57,13 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     model.update_teacher(settings.ema)
-    return StepResult(losses, grad_norm)
+    return StepResult(losses, HostCopy(grad_norm))
 
 
 class StepResult(NamedTuple):
-    """Results of a step, still on the device, so that the host does not wait for it."""
+    """Results of a step, which the host does not wait for."""
 
     losses: list[Losses]
-    """The losses of each pack of this rank."""
-    grad_norm: Tensor
+    """The losses of each pack of this rank, on the device."""
+    grad_norm: HostCopy
     """Norm of all gradients together, before clipping. If it is not finite, the step was skipped."""
