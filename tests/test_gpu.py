@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.open import open_source
-from ijepa_enhanced.devices import autocast, autocast_dtype
+from ijepa_enhanced.devices import HostCopy, autocast, autocast_dtype
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.sweep import network_costs
 from ijepa_enhanced.jepa import JEPA, StepSize
@@ -152,6 +152,13 @@ def test_a_run_and_its_scores(pictures: Path, tmp_path: Path, capsys: pytest.Cap
     found = encoder.to(DEVICE).embed(images, resolution=40).cpu()
     # bfloat16, as above.
     assert distance(found, expected) < 0.1
+
+
+def test_the_host_does_not_wait_for_a_later_step() -> None:
+    copy = HostCopy(torch.arange(3.0, device=DEVICE).sum())
+    torch.cuda._sleep(2**31)  # clock cycles: about a second
+    assert copy.read() == 3
+    assert not torch.cuda.current_stream().query(), "the later step is not done"
 
 
 def test_ddp_and_fsdp_make_the_steps_of_one_gpu(make_batch: MakeBatch, make_stream: MakeStream, tmp_path: Path) -> None:
