@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -47,7 +48,7 @@ def open_source(spec: str, part: str = "train") -> Source:
         return open_hub(place, part, columns)
     if is_remote(place):
         raise SourceError(f"{place} is a remote source. Run ijepa prepare {place} FOLDER, then use FOLDER.")
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))  # where `Path.expanduser` fails if there is no such user
     if os.path.isdir(path):  # where `Path.is_dir` fails on a pattern that is too long for a path
         return _open_folder(path, place, spec, part, columns)
     files = existing_files(str(path), spec)
@@ -151,6 +152,8 @@ def _split_weight(spec: str) -> tuple[str, float]:
     place, weight = weighted.groups()
     if not float(weight):
         raise SourceError(f"The weight of {place} is 0. Set a weight above 0, or leave {place} out of the mixture.")
+    if math.isinf(float(weight)):
+        raise SourceError(f"The weight of {place} is too large. Only the ratios of the weights matter.")
     return place, float(weight)
 
 
