@@ -32,7 +32,7 @@ from hypothesis import example as with_example
 from hypothesis import strategies as st
 from PIL import Image
 
-from damaged import damaged, damaged_json, damaged_safetensors
+from damaged import DEEP, altered, damaged, damaged_json, damaged_safetensors
 from ijepa_enhanced.config import build, keys_of, read_config
 from ijepa_enhanced.data.catalog import catalog_path, open_catalog
 from ijepa_enhanced.data.decode import decode_whole
@@ -60,8 +60,10 @@ from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.optimizer import make_optimizer
 from released import LAYOUTS, network_of, write
 
-EXAMPLES = 10
+EXAMPLES = 8
+"""Of each parser in the short test, besides those that it once failed on."""
 MINUTES = float(os.environ.get("FUZZ_MINUTES", "1"))
+"""For each parser in the slow test."""
 MEMORY = 2**30
 """Bytes that a parser may ask for beyond what the process has. The files are a few kilobytes."""
 PATIENCE = 60
@@ -92,12 +94,18 @@ def check_reason(reason: str) -> None:
     assert 0 < len(reason) < LONGEST
 
 
-def check_message(error: UserError, named: str) -> None:
-    """An error has sentences, is short, and names what it is about."""
+def check_message(error: UserError, named: str, given: int = 0) -> None:
+    """An error has sentences, is short, and names what it is about.
+
+    Args:
+        error: the error.
+        named: what it names.
+        given: characters that the user wrote, which it may repeat.
+    """
     message = str(error)
     assert named in message
     assert message.endswith((".", "?"))
-    assert len(message) < LONGEST + 3 * len(named)
+    assert len(message) < LONGEST + 3 * given
 
 
 class Parser(NamedTuple):
@@ -201,7 +209,21 @@ def tar_shards(folder: Path) -> Parser:
         except UserError as error:
             check_message(error, path.name)
 
-    return Parser(damaged(*valid), check)
+    start = shard({"a.png": png}, tarfile.USTAR_FORMAT)[:1024]
+    sizes = (2**33, 2**63, 2**80, -512, -1024)
+    claims = itertools.product(("b.png", "b.json", "b.cls"), (b"0", b"L", b"x", b"Z"), sizes)
+    failed = [start + header(*claim) + bytes(1024) for claim in claims]
+    failed += [shard({"a.png": png, "a.cls": b"9" * 5000}, tarfile.USTAR_FORMAT)]
+    return Parser(damaged(*valid), check, (*failed, start + header("b", b"L", 512) * 500))
+
+
+def header(name: str, kind: bytes, size: int) -> bytes:
+    """A header of a tar file that claims any size: numbers of base 256 can be large or negative."""
+    data = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = b"\x80" + size.to_bytes(11) if size >= 0 else (256**12 + size).to_bytes(12)
+    data[148:157] = b" " * 8 + kind
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
 
 
 def lists(folder: Path) -> Parser:
@@ -218,7 +240,8 @@ def lists(folder: Path) -> Parser:
         except UserError as error:
             check_message(error, path.name)
 
-    return Parser(st.tuples(st.just("list.csv"), table) | st.tuples(st.just("list.jsonl"), line), check)
+    inputs = st.tuples(st.just("list.csv"), table) | st.tuples(st.just("list.jsonl"), line)
+    return Parser(inputs, check, tuple(("list.jsonl", data) for data in (b"[" * DEEP, b"9" * 5000)))
 
 
 def catalogs(folder: Path) -> Parser:
@@ -262,7 +285,8 @@ def checkpoints(folder: Path) -> Parser:
             check_message(error, str(checkpoint))
 
     inputs = st.tuples(st.just(progress), damaged_json(json.loads(valid[progress])))
-    return Parser(inputs | st.tuples(st.just(weights), damaged_safetensors(valid[weights])), check)
+    inputs |= st.tuples(st.just(weights), damaged_safetensors(valid[weights]))
+    return Parser(inputs, check, tuple((progress, data) for data in (b"0", b"[0]", b"[" * DEEP)))
 
 
 def encoder_folders(folder: Path) -> Parser:
@@ -294,7 +318,13 @@ def encoder_folders(folder: Path) -> Parser:
         finally:
             path.write_bytes(valid.get(path, b""))
 
-    return Parser(st.one_of(inputs), check)
+    config = folder / "ours" / "config.json"
+    kept = json.loads(valid[config])
+    sizes: list[dict[str, Any]] = [{"depth": 10**6}, {"patch_size": 10**5}, {"width": 10**9}]
+    changed = [json.dumps(kept | {"architecture": kept["architecture"] | size}).encode() for size in sizes]
+    old = (folder / "old.pth").read_bytes()
+    failed = [*((config, data) for data in (*changed, b"{", b"[" * DEEP)), (folder / "old.pth", old[:120] + b"X")]
+    return Parser(st.one_of(inputs), check, tuple(failed))
 
 
 def yaml_files(folder: Path) -> Parser:
@@ -311,9 +341,12 @@ def yaml_files(folder: Path) -> Parser:
         try:
             build(TrainConfig, read_config(path, TrainConfig, {}))
         except RequestError as error:
-            check_message(error, "")
+            check_message(error, "", len(data))
 
-    return Parser(damaged(yaml.safe_dump(config).encode()) | damaged_json(config) | text, check)
+    inputs = damaged(yaml.safe_dump(config).encode()) | altered(config).map(lambda value: json.dumps(value).encode())
+    values = ("2020-13-45", "!!bool x", "!!timestamp x", "!!float ''", "1" + "0" * 400, "9" * 5000)
+    loops = (b"optim: &a {lr: *a}", b"optim: &a {x: *a}", b"&a {x: *a}", b"\xff")
+    return Parser(inputs | text, check, (*(f"epochs: {value}".encode() for value in values), *loops))
 
 
 def source_names(folder: Path) -> Parser:
@@ -332,9 +365,19 @@ def source_names(folder: Path) -> Parser:
         try:
             open_source(spec)
         except UserError as error:
-            check_message(error, spec.strip())
+            check_message(error, "", len(spec))
 
-    return Parser(text.filter(lambda spec: "hf:" not in spec and not spec.strip(". ").startswith("/")), check)
+    failed = (
+        "{0..9999999999}",
+        "{0..99999}{0..99999}",
+        "{9..0}",
+        "~x",
+        "~x\0",
+        "~\ud800",
+        f"photos@{'9' * 400} + photos",
+    )
+    inside = text.filter(lambda spec: "hf:" not in spec and not spec.strip(". ").startswith("/"))
+    return Parser(inside, check, failed)
 
 
 def http_bodies(folder: Path) -> Parser:
@@ -367,7 +410,9 @@ def http_bodies(folder: Path) -> Parser:
             assert content["error"]["message"].endswith((".", "?"))
             assert len(content["error"]["message"]) < LONGEST
 
-    return Parser(json_body | form_body | crossed, check)
+    bodies = (r'{"input": "\ud800"}', r'{"input": "", "model": "\ud800"}', f'{{"input": "", "{"k" * 5000}": 1}}')
+    failed = (("/v1/embeddings", "application/json", body.encode()) for body in bodies)
+    return Parser(json_body | form_body | crossed, check, tuple(failed))
 
 
 PARSERS = (

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -282,7 +283,7 @@ def read_weights(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is an error
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, MemoryError, *UNFIT) as error:
+    except (SafetensorError, pickle.UnpicklingError, struct.error, OSError, EOFError, MemoryError, *UNFIT) as error:
         if isinstance(error, EncoderError):
             raise
         if "GLOBAL" in str(error):  # as pickles call what they import

@@ -53,10 +53,15 @@ def expand(pattern: str) -> list[str]:
         SourceError: they are more than `MOST`.
     """
     parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
-    if math.prod(map(len, choices)) > MOST:
-        raise SourceError(f"The braces of {pattern} stand for more than {MOST:,} files. Check the numbers in them.")
+    choices = [[part] if number % 2 == 0 else _choices(part, pattern) for number, part in enumerate(parts)]
+    _check_count(math.prod(map(len, choices)), pattern)
     return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _check_count(count: int, pattern: str) -> None:
+    """Raise SourceError if a pattern stands for more than `MOST` files, before their names are made."""
+    if count > MOST:
+        raise SourceError(f"The braces of {pattern} stand for more than {MOST:,} files. Check the numbers in them.")
 
 
 def _split(path: Path) -> tuple[Path, str]:
@@ -73,10 +78,12 @@ def _matches(path: Path) -> list[Path]:
     return [Path(name) for name in sorted(glob(os.path.join(escape(str(folder)), rest)))] or [path]
 
 
-def _choices(part: str) -> list[str]:
-    """Return what a pair of braces stands for: its numbers, up to one more than `MOST`, or what commas separate."""
+def _choices(part: str, pattern: str) -> list[str]:
+    """Return what the part of a pattern between braces stands for."""
     counted = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part)
     if counted is None:
         return part.split(",")
     first, last = counted.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)[: MOST + 1]]
+    numbers = range(int(first), int(last) + 1)
+    _check_count(len(numbers), pattern)
+    return [f"{number:0{len(first)}d}" for number in numbers]

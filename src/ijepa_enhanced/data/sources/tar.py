@@ -280,7 +280,7 @@ class _Shard:
 def _scan_shard(path: Path, label_key: str | None) -> _Shard:
     shard = _Shard(path, label_key)
     try:
-        with _Headers(io.FileIO(path)) as file:
+        with _Headers(open(path, "rb", buffering=0)) as file:
             size = os.fstat(file.fileno()).st_size
             if not size:
                 shard.notes.append(f"{path} is an empty file.")
