@@ -297,7 +297,8 @@ def read_weights(path: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """Return what an error says, if that is sentences, or else its first line as one."""
-    return str(error) if str(error).endswith(".") and "\n" not in str(error) else first_sentence(error)
+    text = str(error)
+    return text if text.endswith((".", "?")) and "\n" not in text else first_sentence(error)
 
 
 def bytes_of(content: Any, encoder: WhichEncoder) -> int:
