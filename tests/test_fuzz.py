@@ -362,8 +362,8 @@ def source_names(folder: Path) -> Parser:
     text = st.lists(st.sampled_from(words) | st.text(max_size=2), max_size=7).map("".join)
 
     def check(spec: str) -> None:
-        anchored(spec)
         try:
+            anchored(spec)
             open_source(spec)
         except UserError as error:
             check_message(error, "", len(spec))
@@ -470,6 +470,6 @@ def test_damage_gives_an_error_in_words_for_minutes(
 ) -> None:
     end, count = time.monotonic() + 60 * MINUTES, 0
     while time.monotonic() < end:
-        count += tried(parser, settings(max_examples=1000))
+        count += tried(parser, settings(max_examples=100))
     with capsys.disabled():
         print(f"\n{request.node.callspec.id}: {count:,} executions")
