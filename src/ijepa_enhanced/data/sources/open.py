@@ -41,6 +41,8 @@ def open_source(spec: str, part: str = "train") -> Source:
         return MixedSource([open_source(place, part) for place, _ in mixed], [weight for _, weight in mixed], spec)
     if spec in NAMES:
         return SyntheticSource(part, spec)
+    if "\0" in spec:
+        raise SourceError(f"{spec!r} contains a null byte, which no path can. Remove it.")
     if not spec:
         raise SourceError("The source of the images is empty. Set it to a folder, tar shards or 'synthetic'.")
     place, columns = _split_columns(spec)
