@@ -369,6 +369,7 @@ def source_names(folder: Path) -> Parser:
             check_message(error, "", len(spec))
 
     failed = (
+        "\0/*",
         "{0..9999999999}",
         "{0..99999}{0..99999}",
         "{9..0}",
