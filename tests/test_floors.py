@@ -22,7 +22,7 @@ FLOORS = (
     ("train", "visualize", "embed", "serve", "export", "benchmarks", "study"),
     ("commands", "cli", "__main__"),
 )
-READ_FLOORS, MOST_LINES = range(4), 8850
+READ_FLOORS, MOST_LINES = range(4), 8900
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from ijepa_enhanced.errors import RequestError, did_you_mean, unknown
+from ijepa_enhanced.errors import RequestError, did_you_mean, first_sentence, unknown
 
 Config = TypeVar("Config")
 
@@ -114,10 +114,13 @@ def checked(name: str, kind: Any, value: Any) -> Any:
             return found
     wanted = [word for each in kinds for word in (get_args(each) if get_origin(each) is Literal else (_WORDS[each],))]
     shown = f"'{value}'" if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
     raise RequestError(f"{name} must be {either(wanted)}, not {shown}.")
 
 
 _NO = object()
+_SHOWN = 100
+"""Most characters of a wrong value that a message repeats."""
 _WORDS: dict[Any, str] = {
     str: "a string",
     int: "an integer",
@@ -149,7 +152,7 @@ def _converted(kind: Any, value: Any) -> Any:
         return _NO
     try:
         return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return _NO
 
 
@@ -175,6 +178,11 @@ def find_config(name_or_file: str) -> Path:
     raise RequestError(f"No file or recipe '{name_or_file}'.{did_you_mean(name_or_file, recipe_names())}")
 
 
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+"""What PyYAML raises: the first for most mistakes, the others for values that do not fit their tag, such as a month 13,
+for text that is not UTF-8, and for deep nesting."""
+
+
 def read_config(path: Path, cls: type[Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that a YAML file sets, by their dotted names.
 
@@ -188,7 +196,7 @@ def read_config(path: Path, cls: type[Any], more: Mapping[str, Any]) -> dict[str
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise RequestError(not_yaml(path, error)) from error
     if not isinstance(content, dict):
         raise RequestError(
@@ -196,7 +204,7 @@ def read_config(path: Path, cls: type[Any], more: Mapping[str, Any]) -> dict[str
         )
     kinds = {name: key.kind for name, key in keys_of(cls).items()} | dict(more)
     found = {}
-    for name, value in flatten(content).items():
+    for name, value in flatten(content, kinds).items():
         if name not in kinds:
             raise RequestError(unknown("key", name, list(kinds), str(path)))
         found[name] = checked(f"{path}: {name}", kinds[name], value)
@@ -207,16 +215,27 @@ def not_yaml(path: Path, error: Exception) -> str:
     """Return the message of a file that is not YAML, with the place of the mistake if `yaml` names it."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return f"{path} is not valid YAML: {str(error).splitlines()[0]}."
+        said = isinstance(error, (yaml.YAMLError, ValueError))
+        reason = first_sentence(error) if said else "a value does not fit its tag, or the nesting is too deep."
+        return f"{path} is not valid YAML: {reason}"
     problem = getattr(error, "problem", None) or "syntax error"
     return f"{path} is not valid YAML: {problem} (line {mark.line + 1}, column {mark.column + 1})."
 
 
-def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Join the keys of nested dictionaries with dots: {'a': {'b': 1}} -> {'a.b': 1}."""
+def flatten(nested: Mapping[Any, Any], known: Collection[str] | None = None, prefix: str = "") -> dict[str, Any]:
+    """Join the keys of nested dictionaries with dots: {'a': {'b': 1}} -> {'a.b': 1}.
+
+    Args:
+        nested: the dictionaries.
+        known: dotted names. Dictionaries that cannot hold one stay as they are, because aliases of YAML can nest a
+            dictionary in itself, or repeat it billions of times. None: all dictionaries are joined.
+        prefix: of the keys.
+    """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        group = isinstance(value, dict) and (known is None or any(each.startswith(f"{name}.") for each in known))
+        flat |= flatten(value, known, f"{name}.") if group else {name: value}
     return flat
 
 

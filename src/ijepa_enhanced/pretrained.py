@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def load(path: str | Path, encoder: WhichEncoder = "target") -> Pretrained:
         imported = convert(content, config if is_foreign(config) else None, processor, encoder)
         network = network_of(imported.architecture, imported.weights)
     except UNFIT as error:
-        raise EncoderError(f"{path} cannot be loaded: {error}") from error
+        raise EncoderError(f"{path} cannot be loaded: {_reason(error)}") from error
     check_finite(network, place)
     if imported.note:
         logger.warning("%s: %s", path, imported.note)
@@ -157,16 +158,18 @@ def load_ours(folder: Path, config: dict[str, Any] | None, encoder: WhichEncoder
         origin = read_fields(Origin, "origin", config["origin"]) if config.get("origin") else None
         architecture = read_fields(Architecture, "architecture", config.get("architecture"))
         preprocessing = read_fields(Preprocessing, "preprocessing", config.get("preprocessing"))
+        reader = Reader(read_weights(folder / "model.safetensors"))
+        if architecture.depth != reader.count("blocks.layers.{}."):  # before blocks are made, of which there may be any
+            raise EncoderError(f"architecture.depth is {architecture.depth} in config.json, but not in the weights.")
         with torch.device("meta"):
             expected = VisionTransformer(architecture).state_dict()
-        reader = Reader(read_weights(folder / "model.safetensors"))
         state = {name: reader.take(name, *value.shape) for name, value in expected.items()}
         reader.finish()
         network = network_of(architecture, state)
         record = Record(config.get("training"), config.get("scores"), edited_card(folder / "README.md"))
         pretrained = Pretrained(network, preprocessing, origin, record)
     except UNFIT as error:
-        raise EncoderError(f"The encoder in {folder} cannot be loaded: {error}") from error
+        raise EncoderError(f"The encoder in {folder} cannot be loaded: {_reason(error)}") from error
     if encoder == "context" and not (origin and origin.encoder == "context"):
         raise EncoderError(f"{folder} has no context encoder: only checkpoints of I-JEPA's own code have one.")
     check_finite(network, folder)
@@ -237,8 +240,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         if not isinstance(found, dict):
             raise ValueError(f"an object is needed, not a {type(found).__name__}")
         return found
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"The encoder in {path.parent} cannot be loaded: {path.name}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise EncoderError(f"The encoder in {path.parent} cannot be loaded: {path.name}: {_reason(error)}") from error
 
 
 def weights_in(folder: Path) -> Path:
@@ -280,7 +283,7 @@ def read_weights(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is an error
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, *UNFIT) as error:
+    except (SafetensorError, pickle.UnpicklingError, struct.error, OSError, EOFError, MemoryError, *UNFIT) as error:
         if isinstance(error, EncoderError):
             raise
         if "GLOBAL" in str(error):  # as pickles call what they import
@@ -290,6 +293,12 @@ def read_weights(path: Path) -> Any:
             ) from error
         reason = "" if isinstance(error, pickle.UnpicklingError) else f": {first_sentence(error)}"
         raise EncoderError(f"{path} is damaged or no file of weights{reason or '.'}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says, if that is sentences, or else its first line as one."""
+    text = str(error)
+    return text if text.endswith((".", "?")) and "\n" not in text else first_sentence(error)
 
 
 def bytes_of(content: Any, encoder: WhichEncoder) -> int:

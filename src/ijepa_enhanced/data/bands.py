@@ -19,6 +19,9 @@ from ijepa_enhanced.errors import MissingReader, UnreadableImage
 NUMPY = b"\x93NUMPY"
 """The first bytes of a file of `numpy.save`."""
 
+NUMPY_HEADER = 12 + 10_000
+"""Bytes of the longest header of a NumPy file that numpy reads (`max_header_size`), with what is before it."""
+
 MISSING = "needs the extra"
 """Start of the reason if a reader is not installed. The next scan tries again to read the image."""
 
@@ -109,15 +112,16 @@ def open_npy(stream: BinaryIO) -> Bands:
         UnreadableImage: the file holds Python objects, or an array of another shape than [h, w] or [h, w, C].
         ValueError: the header is damaged.
     """
-    version = np.lib.format.read_magic(stream)
+    head = io.BytesIO(stream.read(NUMPY_HEADER))  # not the stream: numpy asks it for as much memory as a header says
+    version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
-        shape, by_columns, dtype = read(stream)
+        shape, by_columns, dtype = read(head)
     except tokenize.TokenError as error:  # it is not a ValueError
         raise ValueError("the header is not a Python dictionary") from error
     if dtype.hasobject:
         raise UnreadableImage("holds Python objects, which could run any code when loaded: save numbers instead")
-    start = stream.tell()
+    start = head.tell()
 
     def load() -> NDArray[Any]:
         stream.seek(0)

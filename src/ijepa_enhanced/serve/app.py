@@ -22,7 +22,7 @@ from ijepa_enhanced.errors import ImageTooLarge, unknown
 from ijepa_enhanced.serve.engine import Answer, BadImage, Engine, How, Overloaded
 from ijepa_enhanced.serve.gallery import Gallery
 from ijepa_enhanced.serve.guard import Access, Guard
-from ijepa_enhanced.serve.images import from_base64_or_data_uri, from_data_uri
+from ijepa_enhanced.serve.images import SHOWN, from_base64_or_data_uri, from_data_uri
 from ijepa_enhanced.serve.inspection import encoded, inspect
 from ijepa_enhanced.serve.metrics import Metrics
 from ijepa_enhanced.serve.refusal import Refusal, busy, error_response
@@ -107,7 +107,7 @@ Shared = Annotated[Service, Depends(service_of)]
 async def embeddings(request: EmbeddingRequest, service: Shared) -> Response:
     """Embed images that are given as data URIs or in base64."""
     if request.model not in (None, service.model):
-        raise Refusal(404, unknown("model", request.model or "", [service.model]), "model", "model_not_found")
+        raise Refusal(404, unknown("model", (request.model or "")[:SHOWN], [service.model]), "model", "model_not_found")
     items = request.input if isinstance(request.input, list) else [request.input]
     names = [f"input[{number}]" for number in range(len(items))] if isinstance(request.input, list) else ["input"]
     images = [
@@ -269,7 +269,7 @@ async def wrong_request(request: Request, error: Exception) -> Response:
         return error_response(400, f"The body is not valid JSON: {first['ctx']['error']}.")
     if not place:
         return error_response(400, "The body must be a JSON object, sent as Content-Type: application/json.")
-    name = place[0]
+    name = place[0][:SHOWN]
     if name == "input":
         message = "must be an image as a data URI or {'image': BASE64}, or a list of these"
     elif first["type"] == "missing":

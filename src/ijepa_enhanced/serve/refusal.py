@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 """OpenAI's names for kinds of errors, by status. Other 4xx are `invalid_request_error`, 5xx are `server_error`."""
+
+
+class _Ascii(JSONResponse):
+    """JSON with escapes for all beyond ASCII: a message may repeat half of a surrogate pair, which has no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode("ascii")
 
 
 class Refusal(HTTPException):
@@ -49,7 +58,7 @@ def error_response(
     """Return an answer with an error; arguments as for `Refusal`."""
     kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
     error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, headers)
+    return _Ascii({"error": error}, status, headers)
 
 
 def busy(seconds: int) -> Refusal:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ijepa_enhanced.config import checked, not_yaml
+from ijepa_enhanced.config import NOT_YAML, checked, not_yaml
 from ijepa_enhanced.errors import RequestError, unknown
 
 NATIVE = "native"
@@ -92,7 +92,7 @@ def _read(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise RequestError(not_yaml(path, error)) from error
 
 

@@ -137,9 +137,11 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text())
+        if not isinstance(progress, dict) or not isinstance(progress.get("files", {}), dict):
+            raise ValueError("an object is needed")
     except OSError as error:
         raise _unreadable(checkpoint, _reason(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(checkpoint, f"progress.json is damaged ({_reason(error)})") from error
     for name, size in progress.pop("files", {}).items():
         path = checkpoint / name

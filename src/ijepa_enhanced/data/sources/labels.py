@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from ijepa_enhanced.errors import SourceError
 
-WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")
-"""A whole number as text. pandas writes 3 as 3.0 if a value of its column is missing."""
+WHOLE = re.compile(r"([+-]?\d{1,4000})(\.0*)?")
+"""A whole number as text. pandas writes 3 as 3.0 if a value of its column is missing. Python refuses to convert more
+than 4,300 digits."""
 
 NO_LABEL = ("", "nan", "null")
 """Texts that say that an image has no label, in small or capital letters; so does any whole number below 0."""
@@ -88,7 +89,7 @@ def number_labels(
     found = sorted({label for label in labels if label is not None})
     if not found:
         return None, None
-    if all(label.isdecimal() for label in found):
+    if all(WHOLE.fullmatch(label) for label in found):
         numbers = {label: int(label) for label in found}
     elif classes is None:
         classes, numbers = numbered(found)

@@ -88,6 +88,8 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
                 raise SourceError(
                     f"Line {number} of {name} is not valid JSON: {error.msg} at column {error.colno}."
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise SourceError(f"Line {number} of {name} has a number or a nesting that is too long.") from error
             if not isinstance(values, dict):
                 raise SourceError(f'Line {number} of {name} is not of the form {{"path": ..., "label": ...}}.')
             yield values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -40,6 +41,8 @@ def open_source(spec: str, part: str = "train") -> Source:
         return MixedSource([open_source(place, part) for place, _ in mixed], [weight for _, weight in mixed], spec)
     if spec in NAMES:
         return SyntheticSource(part, spec)
+    if "\0" in spec:
+        raise SourceError(f"{spec!r} contains a null byte, which no path can. Remove it.")
     if not spec:
         raise SourceError("The source of the images is empty. Set it to a folder, tar shards or 'synthetic'.")
     place, columns = _split_columns(spec)
@@ -47,7 +50,7 @@ def open_source(spec: str, part: str = "train") -> Source:
         return open_hub(place, part, columns)
     if is_remote(place):
         raise SourceError(f"{place} is a remote source. Run ijepa prepare {place} FOLDER, then use FOLDER.")
-    path = Path(place).expanduser()
+    path = Path(_expanded(place))
     if os.path.isdir(path):  # where `Path.is_dir` fails on a pattern that is too long for a path
         return _open_folder(path, place, spec, part, columns)
     files = existing_files(str(path), spec)
@@ -65,7 +68,7 @@ def anchored(spec: str) -> str:
         return " + ".join(anchored(place) + one.removeprefix(place) for one, place in zip(parts, places, strict=True))
     if not spec or spec in NAMES or spec.startswith("hf://") or is_remote(spec):
         return spec
-    return os.path.abspath(os.path.expanduser(spec))
+    return os.path.abspath(_expanded(spec))
 
 
 def _open_folder(folder: Path, place: str, spec: str, part: str, columns: Columns) -> Source:
@@ -138,9 +141,17 @@ def is_remote(spec: str) -> bool:
     return re.match(r"[a-z0-9]+://", spec) is not None and not spec.startswith("hf://")
 
 
+def _expanded(place: str) -> str:
+    """Return a path with the home folder in place of `~`, or as it is if there is none."""
+    try:
+        return os.path.expanduser(place)  # `Path.expanduser` fails for a user that does not exist
+    except ValueError:  # no user has such a name, with a null byte or half of a surrogate pair
+        return place
+
+
 def _exists(spec: str) -> bool:
     """Return whether `spec` is a path; patterns may be too long for one, which `Path.exists` fails on."""
-    return os.path.exists(os.path.expanduser(spec))
+    return os.path.exists(_expanded(spec))
 
 
 def _split_weight(spec: str) -> tuple[str, float]:
@@ -151,6 +162,8 @@ def _split_weight(spec: str) -> tuple[str, float]:
     place, weight = weighted.groups()
     if not float(weight):
         raise SourceError(f"The weight of {place} is 0. Set a weight above 0, or leave {place} out of the mixture.")
+    if math.isinf(float(weight)):
+        raise SourceError(f"The weight of {place} is too large. Only the ratios of the weights matter.")
     return place, float(weight)
 
 

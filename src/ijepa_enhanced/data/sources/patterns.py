@@ -6,12 +6,16 @@ Patterns may be longer than a path can be. `os.path` says that there is no such 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from glob import escape, glob
 from pathlib import Path
 
 from ijepa_enhanced.errors import SourceError
+
+MOST = 1_000_000
+"""Files that a pattern with braces may stand for."""
 
 
 def existing_files(pattern: str, spec: str) -> list[Path]:
@@ -34,7 +38,7 @@ def existing_files(pattern: str, spec: str) -> list[Path]:
             f"{len(missing)} of the {len(files)} files of {spec} {'is' if len(missing) == 1 else 'are'} missing, "
             f"starting with {missing[0]}. Check the pattern, or download what is missing."
         )
-    if missing:
+    if missing or not files:
         raise SourceError(
             f"No such file or folder: {spec}. A source of images can be a folder, tar shards such as "
             "train-{000000..000002}.tar, Parquet files, a CSV or JSONL list, hf://NAME, or 'synthetic'."
@@ -43,10 +47,21 @@ def existing_files(pattern: str, spec: str) -> list[Path]:
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the names that a shell makes of a pattern with {a,b} and {000..012}."""
+    """Return the names that a shell makes of a pattern with {a,b} and {000..012}.
+
+    Raises:
+        SourceError: they are more than `MOST`.
+    """
     parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
+    choices = [[part] if number % 2 == 0 else _choices(part, pattern) for number, part in enumerate(parts)]
+    _check_count(math.prod(map(len, choices)), pattern)
     return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _check_count(count: int, pattern: str) -> None:
+    """Raise SourceError if a pattern stands for more than `MOST` files, before their names are made."""
+    if count > MOST:
+        raise SourceError(f"The braces of {pattern} stand for more than {MOST:,} files. Check the numbers in them.")
 
 
 def _split(path: Path) -> tuple[Path, str]:
@@ -63,9 +78,12 @@ def _matches(path: Path) -> list[Path]:
     return [Path(name) for name in sorted(glob(os.path.join(escape(str(folder)), rest)))] or [path]
 
 
-def _choices(part: str) -> list[str]:
-    counted = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+def _choices(part: str, pattern: str) -> list[str]:
+    """Return what the part of a pattern between braces stands for."""
+    counted = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part)
     if counted is None:
         return part.split(",")
     first, last = counted.groups()
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    numbers = range(int(first), int(last) + 1)
+    _check_count(len(numbers), pattern)
+    return [f"{number:0{len(first)}d}" for number in numbers]

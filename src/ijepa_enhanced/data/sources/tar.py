@@ -10,7 +10,6 @@ import posixpath
 import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,13 @@ from ijepa_enhanced.data.sources.names import ARRAY, EXTENSIONS, count_kinds, hi
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 CHUNK = 1 << 20
-"""Bytes that are read at once to see whether anything follows the end of an archive."""
+"""Bytes that are read at once to see whether anything follows the end of an archive, and at most for a header."""
+
+LARGEST = 2**63 - 1
+"""Largest offset in a file."""
+
+DAMAGE = (tarfile.ReadError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises for damaged headers; the last three for numbers or chains of headers beyond all bounds."""
 
 
 class TarSource(FileSource):
@@ -124,6 +129,13 @@ class TarSource(FileSource):
         """See `Source`; it knows size, time and some bytes of every shard and of `classes.txt`."""
         files = [*zip(self.shard_names, self.shards, strict=True), (CLASSES, Path(self.root, CLASSES))]
         return fingerprint_of(files)
+
+
+class _Headers(io.BufferedReader):
+    """A file that gives at most `CHUNK` bytes at once: tarfile asks for as many as a header says, which may be any."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(CHUNK if size is None or size < 0 else min(size, CHUNK))
 
 
 class _Member(io.RawIOBase):
@@ -226,14 +238,14 @@ class _Shard:
         elif extension.endswith(EXTENSIONS):
             self.parts.append(member)
         elif extension == ".json" and not self.labels[".cls"]:
-            data = os.pread(file.fileno(), size, offset)
+            data = _pread(file, size, offset)
             values = _json_values(data)
             self.first_json = [*values] if self.first_json is None else self.first_json
             label = _json_label(values, ("cls", "label") if self.label_key is None else (self.label_key,))
             if len(data) == size and label is not None:
                 self.labels[extension][sample] = label
         elif extension == ".cls" and self.label_key is None:
-            data = os.pread(file.fileno(), size, offset)
+            data = _pread(file, size, offset)
             if len(data) == size:
                 self.labels[extension][sample] = data.decode(errors="replace").strip()
         elif extension not in (".cls", ".json"):
@@ -268,7 +280,7 @@ class _Shard:
 def _scan_shard(path: Path, label_key: str | None) -> _Shard:
     shard = _Shard(path, label_key)
     try:
-        with open(path, "rb") as file:
+        with _Headers(open(path, "rb", buffering=0)) as file:
             size = os.fstat(file.fileno()).st_size
             if not size:
                 shard.notes.append(f"{path} is an empty file.")
@@ -319,12 +331,14 @@ def _scan_archive(
     file.seek(start)
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
-    except tarfile.ReadError:
+    except DAMAGE as error:
         if start:
             return start
-        raise
-    with tar, suppress(tarfile.ReadError):
-        while (member := tar.next()) is not None:
+        raise tarfile.ReadError(str(error)) from error
+    with tar:
+        while (member := _next(tar)) is not None:
+            if not member.offset < tar.offset <= LARGEST:  # its size is negative, or more than a file can have
+                return member.offset
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep an object for every member
             if not (member.isfile() or member.islnk() or member.issym()):
                 continue
@@ -343,6 +357,19 @@ def _scan_archive(
                 places[member.name] = member.offset_data, member.size
                 shard.add(member.name, member.offset_data, member.size, file)
     return tar.offset
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """Return the next member, or None at the end or where the archive is damaged."""
+    try:
+        return tar.next()
+    except DAMAGE:
+        return None
+
+
+def _pread(file: BinaryIO, size: int, offset: int) -> bytes:
+    """Return `size` bytes of a file from `offset` on, or as many as it has."""
+    return os.pread(file.fileno(), min(size, max(0, os.fstat(file.fileno()).st_size - offset)), offset)
 
 
 def _first_nonzero_block(file: BinaryIO, start: int, size: int) -> int | None:

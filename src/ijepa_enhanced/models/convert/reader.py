@@ -97,7 +97,7 @@ class Reader:
             self.misshapen.append(f"{self.names[name]} is of type {str(found.dtype).removeprefix('torch.')}")
         else:
             return found.to(torch.float32, copy=True)
-        return torch.zeros(shape)
+        return torch.zeros(()).expand(shape)  # without memory: a damaged config.json may ask for any size
 
     def take_linear(
         self, names: Sequence[str], rows: int, columns: int, unbiased: Collection[str] = ()
