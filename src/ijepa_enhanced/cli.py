@@ -108,7 +108,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def let_first_rank_speak() -> None:
     """Wait on all ranks of a machine but the first, which finds the same wrong request; then torchrun ends all."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(FIRST_RANK_SECONDS)
 
 

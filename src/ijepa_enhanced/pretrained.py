@@ -12,13 +12,12 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ijepa_enhanced.card import card, edited_card
-from ijepa_enhanced.config import Config, checked
 from ijepa_enhanced.devices import MEGABYTE, free_memory
 from ijepa_enhanced.errors import EncoderError, NotFiniteError, first_sentence, unknown
 from ijepa_enhanced.files import replacing
@@ -30,6 +29,9 @@ from ijepa_enhanced.models.convert.reader import Reader
 from ijepa_enhanced.models.preprocessing import Origin, Preprocessing, Record
 from ijepa_enhanced.models.vit import VisionTransformer
 from ijepa_enhanced.ops.positions import Resampling
+
+if TYPE_CHECKING:
+    from ijepa_enhanced.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +184,8 @@ def read_fields(cls: type[Config], name: str, values: Any) -> Config:
     Raises:
         RequestError: a field is unknown, missing, or of a wrong type.
     """
+    from ijepa_enhanced.config import checked  # it needs PyYAML, which a bare GPU image lacks
+
     if not isinstance(values, dict):
         raise EncoderError(f"config.json must give {name} as an object, not {values!r}.")
     kinds = get_type_hints(cls, localns={"Resampling": Resampling})  # models/config.py imports it for type checks only
