@@ -906,8 +906,8 @@ def test_a_recipe_for_a_gpu_says_so_on_a_cpu(monkeypatch: pytest.MonkeyPatch, pi
     ]
     assert said == [
         [
-            "No GPU was found, and each step of own-images has 32,768 tokens, which takes minutes on a CPU. The recipe "
-            "for a CPU is own-images-cpu."
+            "No GPU was found, and each step of own-images has 32,768 tokens, which is slow on a CPU. The recipe for a "
+            "CPU is own-images-cpu."
         ],
         [],
     ]

@@ -111,7 +111,7 @@ class JEPA(nn.Module):
         return self.losses(predicted, targets, features, batch, step)
 
     def preprocess(self, batch: MaskedBatch) -> MaskedBatch:
-        """Return a batch with recolored, normalized patches in place of uint8 ones."""
+        """Return a batch with recolored, normalized patches instead of uint8 ones."""
         unmasked = None if batch.unmasked is None else self.normalize(batch.unmasked, batch.unmasked_colors)
         return dataclasses.replace(batch, packed=self.normalize(batch.packed, batch.colors), unmasked=unmasked)
 

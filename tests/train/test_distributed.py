@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ijepa_enhanced.distributed import (
 )
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RankError, SourceError
+from ijepa_enhanced.train import agreement
 from ijepa_enhanced.train.agreement import check_shared
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.logging import read_log
@@ -168,6 +170,20 @@ def test_ranks_that_differ_are_told_in_what() -> None:
         RankError, match=r"^The processes of this run do not have the same checkpoint\. All machines need"
     ):
         ranks.agree({"plan": "abc", "checkpoint": 4})
+
+
+def test_a_store_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If rank 0 holds the store and its machine hangs, each call to the store blocks."""
+    release = threading.Event()
+
+    def blocked() -> None:
+        release.wait()
+        raise RuntimeError
+
+    monkeypatch.setattr(agreement, "ANSWER_TIMEOUT", 0.05)
+    monkeypatch.setattr(agreement, "_get_default_store", blocked)
+    assert agreement.silent(Ranks(rank=1, world=2)) == " The machine of rank 0 does not answer."
+    release.set()
 
 
 def test_a_run_folder_that_ranks_do_not_share_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ from ijepa_enhanced.visualize.views import draw_masked_views
 logger = logging.getLogger(__name__)
 
 MOST_CPU_TOKENS = 16384
-"""Tokens of a step above which a recipe is for a GPU. A CPU core trains a small encoder on about 5,000 tokens/s, and
-larger ones on fewer (docs/measurements.md)."""
+"""Largest number of tokens in a step of a recipe for a CPU. One core trains a ViT-Ti on 3,000 to 16,000 tokens per
+second (docs/measurements.md)."""
 
 
 def run(options: TrainOptions) -> int:
@@ -63,12 +63,10 @@ def run(options: TrainOptions) -> int:
 
 
 def check_recipe(options: TrainOptions, recipe: str, config: TrainConfig) -> None:
-    """Check that a recipe fits what it is used for.
-
-    A warning is logged if the recipe is for a GPU and there is none.
+    """Check that a new run has images, and warn if it uses a recipe for a GPU on a machine without one.
 
     Raises:
-        RequestError: neither the recipe nor an option names images. The default, the built-in images, was not meant.
+        RequestError: neither the recipe nor an option names images.
     """
     values = read_train_config(find_config(recipe))
     if options.source is None and "data.source" not in {*values, *options.given}:
@@ -79,8 +77,8 @@ def check_recipe(options: TrainOptions, recipe: str, config: TrainConfig) -> Non
     tokens = config.data.tokens_per_pack * config.data.packs_per_step
     if tokens > MOST_CPU_TOKENS and best_device().type == "cpu":
         logger.warning(
-            "No GPU was found, and each step of %s has %s tokens, which takes minutes on a CPU. The recipe for a CPU "
-            "is own-images-cpu.",
+            "No GPU was found, and each step of %s has %s tokens, which is slow on a CPU. The recipe for a CPU is "
+            "own-images-cpu.",
             recipe,
             f"{tokens:,}",
         )

@@ -168,7 +168,7 @@ class Listing:
         return dataclasses.replace(self, statistics=statistics, path=None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the path of a mapped listing in place of its columns."""
+        """Pickle the path of a mapped listing instead of its columns."""
         if self.path is not None:
             return _map_again, (self.path, self.hash)
         return Listing, tuple(getattr(self, field.name) for field in dataclasses.fields(self))

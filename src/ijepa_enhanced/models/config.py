@@ -47,7 +47,7 @@ class Architecture:
     layer_scale: bool = False
     """Whether each branch of a block is scaled by learned factors (CaiT, arXiv 2103.17239, section 2)."""
     gated: bool = False
-    """Whether MLPs are SwiGLU (arXiv 2002.05202): silu(a) * b in place of gelu(a)."""
+    """Whether MLPs are SwiGLU (arXiv 2002.05202): silu(a) * b instead of gelu(a)."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm. The default is that of ViT (arXiv 2010.11929) and I-JEPA's code."""
     norm_pooled: bool = False

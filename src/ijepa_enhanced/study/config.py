@@ -35,7 +35,7 @@ class StudyConfig:
     that each encoder was trained at."""
     seeds: tuple[int, ...] = (0, 1, 2)
     seconds: float | None = None
-    """Training time of each run on this machine, in place of a number of steps: each run is timed first, and gets as
+    """Training time of each run on this machine, instead of a number of steps: each run is timed first, and gets as
     many steps as fit into this time."""
 
 

@@ -89,7 +89,7 @@ class TrainConfig:
     """Encoder that the student and the teacher start from: a run, an encoder folder, or released weights
     (docs/weights.md). It determines the architecture, so that options of the encoder have no effect."""
     teacher: str | None = None
-    """Encoder whose features are predicted, in place of a moving average of the student (EMA). It does not change
+    """Encoder whose features are predicted, instead of a moving average of the student (EMA). It does not change
     (SALT, arXiv 2509.24317). The student sees patches of its own size on the same patch grid."""
     steps: int | None = None
     """Number of optimizer steps. null: train for `epochs` instead."""

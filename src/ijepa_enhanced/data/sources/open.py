@@ -142,7 +142,7 @@ def is_remote(spec: str) -> bool:
 
 
 def _expanded(place: str) -> str:
-    """Return a path with the home folder in place of `~`, or as it is if there is none."""
+    """Replace a leading `~` with the home folder. Return the path unchanged if this is impossible."""
     try:
         return os.path.expanduser(place)  # `Path.expanduser` fails for a user that does not exist
     except ValueError:  # no user has such a name, with a null byte or half of a surrogate pair

@@ -24,13 +24,13 @@ from ijepa_enhanced.data.sources.names import ARRAY, EXTENSIONS, count_kinds, hi
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 
 CHUNK = 1 << 20
-"""Bytes that are read at once to see whether anything follows the end of an archive, and at most for a header."""
+"""Bytes to read at once after the end of an archive, to see whether more follows. Also the largest header to read."""
 
 LARGEST = 2**63 - 1
 """Largest offset in a file."""
 
 DAMAGE = (tarfile.ReadError, ValueError, OverflowError, RecursionError)
-"""What tarfile raises for damaged headers; the last three for numbers or chains of headers beyond all bounds."""
+"""Exceptions that tarfile raises for damaged headers. The last three come from huge numbers or long chains."""
 
 
 class TarSource(FileSource):
