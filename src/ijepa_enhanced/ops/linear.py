@@ -1,8 +1,9 @@
 """Linear layers, fast on the CPU, where they are most of the cost of a network.
 
-On x86, PyTorch multiplies float32 matrices with MKL and applies GELU in a second pass over memory. On AMD processors
-MKL is half as fast as oneDNN. oneDNN's product, which PyTorch has for compiled graphs, also applies GELU in the same
-pass (docs/log.md). oneDNN compiles a kernel for each shape, so `pad_rows` makes the same shapes come up again.
+On x86, PyTorch multiplies float32 matrices with MKL and applies GELU in a second pass over memory. oneDNN's product,
+which PyTorch has for compiled graphs, applies GELU in the same pass. With AVX-512 it is up to twice as fast, with AVX2
+alone it is slower (docs/log.md). oneDNN compiles a kernel for each shape, so `pad_rows` makes the same shapes come up
+again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from ijepa_enhanced.devices import multiplies_bf16
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this build of PyTorch has oneDNN's product. The function is private, so a later PyTorch may lack it."""
+FAST_FLOAT32 = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() != "AVX2"
+"""Whether to multiply float32 matrices with oneDNN. With AVX2 alone, MKL is faster (docs/log.md, 2026-11-28)."""
 HAS_BF16 = HAS_ONEDNN and multiplies_bf16(torch.device("cpu"))
 """Whether oneDNN multiplies bfloat16 on this processor."""
 
@@ -47,7 +50,7 @@ class Linear(nn.Linear):
             # Training under autocast is left to PyTorch, since `_Product` is float32.
             half = HAS_BF16 and torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64
             return torch.bfloat16 if half and not torch.is_grad_enabled() else None
-        return torch.float32 if x.dtype == self.weight.dtype == torch.float32 else None
+        return torch.float32 if FAST_FLOAT32 and x.dtype == self.weight.dtype == torch.float32 else None
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
