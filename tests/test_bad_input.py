@@ -334,7 +334,7 @@ WRONG_REQUESTS = {
     "evaluate no run": (
         nothing,
         "evaluate nope --train photos --val photos",
-        "No such folder: nope.",
+        "No such file or folder: nope.",
     ),
     "evaluate a folder without an encoder": (
         nothing,
@@ -402,9 +402,7 @@ WRONG_REQUESTS = {
     "only images smaller than a patch": (
         only_smaller_than_a_patch,
         f"{TRAIN} --data.min_resolution null --data.max_resolution null",
-        TOO_FEW.format(
-            8, "only 0 of 3 images are large enough", ", raise data.min_resolution, or lower encoder.patch_size"
-        ),
+        TOO_FEW.format(8, "only 0 of 3 images are large enough", " or raise data.min_resolution"),
     ),
     # Packs.
     "a pack smaller than the largest view": (
@@ -631,7 +629,7 @@ WRONG_REQUESTS = {
     "merges of no run": (
         nothing,
         "inspect merges nope photos/dark/0.png --out new",
-        "No such folder: nope.",
+        "No such file or folder: nope.",
     ),
     "merges of no images": (
         nothing,

@@ -227,7 +227,7 @@ def test_a_folder_without_an_encoder_is_an_error(encoder: Encoder, tmp_path: Pat
         Encoder.from_pretrained(folder)
     needed = "config.json and model.safetensors must be in it or in its subfolder 'encoder'."
     assert str(error.value) == (
-        f"No such folder: {folder}." if missing == "folder" else f"{folder} contains no encoder: {needed}"
+        f"No such file or folder: {folder}." if missing == "folder" else f"{folder} contains no encoder: {needed}"
     )
 
 

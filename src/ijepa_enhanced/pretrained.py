@@ -228,7 +228,7 @@ def find(path: str | Path) -> Path:
     # The first half of a Hub id is a name. If there is a folder of this name, the path is meant.
     if HUB_ID.fullmatch(str(path)) and not place.parent.exists():
         return download(str(path))
-    raise EncoderError(f"No such folder: {path}.")
+    raise EncoderError(f"No such file or folder: {path}.")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -433,7 +433,7 @@ def test_fill_and_its_ceiling_by_hand() -> None:
         (
             [(16, 16), (500, 500), (16, 47)],
             "only 1 of 3 images is large enough",
-            ", raise data.min_resolution, or lower encoder.patch_size",
+            " or raise data.min_resolution",
         ),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_machine_with_other_files_is_named(photos: Path, encoder: Path, tmp_pa
     for change, words in (
         ({"source_hash": "0"}, f"{photos} does not contain the same images here as where the command runs"),
         ({"encoder_hash": "0"}, f"{encoder} is not the same encoder here as where the command runs"),
-        ({"encoder": "/nowhere"}, "No such folder: /nowhere"),
+        ({"encoder": "/nowhere"}, "No such file or folder: /nowhere"),
     ):
         plan = EmbedPlan(dataclasses.replace(settings, **change), catalog, 8, 16384, 4096)
         with pytest.raises(RequestError, match=rf"^{words}\. {node}(?m:$)"):

@@ -652,7 +652,7 @@ WRONG: dict[str, tuple[Callable[[], None], str, str]] = {
     "an encoder that has moved": (
         moved_encoder,
         f"embeddings {PHOTO}",
-        "No such folder: gone. embeddings was made with this encoder. Use --weights if it has moved.",
+        "No such file or folder: gone. embeddings was made with this encoder. Use --weights if it has moved.",
     ),
     "NaN": (spoilt(one_nan), f"embeddings {PHOTO}", SPOILT),
     "NaN, duplicates": (spoilt(one_nan), "embeddings --duplicates", SPOILT),

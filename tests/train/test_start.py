@@ -200,8 +200,8 @@ def test_random_weights_are_never_the_best() -> None:
             ["--encoder.depth", "2"],
             "--encoder.depth has no effect with --init, because the weights determine the encoder. Remove it.",
         ),
-        (["--init", "nowhere"], "No such folder: nowhere."),
-        (["--teacher", "nowhere"], "No such folder: nowhere."),
+        (["--init", "nowhere"], "No such file or folder: nowhere."),
+        (["--teacher", "nowhere"], "No such file or folder: nowhere."),
         (["--teacher", "nowhere", "--objective.prediction_weight", "0"], "teacher has no effect unless"),
     ],
 )
@@ -224,7 +224,7 @@ def test_weights_whose_patches_training_does_not_support(
 
 
 def test_a_folder_without_weights_leaves_no_run(tiny: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match="No such folder"):
+    with pytest.raises(EncoderError, match="No such file or folder"):
         train(dataclasses.replace(tiny, init="nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

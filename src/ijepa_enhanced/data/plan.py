@@ -262,7 +262,7 @@ class Plan:
             found, more = f"there {'is' if images == 1 else 'are'} only {images}", ""
             if large < images:
                 found = f"only {large} of {images} images {'is' if large == 1 else 'are'} large enough"
-                more = ", raise data.min_resolution, or lower encoder.patch_size"
+                more = " or raise data.min_resolution"
             raise PlanError(
                 f"Training needs at least {MIN_IMAGES} images whose views have {MIN_TOKENS} or more patches of {side} "
                 f"x {side} px, but {found}. Add images{more}."
