@@ -12,7 +12,7 @@ from ijepa_enhanced.visualize.frontier import draw_frontier
 
 def point(resolution: int | None, rate: float, linear: float, speed: float) -> Point:
     return Point(
-        resolution, rate, linear - 0.1, linear, linear, linear, 0.1, 0.9, linear, 10.0, speed / 2, speed, 1.0, 100.0
+        resolution, rate, linear, linear, linear, linear - 0.1, 0.4, 0.41, linear, 10.0, speed / 2, speed, 1.0, 100.0
     )
 
 
@@ -48,8 +48,8 @@ def test_the_plot_says_which_are_on_the_frontier_and_which_to_take(tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure", Kept)
         assert draw_frontier([*POINTS, beaten], tmp_path / "sweep.png")
-    knn, linear = drawn[0].axes
-    assert (knn.get_title(), linear.get_title()) == ("kNN-20", "linear")
+    linear, reported = drawn[0].axes
+    assert (linear.get_title(), reported.get_title()) == ("linear, half 1", "linear, half 2")
     assert [text.get_text() for text in linear.get_legend().get_texts()] == ["resolution 112", "resolution native"]
     assert [text.get_text() for text in linear.texts] == ["0", "0.1", "0.2", "0", "0.1"]
     marks = {

@@ -26,6 +26,8 @@ from ijepa_enhanced.packed import Packed
 
 CLOSE = 0.005
 """Accuracies this close are as good as equal: half a point. The standard error of 70% of 4,000 images is 0.7."""
+INTERVAL = 2 * 1.96
+"""Width of a 95% interval, in standard errors of a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +85,41 @@ def sweep_scores(train: Features, val: Features, how: Scoring) -> dict[str, floa
     return reported | {"choosing_linear": by["linear"]}
 
 
+def most_accurate(points: Sequence[Point]) -> Point:
+    """Return the point with the highest linear accuracy on the choosing half, the fastest of several."""
+    return max(points, key=lambda p: (p.choosing_linear, p.network_images_per_second))
+
+
+def tolerance(points: Sequence[Point]) -> float:
+    """Return by how much accuracies on the choosing half may differ and be as good as equal.
+
+    This is one standard error of the best of them, as when trees are pruned (Breiman et al., "Classification and
+    Regression Trees", 1984, section 3.4.3), but at least `CLOSE`. Both halves have as many images, so the interval of
+    the other half gives the standard error.
+    """
+    best = most_accurate(points)
+    return max(CLOSE, (best.linear_high - best.linear_low) / INTERVAL)
+
+
 def choose(points: Sequence[Point]) -> Point:
-    """Return the fastest of the points whose linear accuracy on the choosing half is `CLOSE` to the best there."""
-    enough = max(point.choosing_linear for point in points) - CLOSE
+    """Return the fastest of the points whose linear accuracy on the choosing half is as good as the best there."""
+    enough = most_accurate(points).choosing_linear - tolerance(points)
     # A sum of decimals is not exact, and a point at the very edge belongs.
     return max((p for p in points if p.choosing_linear >= enough - 1e-9), key=lambda p: p.network_images_per_second)
 
 
 def advice(points: Sequence[Point]) -> str:
     """Say which setting to use, with its accuracy on both halves of the validation images."""
-    best = max(points, key=lambda p: (p.choosing_linear, p.network_images_per_second))
-    chosen = choose(points)
+    best, chosen = most_accurate(points), choose(points)
+    close = f"{100 * tolerance(points):.1f} points"
     if chosen is best:
-        reason = (
-            f"Linear accuracy {best.choosing_linear:.1%}; no faster setting comes within {100 * CLOSE:g} points of it"
-        )
+        reason = f"Linear accuracy {best.choosing_linear:.1%}; no faster setting comes within {close} of it"
     else:
         faster = chosen.network_images_per_second / best.network_images_per_second
         reason = (
             f"Linear accuracy {chosen.choosing_linear:.1%}, {faster:.1f}x as fast as the most accurate setting "
-            f"({setting_name(best.resolution, best.merge_rate)}: {best.choosing_linear:.1%})"
+            f"({setting_name(best.resolution, best.merge_rate)}: {best.choosing_linear:.1%}) and at most "
+            f"{close} worse"
         )
     return (
         f"Recommended: {setting_name(chosen.resolution, chosen.merge_rate)}. {reason}. This choice used one half of "
@@ -156,8 +173,8 @@ def network_costs(
 
 
 def write_points(points: Sequence[Point], path: Path) -> None:
-    """Write a CSV: a column for each field of `Point`, and whether the point is on the frontier of linear accuracy."""
-    best = frontier(points, "linear")
+    """Write a CSV: a column for each field of `Point`, and whether it is on the frontier of `choosing_linear`."""
+    best = frontier(points, "choosing_linear")
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(field.name for field in dataclasses.fields(Point)), "frontier"])
         writer.writeheader()
