@@ -322,6 +322,11 @@ WRONG_REQUESTS = {
     "train nowhere": (nothing, "train --data.source nope --run new", NOWHERE),
     "scan nowhere": (nothing, "scan nope", NOWHERE),
     "inspect nowhere": (nothing, "inspect masks nope --out new --config own-images-cpu", NOWHERE),
+    "options of a protocol that is not asked for": (
+        nothing,
+        "evaluate run --train photos --val photos --finetune.epochs 2",
+        "--finetune.epochs has no effect without --protocols finetune.",
+    ),
     "evaluate, train nowhere": (nothing, "evaluate run --train nope --val photos", NOWHERE),
     "evaluate, val nowhere": (nothing, "evaluate run --train photos --val nope", NOWHERE),
     "train on an empty folder": (empty_folder, "train --data.source images --run new", NO_IMAGES),
@@ -489,7 +494,8 @@ WRONG_REQUESTS = {
     "an argument too many": (
         nothing,
         f"{TRAIN} photos photos",
-        "Unexpected argument 'photos'. `ijepa train` takes 1 positional argument: SOURCE.",
+        "Unexpected argument 'photos'. `ijepa train` takes 1 positional argument: SOURCE. Quote a name that contains "
+        "spaces.",
     ),
     "the images twice": (
         nothing,

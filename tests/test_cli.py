@@ -570,7 +570,7 @@ def test_resuming_goes_on_from_the_newest_checkpoint(run: Run, pictures: Path, t
 def test_a_finished_run_is_left_as_it_is(run: Run) -> None:
     before = lines(run.folder / "log.jsonl")
     answer = ijepa("train", "--resume", run.folder, "--json")
-    said = [f"{run.folder} is finished: all 4 steps are done."]
+    said = [f"{run.folder} is finished: all 4 steps are done. To train on, start a new run with --init {run.folder}."]
     assert (answer.code, answer.json, answer.err) == (0, run.answer.json, said)
     assert lines(run.folder / "log.jsonl") == before
 

@@ -252,7 +252,8 @@ def test_resuming_refuses_what_would_change_the_run(values: dict[str, Any], key:
     with pytest.raises(RequestError, match=r".") as error:
         check_resumable(saved, changed(saved, values), Path("runs/a"))
     started = f"runs/a was started with {key} = {before} and cannot continue with {after}."
-    assert str(error.value) == f"{started} Remove --{key}, or start a new run."
+    more = " from its weights: --init runs/a --run NEW" if key == "steps" else ""
+    assert str(error.value) == f"{started} Remove --{key}, or start a new run{more}."
 
 
 def test_resuming_allows_what_does_not_touch_the_result() -> None:

@@ -28,6 +28,7 @@ from ijepa_enhanced.data.inputs import (
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.devices import autocast, autocast_dtype, default_workers
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.hub import create, fetch_card, upload
 from ijepa_enhanced.merge_plan import MergePlan, plan_merges
 from ijepa_enhanced.models.config import Architecture
@@ -214,7 +215,12 @@ class Encoder(nn.Module):
             check_several(images)
         workers = default_workers() if workers is None else workers
         decoded = decode_all(
-            images, self.pixels(resolution), self.config.patch_size, tokens_per_pack, workers, self.config.channels
+            images,
+            self.pixels(resolution, tokens_per_pack),
+            self.config.patch_size,
+            tokens_per_pack,
+            workers,
+            self.config.channels,
         )
         return self._embedded(decoded, on_error, merge_rate, precision, tokens_per_pack)
 
@@ -307,7 +313,7 @@ class Encoder(nn.Module):
         check_several(images)
         decode = partial(
             decode_input,
-            resolution=self.pixels(resolution),
+            resolution=self.pixels(resolution, tokens_per_pack),
             patch_size=self.config.patch_size,
             limit=tokens_per_pack,
             channels=self.config.channels,
@@ -316,14 +322,28 @@ class Encoder(nn.Module):
             assert packed is not None  # an image that cannot be decoded has raised its error
             yield packed
 
-    def pixels(self, resolution: Resolution) -> int | None:
-        """Return the resolution in pixels, or None for native size, and warn if it is far from the trained one."""
+    def pixels(self, resolution: Resolution, limit: int = TOKENS_PER_PACK) -> int | None:
+        """Return the resolution in pixels, or None for native size, and warn if it is far from the trained one.
+
+        Args:
+            resolution: see `embed`.
+            limit: most patches of an image.
+
+        Raises:
+            RequestError: the resolution is not a positive integer, or a square image has more than `limit` patches.
+        """
         if resolution is None:
             return self.preprocessing.resolution
         if resolution == "native":
             return None
         if not isinstance(resolution, int) or resolution < 1:
-            raise ValueError(f"resolution must be a positive integer (pixels), or 'native', not {resolution!r}.")
+            raise RequestError(f"resolution must be a positive integer (pixels), or 'native', not {resolution!r}.")
+        largest = math.isqrt(limit) * self.config.patch_size
+        if resolution > largest:
+            raise RequestError(
+                f"resolution must be at most {largest} px, not {resolution}: an image may have {limit:,} patches of "
+                f"{self.config.patch_size} px."
+            )
         self.check_resolution(resolution)
         return resolution
 

@@ -620,7 +620,7 @@ WRONG: dict[str, tuple[Callable[[], None], str, str]] = {
         "embeddings photos",
         "photos is a folder. Give the paths of image files.",
     ),
-    "no such folder": (nothing, f"nope {PHOTO}", "No such folder: nope."),
+    "no such folder": (nothing, f"nope {PHOTO}", "No such folder: nope. `ijepa embed` writes one."),
     "a folder of photos": (
         nothing,
         f"photos {PHOTO}",

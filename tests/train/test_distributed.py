@@ -266,7 +266,7 @@ def test_a_new_run_that_torchrun_starts_again_resumes(
     torch.distributed.destroy_process_group()
     assert f"ijepa: {run} was started with seed = 0 and cannot continue with 1." in capsys.readouterr().err
     assert main(command) == 0
-    assert f"{run} is finished: all 3 steps are done." in capsys.readouterr().err.splitlines()
+    assert f"{run} is finished: all 3 steps are done." in capsys.readouterr().err
     (run / LAUNCH).write_text("none")  # what all jobs without --rdzv-id are called
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert [launched_here(run, restarted) for restarted in (False, True)] == [False, True]

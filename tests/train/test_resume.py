@@ -106,7 +106,7 @@ def test_stopping_at_any_step_and_resuming_changes_nothing(
         assert losses(run) == losses(tmp_path / "whole")
 
 
-def test_only_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_second_ctrl_c_stops_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     ended: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
     try:
@@ -114,10 +114,17 @@ def test_only_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> 
             for _ in range(3):
                 signal.raise_signal(signal.SIGTERM)
                 assert stop.requested
+            assert capfd.readouterr().err == ""
             signal.raise_signal(signal.SIGINT)
+            said = "\nStopping after this step, then saving the run. Press Ctrl-C again to stop at once.\n"
+            assert capfd.readouterr().err == said
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+        with StopSignals(speaks=False) as silent:  # a rank that is not the main one
+            signal.raise_signal(signal.SIGINT)
+            assert silent.requested
         assert ended == []
+        assert capfd.readouterr().err == ""
         signal.raise_signal(signal.SIGTERM)
         assert ended == [signal.SIGTERM]
     finally:

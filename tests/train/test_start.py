@@ -83,7 +83,7 @@ def test_a_run_starts_from_weights_and_keeps_their_preprocessing(
     assert end.config == WEIGHTS
     assert end.origin == start.origin
     assert "Its license (cc-by-nc-4.0) applies to what is trained from it too." in caplog.text
-    assert end.preprocessing == dataclasses.replace(start.preprocessing, resolution=48)
+    assert end.preprocessing == dataclasses.replace(start.preprocessing, resolution=45)
     assert end.record.training is not None
     assert (end.record.training["steps"], end.record.training["images_seen"]) == (4, outcome.images)
     card = (tmp_path / "run" / "encoder" / "README.md").read_text()

@@ -115,8 +115,9 @@ def test_the_command(photos, tmp_path, capsys):
     }
     assert said["classes"] == {"bee": 22, "ant": 5}
     assert len(said["duplicates"]) == 6
-    assert [line for line in out if line.startswith("duplicate: ")] == [
-        f"duplicate: {copy} of {earlier}" for copy, earlier in said["duplicates"]
+    kinds = 2 * ["identical"] + 4 * ["near-duplicate"]
+    assert [line for line in out if line.startswith(("identical: ", "near-duplicate: "))] == [
+        f"{kind}: {copy} of {earlier}" for kind, (copy, earlier) in zip(kinds, said["duplicates"], strict=True)
     ]
     assert [line.split(maxsplit=1) for line in out if line.startswith(("classes", "images decoded", "class bee"))] == [
         ["classes", "2"],

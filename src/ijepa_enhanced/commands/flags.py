@@ -153,7 +153,7 @@ def unexpected(argument: str, path: str, positional: Sequence[str]) -> str:
         )
     count, names = len(positional), ", ".join(positional)
     takes = f"{count} positional argument{'s' * (count > 1)}: {names}"
-    return f"Unexpected argument '{argument}'. `{path}` takes {takes}."
+    return f"Unexpected argument '{argument}'. `{path}` takes {takes}. Quote a name that contains spaces."
 
 
 def value_of(option: Option, given: Any) -> Any:

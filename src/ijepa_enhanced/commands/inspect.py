@@ -54,8 +54,8 @@ def data(options: DataOptions) -> int:
     if len(sizes) > LISTED:
         print(f"and {len(sizes) - LISTED} more classes with at least {min(sizes.values())} images each")
     pairs = [[source.key(row) for row in pair] for pair in seen.identical + seen.near]
-    for copy, earlier in pairs[:LISTED]:
-        print(f"duplicate: {copy} of {earlier}")
+    for number, (copy, earlier) in enumerate(pairs[:LISTED]):
+        print(f"{'identical' if number < len(seen.identical) else 'near-duplicate'}: {copy} of {earlier}")
     if len(pairs) > LISTED:
         print(f"and {len(pairs) - LISTED} more duplicates")
     print(*pictures, sep="\n")

@@ -163,6 +163,8 @@ class EvaluateOptions(EncoderOptions, InferenceOptions):
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise RequestError(unknown("protocol", protocol, list(PROTOCOLS)))
+        if self.finetune and "finetune" not in self.protocols:
+            raise RequestError(f"--finetune.{next(iter(self.finetune))} has no effect without --protocols finetune.")
         self.check_sources()
 
     def check_sources(self) -> None:

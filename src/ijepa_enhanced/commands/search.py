@@ -20,9 +20,10 @@ from ijepa_enhanced.embed.folder import EmbeddingFolder, unit_vectors
 from ijepa_enhanced.embed.index import SearchIndex
 from ijepa_enhanced.embed.search import Report, duplicates, nearest
 from ijepa_enhanced.embed.settings import hash_encoder
-from ijepa_enhanced.embed.sheet import EARLIER, QUERY, Pictures, Tile, draw_sheet, query_tile
+from ijepa_enhanced.embed.sheet import QUERY, Pictures, query_tile
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import EncoderError, RequestError, UnreadableImage
+from ijepa_enhanced.visualize.tiles import EARLIER, Tile, draw_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,13 @@ def find_matches(options: SearchOptions, folder: EmbeddingFolder, pictures: Pict
         found = index.nearest(vectors, own, count)
     rows = folder.rows([*keys, *(match.row for matches in found for match in matches)])
     results: Results = []
-    table = Table(folded("query"), "score", folded("key"), "label")
+    several = len(names) > 1
+    table = Table(*([folded("query")] if several else []), "score", folded("key"), "label")
     for name, matches in zip(names, found, strict=True):
         for match in matches:
             row = rows[match.row]
             results.append({"query": name, "key": row.key, "path": row.path, "label": row.label, "score": match.score})
-            table.add_row(name, f"{match.score:.4f}", row.key, row.label)
+            table.add_row(*([name] if several else []), f"{match.score:.4f}", row.key, row.label)
         table.add_section()
     print_table(table)
     log_limit("queries", LINES, len(names))

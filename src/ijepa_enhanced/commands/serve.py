@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Names of this machine to itself."""
+ANY = ("0.0.0.0", "::")
+"""Not an address that a browser can open: the service listens on all addresses of this machine."""
 
 
 def run(options: ServeOptions) -> int:
@@ -40,6 +43,8 @@ def run(options: ServeOptions) -> int:
     token = read_token(options.token_file)
     with listen(options.host, options.port) as listening:  # before the weights are loaded, which takes long
         host, port = listening.getsockname()[:2]
+        if host in ANY:
+            host = socket.gethostname()
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         local = options.host in LOOPBACK
         if not local and token is None:

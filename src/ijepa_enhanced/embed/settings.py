@@ -132,7 +132,7 @@ def load_settings(folder: Path) -> EmbedSettings:
         RequestError: the folder was not written by `ijepa embed`, or by another version of it.
     """
     if not folder.is_dir():
-        raise RequestError(f"No such folder: {folder}.")
+        raise RequestError(f"No such folder: {folder}. `ijepa embed` writes one.")
     try:
         values: dict[str, Any] = json.loads((folder / FILE).read_text())
         if values["format"] != FORMAT:

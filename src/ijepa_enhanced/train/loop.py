@@ -207,7 +207,12 @@ class Run:
             RankError: they do not.
         """
         if state.step == self.total:
-            logger.warning("%s is finished: all %d steps are done.", self.folder, self.total)
+            logger.warning(
+                "%s is finished: all %d steps are done. To train on, start a new run with --init %s.",
+                self.folder,
+                self.total,
+                self.folder,
+            )
             # The run may have stopped after its last checkpoint and before it wrote the encoder.
             self.save_encoder(whole(self.encoder), "encoder", state)
         else:
@@ -234,7 +239,7 @@ class Run:
         with (
             RunLog(self.folder, state.step, state.log_bytes) if ranks.main else nullcontext() as log,
             ProgressBar(total, state.step) if ranks.main else nullcontext() as bar,
-            StopSignals() as stop,
+            StopSignals(ranks.main) as stop,
             explaining_memory(config.data),
             explaining_workers(),
         ):

@@ -142,9 +142,11 @@ def check_resumable(saved: TrainConfig, asked: TrainConfig, folder: Path) -> Non
         RequestError: it does; the message names the key.
     """
     for key, before, after in _changes(saved, asked):
+        # The schedules of the learning rate and the teacher depend on the number of steps.
+        more = f" from its weights: --init {folder} --run NEW" if key in ("steps", "epochs") else ""
         raise RequestError(
             f"{folder} was started with {key} = {_yaml(before)} and cannot continue with {_yaml(after)}. "
-            f"Remove --{key}, or start a new run."
+            f"Remove --{key}, or start a new run{more}."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,10 @@ class Start:
         if architecture.positions == "factorized" and architecture.resampling == "squeeze":
             rows, cols = before.trained_grid or (0, 0)
             grid = (max(rows, longest[0]), max(cols, longest[1]))
-        return dataclasses.replace(before, resolution=config.data.max_resolution, trained_grid=grid)
+        resolution = config.data.max_resolution
+        if resolution is not None:  # views are scaled down to the limit
+            resolution = min(resolution, int(math.sqrt(config.data.view_limit) * architecture.patch_size))
+        return dataclasses.replace(before, resolution=resolution, trained_grid=grid)
 
 
 def load_start(config: TrainConfig, folder: Path, resume: bool, initial: Encoder | None = None) -> Start:

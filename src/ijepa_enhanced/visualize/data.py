@@ -16,6 +16,7 @@ from ijepa_enhanced.data.decode import picture_of
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.errors import UnreadableImage
 from ijepa_enhanced.visualize.plot import plot
+from ijepa_enhanced.visualize.tiles import EARLIER, Tile, draw_sheet
 from ijepa_enhanced.visualize.views import save_png, sheet_of
 
 MOST = 10_000
@@ -24,6 +25,8 @@ THUMBNAIL_SIZE = 128
 """sqrt(height * width) of images on the sheet, and of images that are compared, in pixels."""
 SHOWN = 60
 PAIRS_SHOWN = 24
+NAMED = 12
+"""Most classes whose names fit below their bars."""
 NEAR = 10
 """Most bits, of 128, in which the hashes of near duplicates differ."""
 
@@ -104,7 +107,12 @@ def draw_survey(source: Source, catalog: Catalog, seen: Survey, folder: Path) ->
     pairs = (seen.identical + seen.near)[:PAIRS_SHOWN]
     if pairs:
         pictures.append(folder / "duplicates.png")
-        save_png(sheet_of([_side_by_side(*(_thumbnail(source, row) for row in pair)) for pair in pairs]), pictures[-1])
+        kinds = ["identical"] * len(seen.identical) + ["near"] * len(seen.near)
+        lines = [
+            [_tile(source, earlier, EARLIER, framed=True), _tile(source, copy, kind)]
+            for (copy, earlier), kind in zip(pairs, kinds, strict=False)
+        ]
+        draw_sheet(lines, pictures[-1], side_by_side=True)
     if _draw_sizes(catalog, folder / "sizes.png"):
         pictures.append(folder / "sizes.png")
     return pictures
@@ -126,19 +134,14 @@ def _thumbnail(source: Source, row: int) -> NDArray[np.uint8]:
     return picture_of(source.open(row), THUMBNAIL_SIZE)
 
 
-def _side_by_side(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Join two pictures on white, without a gap."""
-    height = max(len(left), len(right))
-    padded = [
-        np.pad(picture, ((0, height - len(picture)), (0, 0), (0, 0)), constant_values=255) for picture in (left, right)
-    ]
-    return np.concatenate(padded, axis=1)
+def _tile(source: Source, row: int, title: str, framed: bool = False) -> Tile:
+    return Tile(Image.fromarray(_thumbnail(source, row)), title, source.key(row), framed)
 
 
 def _draw_sizes(catalog: Catalog, path: Path) -> bool:
     """Draw histograms of resolutions and aspect ratios, and the sizes of classes; False if matplotlib is missing."""
     heights, widths = catalog.heights.astype(np.float64), catalog.widths.astype(np.float64)
-    sizes = list(class_sizes(catalog).values())
+    sizes = class_sizes(catalog)
     with plot(path, 12, 3) as figure:
         if figure is None:
             return False
@@ -151,9 +154,12 @@ def _draw_sizes(catalog: Catalog, path: Path) -> bool:
             axes.hist(values, bins=np.geomspace(low / 1.02, high * 1.02, 41))
             axes.set(xscale="log", xlabel=title, ylabel="images")
             ticks = np.geomspace(low, high, 5) if high > low else [low]
-            axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            axes.set_xticks(ticks, [f"{tick:.3g}" if tick < 100 else f"{tick:.0f}" for tick in ticks])
             axes.minorticks_off()
         if sizes:
-            panels[2].bar(range(1, len(sizes) + 1), sizes, width=1)
+            named = len(sizes) <= NAMED
+            panels[2].bar(range(1, len(sizes) + 1), sizes.values(), width=0.8 if named else 1)
             panels[2].set(xlabel="classes, sorted by size", ylabel="images")
+            if named:
+                panels[2].set_xticks(range(1, len(sizes) + 1), sizes, rotation=30, ha="right")
     return True

@@ -121,7 +121,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Views/s (median)": f"{np.median(rates):,.0f}" if rates else NOTHING,
         "Waiting for data (median)": f"{np.median(waits):.1%}" if waits else NOTHING,
         "Last loss": f"{losses[-1]:.4f}" if losses else NOTHING,
-        "Best encoder (by the monitor)": f"step {best[-1][1]:,}" if best else NOTHING,
+        "Best encoder (by the monitor)": f"step {best[-1][1]:,}" if best else "not checked (monitor.every)",
     }
 
 
