@@ -127,6 +127,19 @@ def test_an_interrupted_study_goes_on_in_the_middle_of_its_run(
     assert next(updates) == 4 * 4 + 2, "and none again"
 
 
+def test_an_interrupted_study_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ijepa_enhanced.commands.study.run_study", interrupted)
+    file = tmp_path / "study.yaml"
+    file.write_text("val: synthetic\narms: {one: --steps 1, two: --steps 2}\n")
+    assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "ijepa: Interrupted. To continue, run the same command again.\n"
+
+
 def test_a_run_that_fails_is_a_line_and_the_others_go_on(
     plan: StudyConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from ijepa_enhanced.commands.flags import parse
 from ijepa_enhanced.commands.options import StudyOptions
 from ijepa_enhanced.commands.setup import print_json, print_table, share_cores, train_config
-from ijepa_enhanced.errors import RequestError
+from ijepa_enhanced.errors import RequestError, RunError
 from ijepa_enhanced.study.compare import summary
 from ijepa_enhanced.study.config import load_study
 from ijepa_enhanced.study.page import EXPLANATION, HEAD, cells, write_page
@@ -20,7 +20,10 @@ from ijepa_enhanced.train.config import TrainConfig
 def run(options: StudyOptions) -> int:
     """Run what is left of a study, print its table and write a page of its runs; return 1 if no run was scored."""
     study, folder = load_study(Path(options.file)), Path(options.out)
-    rows = run_study(study, folder, configure)
+    try:
+        rows = run_study(study, folder, configure)
+    except KeyboardInterrupt as error:
+        raise RunError("Interrupted. To continue, run the same command again.") from error
     table, lines = Table(*HEAD), summary(rows)
     for line in lines:
         table.add_row(*cells(line))
