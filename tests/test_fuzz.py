@@ -24,6 +24,7 @@ import httpx
 import imagecodecs
 import numpy as np
 import pillow_heif
+import pyarrow.parquet
 import pytest
 import tifffile
 import torch
@@ -36,6 +37,7 @@ from PIL import Image
 from damaged import DEEP, altered, damaged, damaged_json, damaged_safetensors
 from ijepa_enhanced.config import build, keys_of, read_config
 from ijepa_enhanced.data.catalog import catalog_path, open_catalog
+from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.decode import decode_whole
 from ijepa_enhanced.data.opening import open_image, upright_size
 from ijepa_enhanced.data.sources.base import Source
@@ -59,6 +61,7 @@ from ijepa_enhanced.serve.metrics import Metrics
 from ijepa_enhanced.train.checkpoint import load_checkpoint, read_progress, save_checkpoint
 from ijepa_enhanced.train.config import TrainConfig
 from ijepa_enhanced.train.optimizer import make_optimizer
+from ijepa_enhanced.visualize.report import write_report
 from released import LAYOUTS, network_of, write
 
 EXAMPLES = 8
@@ -290,6 +293,51 @@ def checkpoints(folder: Path) -> Parser:
     return Parser(inputs, check, tuple((progress, data) for data in (b"0", b"[0]", b"[" * DEEP)))
 
 
+def run_folders(folder: Path) -> Parser:
+    """`write_report` on a run without checkpoint and encoder."""
+    photos, run = folder / "photos", folder / "run"
+    for each in (photos, run):
+        each.mkdir()
+    for number in range(3):
+        Image.fromarray(np.tile(pixels(), (6, 6, 1))).save(photos / f"{number}.png")
+    config = dataclasses.asdict(TrainConfig(data=DataConfig(str(photos), tokens_per_pack=256), steps=4))
+    line = {"step": 2, "loss": 1.5, "fill": 0.9, "tokens_per_second": 10.0, "views_per_second": 1.0, "rankme": 3.0}
+    scores = {"settings": {"data": "photos", "resolution": 64}, "scores": {"trained": {"knn20": 0.5, "linear": None}}}
+    contents: dict[str, dict[str, Any]] = {"config.yaml": config, "log.jsonl": line, "evaluation.json": scores}
+
+    def check(change: tuple[str, bytes]) -> None:
+        for name, content in contents.items():
+            (run / name).write_text(json.dumps(content) + "\n")
+        (run / change[0]).write_bytes(change[1])
+        try:
+            write_report([run], folder / "report.html", dataclasses.asdict(TrainConfig()))
+        except UserError as error:
+            check_message(error, "", len(change[1]))
+
+    return Parser(
+        st.one_of([st.tuples(st.just(name), damaged_json(content)) for name, content in contents.items()]), check
+    )
+
+
+def tables(folder: Path) -> Parser:
+    """`TableSource`, of Parquet files."""
+    path = folder / "train.parquet"
+    image = pyarrow.array([{"bytes": encoded("PNG"), "path": "a.png"}] * 3)
+    valid = []
+    for compression in ("none", "snappy"):
+        pyarrow.parquet.write_table(pyarrow.table({"image": image, "label": [0, 1, 1]}), path, compression=compression)
+        valid.append(path.read_bytes())
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        try:
+            check_source(open_source(str(path)))
+        except UserError as error:
+            check_message(error, path.name)
+
+    return Parser(damaged(*valid), check)
+
+
 def encoder_folders(folder: Path) -> Parser:
     """`pretrained.load`, of folders of ours and of transformers, and of pickles."""
     network = VisionTransformer(Architecture(16, 1, 2, 16, 8, position_grid=(2, 2)))
@@ -423,6 +471,8 @@ PARSERS = (
     lists,
     catalogs,
     checkpoints,
+    run_folders,
+    tables,
     encoder_folders,
     yaml_files,
     source_names,

@@ -19,6 +19,7 @@ from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.config import DataConfig
 from ijepa_enhanced.data.plan import Plan
 from ijepa_enhanced.data.sources.open import open_source
+from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate.features import Features
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
 from ijepa_enhanced.train.config import OptimConfig, TrainConfig
@@ -647,7 +648,7 @@ def test_a_dead_run_beside_a_whole_one(trained: Path, run: Path, tmp_path: Path)
 
 def test_a_folder_that_is_no_run_is_refused_and_the_old_page_stays(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("old")
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
+    with pytest.raises(RequestError, match=r"config\.yaml"):
         write_report([trained, tmp_path], tmp_path / "report.html", DEFAULTS)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.html", "old")]
 

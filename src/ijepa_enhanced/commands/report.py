@@ -10,7 +10,6 @@ from ijepa_enhanced.commands.setup import print_json
 from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.files import make_folder
 from ijepa_enhanced.train.config import TrainConfig
-from ijepa_enhanced.train.saved import config_of_run, read_train_config
 from ijepa_enhanced.visualize.report import write_report
 
 
@@ -19,8 +18,6 @@ def run(options: ReportOptions) -> int:
     runs = [Path(run) for run in options.runs]
     if options.out is None and len(runs) > 1:
         raise RequestError("A report of several runs needs an output file. Add --out FILE.")
-    for run in runs:
-        read_train_config(config_of_run(run))
     page = Path(options.out) if options.out else runs[0] / "report.html"
     if page.is_dir():
         raise RequestError(f"--out must be a file, such as {page}/report.html, but {page} is a folder.")

@@ -43,7 +43,7 @@ def write_report(
         introduction: HTML of sections to put first, by their titles.
 
     Raises:
-        FileNotFoundError: a folder is not a run: it has no config.yaml.
+        RequestError: a folder is not a run: see `read_run`.
     """
     names = _names(runs)
     found = [read_run(folder, name) for folder, name in zip(runs, names, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
 from ijepa_enhanced.data.catalog import open_catalog
@@ -20,6 +20,7 @@ from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.evaluate.tokens import LabelledSource
 from ijepa_enhanced.masks import MaskConfig
 from ijepa_enhanced.train.logging import read_log
+from ijepa_enhanced.train.saved import load_config
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def read_run(folder: Path, name: str) -> Run:
     """Return what a run's folder holds, with a sentence about everything that is missing or cannot be read.
 
     Raises:
-        FileNotFoundError: the folder has no config.yaml.
+        RequestError: the folder has no config.yaml, or one that is damaged or of another version.
     """
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = dataclasses.asdict(load_config(folder))
     missing: list[str] = []
     log: list[dict[str, Any]] = []
     progress: dict[str, Any] = {}

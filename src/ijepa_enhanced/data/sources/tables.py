@@ -235,7 +235,7 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, _datasets().exceptions.DatasetsError) as error:
         first, *_ = [*str(error.__cause__ or error).splitlines(), type(error).__name__]
-        raise SourceError(f"{name} cannot be loaded: {first}") from error
+        raise SourceError(f"{name} cannot be loaded: {first.rstrip('.')}.") from error
 
 
 def _column(kind: str, possible: list[str], columns: Columns, name: str) -> str | None:
