@@ -327,6 +327,12 @@ WRONG_REQUESTS = {
         "evaluate run --train photos --val photos --finetune.epochs 2",
         "--finetune.epochs has no effect without --protocols finetune.",
     ),
+    "a sweep of an absurd resolution": (
+        nothing,
+        "evaluate run --train photos --val photos --sweep resolution=32,100000",
+        "resolution must be at most 1024 px, not 100000: an image may have 16,384 patches of 8 px. In Python, "
+        "tokens_per_pack raises this limit.",
+    ),
     "evaluate, train nowhere": (nothing, "evaluate run --train nope --val photos", NOWHERE),
     "evaluate, val nowhere": (nothing, "evaluate run --train photos --val nope", NOWHERE),
     "train on an empty folder": (empty_folder, "train --data.source images --run new", NO_IMAGES),

@@ -340,7 +340,11 @@ def test_a_sweep_says_what_to_take_and_where_its_results_are(swept: tuple[Path, 
     cells = chosen.split("│")
     taken = f"Recommended: resolution {answer.json['resolution']}, merge rate {answer.json['merge_rate']:g}. "
     assert answer.out[-4].startswith(taken)
-    assert [cell.strip() for cell in cells[1:3]] == [str(answer.json["resolution"]), f"{answer.json['merge_rate']:g}"]
+    assert [cell.strip() for cell in cells[1:6]] == [
+        str(answer.json["resolution"]),
+        f"{answer.json['merge_rate']:g}",
+        *(f"{answer.json[score]:.1%}" for score in ("choosing_linear", "linear", "knn20")),
+    ]
     # Programs find the scores of what to take where those of one encoder are.
     assert {name: value for name, value in answer.json.items() if name != "sweep"} in answer.json["sweep"]
     with (folder / "sweep.csv").open(newline="") as file:
@@ -570,7 +574,7 @@ def test_resuming_goes_on_from_the_newest_checkpoint(run: Run, pictures: Path, t
 def test_a_finished_run_is_left_as_it_is(run: Run) -> None:
     before = lines(run.folder / "log.jsonl")
     answer = ijepa("train", "--resume", run.folder, "--json")
-    said = [f"{run.folder} is finished: all 4 steps are done. To train on, start a new run with --init {run.folder}."]
+    said = [f"{run.folder} is finished: all 4 steps are done."]
     assert (answer.code, answer.json, answer.err) == (0, run.answer.json, said)
     assert lines(run.folder / "log.jsonl") == before
 

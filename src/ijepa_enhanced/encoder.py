@@ -159,8 +159,8 @@ class Encoder(nn.Module):
                 one for each. Merging is faster and less accurate (docs/measurements.md).
             precision: of matrix products. `auto` follows `torch.autocast` if it is entered. Otherwise it is float32 on
                 a CPU, and bfloat16 on a GPU that supports it.
-            tokens_per_pack: largest number of tokens of an image, and in memory at once. Lower it if memory is short.
-                A CPU takes at most 4,096 at once, unless one image has more.
+            tokens_per_pack: largest number of tokens of an image, and in memory at once. If memory is short, lower it,
+                and `resolution` if it needs more. A CPU takes at most 4,096 at once, unless one image has more.
 
         Returns:
             float32 [N, D] on the encoder's device.
@@ -338,14 +338,18 @@ class Encoder(nn.Module):
             return None
         if not isinstance(resolution, int) or resolution < 1:
             raise RequestError(f"resolution must be a positive integer (pixels), or 'native', not {resolution!r}.")
-        largest = math.isqrt(limit) * self.config.patch_size
-        if resolution > largest:
-            raise RequestError(
-                f"resolution must be at most {largest} px, not {resolution}: an image may have {limit:,} patches of "
-                f"{self.config.patch_size} px."
-            )
+        self.check_limit(resolution, limit)
         self.check_resolution(resolution)
         return resolution
+
+    def check_limit(self, resolution: int | None, limit: int = TOKENS_PER_PACK) -> None:
+        """Raise RequestError if a square image of this resolution has more than `limit` patches."""
+        largest = math.isqrt(limit) * self.config.patch_size
+        if resolution is not None and resolution > largest:
+            raise RequestError(
+                f"resolution must be at most {largest} px, not {resolution}: an image may have {limit:,} patches of "
+                f"{self.config.patch_size} px. In Python, tokens_per_pack raises this limit."
+            )
 
     def check_resolution(self, resolution: int | None) -> None:
         """Log a warning, once for each resolution, if images would be much smaller or larger than in training."""

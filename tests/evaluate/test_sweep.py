@@ -78,8 +78,9 @@ def test_the_fastest_of_those_within_half_a_point_is_chosen() -> None:
     assert choose([best, beyond]) is best
     assert advice([best, edge, beyond]) == (
         "Recommended: resolution 160, merge rate 0.05. Linear accuracy 69.5%, 2.3x as fast as the most accurate "
-        "setting (resolution 224, merge rate 0: 70.0%) and at most 0.5 points worse. This choice used one half of the "
-        "validation images; on the other half, the linear accuracy is 40.0% (95% confidence interval 39.5% to 40.5%)."
+        "setting (resolution 224, merge rate 0: 70.0%); differences up to 0.5 points count as equal. This choice used "
+        "one half of the validation images; on the other half, the linear accuracy is 40.0% (95% confidence interval "
+        "39.5% to 40.5%)."
     )
     assert advice([beyond, dataclasses.replace(best, resolution=None)]) == (
         "Recommended: resolution native, merge rate 0. Linear accuracy 70.0%; no faster setting comes within 0.5 "
@@ -95,7 +96,7 @@ def test_with_few_images_a_standard_error_is_as_good_as_equal() -> None:
         for at in ((0.935, 100, 96), (0.906, 200, 64), (0.904, 300, 48))
     )
     assert choose([best, within, beyond]) is within
-    assert "at most 3.0 points worse" in advice([best, within, beyond])
+    assert "differences up to 3.0 points count as equal" in advice([best, within, beyond])
     assert "no faster setting comes within 3.0 points" in advice([best, beyond])
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ijepa_enhanced.encoder import Encoder
-from ijepa_enhanced.errors import ImageTooLarge, UnreadableImage
+from ijepa_enhanced.errors import ImageTooLarge, RequestError, UnreadableImage
 from ijepa_enhanced.models.config import Architecture
 from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.serve.config import Limits
@@ -260,6 +260,9 @@ def test_an_image_never_has_more_tokens_than_a_pack(engine: Engine, make_image: 
     (answer,) = asyncio.run(engine.embed([make_image(300, 310)], How("native")))
     assert np.prod(answer.made.output.grid) <= engine.budget == 200
     assert answer.made.output.grid == (14, 14)
+    asyncio.run(engine.embed([make_image(300, 310)], How(14 * 8)))
+    with pytest.raises(RequestError, match="resolution must be at most 112 px, not 113: an image may have 200 patches"):
+        asyncio.run(engine.embed([make_image(300, 310)], How(113)))
 
 
 def test_a_request_that_is_cancelled_is_not_computed(encoder: Encoder, make_image: MakeImage) -> None:

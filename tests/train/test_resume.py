@@ -131,6 +131,18 @@ def test_only_a_second_ctrl_c_stops_at_once(capfd: pytest.CaptureFixture[str]) -
         signal.signal(signal.SIGTERM, before)
 
 
+def test_ctrl_c_writes_into_no_other_file_if_stderr_is_closed(tmp_path: Path) -> None:
+    program = """
+import signal
+from ijepa_enhanced.train.signals import StopSignals
+with open("other", "w") as other, StopSignals():
+    assert other.fileno() == 2
+    signal.raise_signal(signal.SIGINT)
+"""
+    subprocess.run(f"{sys.executable} -c '{program}' 2>&-", shell=True, cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "other").read_text() == ""
+
+
 def test_stopping_before_the_first_step_changes_nothing(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

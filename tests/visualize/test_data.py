@@ -84,6 +84,19 @@ def test_classes_are_counted(photos):
     assert class_sizes(open_catalog(FolderSource(photos / "ant"))) == {}
 
 
+@pytest.mark.parametrize("name", ["c$\\bad$d", "x" * 60, "猫", "ant"])
+def test_the_classes_have_any_name(photos, tmp_path, capsys, name):
+    pytest.importorskip("matplotlib")
+    (photos / "ant").rename(photos / name)
+    code, out, _ = ijepa(capsys, "inspect", "data", photos, "--out", tmp_path / "out")
+    assert code == 0
+    assert f"class {name}" in " ".join(out)
+    with Image.open(tmp_path / "out" / "sizes.png") as drawn:
+        # The panels keep their height: their frame is drawn from top to bottom.
+        frames = (np.asarray(drawn.convert("L")) < 50).sum(axis=0).max()
+    assert frames > 0.5 * 300
+
+
 def test_only_some_of_many_are_looked_at(photos, monkeypatch):
     monkeypatch.setattr("ijepa_enhanced.visualize.data.MOST", 9)
     source = FolderSource(photos)

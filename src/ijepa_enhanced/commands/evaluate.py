@@ -108,7 +108,12 @@ def run(options: EvaluateOptions) -> int:
             train, val, maps = open_sources(options)
         work = Work(options, finetune, encoder, train, val, maps, config)
         check_agreement(work, ranks)
-        return evaluate(work) if swept is None else sweep(work, settings_of(swept, config))
+        if swept is None:
+            return evaluate(work)
+        settings = settings_of(swept, config)
+        for resolution, _ in settings:
+            encoder.check_limit(resolution)
+        return sweep(work, settings)
 
 
 def open_sources(options: EvaluateOptions) -> tuple[LabelledSource, LabelledSource, list[LabelledMaps]]:

@@ -118,8 +118,8 @@ def advice(points: Sequence[Point]) -> str:
         faster = chosen.network_images_per_second / best.network_images_per_second
         reason = (
             f"Linear accuracy {chosen.choosing_linear:.1%}, {faster:.1f}x as fast as the most accurate setting "
-            f"({setting_name(best.resolution, best.merge_rate)}: {best.choosing_linear:.1%}) and at most "
-            f"{close} worse"
+            f"({setting_name(best.resolution, best.merge_rate)}: {best.choosing_linear:.1%}); differences up to "
+            f"{close} count as equal"
         )
     return (
         f"Recommended: {setting_name(chosen.resolution, chosen.merge_rate)}. {reason}. This choice used one half of "

@@ -21,7 +21,9 @@ from ijepa_enhanced.devices import multiplies_bf16
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this build of PyTorch has oneDNN's product. The function is private, so a later PyTorch may lack it."""
-FAST_FLOAT32 = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() != "AVX2"
+FAST_FLOAT32 = HAS_ONEDNN and not (
+    torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+)
 """Whether to multiply float32 matrices with oneDNN. With AVX2 alone, MKL is faster (docs/log.md, 2026-11-28)."""
 HAS_BF16 = HAS_ONEDNN and multiplies_bf16(torch.device("cpu"))
 """Whether oneDNN multiplies bfloat16 on this processor."""

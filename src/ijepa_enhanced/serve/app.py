@@ -66,7 +66,7 @@ class Service:
     @property
     def max_resolution(self) -> int:
         """Return the largest resolution at which a square image fits into a pack."""
-        return int(math.sqrt(self.engine.budget) * self.engine.encoder.config.patch_size)
+        return math.isqrt(self.engine.budget) * self.engine.encoder.config.patch_size
 
     async def embed(self, images: Sequence[bytes], how: How) -> list[Answer]:
         """Return the answers for images.

@@ -100,7 +100,7 @@ class Engine:
             Overloaded: the queue has no room for the images.
             BadImage: one of them cannot be decoded, or has too many pixels.
         """
-        resolution = self.encoder.pixels(how.resolution)
+        resolution = self.encoder.pixels(how.resolution, self.budget)
         with self._admitted(len(images)):
             try:
                 async with asyncio.TaskGroup() as group:

@@ -207,12 +207,7 @@ class Run:
             RankError: they do not.
         """
         if state.step == self.total:
-            logger.warning(
-                "%s is finished: all %d steps are done. To train on, start a new run with --init %s.",
-                self.folder,
-                self.total,
-                self.folder,
-            )
+            logger.warning("%s is finished: all %d steps are done.", self.folder, self.total)
             # The run may have stopped after its last checkpoint and before it wrote the encoder.
             self.save_encoder(whole(self.encoder), "encoder", state)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from contextlib import suppress
 from types import FrameType
 from typing import Self
@@ -22,7 +23,7 @@ class StopSignals:
     """
 
     def __init__(self, speaks: bool = True) -> None:
-        self.speaks = speaks
+        self.speaks = speaks and sys.stderr is not None  # if it is closed, its number may be that of another file
 
     def __enter__(self) -> Self:
         self.requested = False
@@ -35,7 +36,7 @@ class StopSignals:
         if self.speaks and number == signal.SIGINT:
             # Not by `print` or a logger: a handler can interrupt a write, and Python refuses to write to that file
             # again.
-            with suppress(OSError):  # stderr is closed
+            with suppress(OSError):  # the pipe has no reader any more
                 os.write(STDERR, STOPPING)
         if number == signal.SIGINT:  # if saving hangs, the same key stops the process
             signal.signal(number, self.before[signal.SIGINT])

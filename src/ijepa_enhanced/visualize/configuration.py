@@ -20,7 +20,7 @@ def configuration_section(runs: Sequence[Run], defaults: Mapping[str, Any]) -> s
     """Return the whole configuration of one run, marked where it is not the default, or the differences of several."""
     if len(runs) > 1:
         return _differences(runs)
-    settings, usual = _flat(runs[0].config), _flat(defaults)
+    settings, usual = _flat(runs[0].written), _flat(defaults)
     groups = []
     for group in dict.fromkeys(group for group, _ in settings):
         names = [name for of, name in settings if of == group]
@@ -35,7 +35,7 @@ def configuration_section(runs: Sequence[Run], defaults: Mapping[str, Any]) -> s
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    flat = [_flat(run.config) for run in runs]
+    flat = [_flat(run.written) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [(".".join(filter(None, key)), *(_value(settings, key) for settings in flat)) for key in keys]
     differing = [row for row in rows if len(set(row[1:])) > 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ SHOWN = 60
 PAIRS_SHOWN = 24
 NAMED = 12
 """Most classes whose names fit below their bars."""
+NAME = 20
+"""Most characters of such a name."""
 NEAR = 10
 """Most bits, of 128, in which the hashes of near duplicates differ."""
 
@@ -157,9 +160,12 @@ def _draw_sizes(catalog: Catalog, path: Path) -> bool:
             axes.set_xticks(ticks, [f"{tick:.3g}" if tick < 100 else f"{tick:.0f}" for tick in ticks])
             axes.minorticks_off()
         if sizes:
-            named = len(sizes) <= NAMED
+            # The font of the plot has no letters beyond Latin, Greek and Cyrillic.
+            named = len(sizes) <= NAMED and all(max(map(ord, name), default=0) < 0x530 for name in sizes)
             panels[2].bar(range(1, len(sizes) + 1), sizes.values(), width=0.8 if named else 1)
             panels[2].set(xlabel="classes, sorted by size", ylabel="images")
             if named:
-                panels[2].set_xticks(range(1, len(sizes) + 1), sizes, rotation=30, ha="right")
+                names = [textwrap.shorten(name, NAME, placeholder="…") for name in sizes]
+                # A `$` is no formula.
+                panels[2].set_xticks(range(1, len(sizes) + 1), names, rotation=30, ha="right", parse_math=False)
     return True

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ijepa_enhanced.data.catalog import LISTED, summary
-from ijepa_enhanced.data.config import AugmentConfig, DataConfig
+from ijepa_enhanced.data.config import AugmentConfig
 from ijepa_enhanced.data.loader import PackDataset, masks_of
 from ijepa_enhanced.devices import best_device, device_name
 from ijepa_enhanced.files import replacing
@@ -188,8 +188,7 @@ def _masks(run: Run) -> str:
     images, first = run.images, run.images.plan[0]
     pack = first.select(np.flatnonzero(~first.unmasked)[:VIEWS_SHOWN])
     patch_size = run.config["encoder"]["patch_size"]
-    changes = AugmentConfig(**run.config.get("augment", {}))
-    channels = DataConfig(**run.config["data"]).channels  # older runs do not state it, so use the default
+    changes, channels = AugmentConfig(**run.config["augment"]), run.config["data"]["channels"]
     dataset = PackDataset(
         images.source, images.catalog, patch_size, seed=run.config["seed"], changes=changes, channels=channels
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
 from ijepa_enhanced.data.catalog import open_catalog
@@ -39,6 +40,9 @@ class Run:
     name: str
     """What the page calls it."""
     config: dict[str, Any]
+    """The configuration, complete."""
+    written: dict[str, Any]
+    """What config.yaml says: one of another version may lack settings."""
     log: list[dict[str, Any]]
     progress: dict[str, Any]
     """progress.json of the newest checkpoint; empty if there is none."""
@@ -90,6 +94,7 @@ def read_run(folder: Path, name: str) -> Run:
         RequestError: the folder has no config.yaml, or one that is damaged or of another version.
     """
     config = dataclasses.asdict(load_config(folder))
+    written = yaml.safe_load((folder / "config.yaml").read_text())
     missing: list[str] = []
     log: list[dict[str, Any]] = []
     progress: dict[str, Any] = {}
@@ -121,7 +126,7 @@ def read_run(folder: Path, name: str) -> Run:
     if (folder / "evaluation.json").exists():
         with _noting(missing, "The evaluation cannot be read"):
             evaluation = _read_evaluation(folder / "evaluation.json")
-    return Run(name, config, log, progress, *evaluation, images, encoder, tuple(missing))
+    return Run(name, config, written, log, progress, *evaluation, images, encoder, tuple(missing))
 
 
 @contextmanager
