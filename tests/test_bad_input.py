@@ -329,7 +329,7 @@ WRONG_REQUESTS = {
     ),
     "a sweep of an absurd resolution": (
         nothing,
-        "evaluate run --train photos --val photos --sweep resolution=32,100000",
+        "evaluate run --data photos --sweep resolution=32,100000",
         "resolution must be at most 1024 px, not 100000: an image may have 16,384 patches of 8 px. In Python, "
         "tokens_per_pack raises this limit.",
     ),

@@ -742,7 +742,7 @@ def test_help_shows_a_default_once() -> None:
     assert "--precision auto|bf16|fp32" in text
     assert "--encoder.variant Ti|S|B|L|H|g" in text
     assert "--encoder.patch_size 8|14|16" in text
-    assert "a recipe (continue, from-teacher, own-images, own-images-cpu, quickstart" in text
+    assert "a recipe (continue, from-teacher, own-images, own-images-cpu, own-images-no-color, quickstart" in text
     assert "RECIPES" not in text
     assert "(default: knn linear)" in " ".join(" ".join(ijepa("evaluate", "--help").out).split())
 
