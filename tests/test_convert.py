@@ -217,7 +217,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
         "other already contains an encoder. Give another folder as OUT.",
     ),
     "a folder that is not there": (lambda: None, "a/b/c new", "No such file or folder: a/b/c."),
-    "a folder in one that is there": (lambda: Path("runs").mkdir(), "runs/pets new", "No such file or folder: runs/pets."),
+    "a folder in one that is there": (
+        lambda: Path("runs").mkdir(),
+        "runs/pets new",
+        "No such file or folder: runs/pets.",
+    ),
     "a folder with weights": (
         lambda: Encoder.from_pretrained(released()).save_pretrained("ours"),
         "dino ours",
