@@ -11,7 +11,7 @@ from ijepa_enhanced.cli import main
 from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.decode import decode_whole
 from ijepa_enhanced.data.sources.folder import FolderSource
-from ijepa_enhanced.visualize.data import NEAR, THUMBNAIL_SIZE, class_sizes, perceptual_hash, survey
+from ijepa_enhanced.visualize.data import NEAR, THUMBNAIL_SIZE, class_sizes, perceptual_hash, short_name, survey
 
 
 def picture(seed, height=150, width=200):
@@ -95,6 +95,11 @@ def test_the_classes_have_any_name(photos, tmp_path, capsys, name):
         # The panels keep their height: their frame is drawn from top to bottom.
         frames = (np.asarray(drawn.convert("L")) < 50).sum(axis=0).max()
     assert frames > 0.5 * 300
+
+
+def test_a_long_name_is_cut_and_not_lost():
+    assert short_name("x" * 20) == "x" * 20
+    assert short_name("x" * 21) == "x" * 19 + "…"
 
 
 def test_only_some_of_many_are_looked_at(photos, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +140,11 @@ def _tile(source: Source, row: int, title: str, framed: bool = False) -> Tile:
     return Tile(Image.fromarray(_thumbnail(source, row)), title, source.key(row), framed)
 
 
+def short_name(name: str) -> str:
+    """Return the beginning of a name that is longer than `NAME`."""
+    return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+
+
 def _draw_sizes(catalog: Catalog, path: Path) -> bool:
     """Draw histograms of resolutions and aspect ratios, and the sizes of classes; False if matplotlib is missing."""
     heights, widths = catalog.heights.astype(np.float64), catalog.widths.astype(np.float64)
@@ -165,7 +169,7 @@ def _draw_sizes(catalog: Catalog, path: Path) -> bool:
             panels[2].bar(range(1, len(sizes) + 1), sizes.values(), width=0.8 if named else 1)
             panels[2].set(xlabel="classes, sorted by size", ylabel="images")
             if named:
-                names = [textwrap.shorten(name, NAME, placeholder="…") for name in sizes]
+                names = [short_name(name) for name in sizes]
                 # A `$` is no formula.
                 panels[2].set_xticks(range(1, len(sizes) + 1), names, rotation=30, ha="right", parse_math=False)
     return True
