@@ -1041,7 +1041,7 @@ SURVIVED: dict[str, tuple[Callable[[], None], str, list[str], dict[str, int]]] =
         damaged_headers_and_body,
         f"{EVALUATE} --baselines --json",
         [line.replace(":", " of photos:", 1) for line in SKIPPED]
-        + ["Scoring: start", "Scoring: raw 16x16 pixels", "Scoring: trained", FEW.format(6), SAME],
+        + ["Scoring: start", "Scoring: raw pixels", "Scoring: trained", FEW.format(6), SAME],
         {},
     ),
     "evaluate beside many that are not readable": (

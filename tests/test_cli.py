@@ -215,7 +215,7 @@ def test_baselines_are_rows_of_the_table(run: Run, pictures: Path) -> None:
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in answer.out if line.startswith("│")]
     assert [row[0] for row in rows] == ["kNN-1", "kNN-5", "kNN-20", "linear", "", "RankMe"]
     (head,) = [line for line in answer.out if line.startswith("┃")]
-    assert [cell.strip() for cell in head.split("┃")[2:5]] == ["start", "raw 16x16 pixels", "trained"]
+    assert [cell.strip() for cell in head.split("┃")[2:5]] == ["start", "raw pixels", "trained"]
     start, trained = (scores(evaluate(run.folder, pictures, pictures, *more)) for more in (["--start"], []))
     for place, expected in ((1, start), (3, trained)):
         # Wilson's interval of 10 of 10 has a line of its own.
@@ -300,6 +300,11 @@ def test_the_dense_probe_takes_images_and_label_maps(run: Run, tmp_path: Path) -
     assert (answer.code, answer.err) == (0, ["Scoring: trained"])
     assert answer.json.keys() == {"dense_miou", "dense_knn"}
     assert answer.json["dense_miou"] > 0.9
+    answer = evaluate(run.folder, tmp_path, tmp_path, "--protocols", "dense", "--resolution", "48", "--baselines")
+    assert answer.err == ["Scoring: start", "Scoring: raw pixels", "Scoring: trained"]
+    rows = [line.strip("│").split("│") for line in answer.out if line.startswith("│")]
+    # The light part is white and the dark part black: here, pixels suffice.
+    assert [row[2].strip() for row in rows] == ["100.0%", "100.0%"]
 
 
 SWEEP = ["--sweep", "resolution=24,40", "merge_rate=0,0.5"]
@@ -516,7 +521,7 @@ def test_inspecting_features_draws_a_picture_and_says_how_patches_are_counted(
 def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path, tmp_path: Path) -> None:
     found = evaluate(run.folder, pictures, pictures, "--baselines")
     kept = json.loads((run.folder / "evaluation.json").read_text())
-    assert {"start", "raw 16x16 pixels", "trained"} <= kept["scores"].keys()
+    assert {"start", "raw pixels", "trained"} <= kept["scores"].keys()
     assert kept["scores"]["trained"]["linear"] == found.json["linear"]
     assert kept["settings"]["train"] == str(pictures)
     card = run.folder / "encoder" / "README.md"
@@ -550,7 +555,7 @@ def test_an_evaluation_is_kept_and_stands_in_the_report(run: Run, pictures: Path
     page = tmp_path / "page.html"
     answer = ijepa("report", run.folder, "--out", page, "--json")
     assert (answer.code, answer.out[0], answer.json) == (0, str(page), {"report": str(page)})
-    assert "raw 16x16 pixels" in page.read_text()
+    assert "raw pixels" in page.read_text()
     assert ijepa("report", run.folder, run.folder).err == [
         "ijepa: A report of several runs needs an output file. Add --out FILE."
     ]

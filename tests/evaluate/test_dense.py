@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ijepa_enhanced import Encoder
+from ijepa_enhanced.data.catalog import open_catalog
 from ijepa_enhanced.data.sources.folder import FolderSource
+from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate import dense as dense_module
 from ijepa_enhanced.evaluate import linear
-from ijepa_enhanced.evaluate.dense import dense, mean_iou, patch_labels
+from ijepa_enhanced.evaluate.dense import RawPatches, dense, mean_iou, patch_labels
 from ijepa_enhanced.evaluate.label_maps import map_of, open_maps
-from ijepa_enhanced.evaluate.tokens import InferenceConfig
+from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, stored_tokens, uncounted
 from ijepa_enhanced.models.config import EncoderConfig
 from ijepa_enhanced.models.preprocessing import Preprocessing
 from ijepa_enhanced.randomness import Purpose, generator
@@ -71,6 +73,21 @@ def test_light_and_dark_are_told_apart(encoder: Encoder, halves: Path) -> None:
     scores = dict(dense(encoder, maps, maps, SETTING))
     assert list(scores) == ["dense_miou", "dense_knn"]
     assert min(scores.values()) > 0.9
+
+
+def test_the_features_of_raw_patches_are_their_pixels(encoder: Encoder, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    source = open_source(str(tmp_path))
+    floor = RawPatches(encoder.network, encoder.preprocessing)
+    with stored_tokens(floor, LabelledSource(source, open_catalog(source)), InferenceConfig(None), uncounted) as tokens:
+        found = tokens.values.float()
+    assert found.shape == (6, floor.width) == (6, 192)
+    patches = torch.from_numpy(pixels).view(2, 8, 3, 8, 3).transpose(1, 2).reshape(6, 64, 3)
+    mean, std = (torch.tensor(values) for values in (encoder.preprocessing.mean, encoder.preprocessing.std))
+    expected = (patches / 255 - mean) / std
+    # Stored as bfloat16, which has 8 significant bits.
+    torch.testing.assert_close(found.view(6, 64, 3), expected, rtol=2**-8, atol=0)
 
 
 def photo(folder: Path, width: int, orientation: int) -> np.ndarray:
@@ -172,6 +189,9 @@ def test_what_is_no_pair_is_an_error(encoder: Encoder, halves: Path, pictures: P
     Image.fromarray(labels).convert("RGB").save(path)
     modes = "its image mode must be L (one channel), P (palette) or 1 (one bit), not RGB"
     fails(UnreadableImage, f"{path} is not a label map: {modes}.")
+    Image.fromarray(labels.astype(np.uint16) + 256).save(path)
+    fails(UnreadableImage, f"{path} is not a label map: {modes.replace('RGB', 'I;16')}.")
+    Image.fromarray(labels).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UnreadableImage, match=f"^The label map {path} cannot be read: "):

@@ -26,7 +26,7 @@ from ijepa_enhanced.errors import RequestError
 from ijepa_enhanced.evaluate import labelled
 from ijepa_enhanced.evaluate.attentive import attentive
 from ijepa_enhanced.evaluate.config import FinetuneConfig
-from ijepa_enhanced.evaluate.dense import dense
+from ijepa_enhanced.evaluate.dense import RawPatches, dense
 from ijepa_enhanced.evaluate.features import Features, extract, thumbnails
 from ijepa_enhanced.evaluate.finetune import finetune
 from ijepa_enhanced.evaluate.label_maps import LabelledMaps, open_maps
@@ -160,7 +160,7 @@ def evaluate(work: Work) -> int:
     if options.baselines or options.start:
         subjects["start"] = start_of(work.encoder, Path(options.run))
     if options.baselines:
-        subjects["raw 16x16 pixels"] = None
+        subjects["raw pixels"] = None
     if not options.start:
         subjects["trained"] = work.encoder
     evaluation: dict[str, Scores] = {}
@@ -211,18 +211,17 @@ def only_printed(path: Path) -> Iterator[None]:
 
 
 def scores_of(work: Work, encoder: Encoder | None) -> Scores:
-    """Return the scores of an encoder by all protocols, or of raw pixels by those that score features."""
+    """Return the scores of an encoder by all protocols, or of raw pixels by those that have such a baseline."""
     options, config = work.options, work.config
     scores = scores_of_features(work, encoder, config)
-    if encoder is None:
-        return scores
-    if "attentive" in options.protocols:
+    if encoder is not None and "attentive" in options.protocols:
         scores |= attentive(encoder, work.train, work.val, config, options.seed, counting)
-    if "finetune" in options.protocols:
+    if encoder is not None and "finetune" in options.protocols:
         scores |= finetune(encoder, work.train, work.val, config, options.seed, counting, work.finetune)
     if "dense" in options.protocols:
+        shown = RawPatches(work.encoder.network, work.encoder.preprocessing) if encoder is None else encoder
         train, val = work.maps
-        scores |= dense(encoder, train, val, config, options.seed, counting)
+        scores |= dense(shown, train, val, config, options.seed, counting)
     return scores
 
 

@@ -145,7 +145,7 @@ class EvaluateOptions(EncoderOptions, InferenceOptions):
     dense (segmentation). See docs/evaluation.md."""
     baselines: bool = option(False)
     """Also score two baselines: the encoder that the run started from, called start (untrained, or the weights of
-    --init), and raw pixels (16x16 thumbnails)."""
+    --init), and raw pixels (16x16 thumbnails; for dense, patches)."""
     start: bool = option(False)
     """Score the encoder that the run started from instead of the trained one."""
     sweep: tuple[str, ...] = option((), metavar="NAME=VALUES")

@@ -29,6 +29,8 @@ from ijepa_enhanced.evaluate.tokens import (
     stored_tokens,
     uncounted,
 )
+from ijepa_enhanced.merge_plan import MergePlan
+from ijepa_enhanced.packed import Packed
 from ijepa_enhanced.randomness import Purpose, generator
 
 LABELS = 256
@@ -93,6 +95,22 @@ def dense(
     with stored_tokens(encoder, val, config, counting) as tokens, all_cores():
         for name, probe in (("dense_miou", linear), ("dense_knn", neighbors)):
             yield name, mean_iou(_confusion(probe, tokens, val))
+
+
+class RawPatches(Encoder):
+    """The floor that any encoder must beat in dense scores: the feature of a patch is its normalized pixels.
+
+    Patches are those of the encoder that the arguments are from: C * P * P numbers each.
+    """
+
+    @property
+    def width(self) -> int:
+        """Return D, the width of a feature."""
+        return self.config.channels * self.config.patch_size**2
+
+    def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
+        """Return the pixels of the patches, [T, D], as the output of the last block. Nothing is merged."""
+        return [self.normalize(packed).values]
 
 
 class _Probe(NamedTuple):
