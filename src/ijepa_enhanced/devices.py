@@ -145,6 +145,17 @@ def default_workers() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def training_workers(workers: int | None, device: torch.device) -> int:
+    """Return how many processes decode images for training on a device: `workers`, or the default if it is None.
+
+    The default is `default_workers` with a GPU. On a CPU it is 0: a worker takes a core from the network, which needs
+    it more than decoding does, unless images are large (docs/measurements.md).
+    """
+    if workers is not None:
+        return workers
+    return 0 if device.type == "cpu" else default_workers()
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Let PyTorch compute with `count` threads on the CPU while entered."""

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ijepa_enhanced.commands.options import Common, TrainOptions
 from ijepa_enhanced.config import as_options, build, either, find_config, keys_of
-from ijepa_enhanced.devices import best_device, default_workers
+from ijepa_enhanced.devices import best_device, default_workers, training_workers
 from ijepa_enhanced.distributed import is_main
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RequestError
@@ -187,11 +187,11 @@ def share_cores(workers: int | None) -> None:
     """Leave a core to each worker and half of all cores to torch at least, unless OMP_NUM_THREADS is set.
 
     This is for training, whose workers are busy: all threads of a matrix product wait for the one whose core a worker
-    holds. With one thread more, a quickstart on two cores is several times slower (docs/log.md). Workers that only
+    holds. With one thread more, training on two cores can be several times slower (docs/log.md). Workers that only
     decode for an encoder are mostly idle, and all cores are best for torch (docs/log.md, "Cores for embedding").
     """
     cores = default_workers()
-    workers = cores if workers is None else workers
+    workers = training_workers(workers, best_device())
     check_workers(workers)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), max(cores - workers, cores // 2))))

@@ -60,8 +60,8 @@ class DataConfig:
     max_unreadable: float = 0.01
     """Maximum fraction of unreadable images. Training stops if it is exceeded."""
     workers: int | None = None
-    """Number of worker processes that decode images. 0: decode in the training process. null: one worker per CPU core,
-    divided among the processes of a machine. Results do not depend on this number."""
+    """Number of worker processes that decode images. 0: decode in the training process. null: with a GPU, one worker
+    per CPU core, divided among the processes of a machine; without a GPU, 0. Results do not depend on this number."""
     cache: Literal["none", "memory"] = "none"
     """none: read images from disk in every epoch. memory: load all image files into shared memory first (241 MB for
     `synthetic`); training does not start if they do not fit."""

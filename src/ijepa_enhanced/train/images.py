@@ -12,7 +12,7 @@ from ijepa_enhanced.data.plan import Outline, Plan
 from ijepa_enhanced.data.sources.base import Source
 from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.data.statistics import check_source
-from ijepa_enhanced.devices import SHARED_MEMORY, free_memory, pins_memory
+from ijepa_enhanced.devices import SHARED_MEMORY, free_memory, pins_memory, training_workers
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.masks import MIN_TOKENS
 from ijepa_enhanced.train.config import TrainConfig
@@ -47,7 +47,7 @@ def open_images(config: TrainConfig, ranks: Ranks, resume: bool) -> TrainingImag
     # A rank holds the packs of this step and of the last one. For a GPU they are pinned, which is not shared memory.
     held = 0 if pins_memory(ranks.device) else 2 * own_packs
     check_shared_memory(
-        config.data.workers,
+        training_workers(config.data.workers, ranks.device),
         config.data.tokens_per_pack,
         config.encoder.patch_size,
         held,

@@ -18,7 +18,7 @@ import yaml
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.data.loader import PackDataset, make_loader
 from ijepa_enhanced.data.sources.open import anchored
-from ijepa_enhanced.devices import autocast, autocast_dtype, pins_memory
+from ijepa_enhanced.devices import autocast, autocast_dtype, pins_memory, training_workers
 from ijepa_enhanced.distributed import Ranks, is_one_of_many, ranks_of_run
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.errors import RunError
@@ -228,7 +228,7 @@ class Run:
         config, images, ranks, total = self.config, self.images, self.ranks, self.total
         monitor = start_monitor(config, images.source, images.plan, total, state.history, self.encoder.config)
         packs = images.plan.packs(state.cursor, ranks.rank, ranks.world)
-        pinned, workers = pins_memory(ranks.device), config.data.workers
+        pinned, workers = pins_memory(ranks.device), training_workers(config.data.workers, ranks.device)
         stream = iter(make_loader(self.dataset, packs, workers, pinned, WORKER_TIMEOUT))
         own_packs = images.plan.share(ranks.world)
         with (
@@ -346,7 +346,7 @@ class Run:
             bar.update(state.step, describe(means))
             settled = state.step - self.first_step >= SETTLED
             if settled and not self.advised and means["data_wait"] > MOST_WAITING:
-                logger.warning("%s", advice(means["data_wait"], self.config.data))
+                logger.warning("%s", advice(means["data_wait"], self.config.data, self.ranks.device))
                 self.advised = True
         if monitor:
             values |= self.probe(state, monitor)

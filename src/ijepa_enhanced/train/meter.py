@@ -13,7 +13,7 @@ from torch import Tensor
 from ijepa_enhanced.batch import MaskedBatch
 from ijepa_enhanced.config import either
 from ijepa_enhanced.data.config import DataConfig
-from ijepa_enhanced.devices import default_workers
+from ijepa_enhanced.devices import default_workers, training_workers
 from ijepa_enhanced.distributed import Ranks
 from ijepa_enhanced.jepa import Losses
 
@@ -112,12 +112,17 @@ class Meter:
         return values
 
 
-def advice(waiting: float, data: DataConfig) -> str:
-    """Return what to do about a run that waits for data for this share of the time."""
+def advice(waiting: float, data: DataConfig, device: torch.device) -> str:
+    """Return what to do about a run on a device that waits for data for this share of the time.
+
+    On a CPU, a further worker takes a core of N from the network. It gains more than it costs if the network waits for
+    more than 1/N of the time.
+    """
     ways = [f"shrink them once with `ijepa prepare {data.source} OUT`"]
-    workers, cores = default_workers() if data.workers is None else data.workers, default_workers()
-    if workers < cores:
-        ways.insert(0, f"raise data.workers from {workers} to {cores}")
+    workers, cores = training_workers(data.workers, device), default_workers()
+    more = cores if device.type != "cpu" else workers + 1 if waiting > 1 / cores else workers
+    if workers < more <= cores:
+        ways.insert(0, f"raise data.workers from {workers} to {more}")
     if data.cache == "none":
         ways.append("set data.cache to memory")
     return f"Training waits for images {waiting:.0%} of the time. To train faster, {either(ways)}."
