@@ -97,3 +97,14 @@ def test_scoring_has_all_cores_and_gives_them_back(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         with all_cores():
             assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "expected"), [("cuda", 5, 5), ("cpu", 5, 0), ("cpu", 6, 1), ("cpu", 17, 2)]
+)
+def test_workers_of_training_leave_the_cores_of_a_cpu_to_the_network(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, expected: int
+) -> None:
+    monkeypatch.setattr(devices, "default_workers", lambda: cores)
+    assert devices.training_workers(None, torch.device(device)) == expected
+    assert devices.training_workers(3, torch.device(device)) == 3

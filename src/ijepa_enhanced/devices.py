@@ -134,6 +134,11 @@ def own_cgroups() -> list[Path]:
     return [inner, *(folder for folder in inner.parents if folder.is_relative_to(CGROUPS))]
 
 
+CORES_PER_WORKER = 6
+"""Cores of a machine without a GPU for each worker that decodes for training. With one worker, five cores compute. By
+an estimate from measurements on two cores: with fewer cores, decoding in turns with the network is faster."""
+
+
 def default_workers() -> int:
     """Return how many processes decode images: one for each core at hand, which the ranks of a machine share."""
     # A container or scheduler may allow fewer cores than the machine has; macOS and Windows cannot tell.
@@ -148,12 +153,13 @@ def default_workers() -> int:
 def training_workers(workers: int | None, device: torch.device) -> int:
     """Return how many processes decode images for training on a device: `workers`, or the default if it is None.
 
-    The default is `default_workers` with a GPU. On a CPU it is 0: a worker takes a core from the network, which needs
-    it more than decoding does, unless images are large (docs/measurements.md).
+    The default is `default_workers` with a GPU. On a CPU, a worker takes a core from the network, and decoding takes
+    about a tenth of the computation (docs/measurements.md). So there is one worker for every `CORES_PER_WORKER` cores,
+    and none on a small machine.
     """
     if workers is not None:
         return workers
-    return 0 if device.type == "cpu" else default_workers()
+    return default_workers() // (CORES_PER_WORKER if device.type == "cpu" else 1)
 
 
 @contextmanager

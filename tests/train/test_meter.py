@@ -14,27 +14,31 @@ from ijepa_enhanced.train.config import MonitorConfig, TrainConfig
 from ijepa_enhanced.train.loop import train
 from ijepa_enhanced.train.meter import MOST_WAITING, advice
 
+SHRINK = "shrink them once with `ijepa prepare photos OUT`"
+
 
 @pytest.mark.parametrize(
-    ("device", "data", "ways"),
+    ("device", "cores", "data", "ways"),
     [
         (
             "cuda",
+            4,
             DataConfig("photos", workers=1),
-            "raise data.workers from 1 to 4, shrink them once with `ijepa prepare photos OUT` or set data.cache to "
-            "memory",
+            f"raise data.workers from 1 to 4, {SHRINK} or set data.cache to memory",
         ),
-        ("cuda", DataConfig("photos"), "shrink them once with `ijepa prepare photos OUT` or set data.cache to memory"),
-        ("cuda", DataConfig("photos", workers=8, cache="memory"), "shrink them once with `ijepa prepare photos OUT`"),
-        # With one core of four less, the network would lose more than its 23% of waiting.
-        ("cpu", DataConfig("photos", cache="memory"), "shrink them once with `ijepa prepare photos OUT`"),
+        ("cuda", 4, DataConfig("photos"), f"{SHRINK} or set data.cache to memory"),
+        ("cuda", 4, DataConfig("photos", workers=8, cache="memory"), SHRINK),
+        # Waiting for 23% of the time costs less than one core of four, and more than one of eight.
+        ("cpu", 4, DataConfig("photos", cache="memory"), SHRINK),
+        ("cpu", 8, DataConfig("photos", workers=0, cache="memory"), f"raise data.workers from 0 to 1 or {SHRINK}"),
+        ("cpu", 8, DataConfig("photos", workers=5, cache="memory"), SHRINK),
     ],
 )
 def test_the_advice_is_what_the_run_does_not_do_yet(
-    monkeypatch: pytest.MonkeyPatch, device: str, data: DataConfig, ways: str
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, data: DataConfig, ways: str
 ) -> None:
     for module in (meter, devices):
-        monkeypatch.setattr(module, "default_workers", lambda: 4)
+        monkeypatch.setattr(module, "default_workers", lambda: cores)
     said = f"Training waits for images 23% of the time. To train faster, {ways}."
     assert advice(0.234, data, torch.device(device)) == said
 

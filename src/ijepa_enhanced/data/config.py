@@ -61,7 +61,8 @@ class DataConfig:
     """Maximum fraction of unreadable images. Training stops if it is exceeded."""
     workers: int | None = None
     """Number of worker processes that decode images. 0: decode in the training process. null: with a GPU, one worker
-    per CPU core, divided among the processes of a machine; without a GPU, 0. Results do not depend on this number."""
+    per CPU core; without a GPU, one per six. The processes of a machine share its cores. Images and their order do not
+    depend on this number."""
     cache: Literal["none", "memory"] = "none"
     """none: read images from disk in every epoch. memory: load all image files into shared memory first (241 MB for
     `synthetic`); training does not start if they do not fit."""

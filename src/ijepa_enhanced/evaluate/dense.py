@@ -98,9 +98,9 @@ def dense(
 
 
 class RawPatches(Encoder):
-    """The floor that any encoder must beat in dense scores: the feature of a patch is its normalized pixels.
+    """A baseline for dense scores: the feature of a patch is its normalized pixels, C * P * P numbers.
 
-    Patches are those of the encoder that the arguments are from: C * P * P numbers each.
+    The arguments are those of the encoder that it is compared with, whose weights it does not use.
     """
 
     @property
@@ -108,9 +108,13 @@ class RawPatches(Encoder):
         """Return D, the width of a feature."""
         return self.config.channels * self.config.patch_size**2
 
+    def forward(self, packed: Packed, plan: MergePlan | None = None) -> Tensor:
+        """Return the normalized pixels of the patches, [T, D]. Nothing is merged."""
+        return self.normalize(packed).values
+
     def last_layers(self, packed: Packed, plan: MergePlan | None, count: int) -> list[Tensor]:
-        """Return the pixels of the patches, [T, D], as the output of the last block. Nothing is merged."""
-        return [self.normalize(packed).values]
+        """Return the same as the output of the last block."""
+        return [self(packed)]
 
 
 class _Probe(NamedTuple):

@@ -115,13 +115,13 @@ class Meter:
 def advice(waiting: float, data: DataConfig, device: torch.device) -> str:
     """Return what to do about a run on a device that waits for data for this share of the time.
 
-    On a CPU, a further worker takes a core of N from the network. It gains more than it costs if the network waits for
-    more than 1/N of the time.
+    On a CPU, a further worker takes one of the N cores that no worker has. It gains more than it costs if the network
+    waits for more than 1/N of the time.
     """
     ways = [f"shrink them once with `ijepa prepare {data.source} OUT`"]
     workers, cores = training_workers(data.workers, device), default_workers()
-    more = cores if device.type != "cpu" else workers + 1 if waiting > 1 / cores else workers
-    if workers < more <= cores:
+    more = cores if device.type != "cpu" else workers + (waiting * (cores - workers) > 1)
+    if workers < more:
         ways.insert(0, f"raise data.workers from {workers} to {more}")
     if data.cache == "none":
         ways.append("set data.cache to memory")
