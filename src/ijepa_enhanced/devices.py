@@ -157,9 +157,7 @@ def training_workers(workers: int | None, device: torch.device) -> int:
     about a tenth of the computation (docs/measurements.md). So there is one worker for every `CORES_PER_WORKER` cores,
     and none on a small machine.
     """
-    if workers is not None:
-        return workers
-    return default_workers() // (CORES_PER_WORKER if device.type == "cpu" else 1)
+    return default_workers() // (CORES_PER_WORKER if device.type == "cpu" else 1) if workers is None else workers
 
 
 @contextmanager
