@@ -135,8 +135,8 @@ def own_cgroups() -> list[Path]:
 
 
 CORES_PER_WORKER = 6
-"""Cores of a machine without a GPU for each worker that decodes for training. With one worker, five cores compute. By
-an estimate from measurements on two cores: with fewer cores, decoding in turns with the network is faster."""
+"""Cores for each worker that decodes for training, on a machine without a GPU. An estimate, from measurements on two
+cores (docs/measurements.md): with fewer cores, it is as fast or faster if the training process decodes."""
 
 
 def default_workers() -> int:
