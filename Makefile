@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 ## Train a small encoder on the built-in images and score it against its untrained start.
 quickstart: .venv/installed
 	rm -rf runs/quickstart
-	$(BIN)/ijepa train --config quickstart --run runs/quickstart
+	$(BIN)/ijepa train synthetic --config own-images-cpu --steps 250 --data.cache memory --run runs/quickstart
 	$(BIN)/ijepa evaluate runs/quickstart --train synthetic --val synthetic --baselines
 	$(BIN)/ijepa report runs/quickstart
 

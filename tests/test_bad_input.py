@@ -528,8 +528,8 @@ WRONG_REQUESTS = {
     ),
     "an unknown recipe": (
         nothing,
-        f"{TRAIN} --config quickstrat",
-        "No file or recipe 'quickstrat'. Did you mean 'quickstart'?",
+        f"{TRAIN} --config own-image",
+        "No file or recipe 'own-image'. Did you mean 'own-images'?",
     ),
     "an unknown key": (
         yaml("optim:\n  lrr: 1\n"),

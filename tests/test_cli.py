@@ -680,7 +680,7 @@ def test_the_configuration_of_a_run_is_printed_as_it_was_saved(run: Run) -> None
 
 
 def test_a_recipe_is_found_by_its_name() -> None:
-    assert printed("--config", "quickstart") != printed()
+    assert printed("--config", "own-images-cpu") != printed()
 
 
 def test_a_configuration_file_names_its_run(pictures: Path, tmp_path: Path) -> None:
@@ -747,7 +747,7 @@ def test_help_shows_a_default_once() -> None:
     assert "--precision auto|bf16|fp32" in text
     assert "--encoder.variant Ti|S|B|L|H|g" in text
     assert "--encoder.patch_size 8|14|16" in text
-    assert "a recipe (continue, from-teacher, own-images, own-images-cpu, own-images-no-color, quickstart" in text
+    assert "a recipe (continue, from-teacher, own-images, own-images-cpu, own-images-no-color" in text
     assert "RECIPES" not in text
     assert "(default: knn linear)" in " ".join(" ".join(ijepa("evaluate", "--help").out).split())
 
@@ -1001,9 +1001,9 @@ def test_training_on_photos_picks_a_recipe_by_the_machine(
 
 
 def test_photos_are_only_the_source_if_a_recipe_is_named(pictures: Path, run: Run) -> None:
-    answer = ijepa("train", "--config", "quickstart", pictures, "--print-config")
+    answer = ijepa("train", "--config", "own-images-no-color", pictures, "--print-config")
     assert (answer.code, answer.err) == (0, [])
-    expected = printed("--config", "quickstart")
+    expected = printed("--config", "own-images-no-color")
     assert yaml.safe_load("\n".join(answer.out)) == expected | {"data": expected["data"] | {"source": str(pictures)}}
     resumed = ijepa("train", pictures, "--resume", run.folder, "--print-config")
     assert (resumed.code, resumed.err) == (0, [])
@@ -1011,7 +1011,8 @@ def test_photos_are_only_the_source_if_a_recipe_is_named(pictures: Path, run: Ru
 
 
 def test_flags_override_a_recipe_wherever_they_stand() -> None:
-    before, after = printed("--steps", "7", "--config", "quickstart"), printed("--config", "quickstart", "--steps", "7")
+    recipe = ("--config", "own-images-cpu")
+    before, after = (printed(*flags) for flags in (("--steps", "7", *recipe), (*recipe, "--steps", "7")))
     assert before == after
     assert before["steps"] == 7
 

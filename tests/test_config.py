@@ -164,11 +164,11 @@ def test_a_name_that_is_no_recipe_is_refused(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "known", "words"),
     [
-        ("quickstrat", ["quickstart", "pets"], " Did you mean 'quickstart'?"),
+        ("continu", ["continue", "pets"], " Did you mean 'continue'?"),
         ("optim.lrr", ["optim.lr", "optim.clip"], " Did you mean 'optim.lr'?"),
         # Right name, wrong group: the last part decides.
         ("data.patch_size", ["encoder.patch_size", "seed"], " Did you mean 'encoder.patch_size'?"),
-        ("zzz", ["pets", "quickstart"], " Available: pets, quickstart."),
+        ("zzz", ["pets", "continue"], " Available: pets, continue."),
         ("zzz", [f"key{number}" for number in range(13)], ""),
         ("zzz", [], ""),
     ],

@@ -22,7 +22,8 @@ FLOORS = (
     ("train", "visualize", "embed", "serve", "export", "benchmarks", "study"),
     ("commands", "cli", "__main__"),
 )
-READ_FLOORS, MOST_LINES = range(4), 8900
+# Raise the limit only for what users asked for. Last raised by 50, for built-in images like photographs.
+READ_FLOORS, MOST_LINES = range(4), 8950
 
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]

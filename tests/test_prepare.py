@@ -168,6 +168,6 @@ def test_ctrl_c(tmp_path):
     while process.poll() is None and not (tmp_path / "done/images-000000.tar").exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    said = "Images: synthetic: built-in images, split train, 8,192 images, 10 classes\n"
+    said = "Images: synthetic: built-in images, split train, 4,096 images, 10 classes\n"
     assert process.communicate(timeout=60)[1] == f"{said}ijepa: Interrupted.\n"
     assert process.returncode == 1

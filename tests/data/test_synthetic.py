@@ -1,6 +1,7 @@
-"""The built-in images are frozen, and nothing but the shape of the object tells its class."""
+"""The built-in images are frozen, and neither size nor color alone tells much about the class."""
 
 import hashlib
+from collections import Counter
 from math import log, pi, sqrt
 
 import numpy as np
@@ -28,7 +29,7 @@ def content(sample: Sample) -> tuple[bytes, int, bytes]:
 
 
 def test_the_same_row_gives_the_same_bytes_in_any_order():
-    rows = [7, 4095, 0, 8191, 12]
+    rows = [7, 2047, 0, 4095, 12]
     first = [content(render("train", row)) for row in rows]
     synthetic._order.cache_clear()
     np.random.seed(1)  # noqa: NPY002  # nothing may read the global state
@@ -45,7 +46,7 @@ def test_the_images_are_frozen():
         for row in range(30):
             pixels, _, mask = content(render(part, row))
             digest.update(pixels + mask)
-    assert digest.hexdigest() == "abd3075065489bdf88481b9275fee395270ec80344a4baa305a7e10e9e46bb35"
+    assert digest.hexdigest() == "a8979168655eac2099faaee59c01a5ed1cb9eea1ca22875952c883216e9b9d38"
 
 
 def test_the_label_maps_are_frozen():
@@ -56,12 +57,12 @@ def test_the_label_maps_are_frozen():
             assert labels.dtype == np.uint8
             assert (labels == np.where(sample.mask, 1 + sample.label, 0)).all()
             digest.update(labels.tobytes())
-    assert digest.hexdigest() == "5733f9b4ee57728abe208747b94f65e17a9ffa790563112d4f801cf7144d6b47"
+    assert digest.hexdigest() == "8be85b3e207689b2d9605da08526dc5e991d2061c209efdba728a30b62f8bfcd"
 
 
 @pytest.mark.parametrize(("part", "seed"), [("train", 0), ("val", 0), ("train", 2**64 - 1)])
 def test_header_agrees_with_render(part, seed):
-    for row in range(0, 2048, 89):
+    for row in range(0, 1024, 89):
         sample = render(part, row, seed)
         height, width, label = header(part, row, seed)
         assert sample.pixels.shape == (height, width, 3)
@@ -99,26 +100,34 @@ def test_every_ten_rows_hold_every_class_in_an_order_of_their_own(headers, part)
 @pytest.mark.parametrize("other", [("val", 0), ("train", 1)])
 def test_part_and_seed_change_sizes_labels_and_pixels(headers, other):
     part, seed = other
-    different = np.array([header(part, row, seed) for row in range(2000)])
-    same = headers["train"][:2000] == different
-    # Labels agree by chance in 1 of 10 (four standard errors: 0.027), sides in about 1 of 100.
-    assert same[:, 2].mean() < 0.13
+    different = np.array([header(part, row, seed) for row in range(1000)])
+    same = headers["train"][:1000] == different
+    # Labels agree by chance in 1 of 10 (four standard errors: 0.038), sides in about 1 of 100.
+    assert same[:, 2].mean() < 0.138
     assert same[:, :2].all(axis=1).mean() < 0.01
     mean = [[render(*which).pixels.mean() for which in (("train", r), (part, r, seed))] for r in range(30)]
     assert abs(np.corrcoef(np.array(mean).T)[0, 1]) < 0.6
 
 
-def test_every_class_has_the_same_area_and_lies_wholly_inside(samples):
+def whole(sample: Sample) -> bool:
+    """Return whether the edge of the image cuts nothing from the object."""
+    mask = sample.mask
+    return not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
+
+
+def test_objects_keep_within_the_limits_of_area_and_the_edge_cuts_some_of_them(samples):
     every = samples["train"] + samples["val"]
+    inside = [whole(sample) for sample in every]
     area = np.array([s.mask.sum() / min(s.mask.shape) ** 2 for s in every])
+    # The root of the whole area is uniform in 0.38 to 0.7; 4% is what whole pixels add or take on the smallest objects
+    # of some 230 pixels.
+    assert area[inside].min() > 0.96 * 0.38**2
+    assert area.max() < 1.04 * 0.7**2
+    # The limits are used, and the edge cuts many objects of each class, but not most of any.
+    assert area[inside].max() > 0.9 * 0.7**2
     label = np.array([s.label for s in every])
-    # The root of the area is uniform in 0.38 to 0.52. An object cut by the edge would be smaller; 4% is what whole
-    # pixels add or take on the smallest objects of some 230 pixels.
-    assert area.min() > 0.96 * 0.38**2
-    assert area.max() < 1.04 * 0.52**2
-    mean = np.array([area[label == c].mean() for c in range(len(CLASSES))])
-    # Four standard errors of a class's mean of 150 images.
-    np.testing.assert_allclose(mean, (0.52**3 - 0.38**3) / (3 * 0.14), rtol=0.058)
+    cut = [1 - np.mean(np.array(inside)[label == c]) for c in range(len(CLASSES))]
+    assert 0.2 < min(cut) < max(cut) < 0.8
 
 
 def test_masks_show_the_shape_that_the_label_names(samples):
@@ -133,11 +142,12 @@ def test_masks_show_the_shape_that_the_label_names(samples):
     for name, value in expected.items():
         moments = []
         for sample in samples["train"]:
-            if CLASSES[sample.label] == name:
+            if CLASSES[sample.label] == name and whole(sample):
                 points = np.argwhere(sample.mask)
                 moments.append(((points - points.mean(axis=0)) ** 2).sum() / len(points) ** 2)
-        # Stretching the axes by up to 1.2 adds 0.6% on average; whole pixels move the smallest objects by less.
-        assert np.mean(moments) == pytest.approx(value, rel=0.015), name
+        # Stretching the axes by s, with log(s) uniform within half the log of 1.3 on either side, multiplies the moment
+        # by the mean of cosh(2 log(s)), 1.0115. Whole pixels move the smallest objects by less than 1%.
+        assert np.mean(moments) == pytest.approx(1.0115 * value, rel=0.01), name
 
 
 def test_masks_lie_where_the_object_is(samples):
@@ -147,8 +157,15 @@ def test_masks_lie_where_the_object_is(samples):
 
     right = [contrast(s, s.mask) for s in samples["val"]]
     turned = [contrast(s, s.mask[::-1, ::-1]) for s in samples["val"]]
-    assert np.median(right) > 60
+    # Before shadow, lamp and clutter, lightness differs by at least 0.35 * 0.46 of the range: 41 of 255.
+    assert np.median(right) > 41
     assert np.median(right) > 2 * np.median(turned)
+
+
+def test_no_tendency_tells_the_class_alone():
+    for values, classes in zip(zip(*synthetic._TENDENCIES, strict=True), (2, 2, 2, 5), strict=True):
+        assert set(Counter(values).values()) == {classes}
+    assert len(set(synthetic._TENDENCIES)) == len(CLASSES)
 
 
 def features(samples: list[Sample], name: str) -> NDArray[np.float64]:
@@ -163,13 +180,14 @@ def features(samples: list[Sample], name: str) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("name", ["size", "mean color", "color histogram"])
-def test_size_and_color_do_not_tell_the_class(samples, name):
+def test_size_and_color_tell_little_about_the_class(samples, name):
     train, val = (features(samples[part], name) for part in ("train", "val"))
     distance = (train**2).sum(axis=1) - 2 * val @ train.T
     label = {part: np.array([s.label for s in samples[part]]) for part in samples}
     nearest = label["train"][np.argsort(distance, axis=1)[:, :20]]
     votes = (nearest[..., None] == np.arange(len(CLASSES))).sum(axis=1)
-    # Chance is 0.1, and four standard errors of 500 images are 0.054.
+    # Chance is 0.1, and four standard errors of 500 images are 0.054. With all images and better distances, the
+    # histogram scores 0.17 (docs/measurements.md).
     assert (votes.argmax(axis=1) == label["val"]).mean() < 0.154
 
 
@@ -178,8 +196,8 @@ def test_size_and_color_do_not_tell_the_class(samples, name):
     [
         ("test", 0, 0, KeyError),
         ("train", -1, 0, IndexError),
-        ("train", 8192, 0, IndexError),
-        ("val", 2048, 0, IndexError),
+        ("train", 4096, 0, IndexError),
+        ("val", 1024, 0, IndexError),
         ("val", 0, -1, OverflowError),
         ("val", 0, 2**64, OverflowError),
     ],

@@ -64,7 +64,7 @@ class DataConfig:
     per CPU core; without a GPU, one per six. The processes of a machine share its cores. Images and their order do not
     depend on this number."""
     cache: Literal["none", "memory"] = "none"
-    """none: read images from disk in every epoch. memory: load all image files into shared memory first (241 MB for
+    """none: read images from disk in every epoch. memory: load all image files into shared memory first (120 MB for
     `synthetic`); training does not start if they do not fit."""
 
     def __post_init__(self) -> None:

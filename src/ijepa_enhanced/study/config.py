@@ -27,7 +27,7 @@ class StudyConfig:
     val: str
     """Source that encoders are scored on."""
     common: str = ""
-    """Flags of `ijepa train` for all arms, such as `--config quickstart --steps 300`."""
+    """Flags of `ijepa train` for all arms, such as `--config own-images-cpu --steps 300`."""
     train: str | None = None
     """Source that the probes learn from. Null: the source of the first arm's training."""
     resolution: int | Literal["native"] | None = None

@@ -268,7 +268,7 @@ def test_what_was_read_and_what_was_not_is_one_line_for_each_source(tmp_path, ca
             "ignored: 2 .txt, 1 hidden file or folder, 1 file without extension",
             f"Images: {tmp_path}/list.csv: list of files, 2 images, 1 class, 1 image without a label",
             f"Images: {tmp_path}/a.tar: tar shards, 1 image, 1 class; ignored: 2 hidden files or folders, 1 .txt",
-            "Images: synthetic: built-in images, split train, 8,192 images, 10 classes",
+            "Images: synthetic: built-in images, split train, 4,096 images, 10 classes",
         ]
 
 
