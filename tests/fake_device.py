@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from ijepa_enhanced.batch import MaskedBatch
-from ijepa_enhanced.devices import autocast, autocast_dtype, best_device, device_name
+from ijepa_enhanced.devices import autocast, best_device, device_name
 from ijepa_enhanced.encoder import Encoder
 from ijepa_enhanced.jepa import JEPA, StepSize
 from ijepa_enhanced.models.config import EncoderConfig, PredictorConfig
@@ -110,7 +110,7 @@ def trained(device: torch.device, batches: list[MaskedBatch]) -> Tensor:
     model = JEPA(EncoderConfig("Ti", 8, 2).architecture, PredictorConfig(32, 1, 2), objective, views=2).to(device)
     optimizer, found = make_optimizer(model), []
     size = StepSize(sum(len(batch.targets.index) for batch in batches), len(batches))
-    precision = autocast(device, autocast_dtype("auto", device))
+    precision = autocast(device, torch.float32)  # with `auto`, some processors would compute in bfloat16
     for _ in range(2):
         settings = StepSettings(1e-3, 0.05, 0.9)
         result = train_step(model, model, optimizer, batches, size, settings, 1.0, precision, device)

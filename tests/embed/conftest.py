@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ijepa_enhanced import Encoder
@@ -43,6 +44,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         key = path.relative_to(root).as_posix()
         path.write_bytes(b"no image" if key == BROKEN else data[: len(data) // 2] if key == CUT else data)
     return root
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ijepa embed` computes in float32, as `Encoder.embed` does. Where the CPU has bfloat16, it would use that."""
+    monkeypatch.setattr("ijepa_enhanced.commands.embed.autocast_dtype", lambda *_: torch.float32)
 
 
 @pytest.fixture

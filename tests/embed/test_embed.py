@@ -81,7 +81,7 @@ def refused(*arguments: Any, code: int = 2) -> str:
     return errors[-1].removeprefix("ijepa: ")
 
 
-@pytest.mark.usefixtures("small_files")
+@pytest.mark.usefixtures("small_files", "float32")
 def test_every_image_is_one_row_in_order(photos: Path, encoder: Path, tmp_path: Path) -> None:
     counts = embed(photos, encoder, tmp_path / "out")
     assert counts.pop("images_per_second") > 0
@@ -106,6 +106,7 @@ def test_every_image_is_one_row_in_order(photos: Path, encoder: Path, tmp_path: 
             torch.testing.assert_close(torch.tensor(vector), model.embed([photos / key])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("float32")
 def test_rows_of_many_packs_are_those_of_their_images(
     photos: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_the_settings_are_in_every_file(photos: Path, encoder: Path, tmp_path: P
         assert EmbedSettings(**json.loads(pq.read_schema(path).metadata[METADATA])) == settings
 
 
+@pytest.mark.usefixtures("float32")
 def test_layers_and_tokens(photos: Path, encoder: Path, tmp_path: Path) -> None:
     embed(photos, encoder, tmp_path / "out", "--layers", 3, "--tokens")
     found = table(tmp_path / "out")

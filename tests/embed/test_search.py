@@ -280,7 +280,9 @@ def place(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = EncoderConfig("Ti", patch_size=8, depth=2).architecture
     Encoder.random(config, Preprocessing(resolution=48), seed=0).save_pretrained(place / "run")
     Encoder.random(config, Preprocessing(resolution=48), seed=1).save_pretrained(place / "other")
-    embed(place / "photos", "--weights", place / "run", "--out", place / "embeddings")
+    with pytest.MonkeyPatch.context() as patch:  # where the CPU has bfloat16, `ijepa embed` would use that
+        patch.setattr("ijepa_enhanced.commands.embed.autocast_dtype", lambda *_: torch.float32)
+        embed(place / "photos", "--weights", place / "run", "--out", place / "embeddings")
     return place
 
 

@@ -240,14 +240,17 @@ def test_integer_targets_are_one_hot_targets_bit_for_bit():
     assert torch.equal(softmax_regression(x, y, [1e-4], rows=rows), softmax_regression(x[rows], y[rows], [1e-4]))
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit_unless_products_do():
     """So many logits are summed in parts by several threads."""
     x, y, _, _ = clouds(20000, 4, 10, 1.0)
-    found = []
+    found, products = [], []
     for count in (1, 2):
         with threads(count):
             found.append(softmax_regression(x, y, [1e-4]))
-    assert torch.equal(*found)
+            products.append(F.one_hot(y).float().T @ x)
+    # MKL shares the sum over the images between threads on AVX-512, but not on AVX2. Each sum is then rounded
+    # otherwise, by 6e-8 of values of about 1; 100 iterations follow each other.
+    torch.testing.assert_close(*found, rtol=0, atol=0 if torch.equal(*products) else 1e-5)
 
 
 def test_memory_does_not_grow_with_images_times_classes(monkeypatch):
