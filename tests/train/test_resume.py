@@ -133,10 +133,10 @@ def test_only_a_second_ctrl_c_stops_at_once(capfd: pytest.CaptureFixture[str]) -
 
 def test_ctrl_c_writes_into_no_other_file_if_stderr_is_closed(tmp_path: Path) -> None:
     program = """
-import signal
+import os, signal
 from ijepa_enhanced.train.signals import StopSignals
 with open("other", "w") as other, StopSignals():
-    assert other.fileno() == 2
+    os.dup2(other.fileno(), 2)  # the system gives 2 to a file that is opened later, but which one cannot be foreseen
     signal.raise_signal(signal.SIGINT)
 """
     subprocess.run(f"{sys.executable} -c '{program}' 2>&-", shell=True, cwd=tmp_path, check=True, timeout=60)
