@@ -153,7 +153,7 @@ def table(folder: Path) -> str:
             check_runs(rows, [record.arm for record in (*previous, entry)], TRACKS[entry.track])
             if previous:
                 check_better(*reversed(summary(rows)))
-        except ValueError as error:  # a RequestError, or a number that is none
+        except ValueError as error:  # a RequestError, or text where a number belongs
             raise RequestError(f"records.csv, line {number} ({entry.arm}): {error}") from error
         records[entry.track].append(entry)
         lines[entry.track].append(cells(entry, rows))
