@@ -136,7 +136,7 @@ def test_ctrl_c_writes_into_no_other_file_if_stderr_is_closed(tmp_path: Path) ->
 import os, signal
 from ijepa_enhanced.train.signals import StopSignals
 with open("other", "w") as other, StopSignals():
-    os.dup2(other.fileno(), 2)  # the system gives 2 to a file that is opened later, but which one cannot be foreseen
+    os.dup2(other.fileno(), 2)  # as if it were the first file that was opened after stderr was closed
     signal.raise_signal(signal.SIGINT)
 """
     subprocess.run(f"{sys.executable} -c '{program}' 2>&-", shell=True, cwd=tmp_path, check=True, timeout=60)
