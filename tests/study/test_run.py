@@ -26,6 +26,7 @@ from ijepa_enhanced.study.compare import summary
 from ijepa_enhanced.study.config import StudyConfig
 from ijepa_enhanced.study.rows import read_rows
 from ijepa_enhanced.study.run import PACE_STEPS, run_study, seconds_per_step
+from ijepa_enhanced.train.config import TrainConfig
 
 TINY = (
     "--data.tokens_per_pack 512 --data.min_resolution 32 --data.max_resolution 48 --data.workers 0 "
@@ -169,12 +170,37 @@ def test_what_failed_before_it_began_is_tried_again(plan: StudyConfig, tmp_path:
     assert row.outcome == "finished"
 
 
-def test_seconds_give_as_many_steps_as_they_pay_for(
+def test_seconds_give_all_runs_of_an_arm_the_steps_that_fit(
     plan: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "seconds_per_step", lambda config: 0.5)
-    rows = run_study(dataclasses.replace(plan, seconds=3.0, seeds=(0,)), tmp_path / "out", configure)
-    assert [row.steps for row in rows] == [6, 6]
+    """The arms are timed in turns, and the steps follow from the median. Runs that are added get the same steps."""
+    timed: list[float] = []
+    found = iter([0.5, 1.0, 9.0, 1.5, 0.6, 0.1])
+
+    def paced(config: TrainConfig) -> float:
+        timed.append(config.objective.vicreg_weight)
+        return next(found)
+
+    monkeypatch.setattr(study, "seconds_per_step", paced)
+    plan = dataclasses.replace(plan, seconds=3.0, seeds=(0,))
+    assert [row.steps for row in run_study(plan, tmp_path / "out", configure)] == [5, 3]
+    jepa, plain = 0.1, 0.0
+    assert timed == [jepa, plain] * 3
+    rows = run_study(dataclasses.replace(plan, seeds=(0, 1)), tmp_path / "out", configure)
+    assert [(row.arm, row.steps) for row in rows] == [("jepa", 5), ("jepa", 5), ("plain", 3), ("plain", 3)]
+    found = iter([1.5, 1.5, 1.5])
+    rows = run_study(dataclasses.replace(plan, arms=plan.arms | {"new": ""}), tmp_path / "out", configure)
+    assert [(row.arm, row.steps) for row in rows][-1] == ("new", 2)
+    assert timed == [jepa, plain] * 3 + [jepa] * 3, "arms that have runs are not timed again"
+
+
+def test_an_arm_that_cannot_be_timed_is_a_line_and_the_others_go_on(
+    plan: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "PACE_STEPS", 4)
+    arms = {"wild": "--optim.lr 1e30 --optim.warmup 0", "jepa": ""}
+    rows = run_study(dataclasses.replace(plan, arms=arms, seeds=(0,), seconds=0.2), tmp_path / "out", configure)
+    assert [row.outcome.partition(":")[0] for row in rows] == ["Training has diverged", "finished"]
 
 
 def test_a_trial_times_a_step(plan: StudyConfig) -> None:

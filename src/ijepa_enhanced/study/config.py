@@ -35,8 +35,8 @@ class StudyConfig:
     that each encoder was trained at."""
     seeds: tuple[int, ...] = (0, 1, 2)
     seconds: float | None = None
-    """Training time of each run on this machine, instead of a number of steps: each run is timed first, and gets as
-    many steps as fit into this time."""
+    """Training time of a run on this machine, instead of a number of steps: each arm is timed first, and all its runs
+    get as many steps as fit into this time."""
 
 
 KINDS: dict[str, Any] = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import shlex
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +35,9 @@ from ijepa_enhanced.train.saved import check_resumable, check_unchanged, load_co
 logger = logging.getLogger(__name__)
 
 PACE_STEPS = 20
-"""Steps that time an arm; the first half only warms up."""
+"""Steps of a trial that times an arm; the first half only warms up."""
+TRIALS = 3
+"""Trials of each arm. The steps of an arm follow from their median."""
 SCORING = "scoring.yaml"
 """What all rows of a study must share, and the configuration of a run does not record."""
 
@@ -72,6 +76,8 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
     # A run that failed before it had a folder costs nothing to repeat, and its flags may have changed.
     rows = [row for row in read_rows(folder / "study.csv") if (folder / f"{row.arm}-{row.seed}").is_dir()]
     done = {(row.arm, row.seed) for row in rows}
+    if study.seconds is not None:
+        configs = _with_steps(configs, study, folder)
     for seed, (arm, config) in itertools.product(study.seeds, configs.items()):
         if (arm, seed) in done:
             continue
@@ -120,9 +126,6 @@ def _run(config: TrainConfig, study: StudyConfig, folder: Path, arm: str, images
     try:
         if resume:
             config = load_config(folder)
-        elif study.seconds is not None:
-            config = dataclasses.replace(config, steps=max(1, round(study.seconds / seconds_per_step(config))))
-            start = time.perf_counter()
         outcome = train(config, folder, resume=resume)
     except (RunError, ValueError) as error:
         logger.warning("%s, seed %d: %s", arm, config.seed, error)
@@ -138,6 +141,28 @@ def _run(config: TrainConfig, study: StudyConfig, folder: Path, arm: str, images
         return row._replace(outcome=str(error))
 
 
+def _with_steps(configs: dict[str, TrainConfig], study: StudyConfig, folder: Path) -> dict[str, TrainConfig]:
+    """Return the configurations of the arms with the steps that fit into the seconds of a study.
+
+    All seeds of an arm get the same steps, those of its earlier runs in `folder` if there are any. Otherwise the spread
+    over the seeds would include that of the machine's speed.
+    """
+    steps = {}
+    for arm, seed in itertools.product(configs, study.seeds):
+        if (folder / f"{arm}-{seed}" / "config.yaml").is_file():
+            steps[arm] = load_config(folder / f"{arm}-{seed}").steps
+    new = [arm for arm in configs if arm not in steps]
+    seconds: dict[str, list[float]] = {arm: [] for arm in new}
+    for arm in new * TRIALS:  # in turns, so that a machine that becomes slower does so for all of them
+        logger.info("Study: timing %s", arm)
+        with contextlib.suppress(RunError, ValueError):
+            seconds[arm].append(seconds_per_step(configs[arm]))
+    for arm, found in seconds.items():
+        # If all trials failed, the runs fail in the same way, and their rows say why.
+        steps[arm] = max(1, round((study.seconds or 0) / statistics.median(found))) if found else PACE_STEPS
+    return {arm: dataclasses.replace(config, steps=steps[arm]) for arm, config in configs.items()}
+
+
 def seconds_per_step(config: TrainConfig) -> float:
     """Return the seconds that a step of a run takes on this machine, from a trial of `PACE_STEPS` unmonitored steps."""
     half = PACE_STEPS // 2
@@ -145,7 +170,7 @@ def seconds_per_step(config: TrainConfig) -> float:
     trial = dataclasses.replace(config, steps=PACE_STEPS, log_every=half, monitor=monitor)
     with tempfile.TemporaryDirectory() as folder:
         if not train(trial, Path(folder, "run")).finished:
-            raise KeyboardInterrupt  # as in `_run`
+            raise KeyboardInterrupt  # the signal that stopped the trial was sent to the study
         last = read_log(Path(folder, "run"))[-1]
     tokens = last["fill"] * config.data.tokens_per_pack * config.data.packs_per_step
     return float(tokens / last["tokens_per_second"])
