@@ -186,7 +186,7 @@ def test_seconds_give_all_runs_of_an_arm_the_steps_that_fit(
     assert [row.steps for row in run_study(plan, tmp_path / "out", configure)] == [5, 3]
     jepa, plain = 0.1, 0.0
     assert timed == [jepa, plain] * 3
-    rows = run_study(dataclasses.replace(plan, seeds=(0, 1)), tmp_path / "out", configure)
+    rows = run_study(dataclasses.replace(plan, seeds=(1,)), tmp_path / "out", configure)
     assert [(row.arm, row.steps) for row in rows] == [("jepa", 5), ("jepa", 5), ("plain", 3), ("plain", 3)]
     found = iter([1.5, 1.5, 1.5])
     rows = run_study(dataclasses.replace(plan, arms=plan.arms | {"new": ""}), tmp_path / "out", configure)

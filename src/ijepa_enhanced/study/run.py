@@ -10,7 +10,7 @@ import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def run_study(study: StudyConfig, folder: Path, configure: Callable[[list[str]],
     rows = [row for row in read_rows(folder / "study.csv") if (folder / f"{row.arm}-{row.seed}").is_dir()]
     done = {(row.arm, row.seed) for row in rows}
     if study.seconds is not None:
-        configs = _with_steps(configs, study, folder)
+        seeds = {*study.seeds, *(row.seed for row in rows)}
+        configs = _with_steps(configs, study.seconds, folder, seeds)
     for seed, (arm, config) in itertools.product(study.seeds, configs.items()):
         if (arm, seed) in done:
             continue
@@ -141,25 +142,27 @@ def _run(config: TrainConfig, study: StudyConfig, folder: Path, arm: str, images
         return row._replace(outcome=str(error))
 
 
-def _with_steps(configs: dict[str, TrainConfig], study: StudyConfig, folder: Path) -> dict[str, TrainConfig]:
-    """Return the configurations of the arms with the steps that fit into the seconds of a study.
+def _with_steps(
+    configs: dict[str, TrainConfig], seconds: float, folder: Path, seeds: Iterable[int]
+) -> dict[str, TrainConfig]:
+    """Return the configurations of the arms with the steps that fit into `seconds`.
 
-    All seeds of an arm get the same steps, those of its earlier runs in `folder` if there are any. Otherwise the spread
-    over the seeds would include that of the machine's speed.
+    All seeds of an arm get the same steps, those of its earlier runs with one of `seeds` if there are any. Otherwise the
+    spread over the seeds would include that of the machine's speed.
     """
     steps = {}
-    for arm, seed in itertools.product(configs, study.seeds):
+    for arm, seed in itertools.product(configs, seeds):
         if (folder / f"{arm}-{seed}" / "config.yaml").is_file():
             steps[arm] = load_config(folder / f"{arm}-{seed}").steps
     new = [arm for arm in configs if arm not in steps]
-    seconds: dict[str, list[float]] = {arm: [] for arm in new}
+    paces: dict[str, list[float]] = {arm: [] for arm in new}
     for arm in new * TRIALS:  # in turns, so that a machine that becomes slower does so for all of them
         logger.info("Study: timing %s", arm)
         with contextlib.suppress(RunError, ValueError):
-            seconds[arm].append(seconds_per_step(configs[arm]))
-    for arm, found in seconds.items():
+            paces[arm].append(seconds_per_step(configs[arm]))
+    for arm, found in paces.items():
         # If all trials failed, the runs fail in the same way, and their rows say why.
-        steps[arm] = max(1, round((study.seconds or 0) / statistics.median(found))) if found else PACE_STEPS
+        steps[arm] = max(1, round(seconds / statistics.median(found))) if found else PACE_STEPS
     return {arm: dataclasses.replace(config, steps=steps[arm]) for arm, config in configs.items()}
 
 
