@@ -147,8 +147,8 @@ def _with_steps(
 ) -> dict[str, TrainConfig]:
     """Return the configurations of the arms with the steps that fit into `seconds`.
 
-    All seeds of an arm get the same steps, those of its earlier runs with one of `seeds` if there are any. Otherwise the
-    spread over the seeds would include that of the machine's speed.
+    All seeds of an arm get the same steps, those of its earlier runs with one of `seeds` if there are any. Otherwise
+    the spread over the seeds would include that of the machine's speed.
     """
     steps = {}
     for arm, seed in itertools.product(configs, seeds):
