@@ -298,13 +298,13 @@ def test_the_dense_probe_takes_images_and_label_maps(run: Run, tmp_path: Path) -
         Image.fromarray(labels).save(tmp_path / "labels" / f"{number}.png")
     answer = evaluate(run.folder, tmp_path, tmp_path, "--protocols", "dense", "--resolution", "48")
     assert (answer.code, answer.err) == (0, ["Scoring: trained"])
-    assert answer.json.keys() == {"dense_miou", "dense_knn"}
+    assert answer.json.keys() == {name + end for name in ("dense_miou", "dense_knn") for end in ("", "_low", "_high")}
     assert answer.json["dense_miou"] > 0.9
     answer = evaluate(run.folder, tmp_path, tmp_path, "--protocols", "dense", "--resolution", "48", "--baselines")
     assert answer.err == ["Scoring: start", "Scoring: raw pixels", "Scoring: trained"]
     rows = [line.strip("│").split("│") for line in answer.out if line.startswith("│")]
     # The light part is white and the dark part black: here, pixels suffice.
-    assert [row[2].strip() for row in rows] == ["100.0%", "100.0%"]
+    assert [row[2].strip() for row in rows] == ["100.0%", "[100.0%, 100.0%]"] * 2
 
 
 SWEEP = ["--sweep", "resolution=24,40", "merge_rate=0,0.5"]

@@ -40,6 +40,8 @@ IGNORED = 255
 MOST_PATCHES = 2**18
 """Of the training images that are used: 1,300 images of 196 patches. Memory holds one float32 copy of their features,
 4 * D bytes a patch: 0.4 GB for a ViT-S."""
+RESAMPLES = 1000
+"""Of the images, for the interval of a score. With so many, chance moves an end of it by about 2% of its width."""
 
 
 def dense(
@@ -53,7 +55,8 @@ def dense(
     """Yield `dense_miou`, of a linear probe, and `dense_knn`, of nearest patches (see `PatchNeighbors`).
 
     Both are the mean over classes of intersection over union, over all pixels of the label maps of `val`. A class of
-    `val` that none of the training images that are drawn has counts as one that is never found.
+    `val` that none of the training images that are drawn has counts as one that is never found. Each is followed by
+    NAME_low and NAME_high, the 95% interval of `resampled`.
 
     The linear probe is softmax regression on standardized tokens, trained with the cross-entropy of all pixels of a
     patch. Its strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labeled training
@@ -94,7 +97,12 @@ def dense(
         neighbors = PatchNeighbors(classes, tokens.values[labeled], shares, encoder.device)
     with stored_tokens(encoder, val, config, counting) as tokens, all_cores():
         for name, probe in (("dense_miou", linear), ("dense_knn", neighbors)):
-            yield name, mean_iou(_confusion(probe, tokens, val))
+            areas = _areas(probe, tokens, val)
+            yield name, float(mean_iou(areas.sum(axis=0)))
+            # Both probes, and all encoders, are scored on the same draws of images.
+            low, high = resampled(areas, generator(seed, Purpose.PROTOCOL))
+            yield f"{name}_low", low
+            yield f"{name}_high", high
 
 
 class RawPatches(Encoder):
@@ -178,17 +186,17 @@ def _counted(labels: NDArray[np.uint8], grid: tuple[int, int]) -> tuple[NDArray[
     return own, patch_labels(labels, grid, own)
 
 
-def _confusion(probe: _Probe | PatchNeighbors, tokens: Tokens, val: LabelledMaps) -> NDArray[np.int64]:
-    """Return how many pixels of each label (rows) are predicted as each label (columns): [256, 256]."""
-    confusion = np.zeros((LABELS, LABELS), dtype=np.int64)
+def _areas(probe: _Probe | PatchNeighbors, tokens: Tokens, val: LabelledMaps) -> NDArray[np.int32]:
+    """Return the pixels of each image and label that `mean_iou` counts: [N, 3, 256]."""
+    areas = np.zeros((len(tokens.lengths), 3, LABELS), dtype=np.int32)
     views = tokens.values.split(tokens.lengths.tolist())
-    for row, grid, view in zip(tokens.image_ids.tolist(), tokens.grids.tolist(), views, strict=True):
+    for own, row, grid, view in zip(areas, tokens.image_ids.tolist(), tokens.grids.tolist(), views, strict=True):
         labels = map_of(val, row)
         predicted = probe.classes[predict(probe(view).T.view(-1, *grid), labels.shape)]
-        counted = labels != IGNORED
-        pairs = labels[counted].astype(np.int64) * LABELS + predicted[counted]
-        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
-    return confusion
+        labels, predicted = labels[labels != IGNORED], predicted[labels != IGNORED]
+        for counts, pixels in zip(own, (labels[labels == predicted], labels, predicted), strict=True):
+            counts[:] = np.bincount(pixels, minlength=LABELS)
+    return areas
 
 
 def predict(logits: Tensor, size: tuple[int, int]) -> NDArray[np.int64]:
@@ -259,12 +267,31 @@ def patch_labels(labels: NDArray[np.uint8], grid: tuple[int, int], classes: NDAr
     return torch.from_numpy(counts).float()
 
 
-def mean_iou(confusion: NDArray[np.int64]) -> float:
+def mean_iou(areas: NDArray[np.number]) -> NDArray[np.float64]:
     """Return the mean over classes of intersection over union, without classes that are neither there nor predicted.
 
     Args:
-        confusion: [C, C] pixels of each true class (rows) and predicted class (columns), at least one.
+        areas: [..., 3, C] pixels of each class: of which it is both the label and the prediction, the label, the
+            prediction. At least one pixel is labeled.
     """
-    both = np.diag(confusion)
-    union = confusion.sum(axis=0) + confusion.sum(axis=1) - both
-    return float((both[union > 0] / union[union > 0]).mean())
+    both, labeled, predicted = np.moveaxis(areas, -2, 0)
+    union = labeled + predicted - both
+    return (both / np.maximum(union, 1)).sum(axis=-1) / (union > 0).sum(axis=-1)
+
+
+def resampled(areas: NDArray[np.int32], rng: np.random.Generator) -> tuple[float, float]:
+    """Return the 95% interval of `mean_iou`: how much chance lies in the choice of the images.
+
+    The middle 95% of the scores of `RESAMPLES` draws of as many images, with replacement: the percentile interval of
+    the bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3).
+
+    Args:
+        areas: [N, 3, C] of each image, as `mean_iou` takes them.
+        rng: draws the images.
+    """
+    labeled = areas[areas[:, 1].any(axis=1)]  # the others count nothing, and a draw must not have only those
+    images = len(labeled)
+    times = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES).astype(float)  # [RESAMPLES, images]
+    drawn = times @ labeled.reshape(images, -1).astype(float)
+    low, high = np.quantile(mean_iou(drawn.reshape(RESAMPLES, *areas.shape[1:])), (0.025, 0.975))
+    return float(low), float(high)
