@@ -1,7 +1,8 @@
 """The dense probe counts pixels: of patches, of classes, and by the image's own size."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ijepa_enhanced.data.sources.open import open_source
 from ijepa_enhanced.errors import SourceError, UnreadableImage
 from ijepa_enhanced.evaluate import dense as dense_module
 from ijepa_enhanced.evaluate import linear
-from ijepa_enhanced.evaluate.dense import RawPatches, dense, mean_iou, patch_labels, resampled
+from ijepa_enhanced.evaluate.dense import RawPatches, bootstrap, dense, mean_iou, patch_labels
 from ijepa_enhanced.evaluate.label_maps import map_of, open_maps
 from ijepa_enhanced.evaluate.tokens import InferenceConfig, LabelledSource, stored_tokens, uncounted
 from ijepa_enhanced.models.config import EncoderConfig
@@ -47,23 +48,45 @@ def test_mean_iou_by_hand() -> None:
     assert mean_iou(np.stack([areas, 0 * areas + [1, 2, 0]])).tolist() == pytest.approx([(6 / 9 + 1 / 4) / 2, 1])
 
 
-def test_the_interval_is_that_of_the_mean_where_images_have_one_class() -> None:
-    """If no pixel is predicted as a wrong class that is there, the score is the share of the pixels that are right."""
-    images, rng = 200, np.random.default_rng(0)
-    areas = np.zeros((images, 3, 4), dtype=np.int32)
-    areas[:, 1, 2] = 100
-    areas[:, 0, 2] = areas[:, 2, 2] = rng.integers(0, 101, images)
-    low, high = resampled(areas, rng)
-    shares = areas[:, 0, 2] / 100
-    half = 1.96 * shares.std() / images**0.5
-    # The sample mean is nearly normal; 1,000 draws leave an error of 2% of the width, of which two ends have some.
-    assert (low, high) == pytest.approx((shares.mean() - half, shares.mean() + half), abs=0.1 * half)
+def test_pixels_of_images_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of two patches, whose classes are predicted as 4 and 6; the label 255 does not count."""
+    labels = np.array([[4, 4, 6, 255], [5, 255, 6, 4]], dtype=np.uint8)
+
+    def probe(view: torch.Tensor) -> torch.Tensor:
+        return view
+
+    probe.classes = np.array([4, 6], dtype=np.uint8)  # type: ignore[attr-defined]
+    monkeypatch.setattr(dense_module, "map_of", lambda maps, row: labels)
+    grid, one = torch.tensor([[1, 2]]), torch.tensor([0])
+    tokens = SimpleNamespace(values=torch.eye(2), lengths=one + 2, image_ids=one, grids=grid)
+    correct, labeled, predicted = dense_module.pixel_counts(*cast(Any, (probe, tokens, None)))[0]
+    assert (correct[4], correct[5], correct[6], correct.sum()) == (2, 0, 2, 4)
+    assert (labeled[4], labeled[5], labeled[6], labeled.sum()) == (3, 1, 2, 6)
+    assert (predicted[4], predicted[6], predicted.sum()) == (3, 3, 6)
 
 
-def test_images_without_labels_leave_the_interval_as_it_is() -> None:
-    areas = np.zeros((2, 3, 4), dtype=np.int32)
-    areas[0, :, 1] = 30, 40, 40
-    assert resampled(areas, np.random.default_rng(0)) == pytest.approx((0.6, 0.6))
+def test_the_interval_is_that_of_samples_drawn_one_by_one() -> None:
+    """Images of very different sizes, of three classes; ten have no correct pixel, and the last one no label."""
+    rng = np.random.default_rng(0)
+    labeled = rng.integers(1, 50, (30, 3)) * rng.choice([1, 20], (30, 1))
+    correct = (labeled * rng.random((30, 3))).astype(np.int64)
+    correct[:10] = labeled[-1] = correct[-1] = 0
+    predicted = correct + rng.permuted(labeled - correct, axis=1)
+    areas = np.stack([correct, labeled, predicted], axis=1)
+    scores = []
+    for _ in range(4000):
+        drawn = areas[rng.choice(29, 29)].sum(axis=0)
+        scores.append(np.mean(drawn[0] / (drawn[1] + drawn[2] - drawn[0])))
+    score = mean_iou(areas.sum(axis=0))
+    low, high = 2 * score - np.quantile(scores, (0.975, 0.025))
+    # Each end has a standard error of 2% of the width, and that of 4,000 samples one of 1%: 10% is four of both.
+    assert bootstrap(areas.astype(np.int32), rng) == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
+def test_an_interval_ends_at_0_and_1() -> None:
+    areas = np.zeros((3, 3, 2), dtype=np.int32)
+    areas[:, 1:, 0], areas[:, 0, 0] = 100, (100, 100, 85)
+    assert bootstrap(areas, np.random.default_rng(0))[1] == 1
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +117,20 @@ def test_light_and_dark_are_told_apart(encoder: Encoder, halves: Path) -> None:
     scores = dict(dense(encoder, maps, maps, SETTING))
     assert list(scores) == [name + end for name in ("dense_miou", "dense_knn") for end in ("", "_low", "_high")]
     assert min(scores.values()) > 0.9
+
+
+def test_an_interval_is_around_its_score(encoder: Encoder, halves: Path) -> None:
+    """The features of an untrained encoder do not tell all these labels apart."""
+    for number in range(8):
+        path = halves / "labels" / f"{number}.png"
+        labels = np.array(Image.open(path))
+        labels[:24][labels[:24] < 255] += 1
+        Image.fromarray(labels).save(path)
+    maps = open_maps(str(halves), "train")
+    scores = dict(dense(encoder, maps, maps, SETTING))
+    for name in ("dense_miou", "dense_knn"):
+        assert scores[f"{name}_low"] < scores[name] < scores[f"{name}_high"]
+    assert scores["dense_miou_low"] != scores["dense_knn_low"]
 
 
 def test_the_features_of_raw_patches_are_their_pixels(encoder: Encoder, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ MOST_PATCHES = 2**18
 """Of the training images that are used: 1,300 images of 196 patches. Memory holds one float32 copy of their features,
 4 * D bytes a patch: 0.4 GB for a ViT-S."""
 RESAMPLES = 1000
-"""Of the images, for the interval of a score. With so many, chance moves an end of it by about 2% of its width."""
+"""Bootstrap samples for a confidence interval. The standard error of each end is about 2% of the width."""
 
 
 def dense(
@@ -56,7 +56,7 @@ def dense(
 
     Both are the mean over classes of intersection over union, over all pixels of the label maps of `val`. A class of
     `val` that none of the training images that are drawn has counts as one that is never found. Each is followed by
-    NAME_low and NAME_high, the 95% interval of `resampled`.
+    NAME_low and NAME_high, its 95% confidence interval (see `bootstrap`).
 
     The linear probe is softmax regression on standardized tokens, trained with the cross-entropy of all pixels of a
     patch. Its strength is the one of `linear.STRENGTHS` with the least cross-entropy on a fifth of the labeled training
@@ -66,7 +66,7 @@ def dense(
         encoder: in evaluation mode.
         train, val: images with label maps. From `train`, at most as many as have `MOST_PATCHES` are drawn by `seed`.
         config: how images are shown to the encoder.
-        seed: of that draw and of the held-out part.
+        seed: of that draw, of the held-out part and of the bootstrap.
         counting: shows progress.
 
     Raises:
@@ -97,10 +97,10 @@ def dense(
         neighbors = PatchNeighbors(classes, tokens.values[labeled], shares, encoder.device)
     with stored_tokens(encoder, val, config, counting) as tokens, all_cores():
         for name, probe in (("dense_miou", linear), ("dense_knn", neighbors)):
-            areas = _areas(probe, tokens, val)
+            areas = pixel_counts(probe, tokens, val)
+            _need_labels(int(areas[:, 1].any()), val)  # images with labels may be those that cannot be decoded
             yield name, float(mean_iou(areas.sum(axis=0)))
-            # Both probes, and all encoders, are scored on the same draws of images.
-            low, high = resampled(areas, generator(seed, Purpose.PROTOCOL))
+            low, high = bootstrap(areas, generator(seed, Purpose.PROTOCOL, view=1))  # the same samples for both probes
             yield f"{name}_low", low
             yield f"{name}_high", high
 
@@ -186,8 +186,8 @@ def _counted(labels: NDArray[np.uint8], grid: tuple[int, int]) -> tuple[NDArray[
     return own, patch_labels(labels, grid, own)
 
 
-def _areas(probe: _Probe | PatchNeighbors, tokens: Tokens, val: LabelledMaps) -> NDArray[np.int32]:
-    """Return the pixels of each image and label that `mean_iou` counts: [N, 3, 256]."""
+def pixel_counts(probe: _Probe | PatchNeighbors, tokens: Tokens, val: LabelledMaps) -> NDArray[np.int32]:
+    """Count the pixels of each class in each image, without ignored ones: correct, labeled, predicted, [N, 3, 256]."""
     areas = np.zeros((len(tokens.lengths), 3, LABELS), dtype=np.int32)
     views = tokens.values.split(tokens.lengths.tolist())
     for own, row, grid, view in zip(areas, tokens.image_ids.tolist(), tokens.grids.tolist(), views, strict=True):
@@ -271,27 +271,27 @@ def mean_iou(areas: NDArray[np.number]) -> NDArray[np.float64]:
     """Return the mean over classes of intersection over union, without classes that are neither there nor predicted.
 
     Args:
-        areas: [..., 3, C] pixels of each class: of which it is both the label and the prediction, the label, the
-            prediction. At least one pixel is labeled.
+        areas: [..., 3, C] pixels of each class: correct, labeled, predicted. At least one pixel is labeled.
     """
     both, labeled, predicted = np.moveaxis(areas, -2, 0)
     union = labeled + predicted - both
     return (both / np.maximum(union, 1)).sum(axis=-1) / (union > 0).sum(axis=-1)
 
 
-def resampled(areas: NDArray[np.int32], rng: np.random.Generator) -> tuple[float, float]:
-    """Return the 95% interval of `mean_iou`: how much chance lies in the choice of the images.
+def bootstrap(areas: NDArray[np.int32], rng: np.random.Generator) -> tuple[float, float]:
+    """Return the 95% confidence interval of `mean_iou` over the choice of images, from `RESAMPLES` bootstrap samples.
 
-    The middle 95% of the scores of `RESAMPLES` draws of as many images, with replacement: the percentile interval of
-    the bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3).
+    It is the basic interval (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 5.2), cut off
+    at 0 and 1. A sample lacks some rare classes, which biases its score; the basic interval corrects that, and the
+    percentile interval would double it.
 
     Args:
-        areas: [N, 3, C] of each image, as `mean_iou` takes them.
+        areas: [N, 3, C] of each image, see `mean_iou`.
         rng: draws the images.
     """
-    labeled = areas[areas[:, 1].any(axis=1)]  # the others count nothing, and a draw must not have only those
+    labeled = areas[areas[:, 1].any(axis=1)]  # the others add nothing, and a sample of only such images has no score
     images = len(labeled)
     times = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES).astype(float)  # [RESAMPLES, images]
-    drawn = times @ labeled.reshape(images, -1).astype(float)
-    low, high = np.quantile(mean_iou(drawn.reshape(RESAMPLES, *areas.shape[1:])), (0.025, 0.975))
-    return float(low), float(high)
+    samples = mean_iou((times @ labeled.reshape(images, -1).astype(float)).reshape(RESAMPLES, *areas.shape[1:]))
+    low, high = 2 * mean_iou(areas.sum(axis=0)) - np.quantile(samples, (0.975, 0.025))
+    return max(float(low), 0.0), min(float(high), 1.0)

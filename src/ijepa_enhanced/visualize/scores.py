@@ -31,7 +31,7 @@ DETAILS = ("_mean_per_class", "_low", "_high", "_top5")
 EXPLANATION = {
     "knn linear lowshot attentive finetune": "Percentages are top-1 accuracies. (...): mean of the per-class "
     "accuracies. [...]: 95% confidence interval.",
-    "dense": "dense mIoU: mean intersection over union of the segmentation classes, with its 95% confidence interval.",
+    "dense": "dense mIoU: mean intersection over union of the segmentation classes. [...]: 95% confidence interval.",
     "rankme": "RankMe: effective rank of the features, the number of dimensions that they use.",
     "images": "images/s: images per second, from reading the files to the features.",
 }
