@@ -85,8 +85,9 @@ def test_the_interval_is_that_of_samples_drawn_one_by_one() -> None:
 
 def test_an_interval_ends_at_0_and_1() -> None:
     areas = np.zeros((3, 3, 2), dtype=np.int32)
-    areas[:, 1:, 0], areas[:, 0, 0] = 100, (100, 100, 85)
-    assert bootstrap(areas, np.random.default_rng(0))[1] == 1
+    for correct, end, expected in (((100, 100, 85), 1, 1.0), ((0, 0, 15), 0, 0.0)):
+        areas[:, 1, 0], areas[:, 0, 0], areas[:, 2, 0] = 100, correct, correct
+        assert bootstrap(areas, np.random.default_rng(0))[end] == expected
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,8 @@ MOST_PATCHES = 2**18
 """Of the training images that are used: 1,300 images of 196 patches. Memory holds one float32 copy of their features,
 4 * D bytes a patch: 0.4 GB for a ViT-S."""
 RESAMPLES = 1000
-"""Bootstrap samples for a confidence interval. The standard error of each end is about 2% of the width."""
+"""Bootstrap samples for a confidence interval. If scores are normally distributed, the standard error of each end is 2%
+of the width: sqrt(0.025 * 0.975 / 1000) over the density 0.058 at that end, relative to 2 * 1.96."""
 
 
 def dense(
