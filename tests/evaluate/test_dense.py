@@ -280,6 +280,21 @@ def test_maps_that_label_nothing_are_an_error(encoder: Encoder, halves: Path, tm
         )
 
 
+def test_labels_of_an_image_that_cannot_be_decoded_are_not_enough(
+    encoder: Encoder, halves: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    for name in ("images", "labels"):
+        (other / name).mkdir(parents=True)
+        for path in sorted((halves / name).glob("[01].*")):
+            (other / name / path.name).write_bytes(path.read_bytes())
+    broken, labels = other / "images" / "0.jpg", np.array(Image.open(other / "labels" / "1.png"))
+    broken.write_bytes(broken.read_bytes()[:700])
+    Image.fromarray(np.full_like(labels, 255)).save(other / "labels" / "1.png")
+    with pytest.raises(SourceError, match=f"^The label maps of {other}/images have no labels"):
+        list(dense(encoder, open_maps(str(halves), "train"), open_maps(str(other), "val"), SETTING))
+
+
 def test_the_strength_is_chosen_by_one_image_of_two(
     encoder: Encoder, halves: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
